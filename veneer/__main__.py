@@ -1,0 +1,5 @@
+"""`python -m veneer` is the command `veneer`."""
+
+from veneer.cli import main
+
+main()

@@ -1,0 +1,263 @@
+"""What a method is: an `nn.Module` for one (target, adapter name), whose attribute names are the checkpoint's.
+
+An adapter says what it does to activations (`pre`, `post`), to the weight (`fold`), or both; the laws hold the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NotMergeable
+
+if TYPE_CHECKING:
+    from .config import Config
+    from .target import Target
+
+Tensors = dict[str, Tensor]
+
+
+class Modules(nn.ModuleDict):
+    """A `ModuleDict` that takes any string as a key: adapters may be called "items", "weight" or "v1.5"."""
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        self._modules[key] = module
+
+    def __delitem__(self, key: str) -> None:
+        del self._modules[key]
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        self._modules[name] = module
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._modules.get(key, default)
+
+
+class Matrix(nn.Module):
+    """A weight and nothing else: `lora_A.weight` without the cost of an `nn.Linear` that is initialised twice."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+
+    def matrix(self) -> Tensor:
+        """The weight with all but its first dimension flattened: (rows, columns)."""
+        return self.weight.flatten(1)
+
+    def extra_repr(self) -> str:
+        return " x ".join(map(str, self.weight.shape))
+
+
+class Adapter(nn.Module):
+    """One method on one target.
+
+    Subclasses define any of:
+
+    - `pre(x) -> x`: on the input of the base module.
+    - `post(x, y) -> y`: on its output; x is what `pre` received.
+    - `fold(W, b) -> (W, b)`: the method as a new weight, W (out, in); left undefined it is not mergeable.
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+    """The kinds of target it adapts: linear, conv, embedding, norm, block."""
+    reads_weight: ClassVar[bool] = False
+    """`post` looks at the weight below it, so adapters below it must be folded first (DoRA's norm)."""
+    follows_ties: ClassVar[bool] = False
+    """Also adapts the module whose weight is the same Parameter; built there with `twin=` the first adapter."""
+    has_pre: ClassVar[bool] = False
+    has_post: ClassVar[bool] = False
+    has_fold: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.has_pre = cls.pre is not Adapter.pre
+        cls.has_post = cls.post is not Adapter.post
+        cls.has_fold = cls.fold is not Adapter.fold
+
+    def __init__(self, config: Config | None, target: Target, shared: nn.Module | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.target = target
+        self._shared = (shared,)  # a tuple, so that torch does not register it as a child of every layer
+
+    @property
+    def shared(self) -> Any:
+        """The module this adapter name shares between its layers, from `Config.shared`."""
+        return self._shared[0]
+
+    @property
+    def parts(self) -> tuple[Adapter, ...]:
+        return (self,)
+
+    @property
+    def commutes(self) -> bool:
+        """Its place among other adapters does not matter (a sum of weights), so it may be merged out of order."""
+        return False
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype its mathematics runs in: that of its first floating tensor, None without one."""
+        if "_dtype" not in self.__dict__:
+            tensors = (t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
+            self._dtype = next((t.dtype for t in tensors), None)
+        return self._dtype
+
+    def forget_dtype(self) -> None:
+        self.__dict__.pop("_dtype", None)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.forget_dtype()
+        return super()._apply(fn, recurse)
+
+    def pre(self, x: Tensor) -> Tensor:
+        return x
+
+    def post(self, x: Tensor, y: Tensor) -> Tensor:
+        return y
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        raise NotMergeable(
+            f"{type(self).__name__} on {self.target.path!r} has no form as a weight; keep the adapter unmerged"
+        )
+
+    def export(self) -> Tensors:
+        """What goes to the file, by attribute name."""
+        return self.state_dict()
+
+    def absorb(self, tensors: Tensors) -> None:
+        """Take what came from a file; in place where memory exists, since an optimizer may hold the Parameters."""
+        on_meta = any(p.is_meta for p in self.parameters())
+        self.load_state_dict(tensors, strict=False, assign=on_meta)
+
+    def learned(self) -> Iterator[nn.Parameter]:
+        """The parameters that training may change."""
+        return self.parameters()
+
+    def describe(self) -> str:
+        """A few words for `print(model)`."""
+        return ""
+
+    def expected_parameters(self) -> int:
+        """The trainable count by the method's formula; the real count where a method states none."""
+        return sum(p.numel() for p in self.parameters())
+
+
+class Parts(Adapter):
+    """Several adapters under one name on one target, innermost first (LoRA and a trained bias)."""
+
+    def __init__(self, *parts: Adapter) -> None:
+        super().__init__(parts[0].config, parts[0].target, parts[0].shared)
+        self.members = nn.ModuleList(parts)
+
+    @property
+    def parts(self) -> tuple[Adapter, ...]:
+        return tuple(part for member in self.members for part in member.parts)
+
+    def forget_dtype(self) -> None:
+        for part in self.members:
+            part.forget_dtype()
+
+    def export(self) -> Tensors:
+        return {key: tensor for part in self.parts for key, tensor in part.export().items()}
+
+    def absorb(self, tensors: Tensors) -> None:
+        for part in self.parts:
+            part.absorb({key: tensors[key] for key in part.export() if key in tensors})
+
+    def learned(self) -> Iterator[nn.Parameter]:
+        for part in self.parts:
+            yield from part.learned()
+
+    def describe(self) -> str:
+        return ", ".join(filter(None, (part.describe() for part in self.parts)))
+
+    def expected_parameters(self) -> int:
+        return sum(part.expected_parameters() for part in self.parts)
+
+
+class Additive(Adapter):
+    """W' = W + delta(), with delta of shape (out, in)."""
+
+    @property
+    def commutes(self) -> bool:
+        return not self.reads_weight
+
+    def delta(self) -> Tensor:
+        raise NotImplementedError  # a subclass that forgets it fails in every law
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return W + self.delta().to(W.dtype), b
+
+    def post(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.target.op(x, self.delta())
+
+
+class LowRank(Additive):
+    """delta = B A from `factors()`: A (r, in), B (out, r), the scaling folded in."""
+
+    dropout: nn.Module | None = None
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError  # a subclass that forgets it fails in every law
+
+    def delta(self) -> Tensor:
+        A, B = self.factors()
+        return self.target.product(A, B)
+
+    def update(self, x: Tensor) -> Tensor:
+        """What it adds to the output for an input."""
+        A, B = self.factors()
+        return self.target.low_rank(x if self.dropout is None else self.dropout(x), A, B)
+
+    def post(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.update(x)
+
+    def set_dropout(self, p: float) -> None:
+        self.dropout = nn.Dropout(p) if p > 0 else None
+
+
+class Bias(Adapter):
+    """A trained copy of the target's bias: y' = y - b + b'. A copy, so that disabling the adapter gives the base back."""
+
+    kinds = frozenset({"linear", "conv", "norm"})
+
+    def __init__(self, target: Target, beside: bool) -> None:
+        super().__init__(None, target)
+        self.bias = nn.Parameter(target.bias().detach().clone())
+        self._key = "base_layer.bias" if beside else "bias"
+
+    def post(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.target.channels(self.bias - self.target.original_bias().to(self.bias.dtype), y)
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        assert b is not None
+        return W, b + (self.bias - self.target.original_bias()).to(b.dtype)
+
+    def export(self) -> Tensors:
+        return {self._key: self.bias.detach()}
+
+    def absorb(self, tensors: Tensors) -> None:
+        super().absorb({"bias": tensors[self._key]} if self._key in tensors else {})
+
+
+class Replace(Adapter):
+    """A trained copy of a whole module that runs instead of it (`modules_to_save`: a classifier, a head)."""
+
+    kinds = frozenset({"linear", "conv", "embedding", "norm", "block"})
+
+    def __init__(self, target: Target) -> None:
+        super().__init__(None, target)
+        self.module = target.copy()
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        weight, bias = self.target.matrix_of(self.module)
+        return weight.to(W.dtype), None if bias is None else bias.to(W.dtype)
+
+    def export(self) -> Tensors:
+        return self.module.state_dict()
+
+    def absorb(self, tensors: Tensors) -> None:
+        super().absorb({f"module.{key}": tensor for key, tensor in tensors.items()})

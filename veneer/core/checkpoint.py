@@ -1,0 +1,294 @@
+"""Reading and writing adapters in Hugging Face PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+A key is the place of a part in the model, then the attribute's name. Saving and loading are one walk over the parts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BaseMismatch, CheckpointError, listing
+from .adapter import Adapter, Replace, Tensors
+from .config import Config, PromptConfig
+from .context import State
+from .prompt import Prompt
+from .structure import walk
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+"""PEFT's files hold the whole base module when `target_modules` lists one of these."""
+
+
+# Where things are
+
+
+def parts(state: State, name: str) -> Iterator[tuple[str, Adapter | Prompt | nn.Module]]:
+    """(key prefix, part) of everything saved under an adapter's name."""
+    below = "base_model." if isinstance(state.configs[name], PromptConfig) else "base_model.model."
+    for path, adapter in state.adapters(name).items():
+        for part in adapter.parts:
+            yield f"{below if isinstance(part, Replace) else 'base_model.model.'}{path}.", part
+    if name in state.shared:
+        yield "base_model.", state.shared[name]
+    if name in state.prompts:
+        yield "", state.prompts[name]
+
+
+def export(part: Any) -> Tensors:
+    return part.export() if hasattr(part, "export") else part.state_dict()
+
+
+def slots(state: State, name: str) -> Tensors:
+    """Every tensor of an adapter by its key in the file."""
+    return {prefix + key: t for prefix, part in parts(state, name) for key, t in export(part).items()}
+
+
+# Writing
+
+
+def save(model: nn.Module, state: State, name: str, directory: Path, config: Config, embeddings: bool | None) -> None:
+    """Write one adapter. Each file is written beside the old one and renamed over it when whole."""
+    from safetensors.torch import save as serialise
+
+    tensors = slots(state, name) | base_embeddings(model, state, config, embeddings)
+    metadata = {"format": "pt", "veneer": json.dumps({"base": fingerprint(state, name)})}
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / WEIGHTS_NAME, serialise({k: _whole(t) for k, t in tensors.items()}, metadata))
+    config.save_pretrained(directory)
+
+
+def base_embeddings(model: nn.Module, state: State, config: Config, wanted: bool | None) -> Tensors:
+    """Base embeddings that the file holds beside the adapter, by PEFT's rule or on request."""
+    targets = getattr(config, "target_modules", None)
+    named = [n for n in EMBEDDING_NAMES if isinstance(targets, list) and n in targets]
+    if not config.file_holds_embedding or wanted is False or not (named or wanted):
+        return {}
+    names = EMBEDDING_NAMES if wanted else tuple(named)
+    found = {}
+    for path, module in walk(model):
+        if path.rpartition(".")[2] in names and isinstance(getattr(module, "weight", None), Tensor):
+            infix = "base_layer." if path in state.layers else ""
+            found[f"base_model.model.{path}.{infix}weight"] = module.weight
+    return found
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """A crash leaves either the old file or the new one, whole."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _whole(t: Tensor) -> Tensor:
+    """A tensor of its own on the CPU: gathered if sharded, contiguous, sharing memory with no other."""
+    t = t.full_tensor() if hasattr(t, "full_tensor") else t
+    if t.is_meta:
+        raise CheckpointError("the adapter has no values yet (it lies on the meta device); there is nothing to save")
+    return t.detach().to("cpu", copy=True).contiguous()
+
+
+# Reading
+
+
+def find_file(source: str | Path, name: str, **hub: Any) -> Path:
+    """A file of a local directory or, when there is no such directory, of a hub repository."""
+    directory = Path(source) / (hub.pop("subfolder", None) or "")
+    if (directory / name).is_file():
+        return directory / name
+    if Path(source).exists() or Path(source).is_absolute() or str(source).startswith("."):
+        raise CheckpointError(f"{str(directory)!r} holds no {name}: {_contents(directory)}")
+    return _download(str(source), name, subfolder=str(directory.relative_to(source)), **hub)
+
+
+def _contents(directory: Path) -> str:
+    if not directory.is_dir():
+        return "there is no such directory"
+    return f"it holds {', '.join(sorted(p.name for p in directory.iterdir())) or 'nothing'}"
+
+
+def _download(repository: str, name: str, *, subfolder: str, **hub: Any) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, name, subfolder=None if subfolder == "." else subfolder, **hub))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{repository!r} is no local directory, and {name} could not be had from the hub: {reason}"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{str(path)!r} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{str(path)!r} holds a {type(content).__name__}, not an object of config fields")
+    return content
+
+
+def read(source: str | Path, **hub: Any) -> tuple[Tensors, dict[str, Any]]:
+    """(tensors by key, veneer's own notes) of an adapter's weight file.
+
+    Raises:
+        CheckpointError: no file, a pickle, a broken file, or values that are not finite.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = _weights_file(source, **hub)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
+        raise CheckpointError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
+    broken = [key for key, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if broken:
+        raise CheckpointError(f"{str(path)!r} holds values that are not finite in:{listing(broken)}")
+    return tensors, _notes(metadata)
+
+
+def _weights_file(source: str | Path, **hub: Any) -> Path:
+    try:
+        return find_file(source, WEIGHTS_NAME, **hub)
+    except CheckpointError:
+        pickle = Path(source) / (hub.get("subfolder") or "") / PICKLE_NAME
+        if pickle.is_file():
+            raise CheckpointError(
+                f"{str(pickle)!r} is a pickle, which can run code when it is loaded; convert it to {WEIGHTS_NAME} "
+                "with a tool you trust"
+            ) from None
+        raise
+
+
+def _notes(metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        notes = json.loads(metadata.get("veneer", "{}"))
+    except json.JSONDecodeError:
+        return {}
+    return notes if isinstance(notes, dict) else {}
+
+
+def check(state: State, name: str, tensors: Tensors) -> None:
+    """Raise CheckpointError unless `tensors` are exactly those of the adapter, in key and shape."""
+    expected = slots(state, name)
+    extra = {k for k in tensors if is_base_embedding(k)}
+    missing = [k for k in expected if k not in tensors]
+    unexpected = [k for k in tensors if k not in expected and k not in extra]
+    shapes = [
+        f"{k}: {tuple(tensors[k].shape)} in the file, {tuple(t.shape)} in the model"
+        for k, t in expected.items()
+        if k in tensors and tensors[k].shape != t.shape
+    ]
+    kinds = [
+        f"{k}: {tensors[k].dtype} in the file"
+        for k, t in expected.items()
+        if k in tensors and tensors[k].is_floating_point() != t.is_floating_point()
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes, "of another kind": kinds}
+    found = [f"{len(keys)} {what}:{listing(keys)}" for what, keys in problems.items() if keys]
+    if found:
+        raise CheckpointError(f"the file does not fit adapter {name!r} on this model; tensors " + "\nand ".join(found))
+
+
+def absorb(state: State, name: str, tensors: Tensors) -> None:
+    """Put checked tensors into the adapter."""
+    for prefix, part in parts(state, name):
+        own = {key: tensors[prefix + key] for key in export(part) if prefix + key in tensors}
+        if hasattr(part, "absorb"):
+            part.absorb(own)
+        else:
+            part.load_state_dict(own, strict=False, assign=any(t.is_meta for t in part.state_dict().values()))
+
+
+def is_base_embedding(key: str) -> bool:
+    path = key.removesuffix(".weight").removesuffix(".base_layer")
+    return key.endswith(".weight") and path.rpartition(".")[2] in EMBEDDING_NAMES and path != key
+
+
+def absorb_base_embeddings(embeddings: Iterable[tuple[nn.Module, Tensor]]) -> None:
+    """Base embeddings that came in the file (the vocabulary was resized) take the place of the model's."""
+    for module, tensor in embeddings:
+        if not torch.equal(module.weight.detach().cpu(), tensor.to(module.weight.dtype)):
+            with torch.no_grad():
+                module.weight.copy_(tensor)
+
+
+def base_embeddings_in(model: nn.Module, state: State, name: str, tensors: Tensors) -> Iterator[tuple[nn.Module, Tensor]]:
+    """(module, weight) of the base embeddings that came in the file.
+
+    Raises:
+        CheckpointError: the model's vocabulary has another size.
+    """
+    modules, own = dict(walk(model)), slots(state, name)
+    for key, tensor in tensors.items():
+        path = key.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer")
+        module = modules.get(path)
+        if key in own or not is_base_embedding(key) or module is None:
+            continue
+        if module.weight.shape != tensor.shape:
+            raise CheckpointError(
+                f"the adapter was saved with {path!r} of {tuple(tensor.shape)}, the model has "
+                f"{tuple(module.weight.shape)}; call model.resize_token_embeddings({tensor.shape[0]}) first"
+            )
+        yield module, tensor
+
+
+# The base model
+
+
+def fingerprint(state: State, name: str) -> dict[str, Any]:
+    """A few of the pretrained weights under the adapter, to recognise the base model by."""
+    layers = [state.layers[path] for path in state.adapters(name) if state.layers[path].target.kind != "block"]
+    if not layers or any(p.is_meta for layer in layers for p in layer.base_layer.parameters()):
+        return {}
+    chosen = layers[:: max(1, len(layers) // 16)][:16]
+    return {layer.path: _sample(layer.target.original_weight()) for layer in chosen}
+
+
+def check_base(state: State, name: str, noted: Mapping[str, Any]) -> None:
+    """Raise BaseMismatch when the noted weights are not those of this model."""
+    noted = {p: v for p, v in noted.items() if isinstance(v, list) and p in state.layers}
+    if not noted or any(state.layers[p].base_layer.weight.is_meta for p in noted):
+        return
+    here = torch.tensor([v for p in noted for v in _sample(state.layers[p].target.original_weight())])
+    there = torch.tensor([float(v) for values in noted.values() for v in values])
+    if here.shape != there.shape:
+        raise BaseMismatch("the file's notes on its base model do not fit this model's layers")
+    difference = float((here - there).norm() / there.norm().clamp_min(1e-12))
+    if difference > 0.05:
+        raise BaseMismatch(
+            f"the adapter was trained on another base model: {len(noted)} of its layers, sampled, differ by "
+            f"{difference:.0%} from the weights here. Load the base it was trained on, or pass check_base=False"
+        )
+
+
+def _sample(W: Tensor) -> list[float]:
+    """Four values spread over a weight, rounded as bf16 would."""
+    where = [torch.linspace(0, size - 1, 4, device=W.device).long() for size in W.shape]
+    return W.detach()[tuple(where)].to(torch.bfloat16).tolist()

@@ -1,0 +1,336 @@
+"""Configs: the fields of a method, in Hugging Face PEFT's names and file format, and what a method tells the core.
+
+Every config class registers itself under the name of its file. Unknown, mistyped and contradictory fields are errors.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import json
+import pkgutil
+import re
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..errors import ConfigError, listing, nearest
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
+    from .prompt import Prompt, Spec
+    from .target import Target
+
+CONFIG_NAME = "adapter_config.json"
+
+
+class Name(str):
+    """A string that is its own `.value`, as the members of an enum of strings are."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
+class TaskType(str, enum.Enum):
+    """What the model is trained for; decides which head is trained and saved with the adapter."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+TASK_HEADS = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+"""Modules that a task trains and saves besides the adapter, where the model has them."""
+
+METHODS: dict[str, type[Config]] = {}
+"""Every config class by method name, which is its file's name. Filled by `all_methods()`."""
+
+
+def all_methods() -> dict[str, type[Config]]:
+    """Every method veneer has, by name (importing their files)."""
+    from .. import methods as package
+
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    return METHODS
+
+
+@dataclass(kw_only=True)
+class Config:
+    """What every method has. Subclasses set `peft_type` and `adapter` and add their fields."""
+
+    task_type: TaskType | str | None = None
+    """One of the six task types, or None for a model that is none of them."""
+    base_model_name_or_path: str | None = None
+    """Where the base model came from; filled in when an adapter is attached."""
+    revision: str | None = None
+    """The revision of the base model on the hub."""
+    inference_mode: bool = False
+    """The adapter is frozen; true in every saved file."""
+
+    peft_type: ClassVar[Name]
+    adapter: ClassVar[type[Adapter]]
+    facts: ClassVar[tuple[str, ...]] = ()
+    """Keyword arguments of a model call (and of `generate`) that belong to the adapter."""
+    generate_with: ClassVar[Mapping[str, Any]] = {}
+    """Settings that `generate` must run with."""
+    foreign: ClassVar[Mapping[str, Any]] = {}
+    """The reference's defaults, other than null and false, for fields we do not have."""
+    file_holds_embedding: ClassVar[bool] = True
+    """PEFT's files carry the base embedding beside an adapter that targets it by name."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        package, _, module = cls.__module__.rpartition(".")
+        if package.endswith(".methods"):
+            METHODS[module] = cls
+
+    def __new__(cls, *args: Any, **given: Any) -> Config:
+        known = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise ConfigError(f"{cls.__name__} has no field {name!r}{nearest(name, known)}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        if self.task_type is not None:
+            names = [t.value for t in TaskType]
+            if self.task_type not in names:
+                raise ConfigError(f"task_type {self.task_type!r} is unknown; use one of {', '.join(names)} or None")
+            self.task_type = TaskType(self.task_type)
+
+    def _check_types(self) -> None:
+        for name, hint in _hints(type(self)).items():
+            value = getattr(self, name)
+            if not _is_a(value, hint):
+                raise ConfigError(f"{type(self).__name__}.{name} must be {_spell(hint)}, not {value!r}")
+
+    # What a method may tell the core
+
+    def build(self, target: Target, shared: nn.Module | None = None, **kwargs: Any) -> Adapter:
+        """The adapter for one target."""
+        return self.adapter(self, target, shared, **kwargs)
+
+    def build_shared(self, targets: Sequence[Target]) -> nn.Module | None:
+        """One module for all layers of an adapter name (projections, banks, gates)."""
+        return None
+
+    def before(self, shared: nn.Module | None, facts: dict[Any, Any], model: nn.Module, kwargs: dict[str, Any]) -> None:
+        """Compute facts once for a model call and put them into `facts`, under `shared` if they are this adapter's."""
+
+    def loss(self, adapters: Sequence[Adapter]) -> Tensor | None:
+        """A term added to the model's loss."""
+        return None
+
+    def schedule(self, adapters: Mapping[str, Adapter]) -> Any:
+        """An object with `.step(n)`, called after the n-th optimizer step, or None."""
+        return None
+
+    # The file
+
+    def to_dict(self) -> dict[str, Any]:
+        """The file's content: the method's own fields, and of the common ones those that say something."""
+        own = {"peft_type": str(self.peft_type)}
+        common = {f.name for base in (Config, LayerConfig, PromptConfig) for f in fields(base)} - ALWAYS_WRITTEN
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name not in common or value != _default(f):
+                own[f.name] = _plain(value)
+        return dict(sorted(own.items()))
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        from .checkpoint import write_atomically
+
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(directory) / CONFIG_NAME, text.encode())
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **hub: Any) -> Config:
+        """Read `adapter_config.json` of a directory or a hub id."""
+        from .checkpoint import find_file, read_json
+
+        return cls.from_dict(read_json(find_file(source, CONFIG_NAME, **hub)))
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Config:
+        """The config of any method from a file's content. Unknown fields that say something are an error."""
+        kind = str(content.get("peft_type", ""))
+        found = all_methods().get(kind.lower())
+        if found is None or found.peft_type != kind:
+            raise ConfigError(f"peft_type {kind!r} is not a method of veneer{nearest(kind.lower(), METHODS)}")
+        known = {f.name for f in fields(found)}
+        harmless = {"peft_type", "auto_mapping", "peft_version"}
+        unknown = {
+            name: value
+            for name, value in content.items()
+            if name not in known | harmless and value not in (None, False, "", [], {}, found.foreign.get(name))
+        }
+        if unknown:
+            lines = [f"{name} = {value!r}{nearest(name, known)}" for name, value in unknown.items()]
+            raise ConfigError(f"{found.__name__} has no such fields:{listing(lines)}")
+        return found(**{name: value for name, value in content.items() if name in known})
+
+
+@dataclass(kw_only=True)
+class LayerConfig(Config):
+    """Fields of every method that adapts modules of the model."""
+
+    target_modules: str | list[str] | None = None
+    """Names or name endings of the modules to adapt; a string is a regular expression for the whole path, or
+    "all-linear". None: the right ones for the architecture."""
+    exclude_modules: str | list[str] | None = None
+    """The same, for modules to leave alone."""
+    layers_to_transform: int | list[int] | None = None
+    """Indices of the layers to adapt; None: all."""
+    layers_pattern: str | list[str] | None = None
+    """The name of the list of layers ("layers", "h"), where a path holds more than one index."""
+    modules_to_save: list[str] | None = None
+    """Modules of which a whole copy is trained and saved with the adapter (a new head, resized embeddings)."""
+    bias: str = "none"
+    """Biases to train: "none", "all", or "<method>_only" for those of the adapted modules."""
+    fan_in_fan_out: bool = False
+    """The targets store their weights as (in, out), as GPT-2 does. Read off the modules; kept for the file."""
+
+    default_roles: ClassVar[tuple[str, ...]] = ("attention.q", "attention.v", "attention.qkv")
+    """What to adapt when `target_modules` is None, as roles of the architecture's structure."""
+    patterns: ClassVar[tuple[str, ...]] = ()
+    """Fields like `rank_pattern`, each key of which must match a target."""
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (set, tuple, frozenset)):
+                setattr(self, name, sorted(value))
+        super().__post_init__()
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern says where the layer index stands; it needs layers_to_transform")
+        if self.bias not in ("none", "all") and not self.bias.endswith("_only"):
+            raise ConfigError(f'bias must be "none", "all" or "{self.peft_type.lower()}_only", not {self.bias!r}')
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), str):
+                compile_pattern(getattr(self, name), name)
+
+
+    def fill_targets(self, model: nn.Module) -> None:
+        """Choose `target_modules` for a model when the user gave none."""
+        from .structure import default_targets
+
+        self.target_modules = default_targets(model, self.default_roles)
+
+
+@dataclass(kw_only=True)
+class PromptConfig(Config):
+    """Fields of every method that learns tokens or cache entries in front of the input."""
+
+    num_virtual_tokens: int | None = None
+    """How many positions are learned."""
+    token_dim: int | None = None
+    """Width of an embedding; None: the model's."""
+    num_transformer_submodules: int | None = None
+    """1, or 2 for an encoder-decoder; None: by the model."""
+    num_attention_heads: int | None = None
+    """Attention heads of a cache entry; None: the model's."""
+    num_layers: int | None = None
+    """Layers of the model; None: the model's."""
+    modules_to_save: list[str] | None = None
+    """Modules of which a whole copy is trained and saved with the prompt."""
+
+    prompt: ClassVar[type[Prompt]]
+    fills_cache: ClassVar[bool] = False
+    """It learns keys and values, not embeddings."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_virtual_tokens is None or self.num_virtual_tokens < 1:
+            raise ConfigError(f"num_virtual_tokens must be at least 1, not {self.num_virtual_tokens}")
+
+    def build_prompt(self, spec: Spec, words: Tensor) -> Prompt:
+        return self.prompt(self, spec, words)
+
+
+ALWAYS_WRITTEN = {
+    *("task_type", "base_model_name_or_path", "revision", "inference_mode", "target_modules"),
+    *(f.name for f in fields(PromptConfig) if f.name.startswith("num_") or f.name == "token_dim"),
+}
+
+
+def at(path: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
+    """The value a `rank_pattern`-like mapping gives a module: its keys are name endings or regular expressions."""
+    for pattern, value in (patterns or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+            return value
+    return default
+
+
+def compile_pattern(pattern: str, name: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{name} = {pattern!r} is not a regular expression: {error}") from None
+
+
+def mapping() -> Any:
+    """A dict field. Its empty value is {}, never null, which other readers do not take."""
+    return field(default_factory=dict)
+
+
+@lru_cache(maxsize=None)
+def _hints(cls: type[Config]) -> dict[str, Any]:
+    """The types of a config's fields (not of its class variables, which name classes imported for checkers only)."""
+    found = {}
+    for f in fields(cls):
+        owner = next(base for base in cls.__mro__ if f.name in base.__dict__.get("__annotations__", {}))
+        found[f.name] = eval(str(f.type), vars(sys.modules[owner.__module__]))
+    return found
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_a(value, arg) for arg in args)
+    if origin is typing.Literal:
+        return value in args
+    if origin is list:
+        return isinstance(value, (list, tuple)) and all(_is_a(item, args[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is_a(k, args[0]) and _is_a(v, args[1]) for k, v in value.items())
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, type(None) if hint is None else hint)
+
+
+def _spell(hint: Any) -> str:
+    return getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+def _default(f: Any) -> Any:
+    return f.default_factory() if f.default_factory is not MISSING else f.default
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,174 @@
+"""What one adapted model knows: which adapters exist, which are active, and the facts of the call under way.
+
+There is one `State` per model. Every layer holds a reference, so switching adapters writes one attribute; the root
+pre-hook on the Hugging Face model fills `facts` on each call, whoever makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import VeneerError
+from .adapter import Adapter, Modules
+
+if TYPE_CHECKING:
+    from .config import Config
+    from .layer import AdapterLayer
+
+BASE = "__base__"
+"""The row of a mixed batch that runs without an adapter."""
+
+
+class State:
+    """The adapters of one model and the facts of its current call."""
+
+    def __init__(self) -> None:
+        self.configs: dict[str, Config] = {}
+        self.layers: dict[str, AdapterLayer] = {}
+        self.shared = Modules()
+        self.prompts = Modules()
+        self.active: tuple[str, ...] = ()
+        self.trainable: set[str] = set()
+        self.schedules: dict[str, Any] = {}
+        self.enabled = True
+        self.facts: dict[Any, Any] = {}
+        self.sticky: dict[str, Any] = {}
+        self.busy = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle is made between calls: the facts of the last one stay behind."""
+        return {**self.__dict__, "facts": {}, "sticky": {}, "busy": False}
+
+    def fact_names(self) -> set[str]:
+        """The keyword arguments of a model call that belong to adapters."""
+        return {"adapter_names"}.union(*(config.facts for config in self.configs.values()))
+
+    def adapters(self, name: str) -> dict[str, Adapter]:
+        """The adapters called `name`, by path."""
+        return {path: layer.adapters[name] for path, layer in self.layers.items() if name in layer.adapters}
+
+    def modules(self, name: str) -> Iterator[nn.Module]:
+        """Everything that holds parameters of the adapter called `name`."""
+        yield from self.adapters(name).values()
+        yield from (m for m in (self.shared.get(name), self.prompts.get(name)) if m is not None)
+
+    def parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """The parameters that training the adapter called `name` changes."""
+        for module in self.modules(name):
+            yield from module.learned() if isinstance(module, Adapter) else module.parameters()
+
+    def activate(self, names: tuple[str, ...]) -> None:
+        """Make `names` the active adapters; requires_grad follows: declared trainable and active."""
+        touched = {*self.active, *names}
+        self.active = names
+        for name in touched:
+            self.mark(name)
+
+    def mark(self, name: str) -> None:
+        """Set requires_grad of one adapter's parameters (an inactive one must not: DDP waits for its gradients)."""
+        learns = name in self.trainable and name in self.active
+        for parameter in self.parameters(name):
+            if parameter.requires_grad != learns:
+                parameter.requires_grad_(learns)
+
+    def live(self) -> tuple[str, ...]:
+        """The adapters that take part in a call now."""
+        return self.active if self.enabled else ()
+
+    @contextmanager
+    def remembering(self, facts: dict[str, Any]) -> Iterator[None]:
+        """Facts that hold for every model call inside (a `generate`)."""
+        before = self.sticky, self.facts
+        self.sticky = {**self.sticky, **facts}
+        self.facts = {**self.facts, **self.sticky}
+        try:
+            yield
+        finally:
+            self.sticky, self.facts = before
+
+    @contextmanager
+    def switched(self, *, enabled: bool) -> Iterator[None]:
+        before, self.enabled = self.enabled, enabled
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+
+def state_of(model: nn.Module) -> State | None:
+    """The state of an adapted Hugging Face model, None where nothing is attached."""
+    return model.__dict__.get("_veneer")
+
+
+def by_row(facts: dict[str, Any], kwargs: dict[str, Any], args: tuple[Any, ...]) -> dict[str, Any]:
+    """Repeat facts that hold one value per row when the batch is a multiple of them (beams, returned sequences)."""
+    rows = batch_size(args, kwargs)
+    return facts if rows is None else {name: _repeat(name, value, rows) for name, value in facts.items()}
+
+
+def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Rows of a model call, by its first tensor of two or more dimensions."""
+    preferred = [kwargs.get(key) for key in ("input_ids", "inputs_embeds", "decoder_input_ids", "encoder_outputs")]
+    for value in (*args, *preferred, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() > 1:
+            return value.shape[0]
+    return None
+
+
+def _repeat(name: str, value: Any, rows: int) -> Any:
+    if not isinstance(value, (list, tuple, Tensor)) or (isinstance(value, Tensor) and value.dim() == 0):
+        return value
+    if len(value) == rows:
+        return value
+    if len(value) == 0 or rows % len(value):
+        raise VeneerError(f"{name} has {len(value)} entries for a batch of {rows} rows; give one entry for each row")
+    times = rows // len(value)
+    if isinstance(value, Tensor):
+        return value.repeat_interleave(times, dim=0)
+    return [entry for entry in value for _ in range(times)]
+
+
+class Remember:
+    """Notes the facts of a forward pass, so that activation checkpointing recomputes it with the same ones."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.facts: dict[str, Any] = {}
+
+    def __enter__(self) -> None:
+        self.facts = self.state.facts
+
+    def __exit__(self, *exc: Any) -> None:
+        pass
+
+
+class Recall:
+    """The other half of `Remember`: brings the facts back for the recomputation."""
+
+    def __init__(self, note: Remember) -> None:
+        self.note = note
+
+    def __enter__(self) -> None:
+        state = self.note.state
+        self.before, state.facts = state.facts, self.note.facts
+
+    def __exit__(self, *exc: Any) -> None:
+        self.note.state.facts = self.before
+
+
+class CheckpointContext:
+    """`context_fn` for `torch.utils.checkpoint`; a class, so that a model that holds it can be pickled."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+
+    def __call__(self) -> tuple[Remember, Recall]:
+        note = Remember(self.state)
+        return note, Recall(note)
+
+

@@ -1,0 +1,187 @@
+"""Attaching adapters to a model and taking them off again, leaving no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError, TargetError, VeneerError, nearest
+from .adapter import Adapter, Bias, Parts, Replace
+from .config import Config, LayerConfig, PromptConfig
+from .context import State, state_of
+from .layer import AdapterLayer
+from .prompt import spec_for
+from .prompting import install, uninstall
+from .select import saved_modules, targets
+from .structure import walk
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def attach(
+    model: nn.Module,
+    config: Config,
+    name: str,
+    *,
+    trainable: bool,
+    on_meta: bool = False,
+    lift: bool = True,
+) -> State:
+    """Put the adapter that `config` describes on `model`, called `name`. An error leaves the model as it was.
+
+    Args:
+        trainable: declared trainable; it learns while it is also active.
+        on_meta: build without memory, for tensors that are about to be loaded.
+        lift: hold adapters of a half-precision base in fp32.
+    """
+    state = state_of(model) or State()
+    _check_name(name, state)
+    saved = saved_modules(model, config)
+    paths = targets(model, config, saved) if isinstance(config, LayerConfig) else []
+    state.configs[name] = config
+    try:
+        layers = Wrapper(model, state)
+        with torch.device("meta") if on_meta else nullcontext():
+            adapted = [layers.wrap(path) for path in paths]
+            _build_shared(config, name, state, adapted)
+            for layer in adapted:
+                layer.add(name, config.build(layer.target, state.shared.get(name)))
+            _follow_ties(model, config, name, layers, adapted)
+            _add_biases(model, config, name, layers, paths)
+            for path in saved:
+                layer = layers.wrap(path)
+                layer.add(name, Replace(layer.target))
+            if isinstance(config, PromptConfig):
+                state.prompts[name] = config.build_prompt(spec_for(model, config), model.get_input_embeddings().weight)
+    except BaseException:
+        detach(model, name, state)
+        raise
+    install(model, state)
+    settle(model, state, name, lift=lift)
+    for module in state.modules(name):
+        module.train(model.training)
+    state.trainable |= {name} if trainable else set()
+    state.mark(name)
+    return state
+
+
+def settle(model: nn.Module, state: State, name: str, *, lift: bool = True) -> None:
+    """Move an adapter to where its targets compute, in the dtype it learns in."""
+    for path, adapter in state.adapters(name).items():
+        target = state.layers[path].target
+        _settle(adapter, target.device, target.dtype, lift)
+    first = next((p for p in model.parameters() if p.is_floating_point() and not p.is_meta), None)
+    for module in (state.shared.get(name), state.prompts.get(name)):
+        if module is not None and first is not None:
+            _settle(module, first.device, first.dtype, lift)
+
+
+def detach(model: nn.Module, name: str, state: State) -> None:
+    """Take one adapter off; a layer without adapters becomes the plain module again."""
+    state.configs.pop(name, None)
+    state.trainable.discard(name)
+    state.schedules.pop(name, None)
+    for path, layer in list(state.layers.items()):
+        if name in layer.adapters:
+            del layer.adapters[name]
+        if not len(layer.adapters):
+            Wrapper(model, state).unwrap(path)
+    for group in (state.shared, state.prompts):
+        if name in group:
+            del group[name]
+    state.active = tuple(active for active in state.active if active != name)
+    if not state.configs:
+        uninstall(model)
+    elif state_of(model) is state:
+        install(model, state)
+
+
+class Wrapper:
+    """Puts `AdapterLayer`s into a model and takes them out, at every place that holds the module."""
+
+    def __init__(self, model: nn.Module, state: State) -> None:
+        self.model, self.state = model, state
+        self.modules = dict(walk(model))
+
+    def wrap(self, path: str) -> AdapterLayer:
+        if path not in self.state.layers:
+            module = self.modules[path]
+            layer = AdapterLayer(module, path, self.state)
+            self._put(module, layer)
+            self.state.layers[path] = layer
+        return self.state.layers[path]
+
+    def unwrap(self, path: str) -> nn.Module:
+        layer = self.state.layers.pop(path)
+        self._put(layer, layer.base_layer)
+        return layer.base_layer
+
+    def _put(self, old: nn.Module, new: nn.Module) -> None:
+        for parent, name in self._places(old):
+            if parent is not new:
+                parent._modules[name] = new
+
+    def _places(self, module: nn.Module) -> list[tuple[nn.Module, str]]:
+        if not hasattr(self, "_index"):
+            self._index: dict[int, list[tuple[nn.Module, str]]] = {}
+            for parent in self.model.modules():
+                for name, child in parent._modules.items():
+                    self._index.setdefault(id(child), []).append((parent, name))
+        return self._index.get(id(module), [])
+
+
+def _settle(module: nn.Module, device: torch.device, dtype: torch.dtype | None, lift: bool) -> None:
+    """Meta tensors stay until they are loaded. Half precision is lifted; without lifting the base's dtype is taken."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_meta or not tensor.is_floating_point():
+            wanted = tensor.dtype
+        else:
+            wanted = torch.float32 if lift and tensor.dtype in HALF else tensor.dtype
+            wanted = dtype if not lift and dtype in HALF else wanted
+        if tensor.is_meta or device.type == "meta" or (tensor.device == device and tensor.dtype == wanted):
+            continue
+        tensor.data = tensor.data.to(device=device, dtype=wanted)
+    for part in module.modules():
+        if isinstance(part, Adapter):
+            part.forget_dtype()
+
+
+def _check_name(name: str, state: State) -> None:
+    if not name or "/" in name or "\\" in name or name in (".", "..") or "\0" in name:
+        raise VeneerError(f"adapter name {name!r} must be usable as a folder's name")
+    if name in state.configs:
+        raise VeneerError(f"the model already has an adapter called {name!r}; choose another name or delete it first")
+
+
+def _build_shared(config: Config, name: str, state: State, layers: Sequence[AdapterLayer]) -> None:
+    shared = config.build_shared([layer.target for layer in layers])
+    if shared is not None:
+        state.shared[name] = shared
+
+
+def _follow_ties(model: nn.Module, config: Config, name: str, layers: Wrapper, adapted: list[AdapterLayer]) -> None:
+    """Adapters that follow ties also go on the modules whose weight is the same Parameter."""
+    for layer in adapted:
+        adapter = layer.adapters[name]
+        if not adapter.follows_ties:
+            continue
+        weight = layer.base_layer.weight
+        for path, module in layers.modules.items():
+            if module is not layer.base_layer and module._parameters.get("weight") is weight:
+                twin = layers.wrap(path)
+                twin.add(name, config.build(twin.target, None, twin=adapter))
+
+
+def _add_biases(model: nn.Module, config: Config, name: str, layers: Wrapper, paths: list[str]) -> None:
+    """`bias="all"`: a trained copy of every bias; `"<method>_only"`: of those on adapted modules."""
+    kind = getattr(config, "bias", "none")
+    if kind == "none":
+        return
+    candidates = [p for p, m in layers.modules.items() if m._parameters.get("bias") is not None]
+    for path in candidates if kind == "all" else [p for p in candidates if p in paths]:
+        layer = layers.wrap(path)
+        layer.add(name, Bias(layer.target, beside=path in paths))

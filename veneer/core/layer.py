@@ -1,0 +1,306 @@
+"""`AdapterLayer`, the only wrapper: it runs the active adapters around one module, in one order, for every method.
+
+Order of composition: `pre` from the outermost adapter in, the base module once, `post` from the innermost out; `fold`
+in the same order, so merged equals active.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..errors import NotMergeable, VeneerError
+from .adapter import Adapter, Modules, Parts, Replace
+from .context import BASE, State
+from .target import kind_of
+
+Stack = Sequence[Adapter]
+
+
+class View(MutableMapping[str, Any]):
+    """One attribute of a layer's adapters by adapter name: `layer.lora_A["default"]`, `layer.scaling["default"] = 2`."""
+
+    def __init__(self, layer: AdapterLayer, attribute: str) -> None:
+        self._layer, self._attribute = layer, attribute
+
+    def _owner(self, name: str) -> Adapter:
+        for part in self._layer.adapters[name].parts if name in self._layer.adapters else ():
+            if hasattr(part, self._attribute):
+                return part
+        raise KeyError(name)
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self._owner(name), self._attribute)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self._owner(name), self._attribute, value)
+
+    def __delitem__(self, name: str) -> None:
+        raise VeneerError(f"delete the adapter with model.delete_adapter({name!r})")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return (n for n, a in self._layer.adapters.items() if any(hasattr(p, self._attribute) for p in a.parts))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return f"{{{', '.join(f'{name!r}: {value!r}' for name, value in self.items())}}}"
+
+
+class AdapterLayer(nn.Module):
+    """A module of the base model together with the adapters on it.
+
+    Reads of unknown attributes fall through to the base module, writes of `weight` and `bias` too.
+    """
+
+    def __init__(self, base_layer: nn.Module, path: str, state: State) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = Modules()
+        self.path = path
+        self.state = state
+        self.target = kind_of(base_layer)(self)
+        self.merged_adapters: tuple[str, ...] = ()
+        self.rows: Tensor | None = None
+        self.kept_module: nn.Module | None = None
+        self.kept: dict[str, nn.Parameter] = {}
+        self.train(base_layer.training)
+
+    # Running
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.state
+        if not state.enabled:
+            return self._unadapted(*args, **kwargs)
+        if "adapter_names" in state.facts:
+            return self._mixed(state.facts["adapter_names"], args, kwargs)
+        stack = self.stack(state.active)
+        if not stack:
+            return self.base_layer(*args, **kwargs)
+        return self._run(stack, args, kwargs)
+
+    def stack(self, names: Sequence[str]) -> list[Adapter]:
+        """The adapters of `names` on this layer that are not merged, innermost first."""
+        adapters, merged = self.adapters._modules, self.merged_adapters
+        return [part for name in names if name in adapters and name not in merged for part in adapters[name].parts]
+
+    def _run(self, stack: Stack, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        below, above = _split(stack)
+        inputs, x = _down(above, _first(args, kwargs))
+        args, kwargs = _with_first(x, args, kwargs)
+        out = self._through(below, args, kwargs) if below else self.base_layer(*args, **kwargs)
+        return _with_output(out, _up(above, inputs, _output(out)))
+
+    def _mixed(self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One batch whose rows use different adapters; the base module still runs once."""
+        x = _first(args, kwargs)
+        runs = []
+        for rows, stack in self._groups(names, x):
+            below, above = _split(stack)
+            self.rows = rows
+            inputs, own = _down(above, x[rows])
+            x = x.index_copy(0, rows, own) if any(a.has_pre for a in above) else x
+            runs.append((rows, below, above, inputs))
+        args, kwargs = _with_first(x, args, kwargs)
+        out = self.base_layer(*args, **kwargs)
+        y = _output(out)
+        for rows, below, above, inputs in runs:
+            self.rows = rows
+            start = _output(self._through(below, args, kwargs))[rows] if below else y[rows]
+            y = y.index_copy(0, rows, _up(above, inputs, start))
+        self.rows = None
+        return _with_output(out, y)
+
+    def _groups(self, names: Sequence[str], x: Tensor) -> list[tuple[Tensor, Stack]]:
+        """The rows of a mixed batch that each adapter on this layer serves."""
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(names):
+            rows.setdefault(name, []).append(row)
+        stacks = {name: self.stack((name,)) for name in rows if name != BASE}
+        if any(stacks.values()) and x.shape[0] != len(names):
+            raise VeneerError(
+                f"adapter_names has {len(names)} entries, but {self.path!r} was given {x.shape[0]} rows: "
+                "a mixed batch needs modules that keep the batch as their first dimension"
+            )
+        return [(torch.tensor(rows[name], device=x.device), stack) for name, stack in stacks.items() if stack]
+
+    def _through(self, below: Stack, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's output through the weight that the adapters `below` fold into."""
+        if isinstance(below[-1], Replace):
+            args, kwargs = _with_first(_cast(_first(args, kwargs), below[-1].dtype), args, kwargs)
+            out = below[-1].module(*args, **kwargs)
+            return _with_output(out, _cast(_output(out), self.target.dtype))
+        W, b = self.fold(below)
+        return self.target.op(_first(args, kwargs), W, b)
+
+    def fold(self, stack: Stack) -> tuple[Tensor, Tensor | None]:
+        """Weight (out, in) and bias with `stack` folded in: summed in at least fp32, rounded once to their own dtype."""
+        W, b = self.target.weight(), self.target.bias()
+        dtype, wide = W.dtype, torch.promote_types(W.dtype, torch.float32)
+        W, b = W.to(wide), None if b is None else b.to(wide)
+        for adapter in stack:
+            W, b = adapter.fold(W, b)
+        return W.to(dtype), None if b is None else b.to(dtype)
+
+    def _unadapted(self, *args: Any, **kwargs: Any) -> Any:
+        """The pretrained module, also while adapters are merged into its weight."""
+        module = self.kept_module or self.base_layer
+        return functional_call(module, self.kept, args, kwargs) if self.kept else module(*args, **kwargs)
+
+    # Merging
+
+    def check_merge(self, names: Sequence[str]) -> None:
+        """Raise NotMergeable unless merging `names` leaves the output as it is."""
+        for name in names:
+            for part in self.stack((name,)):
+                if not part.has_fold:
+                    part.fold(torch.empty(0), None)
+        waiting = [n for n in self.state.active if n in self.adapters and n not in (*names, *self.merged_adapters)]
+        for name in (n for n in names if n in self.adapters and n in self.state.active):
+            order = self.state.active
+            for first in (n for n in waiting if order.index(n) < order.index(name)):
+                if not all(p.commutes for n in (first, name) for p in self.adapters[n].parts):
+                    raise NotMergeable(
+                        f"adapter {name!r} acts after {first!r} on {self.path!r}, and the two do not commute: "
+                        f"merge {first!r} first, or both"
+                    )
+
+    def merge(self, names: Sequence[str], safe: bool = False) -> None:
+        """Fold adapters into the weight, keeping the Parameters (and a replaced module) for `unmerge`."""
+        stack = self.stack(names)
+        whole = max((i for i, part in enumerate(stack) if isinstance(part, Replace)), default=-1)
+        if whole >= 0:
+            self._swap(stack[whole])
+        rest = stack[whole + 1 :]
+        if rest:
+            W, b = self.fold(rest)
+            if safe and not (torch.isfinite(W).all() and (b is None or torch.isfinite(b).all())):
+                raise NotMergeable(f"merging {', '.join(names)} into {self.path!r} gives values that are not finite")
+            old = self.target.replace(W, b)
+            self.kept = self.kept if self.kept or self.kept_module else old
+        self.merged_adapters += tuple(n for n in names if n in self.adapters and n not in self.merged_adapters)
+
+    def _swap(self, replacement: Replace) -> None:
+        """Put the trained copy of the module in its place; the weights merged into the old one go back first."""
+        self.target.restore(self.kept)
+        self.kept = {}
+        if self.kept_module is None:
+            self.kept_module = self.base_layer
+        self.base_layer = copy.deepcopy(replacement.module).requires_grad_(False)
+
+    def unmerge(self) -> None:
+        """Bind the kept Parameters back: bit-exact for every method and dtype."""
+        if self.kept_module is not None:
+            self.base_layer, self.kept_module = self.kept_module, None
+        self.target.restore(self.kept)
+        self.kept = {}
+        self.merged_adapters = ()
+
+    # Holding adapters
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Put an adapter on; a second one under the same name composes with the first."""
+        present = self.adapters.get(name)
+        self.adapters[name] = adapter if present is None else Parts(present, adapter)
+
+    # Standing in for the base module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            if base is None:
+                raise
+        try:
+            return getattr(base, name)
+        except AttributeError:
+            view = View(self, name)
+            if name.startswith("__") or not len(view):
+                raise
+            return view
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        first, *rest = repr(self.base_layer).split("\n")
+        lines = [f"{type(a).__name__}[{name}]({a.describe()})" for name, a in self.adapters.items()]
+        notes = [line + (" merged" if n in self.merged_adapters else "") for n, line in zip(self.adapters, lines)]
+        return "\n".join([first, *rest]) + "".join(f" + {note}" for note in notes)
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The module of the base model, without the adapters around it."""
+    while isinstance(module, AdapterLayer):
+        module = module.base_layer
+    return module
+
+
+def _split(stack: Stack) -> tuple[Stack, Stack]:
+    """What must go through the weight (a weight form only, or above others and reading their weight), and the rest."""
+    k = 0
+    for i, adapter in enumerate(stack):
+        if not (adapter.has_pre or adapter.has_post) or (adapter.reads_weight and i > 0):
+            k = i + 1
+    return stack[:k], stack[k:]
+
+
+def _down(above: Stack, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """`pre` from the outermost adapter in. Returns what each received, innermost last, and x in its own dtype."""
+    inputs, dtype = [], x.dtype
+    for adapter in reversed(above):
+        x = _cast(x, adapter.dtype)
+        inputs.append(x)
+        if adapter.has_pre:
+            x = adapter.pre(x)
+    return inputs, _cast(x, dtype)
+
+
+def _up(above: Stack, inputs: list[Tensor], y: Tensor) -> Tensor:
+    """`post` from the innermost adapter out, each in its own dtype; the result in the base's."""
+    dtype = y.dtype
+    for adapter, x in zip(above, reversed(inputs), strict=True):
+        if adapter.has_post:
+            y = adapter.post(x, _cast(y, adapter.dtype))
+    return _cast(y, dtype)
+
+
+def _cast(t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return t if dtype is None or t.dtype == dtype or not t.is_floating_point() else t.to(dtype)
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The tensor a module transforms: its first positional one, else its first keyword (attention blocks)."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+def _with_first(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    for i, value in enumerate(args):
+        if isinstance(value, Tensor):
+            return (*args[:i], x, *args[i + 1 :]), kwargs
+    name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
+    return args, {**kwargs, name: x}
+
+
+def _output(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _with_output(out: Any, y: Tensor) -> Any:
+    return (y, *out[1:]) if isinstance(out, tuple) else y

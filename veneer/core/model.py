@@ -1,0 +1,480 @@
+"""`PeftModel`: a Hugging Face model with adapters on it, under PEFT's API."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, ConfigError, NotMergeable, VeneerError, nearest
+from ..interop import transformers as interop
+from . import checkpoint
+from .adapter import Adapter
+from .config import Config, LayerConfig, PromptConfig, TaskType
+from .context import CheckpointContext, State, state_of
+from .inject import Wrapper, attach, detach, settle
+from .layer import AdapterLayer
+from .plan import Plan, count, plan
+from .schedule import follow
+from .status import LayerStatus, ModelStatus, layer_status, model_status
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: Config,
+    adapter_name: str = "default",
+    *,
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+    revision: str | None = None,
+) -> PeftModel:
+    """Freeze `model` and put a new adapter on it.
+
+    Args:
+        model: any `nn.Module`; prompts need a transformers model. It is changed in place.
+        peft_config: which method, where, and its settings.
+        adapter_name: what to call the adapter.
+        autocast_adapter_dtype: hold the adapter of a half-precision base in fp32, as training needs.
+        low_cpu_mem_usage: build the adapter on the meta device, for tensors that are loaded next.
+
+    Raises:
+        TargetError: a targeting entry matches nothing.
+        VeneerError: the model already has adapters.
+    """
+    if revision is not None:
+        peft_config.revision = revision
+    return PeftModel(
+        model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+
+
+class Adapted(nn.Module):
+    """`PeftModel.base_model`: holds the adapted model as `.model`, where PEFT's code and key names expect it."""
+
+    prefix = "adapters."
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return _fall_through(self, name, "model")
+
+    def enable_adapter_layers(self) -> None:
+        _state(self.model).enabled = True
+
+    def disable_adapter_layers(self) -> None:
+        _state(self.model).enabled = False
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Run the adapters' schedules by hand after `global_step`; without this call they run by themselves."""
+        for schedule in _state(self.model).schedules.values():
+            schedule.by_hand = True
+            schedule.step(global_step)
+
+
+class PeftModel(nn.Module):
+    """A model with adapters. Attributes it does not have are those of the model inside."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: Config,
+        adapter_name: str = "default",
+        *,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        if isinstance(model, PeftModel) or state_of(model) is not None:
+            raise VeneerError(
+                "the model already has adapters; use add_adapter() for another one, or unload() to start afresh"
+            )
+        frozen = [p for p in model.parameters() if p.requires_grad]
+        model.requires_grad_(False)
+        self.base_model = Adapted(model)
+        try:
+            self._attach(adapter_name, peft_config, on_meta=low_cpu_mem_usage, lift=autocast_adapter_dtype)
+        except BaseException:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            raise
+        self._state.activate((adapter_name,))
+        interop.recognise(PeftModel)
+
+    # Access
+
+    @property
+    def _state(self) -> State:
+        return _state(self.base_model.model)
+
+    @property
+    def peft_config(self) -> dict[str, Config]:
+        """The configs by adapter name."""
+        return self._state.configs
+
+    @property
+    def active_peft_config(self) -> Config:
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def peft_type(self) -> str:
+        return self.active_peft_config.peft_type
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._state.active)
+
+    @property
+    def active_adapter(self) -> str:
+        """The first active adapter."""
+        if not self._state.active:
+            raise VeneerError("no adapter is active; activate one with set_adapter()")
+        return self._state.active[0]
+
+    def get_base_model(self) -> nn.Module:
+        """The Hugging Face model, adapters on it."""
+        return self.base_model.model
+
+    def __getattr__(self, name: str) -> Any:
+        return _fall_through(self, name, "base_model")
+
+    # Running
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's `generate`; also takes `adapter_names` and the methods' own facts."""
+        state, model = self._state, self.base_model.model
+        facts = {name: kwargs.pop(name) for name in list(kwargs) if name in state.fact_names()}
+        for name in state.live():
+            kwargs = {**kwargs, **state.configs[name].generate_with}
+        with state.remembering(facts):
+            return model.generate(*args, **kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """The model's own, which recomputes each layer with the facts (adapter names, ...) of its forward pass."""
+        settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if not settings["use_reentrant"]:
+            settings.setdefault("context_fn", CheckpointContext(self._state))
+        elif hasattr(self, "enable_input_require_grads"):
+            self.enable_input_require_grads()
+        self.base_model.model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **kwargs)
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+
+    # Adapters
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: Config,
+        *,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Put another adapter on, of any method; it learns once `set_adapter` makes it active."""
+        self._attach(adapter_name, peft_config, on_meta=low_cpu_mem_usage, lift=autocast_adapter_dtype)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one adapter, or several in the order they compose, the active ones.
+
+        Args:
+            adapter_name: one name, or several, innermost first.
+            inference_mode: the adapters are to run, not to learn.
+        """
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        for name in names:
+            self._known(name)
+        if len(set(names)) < len(names):
+            raise VeneerError(f"set_adapter: {names} names an adapter twice")
+        merged = self._merged()
+        if merged and set(names) != set(self._state.active):
+            raise VeneerError(f"{', '.join(merged)} is merged into the weights; call unmerge_adapter() before switching")
+        if inference_mode:
+            self._state.trainable -= set(names)
+        self._state.activate(names)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Declare adapters trainable or frozen; a trainable one learns while it is active."""
+        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
+            self._known(name)
+            self._state.trainable = self._state.trainable - {name} | ({name} if requires_grad else set())
+            self._state.mark(name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off. The last one cannot go; `unload()` gives the bare model back."""
+        self._known(adapter_name)
+        if adapter_name in self._merged():
+            raise VeneerError(f"{adapter_name!r} is merged into the weights; call unmerge_adapter() before deleting it")
+        if len(self.peft_config) == 1:
+            raise VeneerError(f"{adapter_name!r} is the only adapter; use unload() to get the model without it")
+        detach(self.base_model.model, adapter_name, self._state)
+        if not self._state.active:
+            self._state.activate((next(iter(self.peft_config)),))
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, the model computes what the base model would, merged or not."""
+        with self._state.switched(enabled=False):
+            yield
+
+    # Merging
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters into the weights, the active ones by default; `unmerge_adapter` is bit-exact.
+
+        Raises:
+            NotMergeable: a method has no form as a weight, or the merge would change the result; nothing is changed.
+        """
+        names = self._merge_order(adapter_names)
+        for layer in self._state.layers.values():
+            layer.check_merge(names)
+        for layer in self._state.layers.values():
+            layer.merge(names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Bind the pretrained Parameters back."""
+        for layer in self._state.layers.values():
+            layer.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """The Hugging Face model with the adapters folded in and no trace of veneer.
+
+        A module whose weight was tied to another's gets a weight of its own, and the model's config says so.
+        """
+        from tqdm import tqdm
+
+        names = self._merge_order(adapter_names)
+        for layer in self._state.layers.values():
+            layer.check_merge(names)
+        for layer in tqdm(list(self._state.layers.values()), desc="merging", disable=not progressbar):
+            layer.merge(names, safe_merge)
+            layer.kept, layer.kept_module = {}, None
+        model = self.unload()
+        interop.note_untied(model)
+        return model
+
+    def unload(self) -> nn.Module:
+        """The Hugging Face model without its adapters."""
+        state, model = self._state, self.base_model.model
+        for layer in state.layers.values():
+            if layer.kept or layer.kept_module is not None:
+                layer.unmerge()
+            layer.merged_adapters = ()
+        for name in list(state.configs):
+            detach(model, name, state)
+        return model
+
+    def _merge_order(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
+        state = self._state
+        for name in adapter_names or ():
+            self._known(name)
+        names = state.active if adapter_names is None else tuple(adapter_names)
+        for name in names:
+            if name in state.prompts:
+                raise NotMergeable(f"{name!r} is a prompt: it lives in front of the input and has no form as a weight")
+            if not state.adapters(name):
+                raise NotMergeable(f"{name!r} has no layers of its own, so there is nothing to merge")
+        inactive = [n for n in names if n not in state.active]
+        return (*inactive, *(n for n in state.active if n in names))
+
+    def _merged(self) -> list[str]:
+        return list(dict.fromkeys(n for layer in self._state.layers.values() for n in layer.merged_adapters))
+
+    # Looking
+
+    def parameter_plan(self, adapter_name: str | None = None) -> Plan:
+        """What an adapter adds, layer by layer: r, in, out, the count by formula and the real one, and the sums."""
+        return plan(self._state, self._known(adapter_name or self.active_adapter))
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters."""
+        return count(self)
+
+    def print_trainable_parameters(self) -> None:
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+
+    def get_layer_status(self) -> list[LayerStatus]:
+        return layer_status(self._state)
+
+    def get_model_status(self) -> ModelStatus:
+        return model_status(self._state, self.base_model.model)
+
+    # Files
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        **ignored: Any,
+    ) -> None:
+        """Write each adapter: "default" into the directory, any other into a folder of its name.
+
+        Args:
+            selected_adapters: which ones; None: all.
+            save_embedding_layers: whether the files also hold the base embeddings; "auto": PEFT's rule.
+            is_main_process: false on the processes of a distributed run that must not write.
+            ignored: what callers written for PEFT pass (`state_dict`); an adapter's tensors come from the model.
+        """
+        if not safe_serialization:
+            raise CheckpointError("veneer writes safetensors only; pickles can run code when they are loaded")
+        directory = Path(save_directory)
+        if directory.is_file():
+            raise CheckpointError(f"{str(directory)!r} is a file; give a directory to save into")
+        for name in selected_adapters or list(self.peft_config):
+            self._known(name)
+        if not is_main_process:
+            return
+        embeddings = None if save_embedding_layers == "auto" else bool(save_embedding_layers)
+        for name in selected_adapters or list(self.peft_config):
+            config = copy.copy(self.peft_config[name])
+            config.inference_mode = True
+            into = directory if name == "default" else directory / name
+            checkpoint.save(self.base_model.model, self._state, name, into, config, embeddings)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: Config | None = None,
+        *,
+        autocast_adapter_dtype: bool = True,
+        check_base: bool = True,
+        **hub: Any,
+    ) -> PeftModel:
+        """Put a saved adapter on its base model.
+
+        Args:
+            model: the base model the adapter was trained on.
+            model_id: a directory, or a hub id.
+            is_trainable: go on training it.
+            config: use this instead of the file's.
+            check_base: refuse a base model other than the adapter's own.
+            hub: `subfolder`, `revision`, `token`, `cache_dir` and the like.
+
+        Raises:
+            CheckpointError: a file is missing, damaged, or does not fit; the model is left as it was.
+        """
+        _only_hub(hub)
+        config = config or Config.from_pretrained(model_id, **hub)
+        tensors, notes = checkpoint.read(model_id, **hub)
+        config.inference_mode = not is_trainable
+        adapted = cls(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=True)
+        try:
+            adapted._fill(adapter_name, tensors, notes if check_base else {}, autocast_adapter_dtype)
+        except BaseException:
+            adapted.unload()
+            raise
+        adapted.eval()
+        return adapted
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        *,
+        autocast_adapter_dtype: bool = True,
+        check_base: bool = True,
+        **hub: Any,
+    ) -> None:
+        """Load a further adapter, or new values for one of that name, whose Parameters stay the same objects."""
+        _only_hub(hub)
+        config = Config.from_pretrained(model_id, **hub)
+        tensors, notes = checkpoint.read(model_id, **hub)
+        noted = notes if check_base else {}
+        if adapter_name in self.peft_config:
+            present = self.peft_config[adapter_name]
+            if present.peft_type != config.peft_type:
+                raise CheckpointError(
+                    f"adapter {adapter_name!r} is {present.peft_type}, the file holds {config.peft_type}; "
+                    "load it under another name"
+                )
+            self._fill(adapter_name, tensors, noted, autocast_adapter_dtype)
+            return
+        config.inference_mode = not is_trainable
+        self._attach(adapter_name, config, on_meta=True, lift=autocast_adapter_dtype)
+        try:
+            self._fill(adapter_name, tensors, noted, autocast_adapter_dtype)
+        except BaseException:
+            detach(self.base_model.model, adapter_name, self._state)
+            raise
+
+    # Steps
+
+    def _attach(self, name: str, config: Config, *, on_meta: bool, lift: bool) -> None:
+        model = self.base_model.model
+        if not isinstance(config, Config):
+            raise ConfigError(f"a veneer config describes an adapter, not a {type(config).__name__}")
+        config.base_model_name_or_path = getattr(getattr(model, "config", None), "name_or_path", None) or (
+            config.base_model_name_or_path
+        )
+        if isinstance(config, PromptConfig) and config.task_type is None:
+            config.task_type = interop.task_of(model)
+        attach(model, config, name, trainable=not config.inference_mode, on_meta=on_meta, lift=lift)
+        if not config.inference_mode:
+            follow(self._state, name)
+
+    def _fill(self, name: str, tensors: dict[str, Tensor], notes: dict[str, Any], lift: bool) -> None:
+        state, model = self._state, self.base_model.model
+        embeddings = list(checkpoint.base_embeddings_in(model, state, name, tensors))
+        checkpoint.check(state, name, tensors)
+        checkpoint.check_base(state, name, notes.get("base", {}))
+        checkpoint.absorb_base_embeddings(embeddings)
+        checkpoint.absorb(state, name, tensors)
+        settle(model, state, name, lift=lift)
+        state.mark(name)
+
+    def _known(self, name: str) -> str:
+        if name not in self.peft_config:
+            known = ", ".join(self.peft_config)
+            raise VeneerError(f"no adapter is called {name!r}; the model has {known}{nearest(name, self.peft_config)}")
+        return name
+
+
+def _state(model: nn.Module) -> State:
+    state = state_of(model)
+    if state is None:
+        raise VeneerError("the model has no adapters (they were merged or unloaded)")
+    return state
+
+
+def _fall_through(module: nn.Module, name: str, inner: str) -> Any:
+    try:
+        return nn.Module.__getattr__(module, name)
+    except AttributeError:
+        held = module.__dict__.get("_modules", {}).get(inner)
+        if held is None or name == inner:
+            raise
+        return getattr(held, name)
+
+
+HUB_ARGUMENTS = {
+    *("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "repo_type"),
+}
+
+
+def _only_hub(given: dict[str, Any]) -> None:
+    unknown = [name for name in given if name not in HUB_ARGUMENTS]
+    if unknown:
+        raise VeneerError(f"unknown argument {unknown[0]!r}{nearest(unknown[0], HUB_ARGUMENTS)}")

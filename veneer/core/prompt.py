@@ -1,0 +1,95 @@
+"""What a prompt method is: learned positions in front of the input, as embeddings or as cache entries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .adapter import Tensors
+
+if TYPE_CHECKING:
+    from .config import PromptConfig
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The sizes of the model a prompt is made for."""
+
+    width: int
+    layers: int
+    heads: int
+    """Heads of a cache entry: the key-value heads under grouped-query attention."""
+    head_dim: int
+    submodules: int
+    """1, or 2 for an encoder-decoder."""
+
+
+class Prompt(nn.Module):
+    """One adapter name's learned positions.
+
+    Subclasses define one of:
+
+    - `embeds(facts) -> (n, width)` or (batch, n, width): put in front of the input embeddings.
+    - `key_values(facts) -> [(k, v), ...]`, a pair for each layer, each (heads, n, head_dim): put in the cache.
+    """
+
+    def __init__(self, config: PromptConfig, spec: Spec, words: Tensor) -> None:
+        """`words` is the base model's input embedding, (vocabulary, width), to start from."""
+        super().__init__()
+        self.config, self.spec = config, spec
+
+    @property
+    def n(self) -> int:
+        """How many positions it adds."""
+        assert self.config.num_virtual_tokens is not None
+        return self.config.num_virtual_tokens
+
+    def embeds(self, facts: dict[str, Any]) -> Tensor | None:
+        return None
+
+    def key_values(self, facts: dict[str, Any]) -> list[tuple[Tensor, Tensor]] | None:
+        return None
+
+    def export(self) -> Tensors:
+        """What goes to the file, by key: prompts have no prefix."""
+        return self.state_dict()
+
+    def absorb(self, tensors: Tensors) -> None:
+        """Take what came from a file; in place where memory exists."""
+        self.load_state_dict(tensors, strict=False, assign=any(p.is_meta for p in self.parameters()))
+
+
+def spec_for(model: nn.Module, config: PromptConfig) -> Spec:
+    """Read the sizes from the model's config; fields the user set win. Fills the config, as the file holds them."""
+    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
+        raise ConfigError(f"a prompt needs a transformers model, not {type(model).__name__}")
+    text = model.config.get_text_config()
+    width, heads = _width_and_heads(text, config)
+    config.token_dim, config.num_attention_heads = width, heads
+    config.num_layers = config.num_layers or _read(text, "num_hidden_layers", "num_layers", "n_layer")
+    if config.num_transformer_submodules is None:
+        config.num_transformer_submodules = 2 if getattr(model.config, "is_encoder_decoder", False) else 1
+    submodules = config.num_transformer_submodules
+    return Spec(width, config.num_layers, heads, width // heads, submodules)
+
+
+def _width_and_heads(text: Any, config: PromptConfig) -> tuple[int, int]:
+    """An embedding's width and the attention heads; for a cache those of keys and values (grouped-query attention)."""
+    width = _read(text, "hidden_size", "n_embd", "d_model")
+    heads = config.num_attention_heads or _read(text, "num_attention_heads", "n_head", "num_heads")
+    if config.fills_cache and config.token_dim is None:
+        head_dim = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or width // heads
+        heads = config.num_attention_heads or getattr(text, "num_key_value_heads", None) or heads
+        width = heads * head_dim
+    return config.token_dim or width, heads
+
+
+def _read(config: Any, *names: str) -> int:
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None:
+            return value
+    raise ConfigError(f"the model's config has none of {', '.join(names)}; set the field in the adapter's config")

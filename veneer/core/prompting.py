@@ -1,0 +1,241 @@
+"""The root hooks on the Hugging Face model: facts of a call in, learned prompts in front of the input, loss terms out.
+
+`generate`, TRL and `Trainer` all enter below `PeftModel.forward`; one pre-hook on the model they call serves them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import VeneerError
+from .context import BASE, State, batch_size, by_row, state_of
+from .prompt import Prompt
+
+CHILDREN = {"veneer_shared": "shared", "veneer_prompts": "prompts"}
+"""The children of the Hugging Face model that hold shared modules and prompts, while there are any."""
+
+
+def install(model: nn.Module, state: State) -> None:
+    """Register the state, the hooks, and whatever is shared between layers with the model."""
+    if state_of(model) is None:
+        model.__dict__["_veneer"] = state
+        hooks = [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
+        encoder = _encoder(model)
+        if encoder is not None:
+            hooks.append(encoder.register_forward_pre_hook(before_encoder, with_kwargs=True))
+            encoder.__dict__["_veneer_root"] = (state,)
+        model.__dict__["_veneer_hooks"] = hooks
+    for child, group in CHILDREN.items():
+        modules = getattr(state, group)
+        if len(modules):
+            model._modules[child] = modules
+        else:
+            model._modules.pop(child, None)
+
+
+def uninstall(model: nn.Module) -> None:
+    """Leave the model as it was before the first adapter."""
+    for hook in model.__dict__.pop("_veneer_hooks", ()):
+        hook.remove()
+    model.__dict__.pop("_veneer", None)
+    for child in CHILDREN:
+        model._modules.pop(child, None)
+    encoder = _encoder(model)
+    if encoder is not None:
+        encoder.__dict__.pop("_veneer_root", None)
+
+
+def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The root pre-hook. Always takes the adapters' facts out of kwargs: the model would swallow them in silence."""
+    state = state_of(model)
+    if state is None or state.busy:
+        return args, kwargs
+    own = {name: kwargs[name] for name in state.fact_names() if kwargs.get(name) is not None}
+    kwargs = {name: value for name, value in kwargs.items() if name not in state.fact_names()}
+    state.facts = by_row({**state.sticky, **own}, kwargs, args)
+    check_names(state)
+    names = state.live() if "adapter_names" not in state.facts else tuple(dict.fromkeys(state.facts["adapter_names"]))
+    for name in names:
+        if name in state.configs:
+            _compute_facts(state, name, model, {**dict(zip(("input_ids",), args)), **kwargs})
+    for prompt in live_prompts(state):
+        args, kwargs = splice(model, prompt, state, args, kwargs)
+    return args, kwargs
+
+
+def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """The root hook: add the methods' own loss terms to the model's loss."""
+    state = state_of(model)
+    loss = getattr(output, "loss", None)
+    if state is None or state.busy or loss is None or not torch.is_grad_enabled():
+        return output
+    for name in state.live():
+        term = state.configs[name].loss(list(state.adapters(name).values())) if name in state.trainable else None
+        if term is not None:
+            output.loss = output.loss + term.to(output.loss)
+    return output
+
+
+def check_names(state: State) -> None:
+    """A mixed batch names adapters that exist, have layers, and are not merged."""
+    for name in dict.fromkeys(state.facts.get("adapter_names", ())):
+        if name == BASE:
+            continue
+        if name not in state.configs:
+            known = ", ".join(state.configs)
+            raise VeneerError(f"adapter_names: no adapter is called {name!r}; the model has {known} and {BASE!r}")
+        if name in state.prompts:
+            raise VeneerError(f"adapter_names: {name!r} is a prompt, which lengthens every row; give it a batch of its own")
+    if "adapter_names" in state.facts and any(layer.merged_adapters for layer in state.layers.values()):
+        raise VeneerError("a mixed batch needs adapters that are not merged; call unmerge_adapter() first")
+
+
+def live_prompts(state: State) -> Iterator[Prompt]:
+    """The prompts of this call, innermost (nearest to the input) first."""
+    if "adapter_names" not in state.facts:
+        yield from (state.prompts[name] for name in state.live() if name in state.prompts)
+
+
+def _compute_facts(state: State, name: str, model: nn.Module, kwargs: dict[str, Any]) -> None:
+    state.busy = True
+    try:
+        state.configs[name].before(state.shared.get(name), state.facts, model, kwargs)
+    finally:
+        state.busy = False
+
+
+def splice(model: nn.Module, prompt: Prompt, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Put a prompt in front of the input of a root call."""
+    names = ("input_ids",) if args else ()
+    kwargs = {**dict(zip(names, args)), **kwargs}
+    pairs = prompt.key_values(state.facts)
+    if pairs is not None:
+        return args[1:], _with_cache(model, prompt, pairs, kwargs)
+    if _encoder(model) is not None:
+        return args[1:], _lengthen_encoder_mask(prompt, kwargs)
+    return args[1:], _with_embeds(model, prompt, state.facts, kwargs)
+
+
+def before_encoder(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An encoder's own pre-hook: `generate` calls it past the root, so its embeddings are put in here."""
+    (state,) = encoder.__dict__.get("_veneer_root", (None,))
+    if state is None or state.busy:
+        return args, kwargs
+    for prompt in live_prompts(state):
+        if prompt.key_values(state.facts) is None:
+            kwargs = {**dict(zip(("input_ids",), args)), **kwargs}
+            args, kwargs = args[1:], _with_embeds(encoder, prompt, state.facts, kwargs)
+    return args, kwargs
+
+
+def _with_embeds(model: nn.Module, prompt: Prompt, facts: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Embeddings in front; the mask, positions, labels and token types grow with them."""
+    cache, n = kwargs.get("past_key_values"), prompt.n
+    kwargs = dict(kwargs)
+    if cache is not None and cache.get_seq_length() > 0:
+        kwargs["attention_mask"] = _longer_mask(kwargs.get("attention_mask"), n)
+        kwargs["position_ids"] = _shifted(kwargs.get("position_ids"), n)
+        return _given(kwargs)
+    inputs = kwargs.pop("inputs_embeds", None)
+    ids = kwargs.pop("input_ids", None)
+    if inputs is None:
+        inputs = model.get_input_embeddings()(ids)
+    learned = prompt.embeds(facts).to(inputs.dtype)
+    learned = learned.expand(inputs.shape[0], -1, -1) if learned.dim() == 2 else learned
+    kwargs["inputs_embeds"] = torch.cat([learned, inputs], dim=1)
+    mask = kwargs.get("attention_mask")
+    if mask is None or mask.shape[-1] == inputs.shape[1]:
+        kwargs["attention_mask"] = _longer_mask(mask, n)
+    if _per_token(kwargs.get("labels"), inputs):
+        kwargs["labels"] = _longer(kwargs["labels"], n, -100)
+    for answer in ("start_positions", "end_positions"):
+        kwargs[answer] = _shifted(kwargs.get(answer), n)
+    kwargs["token_type_ids"] = _longer(kwargs.get("token_type_ids"), n, 0)
+    kwargs["position_ids"] = _longer_positions(kwargs.get("position_ids"), n)
+    return _given(kwargs)
+
+
+def _with_cache(model: nn.Module, prompt: Prompt, pairs: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keys and values at the start of the cache; the mask and the positions grow with them."""
+    kwargs = dict(kwargs)
+    _refuse_checkpointing(model)
+    cache = kwargs.get("past_key_values")
+    rows = batch_size((), kwargs)
+    assert rows is not None
+    if cache is None or cache.get_seq_length() == 0:
+        kwargs["past_key_values"] = _filled(model, cache, pairs, rows)
+    if _encoder(model) is not None:
+        kwargs["decoder_attention_mask"] = _longer_mask(kwargs.get("decoder_attention_mask"), prompt.n)
+        return _given(kwargs)
+    kwargs["attention_mask"] = _longer_mask(kwargs.get("attention_mask"), prompt.n)
+    kwargs["position_ids"] = _shifted(kwargs.get("position_ids"), prompt.n)
+    return _given(kwargs)
+
+
+def _filled(model: nn.Module, cache: Any, pairs: list[tuple[Tensor, Tensor]], rows: int) -> Any:
+    """A cache (the caller's empty one, or a new one) whose first entries are the learned keys and values."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    if cache is None:
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        cache = EncoderDecoderCache(cache, DynamicCache()) if _encoder(model) is not None else cache
+    if getattr(cache, "is_compileable", False):
+        raise VeneerError("a learned prefix cannot lengthen a static cache; generate with the default dynamic one")
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    into = getattr(cache, "self_attention_cache", cache)
+    for i, (k, v) in enumerate(pairs):
+        into.update(k.to(dtype).expand(rows, -1, -1, -1), v.to(dtype).expand(rows, -1, -1, -1), i)
+    return cache
+
+
+def _refuse_checkpointing(model: nn.Module) -> None:
+    if model.training and getattr(model, "is_activation_checkpointing", False):
+        raise VeneerError(
+            "a learned prefix lives in the cache, which gradient checkpointing drops; turn gradient_checkpointing off"
+        )
+
+
+def _lengthen_encoder_mask(prompt: Prompt, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The decoder looks at the encoder's states, prompt included; the encoder's own hook puts the prompt in."""
+    return _given({**kwargs, "attention_mask": _longer_mask(kwargs.get("attention_mask"), prompt.n)})
+
+
+def _longer(t: Tensor | None, n: int, value: int) -> Tensor | None:
+    return None if t is None else torch.cat([t.new_full((*t.shape[:-1], n), value), t], dim=-1)
+
+
+def _longer_mask(mask: Tensor | None, n: int) -> Tensor | None:
+    if mask is not None and mask.dim() != 2:
+        raise VeneerError(f"a learned prompt lengthens a (batch, length) attention mask, not one of {mask.dim()} dimensions")
+    return _longer(mask, n, 1)
+
+
+def _longer_positions(positions: Tensor | None, n: int) -> Tensor | None:
+    if positions is None:
+        return None
+    first = torch.arange(n, device=positions.device, dtype=positions.dtype).expand(*positions.shape[:-1], n)
+    return torch.cat([first, positions + n], dim=-1)
+
+
+def _shifted(t: Tensor | None, n: int) -> Tensor | None:
+    return None if t is None else t + n
+
+
+def _per_token(labels: Tensor | None, inputs: Tensor) -> bool:
+    return labels is not None and not labels.is_floating_point() and labels.shape == inputs.shape[:2]
+
+
+def _given(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if value is not None}
+
+
+def _encoder(model: nn.Module) -> nn.Module | None:
+    """The encoder of an encoder-decoder model."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    return encoder if encoder is not model else None

@@ -1,0 +1,159 @@
+"""What the parts of a transformer are for, read from its structure: attention, MLP, norms, embedding and head.
+
+The default targets of every method are roles, so a method works on an architecture nobody listed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from ..errors import TargetError
+from .adapter import Modules
+from .layer import bare
+from .target import is_conv1d, kind_of
+
+FUSED = re.compile(r"c_attn|qkv|query_key_value|in_proj|wqkv", re.IGNORECASE)
+PROJECTIONS = {
+    "attention.q": re.compile(r"(^|_)(q|wq|query)(_|$)|^q_?(proj|lin)$", re.IGNORECASE),
+    "attention.k": re.compile(r"(^|_)(k|wk|key)(_|$)|^k_?(proj|lin)$", re.IGNORECASE),
+    "attention.v": re.compile(r"(^|_)(v|wv|value)(_|$)|^v_?(proj|lin)$", re.IGNORECASE),
+}
+KNOWN_TARGETS: dict[str, dict[str, list[str]]] = {
+    "deberta": {"attention.q": ["in_proj"], "attention.v": ["in_proj"]},
+}
+"""Architectures whose names or structure mislead, by `model_type`."""
+
+
+def walk(module: nn.Module, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of every module as the unadapted model would list them, looking through adapter layers."""
+    seen = set() if seen is None else seen
+    module = bare(module)
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    yield prefix, module
+    for name, child in module._modules.items():
+        if child is not None and not isinstance(child, Modules):
+            yield from walk(child, f"{prefix}.{name}" if prefix else name, seen)
+
+
+def is_linear(module: nn.Module) -> bool:
+    return kind_of(module).kind == "linear"
+
+
+def head_paths(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
+    """Paths of the model's output layer, which "all-linear" leaves alone."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = bare(get()) if get is not None else None
+    return {path for path, module in modules.items() if module is head}
+
+
+def roles(model: nn.Module) -> dict[str, str]:
+    """The role of each module that has one, by path.
+
+    Roles: attention, attention.q, .k, .v, .qkv, .out; mlp, mlp.in, mlp.out; norm; embedding.
+    """
+    modules = dict(walk(model))
+    found = {path: "norm" for path, module in modules.items() if kind_of(module).kind == "norm"}
+    found |= {path: "embedding" for path, module in modules.items() if isinstance(module, nn.Embedding)}
+    for layer in _layers(modules):
+        found |= _layer_roles(layer, modules, head_paths(model, modules))
+    return found
+
+
+def default_targets(model: nn.Module, wanted: Iterable[str]) -> list[str]:
+    """Name endings that match exactly the modules with one of the `wanted` roles."""
+    wanted = set(wanted)
+    known = KNOWN_TARGETS.get(getattr(getattr(model, "config", None), "model_type", ""), {})
+    if known and wanted & set(known):
+        return sorted({name for role in wanted for name in known.get(role, [])})
+    found = roles(model)
+    paths = [path for path, role in found.items() if role in wanted]
+    if not paths:
+        raise TargetError(
+            f"{type(model).__name__} shows no modules that are {', '.join(sorted(wanted))}; give target_modules"
+        )
+    return endings(paths, dict(walk(model)))
+
+
+def endings(paths: list[str], modules: dict[str, nn.Module]) -> list[str]:
+    """The shortest name endings that match all of `paths` and no other module."""
+    wanted, names = set(paths), []
+    for path in paths:
+        parts = path.split(".")
+        for length in range(1, len(parts) + 1):
+            ending = ".".join(parts[-length:])
+            if all(p in wanted for p in modules if p == ending or p.endswith("." + ending)):
+                break
+        names.append(ending)
+    return list(dict.fromkeys(names))
+
+
+def _layers(modules: dict[str, nn.Module]) -> list[str]:
+    """Paths of the repeated layers: members of a ModuleList that hold an attention module."""
+    lists = [path for path, module in modules.items() if isinstance(module, nn.ModuleList)]
+    members = [p for p in modules if p.rpartition(".")[0] in lists and p.rpartition(".")[2].isdigit()]
+    layers = [p for p in members if any(_is_attention(m) for q, m in modules.items() if q.startswith(p + "."))]
+    return [p for p in layers if not any(p.startswith(q + ".") for q in layers)]
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return bool(re.search(r"attention|attn", type(module).__name__, re.IGNORECASE))
+
+
+def _layer_roles(layer: str, modules: dict[str, nn.Module], heads: set[str]) -> dict[str, str]:
+    inside = {p: m for p, m in modules.items() if p.startswith(layer + ".")}
+    linears = [p for p, m in inside.items() if is_linear(m) and p not in heads]
+    outer = [p for p, m in inside.items() if _is_attention(m) and _holds(p, linears)]
+    outer = [p for p in outer if not any(p.startswith(q + ".") for q in outer)]
+    found: dict[str, str] = {}
+    for attention in outer:
+        found |= _attention_roles(attention, [p for p in linears if p.startswith(attention + ".")])
+    rest = [p for p in linears if not any(p.startswith(q + ".") for q in outer)]
+    stream = next(_sizes(inside[p])[0] for p in linears if p not in rest) if outer else 0
+    return found | _mlp_roles(layer, rest, inside, stream)
+
+
+def _attention_roles(block: str, linears: list[str]) -> dict[str, str]:
+    found = {block: "attention"}
+    for path in linears:
+        name = path.rpartition(".")[2]
+        role = next((role for role, pattern in PROJECTIONS.items() if pattern.search(name)), None)
+        found[path] = "attention.qkv" if FUSED.search(name) else role or "attention.other"
+    others = [path for path in linears if found[path] == "attention.other"]
+    if others:
+        found[others[-1]] = "attention.out"
+    return found
+
+
+def _mlp_roles(layer: str, linears: list[str], modules: dict[str, nn.Module], stream: int) -> dict[str, str]:
+    """Outside attention, what reads the stream (of width `stream`) comes first and what writes to it last."""
+    found = {}
+    for path in linears:
+        width_in, width_out = _sizes(modules[path])
+        writes = width_out == stream and (width_in != stream or path == linears[-1])
+        found[path] = "mlp.out" if writes else "mlp.in"
+    for block in _common_blocks(layer, linears):
+        found[block] = "mlp"
+    return found
+
+
+def _common_blocks(layer: str, linears: list[str]) -> list[str]:
+    """The smallest modules below the layer that hold both a reader and a writer of the stream."""
+    parents: dict[str, list[str]] = {}
+    for path in linears:
+        parents.setdefault(path.rpartition(".")[0], []).append(path)
+    return [parent for parent, inside in parents.items() if parent != layer and len(inside) > 1]
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    if is_conv1d(module):
+        return module.weight.shape[0], module.weight.shape[1]
+    return module.in_features, module.out_features
+
+
+def _holds(path: str, linears: list[str]) -> bool:
+    return any(p.startswith(path + ".") for p in linears)

@@ -1,0 +1,352 @@
+"""What an adapter sees of the module it adapts: sizes, the weight as a matrix, and how the module applies one.
+
+Methods never ask whether a weight is stored transposed, is a convolution or an embedding: W is (out, in) everywhere.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from ..errors import NotMergeable, TargetError
+from .adapter import Matrix
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .layer import AdapterLayer
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer, known by its shape so that transformers need not be imported."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+class Target:
+    """A module of any kind, seen as a block: its first tensor in, its first tensor out.
+
+    Holds the layer, not the module: `base` is read anew each time, so it is never stale after a swap.
+    """
+
+    kind: ClassVar[str] = "block"
+
+    def __init__(self, layer: AdapterLayer) -> None:
+        self.layer = layer
+
+    @property
+    def base(self) -> nn.Module:
+        return self.layer.base_layer
+
+    @property
+    def path(self) -> str:
+        """Where the module stands in the unadapted model: `model.layers.0.self_attn.q_proj`."""
+        return self.layer.path
+
+    @property
+    def in_features(self) -> int:
+        return _block_width(self.base)
+
+    @property
+    def out_features(self) -> int:
+        return self.in_features
+
+    @property
+    def in_channels(self) -> int:
+        """The size of the input's channel dimension; for a convolution not `in_features`, which counts the kernel."""
+        return self.in_features
+
+    @property
+    def spatial(self) -> int:
+        """How many dimensions a convolution slides over; 0 for anything else."""
+        return 0
+
+    @property
+    def groups(self) -> int:
+        """Independent groups of channels; 1 but for grouped convolutions."""
+        return getattr(self.base, "groups", 1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module computes (under accelerate's offload its weights may lie elsewhere)."""
+        hook = getattr(self.base, "_hf_hook", None)
+        execution = getattr(hook, "execution_device", None)
+        if execution is not None:
+            return torch.device(execution)
+        first = next((t for t in (*self.base.parameters(), *self.base.buffers())), None)
+        return torch.device("cpu") if first is None else first.device
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the base module's floating tensors."""
+        return next((p.dtype for p in self.base.parameters() if p.is_floating_point()), None)
+
+    def fact(self, key: Any) -> Any:
+        """A fact of the model call under way, for the rows that are being computed; None without it."""
+        value, rows = self.layer.state.facts.get(key), self.layer.rows
+        return value if rows is None or value is None else value[rows]
+
+    @contextmanager
+    def present(self) -> Iterator[nn.Module]:
+        """The module with its weights in memory, also where accelerate has offloaded them."""
+        hook = getattr(self.base, "_hf_hook", None)
+        if hook is None:
+            yield self.base
+            return
+        hook.pre_forward(self.base)
+        try:
+            yield self.base
+        finally:
+            hook.post_forward(self.base, None)
+
+    def weight(self) -> Tensor:
+        """The weight below the unmerged adapters, (out, in)."""
+        with self.present() as module:
+            return self.matrix_of(module)[0]
+
+    def bias(self) -> Tensor | None:
+        with self.present() as module:
+            return self.matrix_of(module)[1]
+
+    def original_weight(self) -> Tensor:
+        """The pretrained weight, (out, in), whatever is merged at the moment."""
+        kept = self.layer.kept.get("weight")
+        if kept is not None:
+            return self.as_matrix(kept)
+        return self.weight() if self.layer.kept_module is None else self.matrix_of(self.layer.kept_module)[0]
+
+    def original_bias(self) -> Tensor | None:
+        kept = self.layer.kept.get("bias")
+        if kept is not None:
+            return kept
+        return self.bias() if self.layer.kept_module is None else self.matrix_of(self.layer.kept_module)[1]
+
+    def matrix_of(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """(weight as (out, in), bias) of a module of this kind."""
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor):
+            raise NotMergeable(f"{self.path!r} ({type(module).__name__}) is a block without a weight of its own")
+        return self.as_matrix(weight), getattr(module, "bias", None)
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def as_stored(self, W: Tensor) -> Tensor:
+        """The inverse of `as_matrix`: the layout the module keeps."""
+        return W
+
+    def copy(self) -> nn.Module:
+        """A trainable copy of the module, with Parameters of its own."""
+        with self.present() as module:
+            return copy.deepcopy(module).requires_grad_(True)
+
+    def op(self, x: Tensor, M: Tensor, b: Tensor | None = None) -> Tensor:
+        """The module's operation with M (out, in) for its weight and b for its bias."""
+        tensors = {"weight": self.as_stored(M)} | ({} if b is None else {"bias": b})
+        return functional_call(self.base, tensors, (x,))
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """`op(x, product(A, B))` without forming the product."""
+        return self.op(x, self.product(A, B))
+
+    def product(self, A: Tensor, B: Tensor) -> Tensor:
+        """The (out, in) matrix of a factor pair: B A."""
+        return B @ A
+
+    def factors(self, r: int) -> tuple[Matrix, Matrix]:
+        """Empty A and B of rank r in the layout of the file: (r, in) and (out, r)."""
+        return Matrix(r, self.in_features), Matrix(self.out_features, r)
+
+    def channels(self, v: Tensor, y: Tensor) -> Tensor:
+        """A vector over channels, shaped to multiply or add to an activation."""
+        return v
+
+    def columns(self, v: Tensor) -> Tensor:
+        """A vector over input channels, shaped to multiply W."""
+        return v[None, :]
+
+    def replace(self, W: Tensor, b: Tensor | None) -> dict[str, nn.Parameter]:
+        """Bind new Parameters and return the old ones. Never `.data`: a tied weight is shared with another module."""
+        new = {"weight": self.as_stored(W)} | ({} if b is None else {"bias": b})
+        old = {name: self.base._parameters[name] for name in new}
+        for name, tensor in new.items():
+            dtype = old[name].dtype
+            self.base._parameters[name] = nn.Parameter(tensor.to(dtype).contiguous(), requires_grad=False)
+        return old
+
+    def restore(self, old: dict[str, nn.Parameter]) -> None:
+        self.base._parameters.update(old)
+
+
+class LinearTarget(Target):
+    kind = "linear"
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
+    def op(self, x: Tensor, M: Tensor, b: Tensor | None = None) -> Tensor:
+        return F.linear(x, M, b)
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return F.linear(F.linear(x, A), B)
+
+
+class Conv1DTarget(LinearTarget):
+    """GPT-2's Conv1D: a linear layer that stores its weight as (in, out)."""
+
+    @property
+    def in_features(self) -> int:
+        return self.base.weight.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.base.weight.shape[1]
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def as_stored(self, W: Tensor) -> Tensor:
+        return W.T
+
+
+class ConvTarget(Target):
+    """Conv1d, 2d, 3d: W is (out, in / groups * kernel), one row for each output channel."""
+
+    kind = "conv"
+
+    @property
+    def in_features(self) -> int:
+        return self.base.weight[0].numel()
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_channels
+
+    @property
+    def in_channels(self) -> int:
+        return self.base.in_channels
+
+    @property
+    def spatial(self) -> int:
+        return len(self.base.kernel_size)
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def as_stored(self, W: Tensor) -> Tensor:
+        return W.unflatten(1, self.base.weight.shape[1:])
+
+    def op(self, x: Tensor, M: Tensor, b: Tensor | None = None) -> Tensor:
+        return self.base._conv_forward(x, self.as_stored(M), b)
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        kernel = B.unflatten(1, (B.shape[1], *(1,) * self.spatial))
+        return self._convolve(self._read(x, A), kernel, groups=self.groups)
+
+    def product(self, A: Tensor, B: Tensor) -> Tensor:
+        if self.groups > 1:
+            raise NotMergeable(
+                f"an update of {self.path!r} mixes its {self.groups} groups of channels, which its weight cannot; "
+                "keep the adapter unmerged"
+            )
+        return B @ A
+
+    def factors(self, r: int) -> tuple[Matrix, Matrix]:
+        if r % self.groups:
+            raise TargetError(f"rank {r} on {self.path!r} must be a multiple of its {self.groups} groups")
+        if self.groups > 1 and self.base.padding_mode != "zeros":
+            raise TargetError(f"{self.path!r} pads a grouped convolution by {self.base.padding_mode}; only zeros work")
+        kernel, ones = self.base.weight.shape[2:], (1,) * self.spatial
+        return Matrix(r, self.in_channels, *kernel), Matrix(self.out_features, r // self.groups, *ones)
+
+    def _read(self, x: Tensor, A: Tensor) -> Tensor:
+        """A's convolution: it reads all channels, also where the module has groups."""
+        if self.groups == 1:
+            return self.op(x, A)
+        base, kernel = self.base, A.unflatten(1, (self.in_channels, *self.base.weight.shape[2:]))
+        return self._convolve(x, kernel, stride=base.stride, padding=base.padding, dilation=base.dilation)
+
+    def _convolve(self, x: Tensor, kernel: Tensor, **settings: Any) -> Tensor:
+        return (F.conv1d, F.conv2d, F.conv3d)[self.spatial - 1](x, kernel, **settings)
+
+    def channels(self, v: Tensor, y: Tensor) -> Tensor:
+        return v.view(-1, *(1,) * self.spatial)
+
+    def columns(self, v: Tensor) -> Tensor:
+        groups, kernel = self.groups, self.base.weight[0, 0].numel()
+        return v.view(groups, -1).repeat_interleave(self.out_features // groups, 0).repeat_interleave(kernel, 1)
+
+
+class EmbeddingTarget(Target):
+    """An embedding is a linear layer over one-hot inputs: W is (width, vocabulary), the stored weight transposed."""
+
+    kind = "embedding"
+
+    @property
+    def in_features(self) -> int:
+        return self.base.num_embeddings
+
+    @property
+    def out_features(self) -> int:
+        return self.base.embedding_dim
+
+    @property
+    def scale(self) -> Tensor | float:
+        """What the module multiplies its rows by (Gemma)."""
+        return getattr(self.base, "embed_scale", 1.0)
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def as_stored(self, W: Tensor) -> Tensor:
+        return W.T
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return F.linear(self.op(x, A), B)
+
+
+class NormTarget(Target):
+    """LayerNorm, RMSNorm and their kin: W is their vector of scales."""
+
+    kind = "norm"
+
+    @property
+    def in_features(self) -> int:
+        return self.base.weight.shape[0]
+
+
+def kind_of(module: nn.Module) -> type[Target]:
+    """The view that fits a module: the one place that looks at module classes."""
+    if is_conv1d(module):
+        return Conv1DTarget
+    if isinstance(module, nn.Linear):
+        return LinearTarget
+    if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
+        return ConvTarget
+    if isinstance(module, nn.Embedding):
+        return EmbeddingTarget
+    weight = module._parameters.get("weight")
+    if "norm" in type(module).__name__.lower() and weight is not None and weight.dim() == 1:
+        return NormTarget
+    return Target
+
+
+def _block_width(module: nn.Module) -> int:
+    """The width of a block's stream: what its first linear layer reads."""
+    for child in module.modules():
+        if is_conv1d(child):
+            return child.weight.shape[0]
+        if isinstance(child, nn.Linear):
+            return child.in_features
+    raise TargetError(f"cannot tell the width of {type(module).__name__}: it holds no linear layer")

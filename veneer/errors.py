@@ -1,0 +1,43 @@
+"""The errors veneer raises for its users. All are `ValueError`s; asserts are for ourselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class VeneerError(ValueError):
+    """Something the user asked for cannot be done; the message says what was asked, found, and what to do."""
+
+
+class ConfigError(VeneerError):
+    """A field of a config is unknown, of the wrong type, or contradicts another."""
+
+
+class TargetError(VeneerError):
+    """An entry of a targeting field matches nothing, or something the method cannot adapt."""
+
+
+class CheckpointError(VeneerError):
+    """An adapter on disk is missing, damaged, or does not fit the model."""
+
+
+class BaseMismatch(CheckpointError):
+    """The adapter was trained on another base model."""
+
+
+class NotMergeable(VeneerError):
+    """The adapter has no form as a new weight, or merging it would change the result."""
+
+
+def nearest(name: str, candidates: Iterable[str], n: int = 3) -> str:
+    """`"; nearest: a, b"`, or nothing when no candidate resembles `name`."""
+    close = get_close_matches(name, list(dict.fromkeys(candidates)), n=n, cutoff=0.5)
+    return f"; nearest: {', '.join(close)}" if close else ""
+
+
+def listing(items: Iterable[str], most: int = 8) -> str:
+    """Items one to a line, cut after `most`, for the tail of an error message."""
+    items = list(items)
+    lines = [f"\n  {item}" for item in items[:most]]
+    return "".join(lines) + (f"\n  ... and {len(items) - most} more" if len(items) > most else "")

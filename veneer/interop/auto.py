@@ -1,0 +1,98 @@
+"""Base model and adapter in one call: `AutoPeftModelForCausalLM.from_pretrained(adapter_dir)`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..core.config import Config, TaskType
+from ..core.model import HUB_ARGUMENTS, PeftModel
+from ..errors import ConfigError
+from ..pull import resolve
+
+
+class AutoPeftModel:
+    """Loads the base model that an adapter's config names, by the config's task, and the adapter onto it."""
+
+    auto_class: ClassVar[str | None] = None
+
+    def __init__(self) -> None:
+        raise TypeError(f"use {type(self).__name__}.from_pretrained(adapter)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        adapter: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: Config | None = None,
+        *,
+        check_base: bool = True,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Load base and adapter.
+
+        Args:
+            adapter: a directory, or a hub id.
+            kwargs: `subfolder`, `revision` and the like for the adapter; the rest goes to the base model's
+                `from_pretrained` (`dtype`, `device_map`, ...).
+
+        Raises:
+            ConfigError: the adapter does not say which base model it is for.
+        """
+        import transformers
+
+        hub = {name: kwargs.pop(name) for name in list(kwargs) if name in HUB_ARGUMENTS}
+        config = config or Config.from_pretrained(adapter, **hub)
+        if not config.base_model_name_or_path:
+            raise ConfigError(
+                f"{str(adapter)!r} does not name its base model; load that yourself and use PeftModel.from_pretrained"
+            )
+        auto = getattr(transformers, cls.auto_class or _auto_class(config))
+        shared = {name: hub[name] for name in ("token", "cache_dir", "local_files_only") if name in hub}
+        base = auto.from_pretrained(
+            resolve(config.base_model_name_or_path), revision=config.revision or "main", **shared, **kwargs
+        )
+        return PeftModel.from_pretrained(
+            base, adapter, adapter_name, is_trainable, config, check_base=check_base, **hub
+        )
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    auto_class = "AutoModelForCausalLM"
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    auto_class = "AutoModelForSeq2SeqLM"
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    auto_class = "AutoModelForSequenceClassification"
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    auto_class = "AutoModelForTokenClassification"
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    auto_class = "AutoModelForQuestionAnswering"
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    auto_class = "AutoModel"
+
+
+AUTO_CLASSES = {
+    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
+    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
+    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
+    TaskType.FEATURE_EXTRACTION: "AutoModel",
+}
+
+
+def _auto_class(config: Config) -> str:
+    if not isinstance(config.task_type, TaskType):
+        raise ConfigError("the adapter states no task_type; use the AutoPeftModelFor... class of its task")
+    return AUTO_CLASSES[config.task_type]

@@ -1,0 +1,123 @@
+"""LoRA: learn a low-rank update of a frozen weight.
+
+    W' = W + s B A,  A (r, in), B (out, r),  s = alpha / r, or alpha / sqrt(r) with rsLoRA
+
+Hu et al., 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski, 2023, arXiv:2312.03732. Trainable: r (in + out) per target.
+Mergeable. Starts as a no-op: B is zero (for embeddings A is), or the update starts at the principal part of W (PiSSA),
+which `factors` takes off again, so that the base weight stays untouched.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapter import LowRank
+from ..core.config import LayerConfig, Name, at, mapping
+from ..core.target import Target
+from ..errors import ConfigError
+from ..inits.pissa import pissa
+
+
+class LoRA(LowRank):
+    kinds = frozenset({"linear", "conv", "embedding"})
+
+    def __init__(self, config: LoraConfig, target: Target, shared: nn.Module | None = None) -> None:
+        super().__init__(config, target, shared)
+        self.r = at(target.path, config.rank_pattern, config.r)
+        self.lora_alpha = at(target.path, config.alpha_pattern, config.lora_alpha)
+        self.scaling = self.lora_alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
+        if target.kind == "embedding":  # the file's names and layout for embeddings
+            self.lora_embedding_A = nn.Parameter(torch.empty(self.r, target.in_features))
+            self.lora_embedding_B = nn.Parameter(torch.empty(target.out_features, self.r))
+        else:
+            self.lora_A, self.lora_B = target.factors(self.r)
+            self.set_dropout(config.lora_dropout)
+        self.register_buffer("start_A", None, persistent=False)
+        self.register_buffer("start_B", None, persistent=False)
+        self.initialise(config.init_lora_weights)
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """The trained A (r, in) and B (out, r), without the scaling."""
+        if self.target.kind == "embedding":
+            return self.lora_embedding_A, self.lora_embedding_B
+        return self.lora_A.matrix(), self.lora_B.matrix()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        A, B = self.matrices()
+        if self.start_A is None:
+            return A, B * self.scaling
+        return torch.cat([A, self.start_A.to(A)]), torch.cat([B, -self.start_B.to(B)], dim=1) * self.scaling
+
+    @torch.no_grad()
+    def initialise(self, how: bool | str) -> None:
+        A, B = self.matrices()
+        if isinstance(how, str) and how.startswith("pissa"):
+            self.start_from(*pissa(self.target.original_weight(), self.r, self.scaling, how))
+        elif A.is_meta:
+            return
+        elif self.target.kind == "embedding":
+            (A.zero_() if how is True else A.normal_(), B.normal_())
+        else:
+            A.normal_(std=1 / self.r) if how == "gaussian" else nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(B, a=math.sqrt(5)) if how is False else B.zero_()
+
+    def start_from(self, A0: Tensor, B0: Tensor) -> None:
+        """Start at A0, B0 and subtract them: a no-op that learns along their directions."""
+        self.start_A, self.start_B = A0, B0
+        for mine, theirs in zip(self.matrices(), (A0, B0), strict=True):
+            if not mine.is_meta:
+                mine.copy_(theirs)
+
+    def expected_parameters(self) -> int:
+        groups = self.target.groups
+        return self.r * self.target.in_features * groups + self.r // groups * self.target.out_features
+
+    def describe(self) -> str:
+        return f"r={self.r}, scaling={self.scaling:g}, {self.target.in_features} -> {self.target.out_features}"
+
+
+@dataclass(kw_only=True)
+class LoraConfig(LayerConfig):
+    r: int = 8
+    """Rank of the update."""
+    lora_alpha: int | float = 8
+    """Strength of the update: it is scaled by lora_alpha / r."""
+    lora_dropout: float = 0.0
+    """Dropout on the input of the update, in training."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r), which keeps high ranks stable."""
+    init_lora_weights: bool | str = True
+    """True: as in the paper. "gaussian": A normal with deviation 1 / r. False: B random too (for tests).
+    "pissa" or "pissa_niter_N": the principal singular vectors of the weight, exact or by N power iterations."""
+    rank_pattern: dict[str, int] | None = mapping()
+    """Other ranks for some targets, by name ending or regular expression."""
+    alpha_pattern: dict[str, int | float] | None = mapping()
+    """Other values of lora_alpha, likewise."""
+    use_dora: bool = False
+    """Learn magnitude and direction apart (DoRA)."""
+
+    peft_type, adapter = Name("LORA"), LoRA
+    foreign = {"megatron_core": "megatron.core", "qalora_group_size": 16, "loftq_config": {}}
+    patterns = ("rank_pattern", "alpha_pattern")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min([self.r, *(self.rank_pattern or {}).values()]) < 1:
+            raise ConfigError(f"r must be at least 1, not {self.r} (rank_pattern {self.rank_pattern})")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout must lie in [0, 1), not {self.lora_dropout}")
+        how = self.init_lora_weights
+        if isinstance(how, str) and how != "gaussian" and not how.startswith("pissa"):
+            raise ConfigError(f'init_lora_weights {how!r} is unknown; use True, False, "gaussian", "pissa", "pissa_niter_N"')
+
+    def build(self, target: Target, shared: nn.Module | None = None, **kwargs: Any) -> LoRA:
+        if self.use_dora:
+            from .dora import DoRA
+
+            return DoRA(self, target, shared)
+        return LoRA(self, target, shared)

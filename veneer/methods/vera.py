@@ -1,0 +1,83 @@
+"""VeRA: scale random projections that all layers share.
+
+    W' = W + diag(b) B diag(d) A,  A (r, in) and B (out, r) random, frozen, cut from one pair to each target's size
+
+Kopiczko et al., 2023, arXiv:2310.11454. Trainable: r + out per target. Mergeable. Starts as a no-op: b is zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapter import LowRank
+from ..core.config import LayerConfig, Name
+from ..core.target import Target
+from ..errors import ConfigError
+
+
+class Projections(nn.Module):
+    """The shared A and B, the same on every machine for the same seed."""
+
+    def __init__(self, r: int, in_features: int, out_features: int, seed: int, saved: bool) -> None:
+        super().__init__()
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        for name, shape in (("vera_A", (r, in_features)), ("vera_B", (out_features, r))):
+            bound = math.sqrt(6 / shape[1])  # Kaiming's for a ReLU network
+            values = torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
+            self.register_buffer(name, values, persistent=saved)
+
+
+class VeRA(LowRank):
+    def __init__(self, config: VeraConfig, target: Target, shared: nn.Module | None = None) -> None:
+        super().__init__(config, target, shared)
+        self.r = config.r
+        self.vera_lambda_d = nn.Parameter(torch.full((self.r,), float(config.d_initial)))
+        self.vera_lambda_b = nn.Parameter(torch.zeros(target.out_features))
+        if not config.init_weights:
+            nn.init.normal_(self.vera_lambda_b)
+            nn.init.normal_(self.vera_lambda_d)
+        self.set_dropout(config.vera_dropout)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        A = self.shared.vera_A[:, : self.target.in_features].to(self.vera_lambda_d)
+        B = self.shared.vera_B[: self.target.out_features].to(self.vera_lambda_b)
+        return self.vera_lambda_d[:, None] * A, self.vera_lambda_b[:, None] * B
+
+    def expected_parameters(self) -> int:
+        return self.r + self.target.out_features
+
+    def describe(self) -> str:
+        return f"r={self.r}"
+
+
+@dataclass(kw_only=True)
+class VeraConfig(LayerConfig):
+    r: int = 256
+    """Rank of the shared projections; cheap, so larger than LoRA's."""
+    projection_prng_key: int = 0
+    """Seed of the projections."""
+    save_projection: bool = True
+    """Write the projections into the file too; False: a tenth of the size, regenerated from the seed."""
+    vera_dropout: float = 0.0
+    """Dropout on the input of the update, in training."""
+    d_initial: float = 0.1
+    """Start value of d."""
+    init_weights: bool = True
+    """Start as a no-op; False: random (for tests)."""
+
+    peft_type, adapter = Name("VERA"), VeRA
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r < 1:
+            raise ConfigError(f"r must be at least 1, not {self.r}")
+
+    def build_shared(self, targets: Sequence[Target]) -> Projections:
+        widest = max(target.in_features for target in targets)
+        tallest = max(target.out_features for target in targets)
+        return Projections(self.r, widest, tallest, self.projection_prng_key, self.save_projection)

