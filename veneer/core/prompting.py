@@ -112,6 +112,8 @@ def splice(model: nn.Module, prompt: Prompt, state: State, args: tuple[Any, ...]
     """Put a prompt in front of the input of a root call."""
     names = ("input_ids",) if args else ()
     kwargs = {**dict(zip(names, args)), **kwargs}
+    if getattr(kwargs.get("past_key_values"), "is_compileable", False):
+        raise VeneerError("a learned prompt cannot lengthen a static cache; generate with the default dynamic one")
     pairs = prompt.key_values(state.facts)
     if pairs is not None:
         return args[1:], _with_cache(model, prompt, pairs, kwargs)
@@ -163,7 +165,8 @@ def _with_cache(model: nn.Module, prompt: Prompt, pairs: Any, kwargs: dict[str, 
     """Keys and values at the start of the cache; the mask and the positions grow with them."""
     kwargs = dict(kwargs)
     _refuse_checkpointing(model)
-    cache = kwargs.get("past_key_values")
+    # without use_cache every call brings the whole sequence, and the cache that an earlier one returned is not meant
+    cache = kwargs.get("past_key_values") if kwargs.get("use_cache") is not False else None
     rows = batch_size((), kwargs)
     assert rows is not None
     if cache is None or cache.get_seq_length() == 0:
@@ -183,8 +186,6 @@ def _filled(model: nn.Module, cache: Any, pairs: list[tuple[Tensor, Tensor]], ro
     if cache is None:
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         cache = EncoderDecoderCache(cache, DynamicCache()) if _encoder(model) is not None else cache
-    if getattr(cache, "is_compileable", False):
-        raise VeneerError("a learned prefix cannot lengthen a static cache; generate with the default dynamic one")
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     into = getattr(cache, "self_attention_cache", cache)
     for i, (k, v) in enumerate(pairs):
