@@ -17,6 +17,13 @@ from .interop.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQ
 from .interop.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
 from .interop.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from .interop.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from .interop.names import PeftConfig as PeftConfig
+from .interop.names import PeftModelForCausalLM as PeftModelForCausalLM
+from .interop.names import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+from .interop.names import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+from .interop.names import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+from .interop.names import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+from .interop.names import PeftModelForTokenClassification as PeftModelForTokenClassification
 from .methods.adalora import AdaLoraConfig as AdaLoraConfig
 from .methods.bottleneck import BottleneckConfig as BottleneckConfig
 from .methods.dora import DoraConfig as DoraConfig

@@ -19,6 +19,7 @@ from ..errors import BaseMismatch, CheckpointError, listing
 from .adapter import Adapter, Replace, Tensors
 from .config import Config, PromptConfig
 from .context import State
+from .layer import AdapterLayer
 from .prompt import Prompt
 from .structure import walk
 
@@ -55,14 +56,19 @@ def slots(state: State, name: str) -> Tensors:
 # Writing
 
 
-def save(model: nn.Module, state: State, name: str, directory: Path, config: Config, embeddings: bool | None) -> None:
+def collect(model: nn.Module, state: State, name: str, embeddings: bool | None) -> tuple[Tensors, dict[str, Any]]:
+    """(tensors by key, notes) of an adapter, whole and on the CPU. Every process of a sharded run must take part."""
+    tensors = slots(state, name) | base_embeddings(model, state, state.configs[name], embeddings)
+    return {key: _whole(t) for key, t in tensors.items()}, {"base": fingerprint(state, name)}
+
+
+def write(directory: Path, tensors: Tensors, notes: dict[str, Any], config: Config) -> None:
     """Write one adapter. Each file is written beside the old one and renamed over it when whole."""
     from safetensors.torch import save as serialise
 
-    tensors = slots(state, name) | base_embeddings(model, state, config, embeddings)
-    metadata = {"format": "pt", "veneer": json.dumps({"base": fingerprint(state, name)})}
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / WEIGHTS_NAME, serialise({k: _whole(t) for k, t in tensors.items()}, metadata))
+    metadata = {"format": "pt", "veneer": json.dumps(notes)}
+    write_atomically(directory / WEIGHTS_NAME, serialise(tensors, metadata))
     config.save_pretrained(directory)
 
 
@@ -264,17 +270,16 @@ def base_embeddings_in(model: nn.Module, state: State, name: str, tensors: Tenso
 
 def fingerprint(state: State, name: str) -> dict[str, Any]:
     """A few of the pretrained weights under the adapter, to recognise the base model by."""
-    layers = [state.layers[path] for path in state.adapters(name) if state.layers[path].target.kind != "block"]
-    if not layers or any(p.is_meta for layer in layers for p in layer.base_layer.parameters()):
-        return {}
+    layers = [state.layers[path] for path in state.adapters(name) if _can_sample(state.layers[path])]
     chosen = layers[:: max(1, len(layers) // 16)][:16]
     return {layer.path: _sample(layer.target.original_weight()) for layer in chosen}
 
 
 def check_base(state: State, name: str, noted: Mapping[str, Any]) -> None:
     """Raise BaseMismatch when the noted weights are not those of this model."""
-    noted = {p: v for p, v in noted.items() if isinstance(v, list) and p in state.layers}
-    if not noted or any(state.layers[p].base_layer.weight.is_meta for p in noted):
+    known = (p for p, v in noted.items() if isinstance(v, list) and p in state.layers)
+    noted = {p: noted[p] for p in known if _can_sample(state.layers[p])}
+    if not noted:
         return
     here = torch.tensor([v for p in noted for v in _sample(state.layers[p].target.original_weight())])
     there = torch.tensor([float(v) for values in noted.values() for v in values])
@@ -286,6 +291,12 @@ def check_base(state: State, name: str, noted: Mapping[str, Any]) -> None:
             f"the adapter was trained on another base model: {len(noted)} of its layers, sampled, differ by "
             f"{difference:.0%} from the weights here. Load the base it was trained on, or pass check_base=False"
         )
+
+
+def _can_sample(layer: AdapterLayer) -> bool:
+    """It has a weight of its own, in memory and not sharded."""
+    weight = getattr(layer.base_layer, "weight", None) if layer.target.kind != "block" else None
+    return isinstance(weight, Tensor) and not weight.is_meta and not hasattr(weight, "full_tensor")
 
 
 def _sample(W: Tensor) -> list[float]:

@@ -85,11 +85,12 @@ def detach(model: nn.Module, name: str, state: State) -> None:
     state.configs.pop(name, None)
     state.trainable.discard(name)
     state.schedules.pop(name, None)
+    wrapper = Wrapper(model, state)
     for path, layer in list(state.layers.items()):
         if name in layer.adapters:
             del layer.adapters[name]
         if not len(layer.adapters):
-            Wrapper(model, state).unwrap(path)
+            wrapper.unwrap(path)
     for group in (state.shared, state.prompts):
         if name in group:
             del group[name]

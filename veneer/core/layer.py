@@ -208,6 +208,15 @@ class AdapterLayer(nn.Module):
         self.kept = {}
         self.merged_adapters = ()
 
+    def snapshot(self) -> tuple[Any, ...]:
+        """What `merge` changes, for `revert`."""
+        base = self.base_layer
+        return base, dict(base._parameters), self.kept_module, self.kept, self.merged_adapters
+
+    def revert(self, snapshot: tuple[Any, ...]) -> None:
+        self.base_layer, parameters, self.kept_module, self.kept, self.merged_adapters = snapshot
+        self.base_layer._parameters.update(parameters)
+
     # Holding adapters
 
     def add(self, name: str, adapter: Adapter) -> None:

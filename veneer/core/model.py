@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, NotMergeable, VeneerError, nearest
 from ..interop import transformers as interop
+from ..report.plan import Plan, count, plan
+from ..report.status import LayerStatus, ModelStatus, layer_status, model_status
 from . import checkpoint
 from .adapter import Adapter
 from .config import Config, LayerConfig, PromptConfig, TaskType
 from .context import CheckpointContext, State, state_of
 from .inject import Wrapper, attach, detach, settle
 from .layer import AdapterLayer
-from .plan import Plan, count, plan
 from .schedule import follow
-from .status import LayerStatus, ModelStatus, layer_status, model_status
 
 
 def get_peft_model(
@@ -98,15 +98,10 @@ class PeftModel(nn.Module):
             raise VeneerError(
                 "the model already has adapters; use add_adapter() for another one, or unload() to start afresh"
             )
-        frozen = [p for p in model.parameters() if p.requires_grad]
-        model.requires_grad_(False)
-        self.base_model = Adapted(model)
-        try:
+        with _flags_kept_on_error(model):
+            model.requires_grad_(False)
+            self.base_model = Adapted(model)
             self._attach(adapter_name, peft_config, on_meta=low_cpu_mem_usage, lift=autocast_adapter_dtype)
-        except BaseException:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-            raise
         self._state.activate((adapter_name,))
         interop.recognise(PeftModel)
 
@@ -237,11 +232,7 @@ class PeftModel(nn.Module):
         Raises:
             NotMergeable: a method has no form as a weight, or the merge would change the result; nothing is changed.
         """
-        names = self._merge_order(adapter_names)
-        for layer in self._state.layers.values():
-            layer.check_merge(names)
-        for layer in self._state.layers.values():
-            layer.merge(names, safe_merge)
+        self._merge(adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Bind the pretrained Parameters back."""
@@ -255,13 +246,8 @@ class PeftModel(nn.Module):
 
         A module whose weight was tied to another's gets a weight of its own, and the model's config says so.
         """
-        from tqdm import tqdm
-
-        names = self._merge_order(adapter_names)
+        self._merge(adapter_names, safe_merge, progressbar)
         for layer in self._state.layers.values():
-            layer.check_merge(names)
-        for layer in tqdm(list(self._state.layers.values()), desc="merging", disable=not progressbar):
-            layer.merge(names, safe_merge)
             layer.kept, layer.kept_module = {}, None
         model = self.unload()
         interop.note_untied(model)
@@ -277,6 +263,22 @@ class PeftModel(nn.Module):
         for name in list(state.configs):
             detach(model, name, state)
         return model
+
+    def _merge(self, adapter_names: Sequence[str] | None, safe_merge: bool, progressbar: bool = False) -> None:
+        """All layers or none."""
+        from tqdm import tqdm
+
+        names, layers = self._merge_order(adapter_names), list(self._state.layers.values())
+        for layer in layers:
+            layer.check_merge(names)
+        before = [layer.snapshot() for layer in layers]
+        try:
+            for layer in tqdm(layers, desc="merging", disable=not progressbar):
+                layer.merge(names, safe_merge)
+        except BaseException:
+            for layer, snapshot in zip(layers, before, strict=True):
+                layer.revert(snapshot)
+            raise
 
     def _merge_order(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
         state = self._state
@@ -340,14 +342,14 @@ class PeftModel(nn.Module):
             raise CheckpointError(f"{str(directory)!r} is a file; give a directory to save into")
         for name in selected_adapters or list(self.peft_config):
             self._known(name)
-        if not is_main_process:
-            return
         embeddings = None if save_embedding_layers == "auto" else bool(save_embedding_layers)
         for name in selected_adapters or list(self.peft_config):
             config = copy.copy(self.peft_config[name])
             config.inference_mode = True
             into = directory if name == "default" else directory / name
-            checkpoint.save(self.base_model.model, self._state, name, into, config, embeddings)
+            tensors, notes = checkpoint.collect(self.base_model.model, self._state, name, embeddings)
+            if is_main_process:
+                checkpoint.write(into, tensors, notes, config)
 
     @classmethod
     def from_pretrained(
@@ -379,14 +381,15 @@ class PeftModel(nn.Module):
         config = config or Config.from_pretrained(model_id, **hub)
         tensors, notes = checkpoint.read(model_id, **hub)
         config.inference_mode = not is_trainable
-        adapted = cls(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=True)
-        try:
-            adapted._fill(adapter_name, tensors, notes if check_base else {}, autocast_adapter_dtype)
-        except BaseException:
-            adapted.unload()
-            raise
-        adapted.eval()
-        return adapted
+        lift = autocast_adapter_dtype
+        with _flags_kept_on_error(model):
+            adapted = cls(model, config, adapter_name, autocast_adapter_dtype=lift, low_cpu_mem_usage=True)
+            try:
+                adapted._fill(adapter_name, tensors, notes if check_base else {}, lift)
+            except BaseException:
+                adapted.unload()
+                raise
+        return adapted if is_trainable else adapted.eval()
 
     def load_adapter(
         self,
@@ -450,6 +453,18 @@ class PeftModel(nn.Module):
             known = ", ".join(self.peft_config)
             raise VeneerError(f"no adapter is called {name!r}; the model has {known}{nearest(name, self.peft_config)}")
         return name
+
+
+@contextmanager
+def _flags_kept_on_error(model: nn.Module) -> Iterator[None]:
+    """What freezes a model gives its requires_grad flags back when it fails."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
 
 
 def _state(model: nn.Module) -> State:

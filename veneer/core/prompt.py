@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,11 @@ def spec_for(model: nn.Module, config: PromptConfig) -> Spec:
     """Read the sizes from the model's config; fields the user set win. Fills the config, as the file holds them."""
     if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
         raise ConfigError(f"a prompt needs a transformers model, not {type(model).__name__}")
+    if config.fills_cache and "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise ConfigError(
+            f"{config.peft_type} puts keys and values in the cache, which {type(model).__name__} does not have; "
+            "use PROMPT_TUNING, or a model that generates"
+        )
     text = model.config.get_text_config()
     width, heads = _width_and_heads(text, config)
     config.token_dim, config.num_attention_heads = width, heads

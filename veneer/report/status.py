@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .context import State
+from ..core.context import State
 from .plan import count
 
 

@@ -1,0 +1,128 @@
+"""Merging: one rounding, exact unmerging, tied weights untied, and what is left is a plain transformers model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from veneer import LoraConfig, NotMergeable, VeneerError, get_peft_model
+from veneer.core.context import state_of
+
+from . import models
+from .cases import CASES
+from .models import output, perturb
+
+
+def lora(model="llama", dtype=torch.float32, **settings):
+    settings = dict(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"]) | settings
+    return perturb(get_peft_model(models.build(model, dtype=dtype), LoraConfig(**settings)).eval())
+
+
+def test_merge_and_unload_gives_the_plain_model():
+    model, batch = lora(), models.inputs("llama")
+    active = output(model, batch)
+    merged = model.merge_and_unload()
+    assert type(merged) is type(models.build("llama"))
+    assert [n for n, _ in merged.named_parameters()] == [n for n, _ in models.build("llama").named_parameters()]
+    torch.testing.assert_close(output(merged, batch), active, rtol=1e-4, atol=1e-5)
+
+
+def test_a_half_precision_merge_rounds_once():
+    model = lora(dtype=torch.bfloat16)
+    layer = next(iter(state_of(model.get_base_model()).layers.values()))
+    exact = layer.base_layer.weight.double() + layer.adapters["default"].delta().double()
+    model.merge_adapter()
+    assert torch.equal(layer.base_layer.weight, exact.float().to(torch.bfloat16))
+
+
+def test_merging_a_tied_embedding_unties_it(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, batch = lora("gpt2", target_modules=["wte"]), models.inputs("gpt2")
+    active = output(model, batch)
+    head = model.get_output_embeddings().weight.clone()
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(output(merged, batch), active, rtol=1e-4, atol=1e-5)
+    assert torch.equal(merged.lm_head.weight, head) and not torch.equal(merged.transformer.wte.weight, head)
+    assert merged.config.tie_word_embeddings is False
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(output(again, batch), active, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tied_embedding_that_is_not_touched_stays_tied():
+    merged = lora("gpt2", target_modules=["c_attn"]).merge_and_unload()
+    assert merged.config.tie_word_embeddings is True
+    assert merged.lm_head.weight is merged.transformer.wte.weight
+
+
+def test_unmerging_a_tied_embedding_ties_it_again():
+    model = lora("gpt2", target_modules=["wte"])
+    model.merge_adapter()
+    model.unmerge_adapter()
+    base = model.get_base_model()
+    assert base.lm_head.weight is base.transformer.wte.base_layer.weight
+
+
+def test_one_of_two_sums_may_be_merged_in_any_order():
+    model, batch = lora(), models.inputs("llama")
+    model.add_adapter("two", LoraConfig(r=3, target_modules=["down_proj"]))
+    perturb(model, "two", 4)
+    model.set_adapter(["default", "two"])
+    active = output(model, batch)
+    model.merge_adapter(["two"])
+    assert {layer.merged_adapters for layer in state_of(model.get_base_model()).layers.values()} == {(), ("two",)}
+    torch.testing.assert_close(output(model, batch), active, rtol=1e-4, atol=1e-5)
+    model.merge_adapter()
+    torch.testing.assert_close(output(model, batch), active, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(output(model, batch), active)
+
+
+def test_values_that_are_not_finite_are_not_merged():
+    model = lora()
+    first, *_, layer = state_of(model.get_base_model()).layers.values()
+    weight = first.base_layer.weight
+    with torch.no_grad():
+        layer.adapters["default"].lora_B.weight[0, 0] = torch.inf
+    with pytest.raises(NotMergeable, match="not finite"):
+        model.merge_adapter(safe_merge=True)
+    assert first.base_layer.weight is weight
+    assert not any(one.merged_adapters for one in state_of(model.get_base_model()).layers.values())
+
+
+def test_switching_while_merged_is_refused():
+    model = lora()
+    model.add_adapter("two", LoraConfig(r=3))
+    model.merge_adapter()
+    with pytest.raises(VeneerError, match="unmerge_adapter"):
+        model.set_adapter("two")
+    with pytest.raises(VeneerError, match="unmerge_adapter"):
+        model.delete_adapter("default")
+
+
+def test_a_replaced_block_merges_and_comes_back():
+    """A whole module trained by `modules_to_save` takes the place of the old one."""
+    torch.manual_seed(0)
+    base = models.bert("ForSequenceClassification").eval()
+    pooler = base.bert.pooler
+    model = perturb(get_peft_model(base, LoraConfig(r=4, task_type="SEQ_CLS", modules_to_save=["pooler"])).eval())
+    batch = {"input_ids": torch.randint(3, 67, (3, 7))}
+    active = output(model, batch)
+    model.merge_adapter()
+    torch.testing.assert_close(output(model, batch), active, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(output(model, batch), active)
+    assert base.bert.pooler.base_layer is pooler
+    merged = model.merge_and_unload()
+    assert type(merged.bert.pooler) is type(pooler) and merged.bert.pooler is not pooler
+    torch.testing.assert_close(output(merged, batch), active, rtol=1e-4, atol=1e-5)
+
+
+def test_fifty_cycles_change_nothing():
+    model = next(c for c in CASES if str(c) == "dora-llama").build(dtype=torch.bfloat16)
+    before = [p.clone() for p in model.parameters()]
+    for _ in range(50):
+        model.merge_adapter()
+        model.unmerge_adapter()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
