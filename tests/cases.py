@@ -70,7 +70,8 @@ def experts(model: str) -> dict[str, str]:
         root = Path(tempfile.mkdtemp(prefix="veneer-experts-"))
         for i, target in enumerate((["q_proj", "down_proj"], ["q_proj", "v_proj"])):
             adapted = get_peft_model(
-                models.build(model), LoraConfig(r=3, target_modules=target, init_lora_weights=False, task_type="CAUSAL_LM")
+                models.build(model),
+                LoraConfig(r=3, target_modules=target, init_lora_weights=False, task_type="CAUSAL_LM"),
             )
             models.perturb(adapted, seed=i).save_pretrained(root / str(i))
         _EXPERTS[model] = {"0": str(root / "0"), "1": str(root / "1")}
@@ -87,7 +88,12 @@ CASES = [
     Case("lora", "volume", dict(r=4, target_modules=["conv"])),
     Case("lora", "llama", dict(r=4, target_modules=LINEARS, init_lora_weights="pissa"), "pissa"),
     Case("lora", "llama", dict(r=4, target_modules=LINEARS, init_lora_weights="gaussian"), "gaussian"),
-    Case("lora", "llama", dict(r=4, target_modules=LINEARS, bias="lora_only", modules_to_save=["lm_head"]), "bias-and-head"),
+    Case(
+        "lora",
+        "llama",
+        dict(r=4, target_modules=LINEARS, bias="lora_only", modules_to_save=["lm_head"]),
+        "bias-and-head",
+    ),
     Case("lora", "gpt2", dict(r=4, target_modules=["c_attn"], bias="all"), "all-biases"),
     Case("dora", "llama", dict(r=4, lora_alpha=7, target_modules=LINEARS)),
     Case("dora", "conv", dict(r=4, target_modules=["first", "third", "head"])),
@@ -97,12 +103,16 @@ CASES = [
     Case("ia3", "conv", dict(target_modules=["first", "second", "head"], feedforward_modules=["second", "head"])),
     Case("ia3", "grouped", dict(target_modules=["conv"], feedforward_modules=["conv"])),
     Case("hra", "llama", dict(r=4, target_modules=LINEARS)),
-    Case("hra", "llama", dict(r=3, target_modules=LINEARS, apply_GS=True, init_weights=False), "gram-schmidt", noop=False),
+    Case(
+        "hra", "llama", dict(r=3, target_modules=LINEARS, apply_GS=True, init_weights=False), "gram-schmidt", noop=False
+    ),
     Case("hra", "conv", dict(r=4, target_modules=["first", "head"])),
     Case("hra", "conv", dict(r=4, target_modules=["third"]), "conv1d"),
     Case("oft", "llama", dict(oft_block_size=5, target_modules=LINEARS)),
     Case("oft", "llama", dict(oft_block_size=0, r=3, target_modules=["q_proj"], use_cayley_neumann=False), "exact"),
-    Case("oft", "llama", dict(oft_block_size=5, target_modules=["q_proj"], block_share=True, coft=True, eps=0.05), "coft"),
+    Case(
+        "oft", "llama", dict(oft_block_size=5, target_modules=["q_proj"], block_share=True, coft=True, eps=0.05), "coft"
+    ),
     Case("hra", "square", dict(r=4, target_modules=["conv"])),
     Case("oft", "square", dict(oft_block_size=3, target_modules=["conv"])),
     Case("oft", "conv", dict(oft_block_size=3, target_modules=["first", "head"])),
@@ -110,23 +120,51 @@ CASES = [
     Case("vera", "llama", dict(r=5, target_modules=LINEARS)),
     Case("vera", "gpt2", dict(r=5, target_modules=["c_attn", "c_fc"], save_projection=False), "unsaved"),
     Case("fourierft", "llama", dict(n_frequency=40, scaling=20.0, target_modules=LINEARS, init_weights=True)),
-    Case("fourierft", "gpt2", dict(n_frequency=40, n_frequency_pattern={"c_fc": 9}, target_modules=["c_attn", "c_fc"]), noop=False),
+    Case(
+        "fourierft",
+        "gpt2",
+        dict(n_frequency=40, n_frequency_pattern={"c_fc": 9}, target_modules=["c_attn", "c_fc"]),
+        noop=False,
+    ),
     Case("adalora", "llama", dict(init_r=4, target_r=2, total_step=20, tinit=2, tfinal=5, target_modules=LINEARS)),
     Case("adalora", "gpt2", dict(init_r=4, target_r=2, total_step=20, target_modules=["c_attn"])),
     Case("ln_tuning", "llama", dict()),
     Case("ln_tuning", "gpt2", dict(target_modules=["ln_1", "ln_f"])),
     Case("trainable_tokens", "llama", dict(token_indices=[3, 11, 66])),
     Case("trainable_tokens", "gpt2", dict(token_indices=[5, 4]), "tied"),
-    Case("xlora", "llama", dict(xlora_depth=2, xlora_size=11, layerwise_scalings=True, task_type="CAUSAL_LM"), noop=False, needs_experts=True),
+    Case(
+        "xlora",
+        "llama",
+        dict(xlora_depth=2, xlora_size=11, layerwise_scalings=True, task_type="CAUSAL_LM"),
+        noop=False,
+        needs_experts=True,
+    ),
     Case("bottleneck", "llama", dict(placement="houlsby", reduction_factor=4)),
     Case("bottleneck", "gpt2", dict(placement="pfeiffer", reduction_factor=4)),
     Case("bottleneck", "llama", dict(placement="parallel", reduction_factor=4), "parallel"),
-    Case("bottleneck", "llama", dict(placement="parallel", reduction_factor=4, target_modules=["self_attn"]), "attention-block"),
+    Case(
+        "bottleneck",
+        "llama",
+        dict(placement="parallel", reduction_factor=4, target_modules=["self_attn"]),
+        "attention-block",
+    ),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
-    Case("prefix_tuning", "gpt2", dict(num_virtual_tokens=3, task_type="CAUSAL_LM", prefix_projection=True, encoder_hidden_size=11), "projection", noop=False),
+    Case(
+        "prefix_tuning",
+        "gpt2",
+        dict(num_virtual_tokens=3, task_type="CAUSAL_LM", prefix_projection=True, encoder_hidden_size=11),
+        "projection",
+        noop=False,
+    ),
     Case("prefix_tuning", "t5", dict(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM"), noop=False),
     Case("prompt_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
-    Case("prompt_tuning", "gpt2", dict(num_virtual_tokens=3, task_type="CAUSAL_LM", prompt_tuning_init="SAMPLE_VOCAB"), "vocabulary", noop=False),
+    Case(
+        "prompt_tuning",
+        "gpt2",
+        dict(num_virtual_tokens=3, task_type="CAUSAL_LM", prompt_tuning_init="SAMPLE_VOCAB"),
+        "vocabulary",
+        noop=False,
+    ),
     Case("prompt_tuning", "t5", dict(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM"), noop=False),
 ]
 LAYER_CASES = [case for case in CASES if not case.is_prompt]

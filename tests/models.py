@@ -117,7 +117,13 @@ class Volume(nn.Module):
 
 CONVS = {"conv": ConvNet, "grouped": Grouped, "dilated": Dilated, "square": Square, "volume": Volume}
 BUILDERS = {"llama": llama, "gpt2": gpt2, "t5": t5, "bert": bert, **CONVS}
-SHAPES = {"conv": (3, 3, 9, 8), "grouped": (3, 6, 7, 8), "dilated": (3, 3, 7, 8), "square": (3, 3, 7, 8), "volume": (3, 3, 4, 5, 6)}
+SHAPES = {
+    "conv": (3, 3, 9, 8),
+    "grouped": (3, 6, 7, 8),
+    "dilated": (3, 3, 7, 8),
+    "square": (3, 3, 7, 8),
+    "volume": (3, 3, 4, 5, 6),
+}
 
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -97,7 +97,9 @@ def test_save_load_save_is_the_identity(case: Case, tmp_path):
     loaded.save_pretrained(tmp_path / "two")
     one, two = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("one", "two"))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-    assert (tmp_path / "one" / "adapter_config.json").read_text() == (tmp_path / "two" / "adapter_config.json").read_text()
+    assert (tmp_path / "one" / "adapter_config.json").read_text() == (
+        tmp_path / "two" / "adapter_config.json"
+    ).read_text()
     assert torch.equal(output(loaded, batch), output(model, batch))
 
 
@@ -284,7 +286,9 @@ def test_the_plan_counts_what_is_there(case: Case):
     plan = model.parameter_plan()
     assert plan.expected == plan.total
     if case.method != "xlora":  # its experts are there, frozen
-        assert plan.total == sum(p.numel() for p in {id(p): p for p in state(model).parameters("default")}.values()) or (
+        assert plan.total == sum(
+            p.numel() for p in {id(p): p for p in state(model).parameters("default")}.values()
+        ) or (
             case.label == "tied" and plan.total == 2 * sum(p.numel() for p in set(state(model).parameters("default")))
         )
     trainable, total = model.get_nb_trainable_parameters()

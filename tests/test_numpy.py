@@ -479,6 +479,8 @@ def test_adalora_kills_the_triplets_the_paper_kills():
             share = 1 - (step - ti) / (T - tf - ti)
             budget = int(goal * 6 + (r * 6 - goal * 6) * share**3)  # eq. 13, from the end of the warm-up on
             scores = {path: paper.scores(path) for path in adapters}
+            for path, score in scores.items():
+                np.testing.assert_allclose(arr(allocation.importance(path)), score, rtol=1e-4)
             order = np.sort(np.concatenate(list(scores.values())))
             dead = {path: score < order[len(order) - budget] for path, score in scores.items()}
             counts.append(sum(d.sum() for d in dead.values()))

@@ -33,7 +33,9 @@ FAULTS = {
     "hra-conv-conv1d": "PEFT has no HRA on Conv1d",
     "oft-conv-conv1d": "PEFT has no OFT on Conv1d",
 }
-MERGED = {"oft-square": "PEFT's OFT convolution sums overlapping patches, so even the identity changes; its merge is right"}
+MERGED = {
+    "oft-square": "PEFT's OFT convolution sums overlapping patches, so even the identity changes; its merge is right"
+}
 COMPARED = [c for c in CASES if c.method not in NOT_COMPARED and str(c) not in FAULTS]
 
 
@@ -138,7 +140,11 @@ def test_a_named_embedding_is_in_the_file_whole(tmp_path):
 
     settings = dict(r=4, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
     both_ways(
-        lambda: models.build("llama"), LoraConfig(**settings), peft.LoraConfig(**settings), models.inputs("llama"), tmp_path
+        lambda: models.build("llama"),
+        LoraConfig(**settings),
+        peft.LoraConfig(**settings),
+        models.inputs("llama"),
+        tmp_path,
     )
     assert "base_model.model.model.embed_tokens.base_layer.weight" in tensors(tmp_path / "ours")
 
@@ -163,7 +169,13 @@ def test_a_resized_embedding_comes_with_the_file(tmp_path):
 
 def test_a_pruned_adalora_file_loads_here(tmp_path):
     config = peft.AdaLoraConfig(
-        init_r=4, target_r=1, total_step=8, tinit=1, tfinal=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
+        init_r=4,
+        target_r=1,
+        total_step=8,
+        tinit=1,
+        tfinal=2,
+        target_modules=["q_proj", "down_proj"],
+        task_type="CAUSAL_LM",
     )
     theirs = peft.get_peft_model(models.build("llama"), config)
     optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=0.05)

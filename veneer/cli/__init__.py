@@ -39,9 +39,7 @@ def _options(
 
 
 for _verb in pkgutil.iter_modules(__path__):
-    app.command(_verb.name.replace("_", "-"))(
-        getattr(importlib.import_module(f"{__name__}.{_verb.name}"), _verb.name)
-    )
+    app.command(_verb.name.replace("_", "-"))(getattr(importlib.import_module(f"{__name__}.{_verb.name}"), _verb.name))
 
 
 def main() -> None:

@@ -23,6 +23,10 @@ Tensors = dict[str, Tensor]
 class Modules(nn.ModuleDict):
     """A `ModuleDict` that takes any string as a key: adapters may be called "items", "weight" or "v1.5"."""
 
+    if TYPE_CHECKING:
+
+        def __getitem__(self, key: str) -> Any: ...
+
     def __setitem__(self, key: str, module: nn.Module) -> None:
         self._modules[key] = module
 
@@ -30,7 +34,7 @@ class Modules(nn.ModuleDict):
         del self._modules[key]
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        self._modules[name] = module
+        self._modules[name] = module  # type: ignore[assignment]
 
     def get(self, key: str, default: Any = None) -> Any:
         return self._modules.get(key, default)
@@ -67,9 +71,9 @@ class Adapter(nn.Module):
     """`post` looks at the weight below it, so adapters below it must be folded first (DoRA's norm)."""
     follows_ties: ClassVar[bool] = False
     """Also adapts the module whose weight is the same Parameter; built there with `twin=` the first adapter."""
-    has_pre: ClassVar[bool] = False
-    has_post: ClassVar[bool] = False
-    has_fold: ClassVar[bool] = False
+    has_pre: bool = False
+    has_post: bool = False
+    has_fold: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -77,9 +81,13 @@ class Adapter(nn.Module):
         cls.has_post = cls.post is not Adapter.post
         cls.has_fold = cls.fold is not Adapter.fold
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # torch says Tensor | Module, which fits no attribute
+
     def __init__(self, config: Config | None, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config: Any = config
         self.target = target
         self._shared = (shared,)  # a tuple, so that torch does not register it as a child of every layer
 

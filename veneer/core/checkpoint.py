@@ -6,8 +6,6 @@ A key is the place of a part in the model, then the attribute's name. Saving and
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BaseMismatch, CheckpointError, listing
+from ..files import find_file, write_atomically
 from .adapter import Adapter, Replace, Tensors
 from .config import Config, PromptConfig
 from .context import State
-from .layer import AdapterLayer
+from .layer import AdapterLayer, walk
 from .prompt import Prompt
-from .structure import walk
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -72,40 +70,19 @@ def write(directory: Path, tensors: Tensors, notes: dict[str, Any], config: Conf
     config.save_pretrained(directory)
 
 
-def base_embeddings(model: nn.Module, state: State, config: Config, wanted: bool | None) -> Tensors:
+def base_embeddings(model: Any, state: State, config: Config, wanted: bool | None) -> Tensors:
     """Base embeddings that the file holds beside the adapter, by PEFT's rule or on request."""
     targets = getattr(config, "target_modules", None)
     named = [n for n in EMBEDDING_NAMES if isinstance(targets, list) and n in targets]
     if not config.file_holds_embedding or wanted is False or not (named or wanted):
         return {}
     names = EMBEDDING_NAMES if wanted else tuple(named)
-    found = {}
+    found: Tensors = {}
     for path, module in walk(model):
         if path.rpartition(".")[2] in names and isinstance(getattr(module, "weight", None), Tensor):
             infix = "base_layer." if path in state.layers else ""
             found[f"base_model.model.{path}.{infix}weight"] = module.weight
     return found
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """A crash leaves either the old file or the new one, whole."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _whole(t: Tensor) -> Tensor:
@@ -117,45 +94,6 @@ def _whole(t: Tensor) -> Tensor:
 
 
 # Reading
-
-
-def find_file(source: str | Path, name: str, **hub: Any) -> Path:
-    """A file of a local directory or, when there is no such directory, of a hub repository."""
-    directory = Path(source) / (hub.pop("subfolder", None) or "")
-    if (directory / name).is_file():
-        return directory / name
-    if Path(source).exists() or Path(source).is_absolute() or str(source).startswith("."):
-        raise CheckpointError(f"{str(directory)!r} holds no {name}: {_contents(directory)}")
-    return _download(str(source), name, subfolder=str(directory.relative_to(source)), **hub)
-
-
-def _contents(directory: Path) -> str:
-    if not directory.is_dir():
-        return "there is no such directory"
-    return f"it holds {', '.join(sorted(p.name for p in directory.iterdir())) or 'nothing'}"
-
-
-def _download(repository: str, name: str, *, subfolder: str, **hub: Any) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repository, name, subfolder=None if subfolder == "." else subfolder, **hub))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(
-            f"{repository!r} is no local directory, and {name} could not be had from the hub: {reason}"
-        ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{str(path)!r} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{str(path)!r} holds a {type(content).__name__}, not an object of config fields")
-    return content
 
 
 def read(source: str | Path, **hub: Any) -> tuple[Tensors, dict[str, Any]]:
@@ -237,7 +175,7 @@ def is_base_embedding(key: str) -> bool:
     return key.endswith(".weight") and path.rpartition(".")[2] in EMBEDDING_NAMES and path != key
 
 
-def absorb_base_embeddings(embeddings: Iterable[tuple[nn.Module, Tensor]]) -> None:
+def absorb_base_embeddings(embeddings: Iterable[tuple[Any, Tensor]]) -> None:
     """Base embeddings that came in the file (the vocabulary was resized) take the place of the model's."""
     for module, tensor in embeddings:
         if not torch.equal(module.weight.detach().cpu(), tensor.to(module.weight.dtype)):
@@ -245,7 +183,9 @@ def absorb_base_embeddings(embeddings: Iterable[tuple[nn.Module, Tensor]]) -> No
                 module.weight.copy_(tensor)
 
 
-def base_embeddings_in(model: nn.Module, state: State, name: str, tensors: Tensors) -> Iterator[tuple[nn.Module, Tensor]]:
+def base_embeddings_in(
+    model: nn.Module, state: State, name: str, tensors: Tensors
+) -> Iterator[tuple[nn.Module, Tensor]]:
     """(module, weight) of the base embeddings that came in the file.
 
     Raises:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from ..errors import ConfigError, listing, nearest
+from ..files import find_file, read_json, write_atomically
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -82,6 +83,8 @@ class Config:
     """The revision of the base model on the hub."""
     inference_mode: bool = False
     """The adapter is frozen; true in every saved file."""
+    modules_to_save: list[str] | None = None
+    """Modules of which a whole copy is trained and saved with the adapter (a new head, resized embeddings)."""
 
     peft_type: ClassVar[Name]
     adapter: ClassVar[type[Adapter]]
@@ -116,7 +119,7 @@ class Config:
             self.task_type = TaskType(self.task_type)
 
     def _check_types(self) -> None:
-        for name, hint in _hints(type(self)).items():
+        for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]
             value = getattr(self, name)
             if not _is_a(value, hint):
                 raise ConfigError(f"{type(self).__name__}.{name} must be {_spell(hint)}, not {value!r}")
@@ -155,8 +158,6 @@ class Config:
         return dict(sorted(own.items()))
 
     def save_pretrained(self, directory: str | Path) -> None:
-        from .checkpoint import write_atomically
-
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
         Path(directory).mkdir(parents=True, exist_ok=True)
         write_atomically(Path(directory) / CONFIG_NAME, text.encode())
@@ -164,8 +165,6 @@ class Config:
     @classmethod
     def from_pretrained(cls, source: str | Path, **hub: Any) -> Config:
         """Read `adapter_config.json` of a directory or a hub id."""
-        from .checkpoint import find_file, read_json
-
         return cls.from_dict(read_json(find_file(source, CONFIG_NAME, **hub)))
 
     @classmethod
@@ -201,8 +200,6 @@ class LayerConfig(Config):
     """Indices of the layers to adapt; None: all."""
     layers_pattern: str | list[str] | None = None
     """The name of the list of layers ("layers", "h"), where a path holds more than one index."""
-    modules_to_save: list[str] | None = None
-    """Modules of which a whole copy is trained and saved with the adapter (a new head, resized embeddings)."""
     bias: str = "none"
     """Biases to train: "none", "all", or "<method>_only" for those of the adapted modules."""
     fan_in_fan_out: bool = False
@@ -227,10 +224,9 @@ class LayerConfig(Config):
             if isinstance(getattr(self, name), str):
                 compile_pattern(getattr(self, name), name)
 
-
     def fill_targets(self, model: nn.Module) -> None:
         """Choose `target_modules` for a model when the user gave none."""
-        from .structure import default_targets
+        from ..structure import default_targets
 
         self.target_modules = default_targets(model, self.default_roles)
 
@@ -249,8 +245,6 @@ class PromptConfig(Config):
     """Attention heads of a cache entry; None: the model's."""
     num_layers: int | None = None
     """Layers of the model; None: the model's."""
-    modules_to_save: list[str] | None = None
-    """Modules of which a whole copy is trained and saved with the prompt."""
 
     prompt: ClassVar[type[Prompt]]
     fills_cache: ClassVar[bool] = False
@@ -292,7 +286,7 @@ def mapping() -> Any:
 
 
 @lru_cache(maxsize=None)
-def _hints(cls: type[Config]) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     """The types of a config's fields (not of its class variables, which name classes imported for checkers only)."""
     found = {}
     for f in fields(cls):
@@ -321,7 +315,7 @@ def _is_a(value: Any, hint: Any) -> bool:
 
 
 def _spell(hint: Any) -> str:
-    return getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 def _default(f: Any) -> Any:

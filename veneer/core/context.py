@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import VeneerError
@@ -170,5 +169,3 @@ class CheckpointContext:
     def __call__(self) -> tuple[Remember, Recall]:
         note = Remember(self.state)
         return note, Recall(note)
-
-

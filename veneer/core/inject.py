@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import nn
 
-from ..errors import ConfigError, TargetError, VeneerError, nearest
-from .adapter import Adapter, Bias, Parts, Replace
+from ..errors import VeneerError
+from .adapter import Adapter, Bias, Replace
 from .config import Config, LayerConfig, PromptConfig
 from .context import State, state_of
-from .layer import AdapterLayer
+from .layer import AdapterLayer, walk
 from .prompt import spec_for
 from .prompting import install, uninstall
 from .select import saved_modules, targets
-from .structure import walk
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -7,7 +7,7 @@ in the same order, so merged equals active.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,48 +15,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import NotMergeable, VeneerError
+from ..interop.views import View
 from .adapter import Adapter, Modules, Parts, Replace
 from .context import BASE, State
 from .target import kind_of
 
 Stack = Sequence[Adapter]
-
-
-class View(MutableMapping[str, Any]):
-    """One attribute of a layer's adapters by adapter name: `layer.lora_A["default"]`, `layer.scaling["default"] = 2`."""
-
-    def __init__(self, layer: AdapterLayer, attribute: str) -> None:
-        self._layer, self._attribute = layer, attribute
-
-    def _owner(self, name: str) -> Adapter:
-        for part in self._layer.adapters[name].parts if name in self._layer.adapters else ():
-            if hasattr(part, self._attribute):
-                return part
-        raise KeyError(name)
-
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self._owner(name), self._attribute)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        setattr(self._owner(name), self._attribute, value)
-
-    def __delitem__(self, name: str) -> None:
-        raise VeneerError(f"delete the adapter with model.delete_adapter({name!r})")
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-    def __iter__(self) -> Iterator[str]:
-        return (n for n, a in self._layer.adapters.items() if any(hasattr(p, self._attribute) for p in a.parts))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def __repr__(self) -> str:
-        return f"{{{', '.join(f'{name!r}: {value!r}' for name, value in self.items())}}}"
 
 
 class AdapterLayer(nn.Module):
@@ -75,7 +39,7 @@ class AdapterLayer(nn.Module):
         self.merged_adapters: tuple[str, ...] = ()
         self.rows: Tensor | None = None
         self.kept_module: nn.Module | None = None
-        self.kept: dict[str, nn.Parameter] = {}
+        self.kept: dict[str, Tensor] = {}
         self.train(base_layer.training)
 
     # Running
@@ -182,7 +146,7 @@ class AdapterLayer(nn.Module):
         stack = self.stack(names)
         whole = max((i for i, part in enumerate(stack) if isinstance(part, Replace)), default=-1)
         if whole >= 0:
-            self._swap(stack[whole])
+            self._swap(stack[whole].module)
         rest = stack[whole + 1 :]
         if rest:
             W, b = self.fold(rest)
@@ -192,13 +156,13 @@ class AdapterLayer(nn.Module):
             self.kept = self.kept if self.kept or self.kept_module else old
         self.merged_adapters += tuple(n for n in names if n in self.adapters and n not in self.merged_adapters)
 
-    def _swap(self, replacement: Replace) -> None:
+    def _swap(self, replacement: nn.Module) -> None:
         """Put the trained copy of the module in its place; the weights merged into the old one go back first."""
         self.target.restore(self.kept)
         self.kept = {}
         if self.kept_module is None:
             self.kept_module = self.base_layer
-        self.base_layer = copy.deepcopy(replacement.module).requires_grad_(False)
+        self.base_layer = copy.deepcopy(replacement).requires_grad_(False)
 
     def unmerge(self) -> None:
         """Bind the kept Parameters back: bit-exact for every method and dtype."""
@@ -259,6 +223,19 @@ def bare(module: nn.Module) -> nn.Module:
     while isinstance(module, AdapterLayer):
         module = module.base_layer
     return module
+
+
+def walk(module: nn.Module, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
+    """(path, module) of every module as the unadapted model would list them, looking through adapter layers."""
+    seen = set() if seen is None else seen
+    module = bare(module)
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    yield prefix, module
+    for name, child in module._modules.items():
+        if child is not None and not isinstance(child, Modules):
+            yield from walk(child, f"{prefix}.{name}" if prefix else name, seen)
 
 
 def _split(stack: Stack) -> tuple[Stack, Stack]:

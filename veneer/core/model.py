@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, NotMergeable, VeneerError, nearest
@@ -16,11 +15,9 @@ from ..interop import transformers as interop
 from ..report.plan import Plan, count, plan
 from ..report.status import LayerStatus, ModelStatus, layer_status, model_status
 from . import checkpoint
-from .adapter import Adapter
-from .config import Config, LayerConfig, PromptConfig, TaskType
+from .config import Config, PromptConfig
 from .context import CheckpointContext, State, state_of
-from .inject import Wrapper, attach, detach, settle
-from .layer import AdapterLayer
+from .inject import attach, detach, settle
 from .schedule import follow
 
 
@@ -49,7 +46,11 @@ def get_peft_model(
     if revision is not None:
         peft_config.revision = revision
     return PeftModel(
-        model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
+        model,
+        peft_config,
+        adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
     )
 
 
@@ -195,7 +196,9 @@ class PeftModel(nn.Module):
             raise VeneerError(f"set_adapter: {names} names an adapter twice")
         merged = self._merged()
         if merged and set(names) != set(self._state.active):
-            raise VeneerError(f"{', '.join(merged)} is merged into the weights; call unmerge_adapter() before switching")
+            raise VeneerError(
+                f"{', '.join(merged)} is merged into the weights; call unmerge_adapter() before switching"
+            )
         if inference_mode:
             self._state.trainable -= set(names)
         self._state.activate(names)
@@ -308,7 +311,9 @@ class PeftModel(nn.Module):
 
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
 
     def get_layer_status(self) -> list[LayerStatus]:
         return layer_status(self._state)

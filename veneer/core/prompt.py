@@ -40,7 +40,8 @@ class Prompt(nn.Module):
     def __init__(self, config: PromptConfig, spec: Spec, words: Tensor) -> None:
         """`words` is the base model's input embedding, (vocabulary, width), to start from."""
         super().__init__()
-        self.config, self.spec = config, spec
+        self.config: Any = config
+        self.spec = spec
 
     @property
     def n(self) -> int:

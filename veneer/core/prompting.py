@@ -89,7 +89,9 @@ def check_names(state: State) -> None:
             known = ", ".join(state.configs)
             raise VeneerError(f"adapter_names: no adapter is called {name!r}; the model has {known} and {BASE!r}")
         if name in state.prompts:
-            raise VeneerError(f"adapter_names: {name!r} is a prompt, which lengthens every row; give it a batch of its own")
+            raise VeneerError(
+                f"adapter_names: {name!r} is a prompt, which lengthens every row; give it a batch of its own"
+            )
     if "adapter_names" in state.facts and any(layer.merged_adapters for layer in state.layers.values()):
         raise VeneerError("a mixed batch needs adapters that are not merged; call unmerge_adapter() first")
 
@@ -97,7 +99,9 @@ def check_names(state: State) -> None:
 def live_prompts(state: State) -> Iterator[Prompt]:
     """The prompts of this call, innermost (nearest to the input) first."""
     if "adapter_names" not in state.facts:
-        yield from (state.prompts[name] for name in state.live() if name in state.prompts)
+        for name in state.live():
+            if name in state.prompts:
+                yield state.prompts[name]
 
 
 def _compute_facts(state: State, name: str, model: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -211,7 +215,9 @@ def _longer(t: Tensor | None, n: int, value: int) -> Tensor | None:
 
 def _longer_mask(mask: Tensor | None, n: int) -> Tensor | None:
     if mask is not None and mask.dim() != 2:
-        raise VeneerError(f"a learned prompt lengthens a (batch, length) attention mask, not one of {mask.dim()} dimensions")
+        raise VeneerError(
+            f"a learned prompt lengthens a (batch, length) attention mask, not one of {mask.dim()} dimensions"
+        )
     return _longer(mask, n, 1)
 
 

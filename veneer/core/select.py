@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from ..errors import TargetError, listing, nearest
+from ..structure import head_paths, is_linear
 from .config import TASK_HEADS, Config, LayerConfig
-from .structure import head_paths, is_linear, walk
+from .layer import walk
 from .target import is_conv1d, kind_of
 
 
@@ -27,8 +28,8 @@ def saved_modules(model: nn.Module, config: Config) -> list[str]:
         TargetError: an entry the user gave matches no module.
     """
     paths = [path for path, _ in walk(model)]
-    heads = list(TASK_HEADS.get(config.task_type, ()))
-    given = list(getattr(config, "modules_to_save", None) or ())
+    heads = list(TASK_HEADS.get(config.task_type, ()))  # type: ignore[call-overload]
+    given = list(config.modules_to_save or ())
     for entry in given:
         if entry not in heads and not any(matches(path, entry) for path in paths):
             raise TargetError(_no_match("modules_to_save", entry, paths))

@@ -41,7 +41,7 @@ class Target:
         self.layer = layer
 
     @property
-    def base(self) -> nn.Module:
+    def base(self) -> Any:
         return self.layer.base_layer
 
     @property
@@ -71,6 +71,11 @@ class Target:
     def groups(self) -> int:
         """Independent groups of channels; 1 but for grouped convolutions."""
         return getattr(self.base, "groups", 1)
+
+    @property
+    def scale(self) -> Tensor | float:
+        """What an embedding multiplies its rows by (Gemma)."""
+        return getattr(self.base, "embed_scale", 1.0)
 
     @property
     def device(self) -> torch.device:
@@ -171,7 +176,7 @@ class Target:
         """A vector over input channels, shaped to multiply W."""
         return v[None, :]
 
-    def replace(self, W: Tensor, b: Tensor | None) -> dict[str, nn.Parameter]:
+    def replace(self, W: Tensor, b: Tensor | None) -> dict[str, Tensor]:
         """Bind new Parameters and return the old ones. Never `.data`: a tied weight is shared with another module."""
         new = {"weight": self.as_stored(W)} | ({} if b is None else {"bias": b})
         old = {name: self.base._parameters[name] for name in new}
@@ -180,7 +185,7 @@ class Target:
             self.base._parameters[name] = nn.Parameter(tensor.to(dtype).contiguous(), requires_grad=False)
         return old
 
-    def restore(self, old: dict[str, nn.Parameter]) -> None:
+    def restore(self, old: dict[str, Tensor]) -> None:
         self.base._parameters.update(old)
 
 
@@ -301,11 +306,6 @@ class EmbeddingTarget(Target):
     def out_features(self) -> int:
         return self.base.embedding_dim
 
-    @property
-    def scale(self) -> Tensor | float:
-        """What the module multiplies its rows by (Gemma)."""
-        return getattr(self.base, "embed_scale", 1.0)
-
     def as_matrix(self, weight: Tensor) -> Tensor:
         return weight.T
 
@@ -342,7 +342,7 @@ def kind_of(module: nn.Module) -> type[Target]:
     return Target
 
 
-def _block_width(module: nn.Module) -> int:
+def _block_width(module: Any) -> int:
     """The width of a block's stream: what its first linear layer reads."""
     for child in module.modules():
         if is_conv1d(child):

@@ -135,7 +135,7 @@ class AdaLoraConfig(LoraConfig):
     rank_pattern: dict[str, Any] | None = None
     """Which triplets a PEFT file still holds, by target."""
 
-    peft_type, adapter, patterns = Name("ADALORA"), AdaLoRA, ("alpha_pattern",)
+    peft_type, adapter, patterns = Name("ADALORA"), AdaLoRA, ("alpha_pattern",)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         pattern, self.rank_pattern = self.rank_pattern, None
@@ -151,14 +151,16 @@ class AdaLoraConfig(LoraConfig):
                 f"tfinal {self.tfinal}"
             )
 
-    def build(self, target: Target, shared: nn.Module | None = None, **kwargs: Any) -> AdaLoRA:
+    def build(self, target: Target, shared: nn.Module | None = None, **kwargs: Any) -> AdaLoRA:  # type: ignore[override]
         return AdaLoRA(self, target, shared)
 
     def rank_of(self, path: str) -> int:
         """init_r, or what a cut file still holds of a target; 0 is legal there."""
         for name, alive in (self.rank_pattern or {}).items():
-            if name.removeprefix("base_model.model.").removeprefix("model.").startswith(
-                path.removeprefix("model.") + ".lora_E"
+            if (
+                name.removeprefix("base_model.model.")
+                .removeprefix("model.")
+                .startswith(path.removeprefix("model.") + ".lora_E")
             ):
                 return sum(map(bool, alive))
         return self.init_r

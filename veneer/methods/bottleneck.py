@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from ..core.adapter import Adapter
 from ..core.config import LayerConfig, Name
-from ..core.structure import default_targets
 from ..core.target import Target
 from ..errors import ConfigError, nearest
+from ..structure import default_targets
 
 
 class Placement(NamedTuple):

@@ -48,7 +48,7 @@ class FourierFTConfig(LayerConfig):
     """Learned entries per target, at most in_features x out_features."""
     scaling: float = 150.0
     """alpha: about 100 to 300; larger for smaller n."""
-    random_loc_seed: int | None = 777
+    random_loc_seed: int = 777
     """Seed of the entries' places."""
     n_frequency_pattern: dict[str, int] | None = mapping()
     """Other numbers of entries for some targets, by name ending or regular expression."""

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter
 from ..core.config import LayerConfig, Name
 from ..core.select import matches
-from ..core.structure import default_targets
 from ..core.target import Target
 from ..errors import ConfigError
+from ..structure import default_targets
 
 
 class IA3(Adapter):

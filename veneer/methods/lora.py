@@ -3,8 +3,7 @@
     W' = W + s B A,  A (r, in), B (out, r),  s = alpha / r, or alpha / sqrt(r) with rsLoRA
 
 Hu et al., 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski, 2023, arXiv:2312.03732. Trainable: r (in + out) per target.
-Mergeable. Starts as a no-op: B is zero (for embeddings A is), or the update starts at the principal part of W (PiSSA),
-which `factors` takes off again, so that the base weight stays untouched.
+Mergeable. Starts as a no-op: B is zero (for embeddings A is), or `factors` takes the start off again (PiSSA).
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class LoRA(LowRank):
         A, B = self.matrices()
         if self.start_A is None:
             return A, B * self.scaling
-        return torch.cat([A, self.start_A.to(A)]), torch.cat([B, -self.start_B.to(B)], dim=1) * self.scaling
+        return torch.cat([A, self.start_A]), torch.cat([B, -self.start_B], dim=1) * self.scaling
 
     @torch.no_grad()
     def initialise(self, how: bool | str) -> None:
@@ -74,8 +73,8 @@ class LoRA(LowRank):
                 mine.copy_(theirs)
 
     def expected_parameters(self) -> int:
-        groups = self.target.groups
-        return self.r * self.target.in_features * groups + self.r // groups * self.target.out_features
+        r, target = self.r, self.target
+        return r * target.in_features * target.groups + r * target.out_features // target.groups
 
     def describe(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}, {self.target.in_features} -> {self.target.out_features}"
@@ -92,8 +91,7 @@ class LoraConfig(LayerConfig):
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r), which keeps high ranks stable."""
     init_lora_weights: bool | str = True
-    """True: as in the paper. "gaussian": A normal with deviation 1 / r. False: B random too (for tests).
-    "pissa" or "pissa_niter_N": the principal singular vectors of the weight, exact or by N power iterations."""
+    """True: the paper's. "gaussian": A normal. "pissa", "pissa_niter_N": singular vectors. False: B random too."""
     rank_pattern: dict[str, int] | None = mapping()
     """Other ranks for some targets, by name ending or regular expression."""
     alpha_pattern: dict[str, int | float] | None = mapping()
@@ -111,13 +109,13 @@ class LoraConfig(LayerConfig):
             raise ConfigError(f"r must be at least 1, not {self.r} (rank_pattern {self.rank_pattern})")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout must lie in [0, 1), not {self.lora_dropout}")
-        how = self.init_lora_weights
-        if isinstance(how, str) and how != "gaussian" and not how.startswith("pissa"):
-            raise ConfigError(f'init_lora_weights {how!r} is unknown; use True, False, "gaussian", "pissa", "pissa_niter_N"')
+        how = str(self.init_lora_weights)
+        if how not in ("True", "False", "gaussian") and not how.startswith("pissa"):
+            raise ConfigError(
+                f'init_lora_weights {how!r} is unknown; use True, False, "gaussian", "pissa", "pissa_niter_N"'
+            )
 
     def build(self, target: Target, shared: nn.Module | None = None, **kwargs: Any) -> LoRA:
-        if self.use_dora:
-            from .dora import DoRA
+        from .dora import DoRA
 
-            return DoRA(self, target, shared)
-        return LoRA(self, target, shared)
+        return (DoRA if self.use_dora else LoRA)(self, target, shared)

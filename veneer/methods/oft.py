@@ -35,7 +35,7 @@ class OFT(Adapter):
 
     def rotations(self) -> Tensor:
         """One orthogonal matrix for each block: (blocks, size, size)."""
-        config: OFTConfig = self.config  # type: ignore[assignment]
+        config = self.config
         Q = skew(self.oft_R.weight, self.size)
         if config.coft:
             limit = config.eps / len(Q) ** 0.5

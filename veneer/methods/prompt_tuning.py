@@ -72,6 +72,7 @@ class PromptTuningConfig(PromptConfig):
 
         from ..pull import resolve
 
+        assert self.tokenizer_name_or_path
         tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer_name_or_path), **(self.tokenizer_kwargs or {}))
         tokens = tokenizer(self.prompt_tuning_init_text)["input_ids"]
         if not tokens:

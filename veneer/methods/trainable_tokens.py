@@ -15,8 +15,7 @@ from torch.nn import functional as F
 
 from ..core.adapter import Adapter
 from ..core.config import LayerConfig, Name
-from ..core.layer import bare
-from ..core.structure import walk
+from ..core.layer import bare, walk
 from ..core.target import Target
 from ..errors import ConfigError
 
@@ -39,7 +38,7 @@ class TrainableTokens(Adapter):
             raise ConfigError(f"token_indices: {top} is outside the vocabulary of {len(rows)} of {target.path!r}")
         index = torch.tensor(config.token_indices, device=rows.device)
         if twin is not None:
-            self.trainable_tokens_delta = twin.trainable_tokens_delta
+            self.trainable_tokens_delta: nn.Parameter = twin.trainable_tokens_delta
         else:
             start = rows[index] if config.init_weights else torch.randn_like(rows[index])
             self.trainable_tokens_delta = nn.Parameter(start.detach().clone())
@@ -80,7 +79,11 @@ class TrainableTokensConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.token_indices or min(self.token_indices) < 0 or len(set(self.token_indices)) < len(self.token_indices):
+        if (
+            not self.token_indices
+            or min(self.token_indices) < 0
+            or len(set(self.token_indices)) < len(self.token_indices)
+        ):
             raise ConfigError(f"token_indices must name one or more tokens, each once, not {self.token_indices}")
 
     def fill_targets(self, model: nn.Module) -> None:

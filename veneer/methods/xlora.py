@@ -25,7 +25,6 @@ from ..core.target import Target
 from ..errors import ConfigError, VeneerError
 from .lora import LoRA, LoraConfig
 
-
 INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 """What the first pass takes from a model call."""
 
@@ -41,7 +40,7 @@ class Gate(nn.Module):
         self.internal_xlora_classifier.layers = nn.Sequential(*self.stages())
 
     def stages(self) -> Iterator[nn.Module]:
-        config, width = self.config, self.config.hidden_size
+        config, width = self.config, self.config.hidden_size or 0
         for _ in range(config.xlora_depth - 1):
             yield nn.Linear(width, config.xlora_size)
             yield nn.ReLU()
@@ -84,7 +83,7 @@ class XLoRA(Adapter):
 
     def sparse(self, s: Tensor) -> Tensor:
         """Only the k largest of the scalings (batch, length, experts), perhaps normalised again."""
-        config: XLoraConfig = self.config  # type: ignore[assignment]
+        config = self.config
         if config.top_k_lora is not None:
             kept = s.topk(config.top_k_lora, dim=-1).indices
             s = s * torch.zeros_like(s).scatter(-1, kept, 1.0)

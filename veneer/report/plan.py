@@ -69,7 +69,8 @@ def _row(path: str, part: Any) -> Row:
     target = part.target
     sizes = (target.in_features, target.out_features) if target.kind != "block" else (0, 0)
     added = sum(p.numel() for p in part.parameters())
-    return Row(path, type(part).__name__, getattr(part, "r", None), *sizes, part.expected_parameters(), added)
+    r, expected = getattr(part, "r", None), part.expected_parameters()
+    return Row(path, type(part).__name__, r, sizes[0], sizes[1], expected, added)
 
 
 def count(model: nn.Module) -> tuple[int, int]:

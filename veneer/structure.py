@@ -6,14 +6,14 @@ The default targets of every method are roles, so a method works on an architect
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
-from ..errors import TargetError
-from .adapter import Modules
-from .layer import bare
-from .target import is_conv1d, kind_of
+from .core.layer import bare, walk
+from .core.target import is_conv1d, kind_of
+from .errors import TargetError
 
 FUSED = re.compile(r"c_attn|qkv|query_key_value|in_proj|wqkv", re.IGNORECASE)
 PROJECTIONS = {
@@ -25,19 +25,6 @@ KNOWN_TARGETS: dict[str, dict[str, list[str]]] = {
     "deberta": {"attention.q": ["in_proj"], "attention.v": ["in_proj"]},
 }
 """Architectures whose names or structure mislead, by `model_type`."""
-
-
-def walk(module: nn.Module, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of every module as the unadapted model would list them, looking through adapter layers."""
-    seen = set() if seen is None else seen
-    module = bare(module)
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    yield prefix, module
-    for name, child in module._modules.items():
-        if child is not None and not isinstance(child, Modules):
-            yield from walk(child, f"{prefix}.{name}" if prefix else name, seen)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -149,7 +136,7 @@ def _common_blocks(layer: str, linears: list[str]) -> list[str]:
     return [parent for parent, inside in parents.items() if parent != layer and len(inside) > 1]
 
 
-def _sizes(module: nn.Module) -> tuple[int, int]:
+def _sizes(module: Any) -> tuple[int, int]:
     if is_conv1d(module):
         return module.weight.shape[0], module.weight.shape[1]
     return module.in_features, module.out_features
