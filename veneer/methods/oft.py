@@ -39,7 +39,8 @@ class OFT(Adapter):
         Q = skew(self.oft_R.weight, self.size)
         if config.coft:
             limit = config.eps / len(Q) ** 0.5
-            Q = Q * (limit / Q.detach().norm(dim=(1, 2), keepdim=True).clamp_min(1e-30)).clamp_max(1)
+            inside = Q * (limit / Q.norm(dim=(1, 2), keepdim=True).clamp_min(1e-30)).clamp_max(1)
+            Q = Q + (inside - Q).detach()  # a projection: the gradient is that at the projected point
         R = cayley_neumann(Q, config.num_cayley_neumann_terms) if config.use_cayley_neumann else cayley(Q)
         return self.drop(R.expand(self.blocks, -1, -1), config.module_dropout)
 

@@ -1,0 +1,29 @@
+# Each target is enough by itself in a fresh clone: the environment is made when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test check clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --editable '.[dev]' --constraint constraints.txt
+	touch $@
+
+# PASSIVE: on a busy machine, threads that wait by spinning take the cores from those that work.
+demo: install
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/demo.py
+
+# One torch thread for each pytest worker.
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv demo-output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,111 @@
+"""The command `veneer`: it answers at once, its results go to stdout, and its errors are one line and a status."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import veneer.cli
+
+engine = importlib.import_module("veneer.pull")
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "veneer", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=60)
+
+
+@pytest.fixture
+def pulled(tmp_path: Path) -> Path:
+    """A cache that says the default model is complete."""
+    home = tmp_path / engine.DEFAULT
+    home.mkdir()
+    marker = {"gguf_sha256": engine.MODELS[engine.DEFAULT].gguf_sha256, "files": {}}
+    (home / engine.MARKER).write_text(json.dumps(marker))
+    return home
+
+
+def test_help_lists_every_verb():
+    done = run("--help")
+    assert done.returncode == 0 and done.stderr == ""
+    verbs = [path.stem for path in Path(veneer.cli.__file__).parent.glob("*.py") if path.stem != "__init__"]
+    assert "pull" in verbs
+    assert all(verb.replace("_", "-") in done.stdout for verb in verbs)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["pull", "--help"], ["pull", "--list"], ["pull"]], ids=" ".join)
+def test_nothing_heavy_is_imported(pulled: Path, arguments: list[str]):
+    script = f"""
+import sys
+from veneer.cli import main
+sys.argv = ["veneer", *{arguments!r}]
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+heavy = {{"torch", "transformers", "datasets", "numpy", "matplotlib"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    environment = os.environ | {"VENEER_CACHE": str(pulled.parent)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_version():
+    assert run("--version").stdout == f"veneer {veneer.__version__}\n"
+
+
+def test_pull_prints_the_directory_last(pulled: Path):
+    done = run("pull", VENEER_CACHE=str(pulled.parent))
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == str(pulled)
+
+
+def test_pull_list_names_the_models():
+    done = run("pull", "--list")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == list(engine.MODELS)
+
+
+def test_an_error_is_one_line_and_status_2():
+    done = run("pull", "no-such-model")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: unknown model 'no-such-model'; the models that can be pulled are: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_traceback_is_there_on_demand():
+    done = run("pull", "no-such-model", VENEER_DEBUG="1")
+    assert done.returncode != 0 and "Traceback" in done.stderr
+
+
+def test_a_wrong_option_is_status_2_too():
+    done = run("pull", "--no-such-option")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "shown"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (FileNotFoundError(2, "No such file or directory", "adapter.safetensors"), 2, "error: "),
+        (PermissionError("the cache is read-only"), 2, "error: the cache is read-only"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_what_a_verb_raises_becomes_a_status(monkeypatch: pytest.MonkeyPatch, capsys, error, status: int, shown: str):
+    def fail(name: str):
+        raise error
+
+    monkeypatch.setattr(sys.modules["veneer.cli.pull"], "fetch", fail)
+    monkeypatch.setattr(sys, "argv", ["veneer", "pull"])
+    with pytest.raises(SystemExit) as stop:
+        veneer.cli.main()
+    printed = capsys.readouterr().err
+    assert stop.value.code == status
+    assert printed.startswith(shown) and len(printed.splitlines()) == 1
