@@ -42,7 +42,9 @@ def test_smollm2_learns_saves_and_comes_back(tmp_path):
     where = pull("smollm2-135m-instruct")
     tokenizer = AutoTokenizer.from_pretrained(where)
     base = AutoModelForCausalLM.from_pretrained(where)
-    model = get_peft_model(base, LoraConfig(task_type=TaskType.CAUSAL_LM, r=8, lora_alpha=16, target_modules="all-linear"))
+    model = get_peft_model(
+        base, LoraConfig(task_type=TaskType.CAUSAL_LM, r=8, lora_alpha=16, target_modules="all-linear")
+    )
     arguments = TrainingArguments(
         str(tmp_path / "run"), max_steps=12, per_device_train_batch_size=4, learning_rate=2e-3, logging_steps=1,
         save_steps=6, report_to="none", disable_tqdm=True, use_cpu=True, seed=0,

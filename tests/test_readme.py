@@ -14,7 +14,9 @@ READMES = ["README.md", "README.zh-CN.md"]
 
 
 def blocks(readme: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / readme).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", (ROOT / readme).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
 
 
 @pytest.mark.slow
@@ -32,14 +34,18 @@ def test_the_python_runs(readme: str, tmp_path):
 @pytest.mark.parametrize("readme", READMES)
 def test_the_commands_exist(readme: str):
     makefile = (ROOT / "Makefile").read_text()
-    lines = [line.split("#")[0].split() for block in blocks(readme, "sh") for line in block.splitlines() if line.strip()]
+    lines = [
+        line.split("#")[0].split() for block in blocks(readme, "sh") for line in block.splitlines() if line.strip()
+    ]
     assert lines
     for words in lines:
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), words
         elif words[0] == "veneer" and "--help" not in words:
             done = subprocess.run(
-                [sys.executable, "-m", *words, *([] if "--list" in words else ["--help"])], capture_output=True, text=True
+                [sys.executable, "-m", *words, *([] if "--list" in words else ["--help"])],
+                capture_output=True,
+                text=True,
             )
             assert done.returncode == 0, done.stderr
 
@@ -48,4 +54,3 @@ def test_the_commands_exist(readme: str):
 def test_the_links_lead_somewhere(readme: str):
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / readme).read_text(encoding="utf-8")):
         assert target.startswith("https://") or (ROOT / target).exists(), target
-

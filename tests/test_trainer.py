@@ -1,4 +1,4 @@
-"""Plain `transformers.Trainer` trains, saves, resumes and picks the best, with only the import of the tutorial changed."""
+"""Plain `transformers.Trainer` trains, saves, resumes and picks the best: only the import of the tutorial changes."""
 
 from __future__ import annotations
 
@@ -143,10 +143,8 @@ def test_an_adapter_of_another_name_resumes(tmp_path):
     whole, again = named(), named()
     trainer(whole, tmp_path / "whole").train()
     trainer(again, tmp_path / "again").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    pairs = zip(
-        state_of(whole.get_base_model()).parameters("mine"), state_of(again.get_base_model()).parameters("mine")
-    )
-    assert all(torch.equal(a, b) for a, b in pairs)
+    one, two = (state_of(model.get_base_model()).parameters("mine") for model in (whole, again))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 def test_a_classifier_head_is_trained_and_saved(tmp_path):

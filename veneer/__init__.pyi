@@ -38,3 +38,5 @@ from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from .methods.vera import VeraConfig as VeraConfig
 from .methods.xlora import XLoraConfig as XLoraConfig
+
+__version__: str

@@ -5,10 +5,29 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, VeneerError, nearest
+
+HUB_ARGUMENTS = (
+    "subfolder",
+    "revision",
+    "token",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "repo_type",
+)
+"""What a download from the hub can be told."""
+
+
+def check_hub_arguments(given: Iterable[str]) -> None:
+    for name in given:
+        if name not in HUB_ARGUMENTS:
+            raise VeneerError(f"unknown argument {name!r}{nearest(name, HUB_ARGUMENTS)}")
 
 
 def find_file(source: str | Path, name: str, **hub: Any) -> Path:

@@ -15,16 +15,12 @@ from .core.layer import bare, walk
 from .core.target import is_conv1d, kind_of
 from .errors import TargetError
 
-FUSED = re.compile(r"c_attn|qkv|query_key_value|in_proj|wqkv", re.IGNORECASE)
+FUSED = re.compile(r"c_attn|qkv|query_key_value|in_proj|wqkv|(^|_)kv(_|$)", re.IGNORECASE)
 PROJECTIONS = {
     "attention.q": re.compile(r"(^|_)(q|wq|query)(_|$)|^q_?(proj|lin)$", re.IGNORECASE),
     "attention.k": re.compile(r"(^|_)(k|wk|key)(_|$)|^k_?(proj|lin)$", re.IGNORECASE),
     "attention.v": re.compile(r"(^|_)(v|wv|value)(_|$)|^v_?(proj|lin)$", re.IGNORECASE),
 }
-KNOWN_TARGETS: dict[str, dict[str, list[str]]] = {
-    "deberta": {"attention.q": ["in_proj"], "attention.v": ["in_proj"]},
-}
-"""Architectures whose names or structure mislead, by `model_type`."""
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -54,9 +50,6 @@ def roles(model: nn.Module) -> dict[str, str]:
 def default_targets(model: nn.Module, wanted: Iterable[str]) -> list[str]:
     """Name endings that match exactly the modules with one of the `wanted` roles."""
     wanted = set(wanted)
-    known = KNOWN_TARGETS.get(getattr(getattr(model, "config", None), "model_type", ""), {})
-    if known and wanted & set(known):
-        return sorted({name for role in wanted for name in known.get(role, [])})
     found = roles(model)
     paths = [path for path, role in found.items() if role in wanted]
     if not paths:
@@ -95,13 +88,19 @@ def _layer_roles(layer: str, modules: dict[str, nn.Module], heads: set[str]) -> 
     inside = {p: m for p, m in modules.items() if p.startswith(layer + ".")}
     linears = [p for p, m in inside.items() if is_linear(m) and p not in heads]
     outer = [p for p, m in inside.items() if _is_attention(m) and _holds(p, linears)]
-    outer = [p for p in outer if not any(p.startswith(q + ".") for q in outer)]
+    outer = [_tightest(p, outer, linears) for p in outer if not any(p.startswith(q + ".") for q in outer)]
     found: dict[str, str] = {}
     for attention in outer:
         found |= _attention_roles(attention, [p for p in linears if p.startswith(attention + ".")])
     rest = [p for p in linears if not any(p.startswith(q + ".") for q in outer)]
     stream = next(_sizes(inside[p])[0] for p in linears if p not in rest) if outer else 0
     return found | _mlp_roles(layer, rest, inside, stream)
+
+
+def _tightest(block: str, attentions: list[str], linears: list[str]) -> str:
+    """The innermost attention module that holds every linear layer of `block` (T5's has a residual around it)."""
+    own = [p for p in linears if p.startswith(block + ".")]
+    return max((p for p in attentions if all(q.startswith(p + ".") for q in own)), key=len, default=block)
 
 
 def _attention_roles(block: str, linears: list[str]) -> dict[str, str]:
@@ -124,7 +123,8 @@ def _mlp_roles(layer: str, linears: list[str], modules: dict[str, nn.Module], st
         writes = width_out == stream and (width_in != stream or path == linears[-1])
         found[path] = "mlp.out" if writes else "mlp.in"
     for block in _common_blocks(layer, linears):
-        found[block] = "mlp"
+        if not any(_is_attention(m) for p, m in modules.items() if p.startswith(block + ".")):
+            found[block] = "mlp"
     return found
 
 

@@ -1,6 +1,7 @@
 """What a method is: an `nn.Module` for one (target, adapter name), whose attribute names are the checkpoint's.
 
-An adapter says what it does to activations (`pre`, `post`), to the weight (`fold`), or both; the laws hold the two together.
+An adapter says what it does to activations (`pre`, `post`), to the weight (`fold`), or both; the laws hold
+the two together.
 """
 
 from __future__ import annotations
@@ -228,7 +229,7 @@ class LowRank(Additive):
 
 
 class Bias(Adapter):
-    """A trained copy of the target's bias: y' = y - b + b'. A copy, so that disabling the adapter gives the base back."""
+    """A trained copy of the target's bias: y' = y - b + b'. A copy, so that the base stays whole."""
 
     kinds = frozenset({"linear", "conv", "norm"})
 

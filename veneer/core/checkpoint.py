@@ -18,7 +18,7 @@ from ..files import find_file, write_atomically
 from .adapter import Adapter, Replace, Tensors
 from .config import Config, PromptConfig
 from .context import State
-from .layer import AdapterLayer, walk
+from .layer import walk
 from .prompt import Prompt
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -57,7 +57,8 @@ def slots(state: State, name: str) -> Tensors:
 def collect(model: nn.Module, state: State, name: str, embeddings: bool | None) -> tuple[Tensors, dict[str, Any]]:
     """(tensors by key, notes) of an adapter, whole and on the CPU. Every process of a sharded run must take part."""
     tensors = slots(state, name) | base_embeddings(model, state, state.configs[name], embeddings)
-    return {key: _whole(t) for key, t in tensors.items()}, {"base": fingerprint(state, name)}
+    notes = {"base": fingerprint(base_weights(model, state, name))}
+    return {key: _whole(t) for key, t in tensors.items()}, notes
 
 
 def write(directory: Path, tensors: Tensors, notes: dict[str, Any], config: Config) -> None:
@@ -133,9 +134,9 @@ def _weights_file(source: str | Path, **hub: Any) -> Path:
 def _notes(metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         notes = json.loads(metadata.get("veneer", "{}"))
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return {}
-    return notes if isinstance(notes, dict) else {}
+    return notes if isinstance(notes, dict) and isinstance(notes.get("base", {}), dict) else {}
 
 
 def check(state: State, name: str, tensors: Tensors) -> None:
@@ -155,7 +156,7 @@ def check(state: State, name: str, tensors: Tensors) -> None:
         if k in tensors and tensors[k].is_floating_point() != t.is_floating_point()
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes, "of another kind": kinds}
-    found = [f"{len(keys)} {what}:{listing(keys)}" for what, keys in problems.items() if keys]
+    found = [f"{len(keys)} {how}:{listing(keys)}" for how, keys in problems.items() if keys]
     if found:
         raise CheckpointError(f"the file does not fit adapter {name!r} on this model; tensors " + "\nand ".join(found))
 
@@ -208,21 +209,33 @@ def base_embeddings_in(
 # The base model
 
 
-def fingerprint(state: State, name: str) -> dict[str, Any]:
-    """A few of the pretrained weights under the adapter, to recognise the base model by."""
-    layers = [state.layers[path] for path in state.adapters(name) if _can_sample(state.layers[path])]
-    chosen = layers[:: max(1, len(layers) // 16)][:16]
-    return {layer.path: _sample(layer.target.original_weight()) for layer in chosen}
+def base_weights(model: Any, state: State, name: str) -> dict[str, Tensor]:
+    """Pretrained weights an adapter stands on, by path; under a prompt the input embedding, by "".
+
+    Without those that are not whole in memory.
+    """
+    layers = {path: state.layers[path] for path in state.adapters(name)}
+    found = {p: layer.target.original_weight() for p, layer in layers.items() if layer.target.kind != "block"}
+    found |= {"": model.get_input_embeddings().weight} if name in state.prompts else {}
+    return {path: W for path, W in found.items() if not W.is_meta and not hasattr(W, "full_tensor")}
 
 
-def check_base(state: State, name: str, noted: Mapping[str, Any]) -> None:
+def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """A few of the pretrained weights, to recognise the base model by."""
+    return {path: _sample(weights[path]) for path in list(weights)[:: max(1, len(weights) // 16)][:16]}
+
+
+def check_base(weights: Mapping[str, Tensor], noted: Mapping[str, Any]) -> None:
     """Raise BaseMismatch when the noted weights are not those of this model."""
-    known = (p for p, v in noted.items() if isinstance(v, list) and p in state.layers)
-    noted = {p: noted[p] for p in known if _can_sample(state.layers[p])}
+    noted = {
+        path: values
+        for path, values in noted.items()
+        if path in weights and isinstance(values, list) and all(isinstance(v, float) for v in values)
+    }
     if not noted:
         return
-    here = torch.tensor([v for p in noted for v in _sample(state.layers[p].target.original_weight())])
-    there = torch.tensor([float(v) for values in noted.values() for v in values])
+    here = torch.tensor([v for path in noted for v in _sample(weights[path])])
+    there = torch.tensor([v for values in noted.values() for v in values])
     if here.shape != there.shape:
         raise BaseMismatch("the file's notes on its base model do not fit this model's layers")
     difference = float((here - there).norm() / there.norm().clamp_min(1e-12))
@@ -231,12 +244,6 @@ def check_base(state: State, name: str, noted: Mapping[str, Any]) -> None:
             f"the adapter was trained on another base model: {len(noted)} of its layers, sampled, differ by "
             f"{difference:.0%} from the weights here. Load the base it was trained on, or pass check_base=False"
         )
-
-
-def _can_sample(layer: AdapterLayer) -> bool:
-    """It has a weight of its own, in memory and not sharded."""
-    weight = getattr(layer.base_layer, "weight", None) if layer.target.kind != "block" else None
-    return isinstance(weight, Tensor) and not weight.is_meta and not hasattr(weight, "full_tensor")
 
 
 def _sample(W: Tensor) -> list[float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import importlib
 import json
+import math
 import pkgutil
 import re
 import sys
@@ -15,7 +16,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -94,6 +95,8 @@ class Config:
     """Settings that `generate` must run with."""
     foreign: ClassVar[Mapping[str, Any]] = {}
     """The reference's defaults, other than null and false, for fields we do not have."""
+    from_file: ClassVar[bool] = False
+    """Set on a config that was read from a file, whose tensors and notes on the base model follow."""
     file_holds_embedding: ClassVar[bool] = True
     """PEFT's files carry the base embedding beside an adapter that targets it by name."""
 
@@ -126,6 +129,10 @@ class Config:
 
     # What a method may tell the core
 
+    def meaning(self) -> list[str]:
+        """The method's own fields: those that say what its tensors mean."""
+        return [f.name for f in fields(self) if f.name not in COMMON and "dropout" not in f.name]
+
     def build(self, target: Target, shared: nn.Module | None = None, **kwargs: Any) -> Adapter:
         """The adapter for one target."""
         return self.adapter(self, target, shared, **kwargs)
@@ -150,10 +157,9 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """The file's content: the method's own fields, and of the common ones those that say something."""
         own = {"peft_type": str(self.peft_type)}
-        common = {f.name for base in (Config, LayerConfig, PromptConfig) for f in fields(base)} - ALWAYS_WRITTEN
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name not in common or value != _default(f):
+            if f.name not in COMMON or f.name in ALWAYS_WRITTEN or value != _default(f):
                 own[f.name] = _plain(value)
         return dict(sorted(own.items()))
 
@@ -173,7 +179,8 @@ class Config:
         kind = str(content.get("peft_type", ""))
         found = all_methods().get(kind.lower())
         if found is None or found.peft_type != kind:
-            raise ConfigError(f"peft_type {kind!r} is not a method of veneer{nearest(kind.lower(), METHODS)}")
+            types = [str(config.peft_type) for config in METHODS.values()]
+            raise ConfigError(f"peft_type {kind!r} is not a method of veneer{nearest(kind.upper(), types)}")
         known = {f.name for f in fields(found)}
         harmless = {"peft_type", "auto_mapping", "peft_version"}
         unknown = {
@@ -184,7 +191,9 @@ class Config:
         if unknown:
             lines = [f"{name} = {value!r}{nearest(name, known)}" for name, value in unknown.items()]
             raise ConfigError(f"{found.__name__} has no such fields:{listing(lines)}")
-        return found(**{name: value for name, value in content.items() if name in known})
+        config = found(**{name: value for name, value in content.items() if name in known})
+        config.__dict__["from_file"] = True
+        return config
 
 
 @dataclass(kw_only=True)
@@ -207,6 +216,8 @@ class LayerConfig(Config):
 
     default_roles: ClassVar[tuple[str, ...]] = ("attention.q", "attention.v", "attention.qkv")
     """What to adapt when `target_modules` is None, as roles of the architecture's structure."""
+    subsets: ClassVar[tuple[str, ...]] = ()
+    """Fields that name some of the targets, each entry of which must match one."""
     patterns: ClassVar[tuple[str, ...]] = ()
     """Fields like `rank_pattern`, each key of which must match a target."""
 
@@ -218,11 +229,17 @@ class LayerConfig(Config):
         super().__post_init__()
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern says where the layer index stands; it needs layers_to_transform")
-        if self.bias not in ("none", "all") and not self.bias.endswith("_only"):
+        own = self.bias.removesuffix("_only")  # PEFT writes lora_only for AdaLoRA, fourier_only for FourierFT
+        if self.bias not in ("none", "all") and (own == self.bias or len(own) < 3 or own not in self.peft_type.lower()):
             raise ConfigError(f'bias must be "none", "all" or "{self.peft_type.lower()}_only", not {self.bias!r}')
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "exclude_modules", "layers_pattern", *self.subsets):
             if isinstance(getattr(self, name), str):
                 compile_pattern(getattr(self, name), name)
+        for name in self.patterns:
+            for pattern in getattr(self, name) or ():
+                compile_pattern(pattern, name)
+        for pattern in self.layers_pattern if isinstance(self.layers_pattern, list) else ():
+            compile_pattern(pattern, "layers_pattern")
 
     def fill_targets(self, model: nn.Module) -> None:
         """Choose `target_modules` for a model when the user gave none."""
@@ -252,13 +269,16 @@ class PromptConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_virtual_tokens is None or self.num_virtual_tokens < 1:
-            raise ConfigError(f"num_virtual_tokens must be at least 1, not {self.num_virtual_tokens}")
+        if self.num_virtual_tokens is None:
+            raise ConfigError("num_virtual_tokens must say how many positions to learn")
+        check_range(self, 1, math.inf, "num_virtual_tokens")
 
     def build_prompt(self, spec: Spec, words: Tensor) -> Prompt:
         return self.prompt(self, spec, words)
 
 
+COMMON = {f.name for base in (Config, LayerConfig, PromptConfig) for f in fields(base)}
+"""Fields that are not a method's own."""
 ALWAYS_WRITTEN = {
     *("task_type", "base_model_name_or_path", "revision", "inference_mode", "target_modules"),
     *(f.name for f in fields(PromptConfig) if f.name.startswith("num_") or f.name == "token_dim"),
@@ -280,12 +300,20 @@ def compile_pattern(pattern: str, name: str) -> re.Pattern[str]:
         raise ConfigError(f"{name} = {pattern!r} is not a regular expression: {error}") from None
 
 
+def check_range(config: Config, low: float, below: float, *names: str) -> None:
+    """Raise ConfigError unless low <= field < below."""
+    for name in names:
+        if not low <= (value := getattr(config, name)) < below:
+            limit = f" and below {below:g}" if below < math.inf else ""
+            raise ConfigError(f"{name} must be at least {low:g}{limit}, not {value}")
+
+
 def mapping() -> Any:
     """A dict field. Its empty value is {}, never null, which other readers do not take."""
     return field(default_factory=dict)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _hints(cls: Any) -> dict[str, Any]:
     """The types of a config's fields (not of its class variables, which name classes imported for checkers only)."""
     found = {}

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import VeneerError
-from .adapter import Adapter, Bias, Replace
+from . import checkpoint
+from .adapter import Adapter, Bias, Replace, Tensors
 from .config import Config, LayerConfig, PromptConfig
-from .context import State, state_of
+from .context import BASE, State, state_of
 from .layer import AdapterLayer, walk
 from .prompt import spec_for
 from .prompting import install, uninstall
@@ -65,6 +67,17 @@ def attach(
     state.trainable |= {name} if trainable else set()
     state.mark(name)
     return state
+
+
+def try_on(model: nn.Module, config: Config, name: str, tensors: Tensors, notes: dict[str, Any]) -> list[str]:
+    """Raise unless a saved adapter fits `model`; returns the paths it adapts and leaves the model as it was."""
+    state = attach(model, config, name, trainable=False, on_meta=True)
+    try:
+        checkpoint.check(state, name, tensors)
+        checkpoint.check_base(checkpoint.base_weights(model, state, name), notes.get("base", {}))
+        return list(state.adapters(name))
+    finally:
+        detach(model, name, state)
 
 
 def settle(model: nn.Module, state: State, name: str, *, lift: bool = True) -> None:
@@ -150,6 +163,10 @@ def _settle(module: nn.Module, device: torch.device, dtype: torch.dtype | None, 
 
 
 def _check_name(name: str, state: State) -> None:
+    if not isinstance(name, str):
+        raise VeneerError(f"an adapter's name must be a string, not {name!r}")
+    if name == BASE:
+        raise VeneerError(f"adapter name {name!r} stands for a row without an adapter in mixed batches; choose another")
     if not name or "/" in name or "\\" in name or name in (".", "..") or "\0" in name:
         raise VeneerError(f"adapter name {name!r} must be usable as a folder's name")
     if name in state.configs:

@@ -110,7 +110,7 @@ class AdapterLayer(nn.Module):
         return self.target.op(_first(args, kwargs), W, b)
 
     def fold(self, stack: Stack) -> tuple[Tensor, Tensor | None]:
-        """Weight (out, in) and bias with `stack` folded in: summed in at least fp32, rounded once to their own dtype."""
+        """Weight (out, in) and bias with `stack` folded in: summed in at least fp32, rounded once."""
         W, b = self.target.weight(), self.target.bias()
         dtype, wide = W.dtype, torch.promote_types(W.dtype, torch.float32)
         W, b = W.to(wide), None if b is None else b.to(wide)
@@ -213,9 +213,11 @@ class AdapterLayer(nn.Module):
 
     def __repr__(self) -> str:
         first, *rest = repr(self.base_layer).split("\n")
-        lines = [f"{type(a).__name__}[{name}]({a.describe()})" for name, a in self.adapters.items()]
-        notes = [line + (" merged" if n in self.merged_adapters else "") for n, line in zip(self.adapters, lines)]
-        return "\n".join([first, *rest]) + "".join(f" + {note}" for note in notes)
+        notes = [
+            f" + {type(a).__name__}[{name}]({a.describe()}){' merged' if name in self.merged_adapters else ''}"
+            for name, a in self.adapters.items()
+        ]
+        return "\n".join([first, *rest]) + "".join(notes)
 
 
 def bare(module: nn.Module) -> nn.Module:

@@ -10,15 +10,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, ConfigError, NotMergeable, VeneerError, nearest
+from ..errors import CheckpointError, ConfigError, NotMergeable, VeneerError, listing, nearest
+from ..files import check_hub_arguments
 from ..interop import transformers as interop
 from ..report.plan import Plan, count, plan
 from ..report.status import LayerStatus, ModelStatus, layer_status, model_status
+from ..train.schedule import follow
 from . import checkpoint
 from .config import Config, PromptConfig
 from .context import CheckpointContext, State, state_of
 from .inject import attach, detach, settle
-from .schedule import follow
 
 
 def get_peft_model(
@@ -343,10 +344,11 @@ class PeftModel(nn.Module):
         if not safe_serialization:
             raise CheckpointError("veneer writes safetensors only; pickles can run code when they are loaded")
         directory = Path(save_directory)
-        if directory.is_file():
-            raise CheckpointError(f"{str(directory)!r} is a file; give a directory to save into")
         for name in selected_adapters or list(self.peft_config):
-            self._known(name)
+            into = directory if self._known(name) == "default" else directory / name
+            file = next((p for p in (into, *into.parents) if p.is_file()), None)
+            if file is not None:
+                raise CheckpointError(f"{str(file)!r} is a file; give a directory to save into")
         embeddings = None if save_embedding_layers == "auto" else bool(save_embedding_layers)
         for name in selected_adapters or list(self.peft_config):
             config = copy.copy(self.peft_config[name])
@@ -382,7 +384,7 @@ class PeftModel(nn.Module):
         Raises:
             CheckpointError: a file is missing, damaged, or does not fit; the model is left as it was.
         """
-        _only_hub(hub)
+        check_hub_arguments(hub)
         config = config or Config.from_pretrained(model_id, **hub)
         tensors, notes = checkpoint.read(model_id, **hub)
         config.inference_mode = not is_trainable
@@ -407,17 +409,12 @@ class PeftModel(nn.Module):
         **hub: Any,
     ) -> None:
         """Load a further adapter, or new values for one of that name, whose Parameters stay the same objects."""
-        _only_hub(hub)
+        check_hub_arguments(hub)
         config = Config.from_pretrained(model_id, **hub)
         tensors, notes = checkpoint.read(model_id, **hub)
         noted = notes if check_base else {}
         if adapter_name in self.peft_config:
-            present = self.peft_config[adapter_name]
-            if present.peft_type != config.peft_type:
-                raise CheckpointError(
-                    f"adapter {adapter_name!r} is {present.peft_type}, the file holds {config.peft_type}; "
-                    "load it under another name"
-                )
+            self._check_refill(adapter_name, config)
             self._fill(adapter_name, tensors, noted, autocast_adapter_dtype)
             return
         config.inference_mode = not is_trainable
@@ -439,19 +436,35 @@ class PeftModel(nn.Module):
         )
         if isinstance(config, PromptConfig) and config.task_type is None:
             config.task_type = interop.task_of(model)
-        attach(model, config, name, trainable=not config.inference_mode, on_meta=on_meta, lift=lift)
+        state = attach(model, config, name, trainable=not config.inference_mode, on_meta=on_meta, lift=lift)
         if not config.inference_mode:
-            follow(self._state, name)
+            follow(state, name)
 
     def _fill(self, name: str, tensors: dict[str, Tensor], notes: dict[str, Any], lift: bool) -> None:
         state, model = self._state, self.base_model.model
         embeddings = list(checkpoint.base_embeddings_in(model, state, name, tensors))
         checkpoint.check(state, name, tensors)
-        checkpoint.check_base(state, name, notes.get("base", {}))
+        checkpoint.check_base(checkpoint.base_weights(model, state, name), notes.get("base", {}))
         checkpoint.absorb_base_embeddings(embeddings)
         checkpoint.absorb(state, name, tensors)
         settle(model, state, name, lift=lift)
         state.mark(name)
+
+    def _check_refill(self, name: str, config: Config) -> None:
+        """Raise unless a file's tensors mean the same in the adapter that is there."""
+        present = self.peft_config[name]
+        if present.peft_type != config.peft_type:
+            raise CheckpointError(
+                f"adapter {name!r} is {present.peft_type}, the file {config.peft_type}; load it under another name"
+            )
+        if name in self._merged():
+            raise VeneerError(f"{name!r} is merged into the weights; call unmerge_adapter() before loading into it")
+        pairs = {field: (getattr(present, field), getattr(config, field)) for field in config.meaning()}
+        other = [f"{field} = {a!r}, in the file {b!r}" for field, (a, b) in pairs.items() if a != b]
+        if other:
+            raise CheckpointError(
+                f"adapter {name!r} has other settings than the file; load it under another name:{listing(other)}"
+            )
 
     def _known(self, name: str) -> str:
         if name not in self.peft_config:
@@ -487,14 +500,3 @@ def _fall_through(module: nn.Module, name: str, inner: str) -> Any:
         if held is None or name == inner:
             raise
         return getattr(held, name)
-
-
-HUB_ARGUMENTS = {
-    *("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "repo_type"),
-}
-
-
-def _only_hub(given: dict[str, Any]) -> None:
-    unknown = [name for name in given if name not in HUB_ARGUMENTS]
-    if unknown:
-        raise VeneerError(f"unknown argument {unknown[0]!r}{nearest(unknown[0], HUB_ARGUMENTS)}")

@@ -74,24 +74,26 @@ def spec_for(model: nn.Module, config: PromptConfig) -> Spec:
             "use PROMPT_TUNING, or a model that generates"
         )
     text = model.config.get_text_config()
-    width, heads = _width_and_heads(text, config)
-    config.token_dim, config.num_attention_heads = width, heads
-    config.num_layers = config.num_layers or _read(text, "num_hidden_layers", "num_layers", "n_layer")
-    if config.num_transformer_submodules is None:
-        config.num_transformer_submodules = 2 if getattr(model.config, "is_encoder_decoder", False) else 1
-    submodules = config.num_transformer_submodules
-    return Spec(width, config.num_layers, heads, width // heads, submodules)
+    sizes = _sizes(text, config.fills_cache)
+    sizes["num_transformer_submodules"] = 2 if getattr(model.config, "is_encoder_decoder", False) else 1
+    for name, size in sizes.items():
+        if getattr(config, name) not in (None, size):
+            raise ConfigError(f"{name} = {getattr(config, name)} does not fit {type(model).__name__}, whose is {size}")
+        setattr(config, name, size)
+    width, heads, layers, submodules = sizes.values()
+    return Spec(width, layers, heads, width // heads, submodules)
 
 
-def _width_and_heads(text: Any, config: PromptConfig) -> tuple[int, int]:
+def _sizes(text: Any, of_cache: bool) -> dict[str, int]:
     """An embedding's width and the attention heads; for a cache those of keys and values (grouped-query attention)."""
     width = _read(text, "hidden_size", "n_embd", "d_model")
-    heads = config.num_attention_heads or _read(text, "num_attention_heads", "n_head", "num_heads")
-    if config.fills_cache and config.token_dim is None:
+    heads = _read(text, "num_attention_heads", "n_head", "num_heads")
+    if of_cache:
         head_dim = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or width // heads
-        heads = config.num_attention_heads or getattr(text, "num_key_value_heads", None) or heads
+        heads = getattr(text, "num_key_value_heads", None) or heads
         width = heads * head_dim
-    return config.token_dim or width, heads
+    layers = _read(text, "num_hidden_layers", "num_layers", "n_layer")
+    return {"token_dim": width, "num_attention_heads": heads, "num_layers": layers}
 
 
 def _read(config: Any, *names: str) -> int:

@@ -61,7 +61,7 @@ def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     names = state.live() if "adapter_names" not in state.facts else tuple(dict.fromkeys(state.facts["adapter_names"]))
     for name in names:
         if name in state.configs:
-            _compute_facts(state, name, model, {**dict(zip(("input_ids",), args)), **kwargs})
+            _compute_facts(state, name, model, _named(args, kwargs))
     for prompt in live_prompts(state):
         args, kwargs = splice(model, prompt, state, args, kwargs)
     return args, kwargs
@@ -82,6 +82,10 @@ def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 
 def check_names(state: State) -> None:
     """A mixed batch names adapters that exist, have layers, and are not merged."""
+    if not isinstance(state.facts.get("adapter_names", []), (list, tuple)):
+        raise VeneerError(
+            f"adapter_names must be a list with a name for each row, not {state.facts['adapter_names']!r}"
+        )
     for name in dict.fromkeys(state.facts.get("adapter_names", ())):
         if name == BASE:
             continue
@@ -114,8 +118,7 @@ def _compute_facts(state: State, name: str, model: nn.Module, kwargs: dict[str, 
 
 def splice(model: nn.Module, prompt: Prompt, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Put a prompt in front of the input of a root call."""
-    names = ("input_ids",) if args else ()
-    kwargs = {**dict(zip(names, args)), **kwargs}
+    kwargs = _named(args, kwargs)
     if getattr(kwargs.get("past_key_values"), "is_compileable", False):
         raise VeneerError("a learned prompt cannot lengthen a static cache; generate with the default dynamic one")
     pairs = prompt.key_values(state.facts)
@@ -133,8 +136,7 @@ def before_encoder(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         return args, kwargs
     for prompt in live_prompts(state):
         if prompt.key_values(state.facts) is None:
-            kwargs = {**dict(zip(("input_ids",), args)), **kwargs}
-            args, kwargs = args[1:], _with_embeds(encoder, prompt, state.facts, kwargs)
+            args, kwargs = args[1:], _with_embeds(encoder, prompt, state.facts, _named(args, kwargs))
     return args, kwargs
 
 
@@ -234,6 +236,11 @@ def _shifted(t: Tensor | None, n: int) -> Tensor | None:
 
 def _per_token(labels: Tensor | None, inputs: Tensor) -> bool:
     return labels is not None and not labels.is_floating_point() and labels.shape == inputs.shape[:2]
+
+
+def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, where its first one stands without."""
+    return {"input_ids": args[0], **kwargs} if args else kwargs
 
 
 def _given(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -49,12 +49,21 @@ def targets(model: nn.Module, config: LayerConfig, saved: Sequence[str] = ()) ->
     modules = {p: m for p, m in walk(model) if p and not any(p == s or p.startswith(s + ".") for s in saved)}
     if config.target_modules is None:
         config.fill_targets(model)
+    if saved and isinstance(config.target_modules, list):
+        hidden = [e for e in config.target_modules if not any(matches(p, e) for p in modules)]
+        hidden = [e for e in hidden if any(matches(p, e) for p, _ in walk(model))]
+        if hidden:
+            raise TargetError(
+                f"target_modules: {hidden[0]!r} lies inside what modules_to_save trains whole ({', '.join(saved)})"
+            )
     found = _wanted(model, modules, config)
     found = _excluded(modules, found, config.exclude_modules)
     found = _of_layers(found, config)
     if not found:
         raise TargetError(f"target_modules = {config.target_modules!r}: every match is excluded; nothing is left")
     _check_kinds(found, modules, config)
+    for field in config.subsets:
+        _matching(found, getattr(config, field), field)
     for field in config.patterns:
         check_patterns(field, getattr(config, field) or (), found)
     config.fan_in_fan_out = any(is_conv1d(modules[path]) for path in found)
@@ -77,6 +86,11 @@ def _matching(paths: Iterable[str], wanted: str | Sequence[str] | None, field: s
     paths = list(paths)
     if isinstance(wanted, str):
         found = [path for path in paths if re.fullmatch(wanted, path)]
+        if not found and any(matches(path, wanted) for path in paths):
+            raise TargetError(
+                f"{field}: {wanted!r} is a regular expression for the whole path of a module, and matches none; "
+                f"for modules of that name give a list, [{wanted!r}]"
+            )
         if not found:
             raise TargetError(_no_match(field, wanted, paths))
         return found
@@ -99,6 +113,11 @@ def _of_layers(found: list[str], config: LayerConfig) -> list[str]:
     wanted = config.layers_to_transform
     wanted = [wanted] if isinstance(wanted, int) else list(wanted)
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    if not wanted:
+        raise TargetError("layers_to_transform = [] names no layer; None means all of them")
+    for pattern in patterns or ():
+        if all(_layer_index(path, [pattern]) is None for path in found):
+            raise TargetError(_no_match("layers_pattern", pattern, {p for path in found for p in path.split(".")}))
     index = {path: _layer_index(path, patterns) for path in found}
     for number in wanted:
         if number not in index.values():
@@ -142,6 +161,7 @@ def check_patterns(field: str, patterns: Iterable[str], found: Sequence[str]) ->
 
 def _no_match(field: str, entry: str, paths: Iterable[str]) -> str:
     paths = [path for path in paths if path]
-    names = [path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()]
-    close = nearest(entry.rpartition(".")[2], names) or nearest(entry, paths)
+    lengths = range(1, entry.count(".") + 2)
+    endings = [".".join(path.split(".")[-n:]) for n in lengths for path in paths]
+    close = nearest(entry, [ending for ending in endings if not ending.isdigit()]) or nearest(entry, paths)
     return f"{field}: {entry!r} matches none of the model's {len(paths)} modules{close}"

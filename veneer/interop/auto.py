@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..core.config import Config, TaskType
-from ..core.model import HUB_ARGUMENTS, PeftModel
+from ..core.model import PeftModel
 from ..errors import ConfigError
+from ..files import HUB_ARGUMENTS
 from ..pull import resolve
 
 

@@ -1,4 +1,4 @@
-"""transformers' `Trainer` takes a veneer model for an adapter model: it saves, resumes and finds signatures as it should.
+"""transformers' `Trainer` takes a veneer model for an adapter model: it saves and resumes as it should.
 
 `Trainer` asks through module globals that it looks up at each call; adding our class to them is all that is needed.
 A module that is not imported yet is amended when it is (importing it now would cost most of a second).

@@ -11,7 +11,7 @@ from ..errors import VeneerError
 
 
 class View(MutableMapping[str, Any]):
-    """One attribute of a layer's adapters by adapter name: `layer.lora_A["default"]`, `layer.scaling["default"] = 2`."""
+    """One attribute of a layer's adapters by name: `layer.lora_A["default"]`, `layer.scaling["default"] = 2`."""
 
     def __init__(self, layer: nn.Module, attribute: str) -> None:
         self._layer, self._attribute = layer, attribute

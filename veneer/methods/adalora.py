@@ -2,14 +2,15 @@
 
     W' = W + s B diag(E) A,  s = alpha / init_r,  |A A^T - I|, |B^T B - I| small
 
-Zhang et al., 2023, arXiv:2303.10512. Every triplet (a row of A, an entry of E, a column of B) has an importance (eq. 8-10);
-from `tinit` on the least important are set to zero, down to `target_r` for the average target at `total_step - tfinal`.
-Trainable: init_r (in + out + 1) per target. Mergeable. Starts as a no-op: E is zero. Training needs no call by hand. PEFT
-cuts the zeroed triplets out of its files; those are read too, while ours keep them, so that training can resume.
+Zhang et al., 2023, arXiv:2303.10512. A triplet (a row of A, an entry of E, a column of B) has an importance (eq. 8-10);
+from `tinit` on the least important are zeroed, down to `target_r` for the average target at `total_step - tfinal`.
+Trainable: init_r (in + out + 1) per target. Mergeable. Starts as a no-op: E is zero. PEFT cuts the zeroed triplets out
+of its files; those are read too, while ours keep them, so that training can resume.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, LowRank
-from ..core.config import Name, at
+from ..core.config import Name, at, check_range
 from ..core.target import Target
 from ..errors import ConfigError
 from .lora import LoraConfig
@@ -143,8 +144,10 @@ class AdaLoraConfig(LoraConfig):
         self.rank_pattern = pattern
         if self.use_dora or isinstance(self.init_lora_weights, str):
             raise ConfigError("AdaLoRA has its own form and start: use_dora and named initialisations do not apply")
-        if self.total_step is None or self.total_step < 1:
-            raise ConfigError(f"total_step must be the number of training steps, not {self.total_step}")
+        if self.total_step is None:
+            raise ConfigError("total_step must be the number of optimizer steps of the whole training, not None")
+        check_range(self, 1, math.inf, "total_step", "init_r", "deltaT")
+        check_range(self, 0, 1, "beta1", "beta2")
         if self.tinit >= self.total_step - self.tfinal:
             raise ConfigError(
                 f"no steps are left to cut ranks in: tinit {self.tinit} >= total_step {self.total_step} - "
@@ -152,6 +155,8 @@ class AdaLoraConfig(LoraConfig):
             )
 
     def build(self, target: Target, shared: nn.Module | None = None, **kwargs: Any) -> AdaLoRA:  # type: ignore[override]
+        if self.target_r > self.init_r and not self.inference_mode:
+            raise ConfigError(f"target_r {self.target_r} is above init_r {self.init_r}: no rank would ever be cut")
         return AdaLoRA(self, target, shared)
 
     def rank_of(self, path: str) -> int:

@@ -3,9 +3,10 @@
     y' = y + up(f(down(y)))       houlsby: after attention and after the MLP; pfeiffer: after the MLP
     y' = y + s up(f(down(x)))     parallel: beside the MLP, on its input
 
-Houlsby et al., 2019, arXiv:1902.00751; Pfeiffer et al., 2021, arXiv:2005.00247; parallel: He et al., 2022, arXiv:2110.04366.
-Trainable: m (in + out) + m + out per place, with m = width / reduction_factor. Not mergeable: f is not linear. Starts as
-a no-op: `up` is zero (Houlsby's start is only near the identity). PEFT has no such method; the file follows its rules.
+Houlsby et al., 2019, arXiv:1902.00751; Pfeiffer et al., 2021, arXiv:2005.00247; parallel: He et al., 2022,
+arXiv:2110.04366. Trainable: m (in + out) + m + out per place, m = width / reduction_factor. Not mergeable: f is not
+linear. Starts as a no-op: `up` is zero (Houlsby's start is only near the identity). PEFT has no such method; the file
+follows its rules.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.adapter import Adapter
-from ..core.config import LayerConfig, Name
+from ..core.config import LayerConfig, Name, check_range
 from ..core.target import Target
 from ..errors import ConfigError, nearest
 from ..structure import default_targets
@@ -96,6 +97,9 @@ class BottleneckConfig(LayerConfig):
             )
         if self.non_linearity is not None and self.non_linearity not in FUNCTIONS:
             raise ConfigError(f"non_linearity must be one of {', '.join(FUNCTIONS)}, not {self.non_linearity!r}")
+        if self.reduction_factor is not None and self.reduction_factor <= 0:
+            raise ConfigError(f"reduction_factor must be greater than 0, not {self.reduction_factor}")
+        check_range(self, 0, 1, "dropout")
 
     def fill_targets(self, model: nn.Module) -> None:
         self.target_modules = default_targets(model, PLACEMENTS[self.placement].roles)

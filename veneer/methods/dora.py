@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..core.target import Target
+from ..errors import ConfigError
 from .lora import LoRA, LoraConfig
 
 
@@ -53,3 +54,8 @@ class DoraConfig(LoraConfig):
     use_dora: bool = True
 
     adapter = DoRA
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.use_dora:
+            raise ConfigError("DoraConfig with use_dora=False is plain LoRA; use LoraConfig")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
-from ..core.config import LayerConfig, Name
+from ..core.config import LayerConfig, Name, check_range
 from ..core.target import Target
 from ..errors import ConfigError
 
@@ -81,5 +81,4 @@ class HRAConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r < 1:
-            raise ConfigError(f"r must be at least 1, not {self.r}")
+        check_range(self, 1, math.inf, "r")

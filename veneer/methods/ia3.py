@@ -63,6 +63,7 @@ class IA3Config(LayerConfig):
     """Start at one; False: random (for tests)."""
 
     peft_type, adapter = Name("IA3"), IA3
+    subsets = ("feedforward_modules",)
     default_roles = ("attention.k", "attention.v", "attention.qkv", "mlp.out")
 
     def __post_init__(self) -> None:

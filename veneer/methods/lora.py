@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import LowRank
-from ..core.config import LayerConfig, Name, at, mapping
+from ..core.config import LayerConfig, Name, at, check_range, mapping
 from ..core.target import Target
 from ..errors import ConfigError
 from ..inits.pissa import pissa
@@ -105,10 +105,10 @@ class LoraConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min([self.r, *(self.rank_pattern or {}).values()]) < 1:
-            raise ConfigError(f"r must be at least 1, not {self.r} (rank_pattern {self.rank_pattern})")
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout must lie in [0, 1), not {self.lora_dropout}")
+        check_range(self, 1, math.inf, "r")
+        check_range(self, 0, 1, "lora_dropout")
+        if min((self.rank_pattern or {"": 1}).values()) < 1:
+            raise ConfigError(f"rank_pattern: a rank must be at least 1, not {self.rank_pattern}")
         how = str(self.init_lora_weights)
         if how not in ("True", "False", "gaussian") and not how.startswith("pissa"):
             raise ConfigError(f'init_lora_weights {how!r}: use True, False, "gaussian", "pissa" or "pissa_niter_N"')

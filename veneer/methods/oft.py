@@ -9,13 +9,14 @@ adapters in another order than its own forward pass; here both are the forward p
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Matrix
-from ..core.config import LayerConfig, Name
+from ..core.config import LayerConfig, Name, check_range
 from ..core.target import Target
 from ..errors import ConfigError
 from ..maths.cayley import cayley, cayley_neumann, skew
@@ -96,6 +97,8 @@ class OFTConfig(LayerConfig):
                 f"give either r (number of blocks) or oft_block_size, the other 0; "
                 f"not r = {self.r} and oft_block_size = {self.oft_block_size}"
             )
+        check_range(self, 0, 1, "module_dropout")
+        check_range(self, 2, math.inf, "num_cayley_neumann_terms")
 
     def size_for(self, width: int) -> int:
         """The block size on an input of `width`: the divisor of it nearest to what was asked, the smaller of two."""

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import LowRank
-from ..core.config import LayerConfig, Name
+from ..core.config import LayerConfig, Name, check_range
 from ..core.target import Target
-from ..errors import ConfigError
 
 
 class Projections(nn.Module):
@@ -74,8 +73,8 @@ class VeraConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r < 1:
-            raise ConfigError(f"r must be at least 1, not {self.r}")
+        check_range(self, 1, math.inf, "r")
+        check_range(self, 0, 1, "vera_dropout")
 
     def build_shared(self, targets: Sequence[Target]) -> Projections:
         widest = max(target.in_features for target in targets)

@@ -2,12 +2,13 @@
 
     y = W x + g sum_i s_i (B_i A_i x),  s = softmax(gate(h) / temperature),  h from a first pass without adapters
 
-Buehler and Buehler, 2024, arXiv:2402.07148. Trainable: the gate, and the experts if asked. Not mergeable: s depends on the
-input. PEFT 0.21 writes X-LoRA files without the gate; ours hold it under the names PEFT reads.
+Buehler and Buehler, 2024, arXiv:2402.07148. Trainable: the gate, and the experts if asked. Not mergeable: s depends on
+the input. PEFT 0.21 writes X-LoRA files without the gate; ours hold it under the names PEFT reads.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 
 from ..core import checkpoint
 from ..core.adapter import Adapter, Tensors
-from ..core.config import Config, LayerConfig, Name
+from ..core.config import Config, LayerConfig, Name, check_range
 from ..core.context import state_of
-from ..core.select import targets
+from ..core.inject import try_on
 from ..core.target import Target
 from ..errors import ConfigError, VeneerError
 from .lora import LoRA, LoraConfig
@@ -61,7 +62,7 @@ class XLoRA(Adapter):
     def __init__(self, config: XLoraConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
         self.experts = nn.ModuleDict()
-        for i, (expert, tensors) in enumerate(config.experts):
+        for i, (expert, tensors, _) in enumerate(config.experts):
             prefix = f"base_model.model.{target.path}."
             own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
             if own:
@@ -134,22 +135,30 @@ class XLoraConfig(LayerConfig):
         super().__post_init__()
         if not self.adapters:
             raise ConfigError("X-LoRA mixes trained adapters; name them in `adapters`: {name: directory}")
-        if self.xlora_depth < 1:
-            raise ConfigError(f"xlora_depth must be at least 1, not {self.xlora_depth}")
+        check_range(self, 1, math.inf, "xlora_depth")
+        check_range(self, 1e-6, math.inf, "softmax_temperature")
+        if self.top_k_lora is not None:
+            check_range(self, 1, len(self.adapters) + 1, "top_k_lora")
 
     @cached_property
-    def experts(self) -> list[tuple[LoraConfig, Tensors]]:
+    def experts(self) -> list[tuple[LoraConfig, Tensors, dict[str, Any]]]:
         found = []
         for name, source in self.adapters.items():
             config = Config.from_pretrained(source)
-            if not isinstance(config, LoraConfig) or config.adapter is not LoRA or config.use_dora:
-                raise ConfigError(f"X-LoRA mixes plain LoRA adapters; {name!r} at {source!r} is {config.peft_type}")
-            found.append((config, checkpoint.read(source)[0]))
+            if not isinstance(config, LoraConfig) or config.adapter is not LoRA:
+                raise ConfigError(f"X-LoRA mixes LoRA adapters; {name!r} at {source!r} is {config.peft_type}")
+            if config.use_dora or config.modules_to_save or config.bias != "none":
+                given = "use_dora" if config.use_dora else "modules_to_save or bias"
+                raise ConfigError(f"X-LoRA mixes plain LoRA adapters; {name!r} at {source!r} is LORA with {given}")
+            found.append((config, *checkpoint.read(source)))
         return found
 
     def fill_targets(self, model: nn.Module) -> None:
-        paths = [path for config, _ in self.experts for path in targets(model, config)]
-        self.target_modules = list(dict.fromkeys(paths))
+        paths: dict[str, None] = {}
+        for i, (config, tensors, notes) in enumerate(self.experts):
+            notes = {} if self.from_file else notes  # the X-LoRA file's own notes cover the same layers
+            paths |= dict.fromkeys(try_on(model, config, f"expert {i}", tensors, notes))
+        self.target_modules = list(paths)
         self.hidden_size = self.hidden_size or model.config.get_text_config().hidden_size
 
     def build_shared(self, targets: Sequence[Target]) -> Gate:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .context import State
+from ..core.context import State
 
 _followed: weakref.WeakSet[Schedule] = weakref.WeakSet()
 _hook: Any = None
