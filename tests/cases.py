@@ -95,6 +95,7 @@ CASES = [
         "bias-and-head",
     ),
     Case("lora", "gpt2", dict(r=4, target_modules=["c_attn"], bias="all"), "all-biases"),
+    Case("lora", "t5", dict(r=4, task_type="SEQ_2_SEQ_LM")),
     Case("dora", "llama", dict(r=4, lora_alpha=7, target_modules=LINEARS)),
     Case("dora", "conv", dict(r=4, target_modules=["first", "third", "head"])),
     Case("dora", "gpt2", dict(r=4, target_modules=["wte", "c_attn"]), "embedding"),
