@@ -24,8 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from veneer import LoraConfig, PeftModel, TaskType, get_peft_model
-from veneer.pull import resolve
+from veneer import LoraConfig, PeftModel, TaskType, get_peft_model, pull
 
 MODEL = "smollm2-135m-instruct"
 DATA = Path(__file__).parent / "data"
@@ -35,7 +34,7 @@ console = Console()
 
 def main():
     set_seed(0)
-    path = resolve(MODEL)
+    path = pull(MODEL)
     tokenizer = AutoTokenizer.from_pretrained(path)
     rows, held_out = read_rows("reminders-train.jsonl"), read_rows("reminders-heldout.jsonl")
 

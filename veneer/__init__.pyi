@@ -10,6 +10,7 @@ from .errors import ConfigError as ConfigError
 from .errors import NotMergeable as NotMergeable
 from .errors import TargetError as TargetError
 from .errors import VeneerError as VeneerError
+from .hub import pull as pull
 from .interop.auto import AutoPeftModel as AutoPeftModel
 from .interop.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from .interop.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction

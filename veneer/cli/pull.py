@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from veneer.pull import DEFAULT, MODELS
-from veneer.pull import pull as fetch
+from veneer.hub import DEFAULT, MODELS
+from veneer.hub import pull as fetch
 
 
 def pull(

@@ -9,7 +9,7 @@ from ..core.config import Config, TaskType
 from ..core.model import PeftModel
 from ..errors import ConfigError
 from ..files import HUB_ARGUMENTS
-from ..pull import resolve
+from ..hub import resolve
 
 
 class AutoPeftModel:

@@ -70,7 +70,7 @@ class PromptTuningConfig(PromptConfig):
     def tokens_of_text(self) -> list[int]:
         from transformers import AutoTokenizer
 
-        from ..pull import resolve
+        from ..hub import resolve
 
         assert self.tokenizer_name_or_path
         tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer_name_or_path), **(self.tokenizer_kwargs or {}))
