@@ -69,7 +69,7 @@ class Adapter(nn.Module):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     """The kinds of target it adapts: linear, conv, embedding, norm, block."""
     reads_weight: ClassVar[bool] = False
-    """`post` looks at the weight below it, so adapters below it must be folded first (DoRA's norm)."""
+    """`post` looks at the weight below it, so adapters below it must be folded first (it divides by a norm, say)."""
     follows_ties: ClassVar[bool] = False
     """Also adapts the module whose weight is the same Parameter; built there with `twin=` the first adapter."""
     has_pre: bool = False
@@ -155,7 +155,7 @@ class Adapter(nn.Module):
 
 
 class Parts(Adapter):
-    """Several adapters under one name on one target, innermost first (LoRA and a trained bias)."""
+    """Several adapters under one name on one target, innermost first (an update and a trained bias)."""
 
     def __init__(self, *parts: Adapter) -> None:
         super().__init__(parts[0].config, parts[0].target, parts[0].shared)

@@ -229,7 +229,7 @@ class LayerConfig(Config):
         super().__post_init__()
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern says where the layer index stands; it needs layers_to_transform")
-        own = self.bias.removesuffix("_only")  # PEFT writes lora_only for AdaLoRA, fourier_only for FourierFT
+        own = self.bias.removesuffix("_only")  # PEFT writes a part of some methods' names
         if self.bias not in ("none", "all") and (own == self.bias or len(own) < 3 or own not in self.peft_type.lower()):
             raise ConfigError(f'bias must be "none", "all" or "{self.peft_type.lower()}_only", not {self.bias!r}')
         for name in ("target_modules", "exclude_modules", "layers_pattern", *self.subsets):

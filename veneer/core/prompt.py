@@ -71,7 +71,7 @@ def spec_for(model: nn.Module, config: PromptConfig) -> Spec:
     if config.fills_cache and "past_key_values" not in inspect.signature(model.forward).parameters:
         raise ConfigError(
             f"{config.peft_type} puts keys and values in the cache, which {type(model).__name__} does not have; "
-            "use PROMPT_TUNING, or a model that generates"
+            "use a method that learns embeddings, or a model that generates"
         )
     text = model.config.get_text_config()
     sizes = _sizes(text, config.fills_cache)
