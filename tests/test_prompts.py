@@ -77,8 +77,8 @@ def test_a_file_does_not_need_the_tokenizer(tokenizer, tmp_path):
 
 
 def test_the_task_is_filled_in_so_that_peft_reads_the_file():
-    config = PrefixTuningConfig(num_virtual_tokens=3)
-    get_peft_model(models.build("llama"), config)
+    model = get_peft_model(models.build("llama"), PrefixTuningConfig(num_virtual_tokens=3))
+    config = model.active_peft_config
     assert config.task_type == "CAUSAL_LM" and config.num_layers == 2 and config.token_dim == 14
 
 

@@ -147,3 +147,24 @@ def test_status(tmp_path):
     assert status.trainable_params == model.get_nb_trainable_parameters()[0]
     model.merge_adapter()
     assert [layer.merged_adapters for layer in model.get_layer_status()] == [["default"]] * 2
+
+
+def test_one_config_serves_two_architectures():
+    """What is found for one model is not written into the config the caller holds."""
+    config = LoraConfig(r=4, task_type="CAUSAL_LM")
+    llama, gpt2 = (get_peft_model(models.build(name), config) for name in ("llama", "gpt2"))
+    assert config == LoraConfig(r=4, task_type="CAUSAL_LM")
+    assert llama.active_peft_config.target_modules == ["q_proj", "v_proj"]
+    assert gpt2.active_peft_config.target_modules == ["c_attn"]
+
+
+def test_a_layer_is_read_as_code_for_peft_reads_it():
+    model = models.perturb(get_peft_model(models.build("gpt2"), tutorial_config()).eval())
+    layer = model.base_model.model.transformer.h[0].attn.c_attn
+    assert layer.lora_A["default"].weight is layer.lora_A.default.weight and list(layer.lora_B) == ["default"]
+    assert layer.weight is layer.base_layer.weight and layer.nf == 90
+    before, batch = output(model, models.inputs("gpt2")), models.inputs("gpt2")
+    layer.scaling["default"] *= 2
+    assert layer.scaling == {"default": 8.0} and not torch.equal(output(model, batch), before)
+    with pytest.raises(AttributeError):
+        layer.lora_C  # noqa: B018

@@ -431,6 +431,7 @@ class PeftModel(nn.Module):
         model = self.base_model.model
         if not isinstance(config, Config):
             raise ConfigError(f"a veneer config describes an adapter, not a {type(config).__name__}")
+        config = copy.copy(config)  # what is found for this model is not written into the caller's own
         config.base_model_name_or_path = getattr(getattr(model, "config", None), "name_or_path", None) or (
             config.base_model_name_or_path
         )

@@ -55,6 +55,9 @@ class Prompt(nn.Module):
     def key_values(self, facts: dict[str, Any]) -> list[tuple[Tensor, Tensor]] | None:
         return None
 
+    def extra_repr(self) -> str:
+        return f"{self.n} positions of {self.spec.width}"
+
     def export(self) -> Tensors:
         """What goes to the file, by key: prompts have no prefix."""
         return self.state_dict()
