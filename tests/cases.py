@@ -149,6 +149,8 @@ CASES = [
         dict(placement="parallel", reduction_factor=4, target_modules=["self_attn"]),
         "attention-block",
     ),
+    Case("beft", "llama", dict(target_modules=["q_proj", "v_proj"])),
+    Case("beft", "gpt2", dict(target_modules=["c_attn", "mlp.c_proj"])),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

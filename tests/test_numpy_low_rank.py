@@ -1,0 +1,33 @@
+"""Low-rank and bias methods against their papers' formulas, derived again in NumPy with no code of veneer's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import veneer
+
+from . import models
+from .test_numpy import TOLERANCE, adapt, arr, attach, base_of, sample, state
+
+
+@pytest.mark.parametrize("place", ["linear", "conv1d"])
+def test_beft(place: str):
+    """W x + b + b'."""
+    layer, p, W, b = adapt(veneer.BeftConfig, place)
+    x = sample(layer.base_layer)
+    assert np.abs(p["beft_bias"]).max() > 0.1
+    np.testing.assert_allclose(arr(layer(x)), arr(x) @ W.T + b + p["beft_bias"], **TOLERANCE)
+    np.testing.assert_allclose(arr(layer.fold(layer.stack(("default",)))[1]), b + p["beft_bias"][0], **TOLERANCE)
+
+
+def test_beft_without_a_bias_runs_and_says_that_it_cannot_merge():
+    model = attach("llama", veneer.BeftConfig(target_modules=["down_proj"]))
+    layer = state(model).layers["model.layers.0.mlp.down_proj"]
+    x, (W, _) = sample(layer.base_layer), base_of(layer.base_layer)
+    np.testing.assert_allclose(arr(layer(x)), arr(x) @ W.T + arr(layer.adapters["default"].beft_bias), **TOLERANCE)
+    before = models.output(model, models.inputs("llama"))
+    with pytest.raises(veneer.NotMergeable, match="has no bias"):
+        model.merge_adapter()
+    assert torch.equal(models.output(model, models.inputs("llama")), before)
