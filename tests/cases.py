@@ -151,6 +151,14 @@ CASES = [
     ),
     Case("beft", "llama", dict(target_modules=["q_proj", "v_proj"])),
     Case("beft", "gpt2", dict(target_modules=["c_attn", "mlp.c_proj"])),
+    Case("delora", "llama", dict(r=5, delora_lambda=3, target_modules=LINEARS)),
+    Case(
+        "delora",
+        "llama",
+        dict(r=5, rank_pattern={"q_proj": 3}, lambda_pattern={"down_proj": 0.7}, target_modules=LINEARS),
+        "patterns",
+    ),
+    Case("delora", "gpt2", dict(r=5, delora_lambda=3, target_modules=["c_attn", "mlp.c_proj"])),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

@@ -9,7 +9,7 @@ import torch
 import veneer
 
 from . import models
-from .test_numpy import TOLERANCE, adapt, arr, attach, base_of, sample, state
+from .test_numpy import TOLERANCE, adapt, agree, arr, attach, base_of, linear_places, sample, state
 
 
 @pytest.mark.parametrize("place", ["linear", "conv1d"])
@@ -31,3 +31,16 @@ def test_beft_without_a_bias_runs_and_says_that_it_cannot_merge():
     with pytest.raises(veneer.NotMergeable, match="has no bias"):
         model.merge_adapter()
     assert torch.equal(models.output(model, models.inputs("llama")), before)
+
+
+@linear_places
+def test_delora(place: str):
+    """W + lambda / r sum_i (b_i / |b_i|) (a_i / |a_i|)^T diag(|W's columns|)."""
+    layer, p, W, b = adapt(veneer.DeloraConfig, place, r=3, delora_lambda=2.5)
+    lengths = np.sqrt((W**2).sum(0))
+    update = sum(
+        np.outer(column / np.sqrt(column @ column), row / np.sqrt(row @ row))
+        for column, row in zip(p["delora_B"].T, p["delora_A"], strict=True)
+    )
+    assert np.sqrt((update**2).sum()) <= 3
+    agree(layer, W + p["delora_lambda"][0] / 3 * update * lengths, b)

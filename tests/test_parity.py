@@ -31,6 +31,7 @@ FAULTS = {
     "hra-conv": "PEFT sizes HRA on convolutions by kernel_size[0] twice; hra-square is compared",
     "oft-conv": "PEFT sizes OFT on convolutions by kernel_size[0] twice; oft-square is compared",
     "beft-gpt2": "PEFT has no BEFT on GPT-2's Conv1D",
+    "delora-gpt2": "PEFT has no DeLoRA on GPT-2's Conv1D",
     "hra-conv-conv1d": "PEFT has no HRA on Conv1d",
     "oft-conv-conv1d": "PEFT has no OFT on Conv1d",
 }
