@@ -374,7 +374,7 @@ def test_a_config_file_that_is_no_config_is_refused(saved, content):
         PeftModel.from_pretrained(model, saved)
 
 
-@pytest.mark.parametrize(("given", "said"), [("LROA", "LORA"), ("lora", "LORA"), (["LORA"], "LORA"), ("LOHA", "LOHA")])
+@pytest.mark.parametrize(("given", "said"), [("LROA", "LORA"), ("lora", "LORA"), (["LORA"], "LORA"), ("LOHO", "LOHA")])
 def test_a_method_we_do_not_have_is_refused(saved, given, said):
     reconfigure(saved, peft_type=given)
     model = base()

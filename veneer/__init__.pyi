@@ -34,10 +34,13 @@ from .methods.fourierft import FourierFTConfig as FourierFTConfig
 from .methods.hra import HRAConfig as HRAConfig
 from .methods.ia3 import IA3Config as IA3Config
 from .methods.ln_tuning import LNTuningConfig as LNTuningConfig
+from .methods.loha import LoHaConfig as LoHaConfig
 from .methods.lora import LoraConfig as LoraConfig
 from .methods.oft import OFTConfig as OFTConfig
 from .methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+from .methods.randlora import RandLoraConfig as RandLoraConfig
+from .methods.road import RoadConfig as RoadConfig
 from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from .methods.vera import VeraConfig as VeraConfig
 from .methods.xlora import XLoraConfig as XLoraConfig
