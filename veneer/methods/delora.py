@@ -4,8 +4,8 @@
 
 A_i are the rows of A, B^i the columns of B. Without n, the update's Frobenius norm is at most lambda.
 Bini et al., 2025, arXiv:2503.18225. Trainable: r (in + out) + 1 per target. Mergeable. Starts as a no-op: B is zero.
-As in PEFT, and unlike the paper, n has one entry per input instead of one norm of W, lengths below 1e-4 count as
-1e-4, and `module_dropout` drops entries of the input. Unlike PEFT, GPT-2's Conv1D is a target too.
+As in PEFT, n has one entry per input, lengths below 1e-4 count as 1e-4, and `module_dropout` drops entries of the
+input. Unlike PEFT, GPT-2's Conv1D is a target too.
 """
 
 from __future__ import annotations
