@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from veneer import LoraConfig, PrefixTuningConfig, PromptTuningConfig, VeneerError, get_peft_model
+from veneer.core.context import state_of
 
 from . import models
 from .cases import CASES, Case
@@ -129,3 +130,16 @@ def test_prompts_and_layers_work_together():
     ids = models.inputs("llama")["input_ids"]
     assert torch.equal(model.generate(input_ids=ids, **GREEDY), by_hand(model, ids))
     assert model(input_ids=ids).logits.shape[1] == ids.shape[1] + 3
+
+
+def test_a_mixed_batch_that_fails_leaves_nothing_behind():
+    """The rows of the failed batch must not reach the next call's facts."""
+    case = next(c for c in CASES if c.method == "xlora")
+    model, batch = case.build(), case.inputs(rows=4)
+    expected = model(**batch).logits
+    layer = next(iter(state_of(model.get_base_model()).layers.values()))
+    whole, layer.adapters["default"].post = layer.adapters["default"].post, None
+    with pytest.raises(TypeError):
+        model(**batch, adapter_names=["default", "__base__", "__base__", "default"])
+    layer.adapters["default"].post = whole
+    assert torch.equal(model(**batch).logits, expected)

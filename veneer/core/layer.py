@@ -49,7 +49,10 @@ class AdapterLayer(nn.Module):
         if not state.enabled:
             return self._unadapted(*args, **kwargs)
         if "adapter_names" in state.facts:
-            return self._mixed(state.facts["adapter_names"], args, kwargs)
+            try:
+                return self._mixed(state.facts["adapter_names"], args, kwargs)
+            finally:
+                self.rows = None
         stack = self.stack(state.active)
         if not stack:
             return self.base_layer(*args, **kwargs)
@@ -84,7 +87,6 @@ class AdapterLayer(nn.Module):
             self.rows = rows
             start = _output(self._through(below, args, kwargs))[rows] if below else y[rows]
             y = y.index_copy(0, rows, _up(above, inputs, start))
-        self.rows = None
         return _with_output(out, y)
 
     def _groups(self, names: Sequence[str], x: Tensor) -> list[tuple[Tensor, Stack]]:
