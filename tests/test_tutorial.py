@@ -168,3 +168,13 @@ def test_a_layer_is_read_as_code_for_peft_reads_it():
     assert layer.scaling == {"default": 8.0} and not torch.equal(output(model, batch), before)
     with pytest.raises(AttributeError):
         layer.lora_C  # noqa: B018
+
+
+def test_neither_a_revision_nor_loading_is_written_into_the_callers_config(tmp_path):
+    model = saved(tmp_path)
+    config, before = tutorial_config(), tutorial_config()
+    get_peft_model(models.build("gpt2"), config, revision="v2")
+    assert config == before
+    loaded = PeftModel.from_pretrained(models.build("gpt2"), tmp_path / "adapter", config=config)
+    assert config == before and loaded.active_peft_config.inference_mode
+    assert torch.equal(output(loaded, models.inputs("gpt2")), output(model, models.inputs("gpt2")))

@@ -45,6 +45,7 @@ def get_peft_model(
         VeneerError: the model already has adapters.
     """
     if revision is not None:
+        peft_config = copy.copy(peft_config)
         peft_config.revision = revision
     return PeftModel(
         model,
@@ -385,7 +386,7 @@ class PeftModel(nn.Module):
             CheckpointError: a file is missing, damaged, or does not fit; the model is left as it was.
         """
         check_hub_arguments(hub)
-        config = config or Config.from_pretrained(model_id, **hub)
+        config = copy.copy(config or Config.from_pretrained(model_id, **hub))
         tensors, notes = checkpoint.read(model_id, **hub)
         config.inference_mode = not is_trainable
         lift = autocast_adapter_dtype
