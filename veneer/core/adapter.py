@@ -94,7 +94,7 @@ class Adapter(nn.Module):
 
     @property
     def shared(self) -> Any:
-        """The module this adapter name shares between its layers, from `Config.shared`."""
+        """The module this adapter name shares between its layers, from `Config.build_shared`."""
         return self._shared[0]
 
     @property

@@ -301,11 +301,13 @@ def compile_pattern(pattern: str, name: str) -> re.Pattern[str]:
 
 
 def check_range(config: Config, low: float, below: float, *names: str) -> None:
-    """Raise ConfigError unless low <= field < below."""
+    """Raise ConfigError unless low <= field < below; of a `rank_pattern`-like mapping, each value."""
+    limit = f" and below {below:g}" if below < math.inf else ""
     for name in names:
-        if not low <= (value := getattr(config, name)) < below:
-            limit = f" and below {below:g}" if below < math.inf else ""
-            raise ConfigError(f"{name} must be at least {low:g}{limit}, not {value}")
+        given = getattr(config, name)
+        for value in given.values() if isinstance(given, dict) else () if given is None else (given,):
+            if not low <= value < below:
+                raise ConfigError(f"{name} must be at least {low:g}{limit}, not {value}")
 
 
 def mapping() -> Any:

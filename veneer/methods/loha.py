@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ..core.adapter import LowRank
 from ..core.config import LayerConfig, Name, at, check_range, mapping
 from ..core.target import Target
-from ..errors import ConfigError
 from ..maths.dropout import row_mask
 
 
@@ -107,7 +106,5 @@ class LoHaConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, 1, math.inf, "r")
+        check_range(self, 1, math.inf, "r", "rank_pattern")
         check_range(self, 0, 1, "rank_dropout", "module_dropout")
-        if min((self.rank_pattern or {"": 1}).values()) < 1:
-            raise ConfigError(f"rank_pattern: a rank must be at least 1, not {self.rank_pattern}")

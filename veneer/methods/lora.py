@@ -105,10 +105,8 @@ class LoraConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, 1, math.inf, "r")
+        check_range(self, 1, math.inf, "r", "rank_pattern")
         check_range(self, 0, 1, "lora_dropout")
-        if min((self.rank_pattern or {"": 1}).values()) < 1:
-            raise ConfigError(f"rank_pattern: a rank must be at least 1, not {self.rank_pattern}")
         how = str(self.init_lora_weights)
         if how not in ("True", "False", "gaussian") and not how.startswith("pissa"):
             raise ConfigError(f'init_lora_weights {how!r}: use True, False, "gaussian", "pissa" or "pissa_niter_N"')
