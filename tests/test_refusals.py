@@ -827,3 +827,20 @@ def test_a_projected_prefix_cannot_be_trained_from_its_file(tmp_path):
     model = base()
     with refused(model, "is_trainable=False", error=CheckpointError):
         PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
+
+
+@pytest.mark.parametrize("stray", ["base_model.model.oops.lm_head.weight", "base_model.model.oops.base_layer.weight"])
+def test_a_base_embedding_of_a_module_that_is_not_there_is_refused(stray: str, tmp_path):
+    """PEFT's files may hold base embeddings; one without a home is not one of them."""
+    case = next(c for c in ONE_EACH if c.method == "lora")
+    case.build().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({**load_file(path), stray: torch.zeros(67, 30)}, path)
+    with pytest.raises(CheckpointError, match="oops"):
+        PeftModel.from_pretrained(models.build(case.model), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["LoraConfig", "LoHaConfig", "DeloraConfig"])
+def test_a_rank_in_a_pattern_is_a_rank(name: str):
+    with pytest.raises(ConfigError, match="rank_pattern must be at least 1, not 0"):
+        getattr(veneer, name)(rank_pattern={"q_proj": 0})

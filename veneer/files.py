@@ -11,6 +11,8 @@ from typing import Any
 
 from .errors import CheckpointError, VeneerError, nearest
 
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
 HUB_ARGUMENTS = (
     "subfolder",
     "revision",
@@ -38,6 +40,20 @@ def find_file(source: str | Path, name: str, **hub: Any) -> Path:
     if Path(source).exists() or Path(source).is_absolute() or str(source).startswith("."):
         raise CheckpointError(f"{str(directory)!r} holds no {name}: {_contents(directory)}")
     return _download(str(source), name, subfolder=str(directory.relative_to(source)), **hub)
+
+
+def find_weights(source: str | Path, **hub: Any) -> Path:
+    """The tensor file of an adapter. Where there is only a pickle, the error says what to do with it."""
+    try:
+        return find_file(source, WEIGHTS_NAME, **hub)
+    except CheckpointError:
+        pickle = Path(source) / (hub.get("subfolder") or "") / PICKLE_NAME
+        if pickle.is_file():
+            raise CheckpointError(
+                f"{str(pickle)!r} is a pickle, which can run code when it is loaded; convert it to {WEIGHTS_NAME} "
+                "with a tool you trust"
+            ) from None
+        raise
 
 
 def _contents(directory: Path) -> str:

@@ -14,15 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BaseMismatch, CheckpointError, listing
-from ..files import find_file, write_atomically
+from ..files import WEIGHTS_NAME, find_weights, write_atomically
 from .adapter import Adapter, Replace, Tensors
 from .config import Config, PromptConfig
 from .context import State
 from .layer import walk
 from .prompt import Prompt
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLE_NAME = "adapter_model.bin"
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 """PEFT's files hold the whole base module when `target_modules` lists one of these."""
 
@@ -105,7 +103,7 @@ def read(source: str | Path, **hub: Any) -> tuple[Tensors, dict[str, Any]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    path = _weights_file(source, **hub)
+    path = find_weights(source, **hub)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -116,19 +114,6 @@ def read(source: str | Path, **hub: Any) -> tuple[Tensors, dict[str, Any]]:
     if broken:
         raise CheckpointError(f"{str(path)!r} holds values that are not finite in:{listing(broken)}")
     return tensors, _notes(metadata)
-
-
-def _weights_file(source: str | Path, **hub: Any) -> Path:
-    try:
-        return find_file(source, WEIGHTS_NAME, **hub)
-    except CheckpointError:
-        pickle = Path(source) / (hub.get("subfolder") or "") / PICKLE_NAME
-        if pickle.is_file():
-            raise CheckpointError(
-                f"{str(pickle)!r} is a pickle, which can run code when it is loaded; convert it to {WEIGHTS_NAME} "
-                "with a tool you trust"
-            ) from None
-        raise
 
 
 def _notes(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -190,14 +175,16 @@ def base_embeddings_in(
     """(module, weight) of the base embeddings that came in the file.
 
     Raises:
-        CheckpointError: the model's vocabulary has another size.
+        CheckpointError: the model has no such module, or its vocabulary has another size.
     """
     modules, own = dict(walk(model)), slots(state, name)
     for key, tensor in tensors.items():
         path = key.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer")
-        module = modules.get(path)
-        if key in own or not is_base_embedding(key) or module is None:
+        if key in own or not is_base_embedding(key):
             continue
+        module = modules.get(path)
+        if module is None:
+            raise CheckpointError(f"the file holds {key!r}, but the model has no module {path!r}")
         if module.weight.shape != tensor.shape:
             raise CheckpointError(
                 f"the adapter was saved with {path!r} of {tuple(tensor.shape)}, the model has "
