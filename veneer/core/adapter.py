@@ -138,7 +138,7 @@ class Adapter(nn.Module):
 
     def absorb(self, tensors: Tensors) -> None:
         """Take what came from a file; in place where memory exists, since an optimizer may hold the Parameters."""
-        on_meta = any(p.is_meta for p in self.parameters())
+        on_meta = any(t.is_meta for t in self.state_dict().values())
         self.load_state_dict(tensors, strict=False, assign=on_meta)
 
     def learned(self) -> Iterator[nn.Parameter]:

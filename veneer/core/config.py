@@ -99,6 +99,10 @@ class Config:
     """Set on a config that was read from a file, whose tensors and notes on the base model follow."""
     file_holds_embedding: ClassVar[bool] = True
     """PEFT's files carry the base embedding beside an adapter that targets it by name."""
+    learning_rate: ClassVar[float] = 1e-3
+    """Where training starts well when the user names none."""
+    recommended: ClassVar[Mapping[str, Any]] = {}
+    """Settings to train with when the user names none, where the defaults of PEFT's files learn little."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
