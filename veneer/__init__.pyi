@@ -1,3 +1,6 @@
+from .combine import add_weighted_adapter as add_weighted_adapter
+from .convert import convert_to_lora as convert_to_lora
+from .convert import save_as_lora as save_as_lora
 from .core.config import METHODS as METHODS
 from .core.config import Config as Config
 from .core.config import TaskType as TaskType
