@@ -13,6 +13,8 @@ from .errors import ConfigError as ConfigError
 from .errors import NotMergeable as NotMergeable
 from .errors import TargetError as TargetError
 from .errors import VeneerError as VeneerError
+from .hotswap import hotswap_adapter as hotswap_adapter
+from .hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
 from .hub import pull as pull
 from .interop.auto import AutoPeftModel as AutoPeftModel
 from .interop.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
