@@ -103,6 +103,8 @@ class Config:
     """Where training starts well when the user names none."""
     recommended: ClassVar[Mapping[str, Any]] = {}
     """Settings to train with when the user names none, where the defaults of PEFT's files learn little."""
+    example: ClassVar[Mapping[str, Any]] = {}
+    """Settings it cannot do without, as an example of them."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -163,7 +165,7 @@ class Config:
         own = {"peft_type": str(self.peft_type)}
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name not in COMMON or f.name in ALWAYS_WRITTEN or value != _default(f):
+            if f.name not in COMMON or f.name in ALWAYS_WRITTEN or value != default_of(f):
                 own[f.name] = _plain(value)
         return dict(sorted(own.items()))
 
@@ -268,6 +270,7 @@ class PromptConfig(Config):
     """Layers of the model; None: the model's."""
 
     prompt: ClassVar[type[Prompt]]
+    example = {"num_virtual_tokens": 20}
     fills_cache: ClassVar[bool] = False
     """It learns keys and values, not embeddings."""
 
@@ -352,7 +355,7 @@ def _spell(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
-def _default(f: Any) -> Any:
+def default_of(f: Any) -> Any:
     return f.default_factory() if f.default_factory is not MISSING else f.default
 
 
