@@ -96,6 +96,15 @@ CASES = [
     ),
     Case("lora", "gpt2", dict(r=4, target_modules=["c_attn"], bias="all"), "all-biases"),
     Case("lora", "t5", dict(r=4, task_type="SEQ_2_SEQ_LM")),
+    Case(
+        "lora", "mixtral", dict(r=4, lora_alpha=7, target_parameters=["experts.gate_up_proj", "down_proj"]), "experts"
+    ),
+    Case(
+        "lora",
+        "mixtral",
+        dict(r=2, target_modules=["q_proj"], target_parameters=["gate.weight"], rank_pattern={"gate.weight": 3}),
+        "router",
+    ),
     Case("dora", "llama", dict(r=4, lora_alpha=7, target_modules=LINEARS)),
     Case("dora", "conv", dict(r=4, target_modules=["first", "third", "head"])),
     Case("dora", "gpt2", dict(r=4, target_modules=["wte", "c_attn"]), "embedding"),

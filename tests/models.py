@@ -38,6 +38,15 @@ def gpt2(**kwargs):
     return GPT2LMHeadModel(GPT2Config(**sizes | off | kwargs))
 
 
+def mixtral(**kwargs):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = dict(hidden_size=30, intermediate_size=22, num_hidden_layers=2, num_attention_heads=5, head_dim=14)
+    sizes |= dict(num_key_value_heads=1, vocab_size=67, num_local_experts=3, max_position_embeddings=64, pad_token_id=0)
+    sizes |= dict(experts_implementation="eager")  # torch's grouped product takes only aligned sizes
+    return MixtralForCausalLM(MixtralConfig(**sizes | kwargs))
+
+
 def t5(**kwargs):
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -116,7 +125,7 @@ class Volume(nn.Module):
 
 
 CONVS = {"conv": ConvNet, "grouped": Grouped, "dilated": Dilated, "square": Square, "volume": Volume}
-BUILDERS = {"llama": llama, "gpt2": gpt2, "t5": t5, "bert": bert, **CONVS}
+BUILDERS = {"llama": llama, "gpt2": gpt2, "mixtral": mixtral, "t5": t5, "bert": bert, **CONVS}
 SHAPES = {
     "conv": (3, 3, 9, 8),
     "grouped": (3, 6, 7, 8),

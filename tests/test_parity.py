@@ -224,6 +224,7 @@ def gradients(model, case: Case) -> dict[str, torch.Tensor]:
     for name, p in model.named_parameters():
         if p.requires_grad:
             name = name.removeprefix("base_model.model.").replace(".adapters.default.", ".").replace(".default", "")
+            name = name.replace(".members.0.", ".base_layer.").replace(".members.1.", ".")  # two parameters of a module
             found[name.replace(".modules_to_save.", ".").replace(".module.", ".").removesuffix(".weight")] = p.grad
     return found
 

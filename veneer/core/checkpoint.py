@@ -33,7 +33,8 @@ def parts(state: State, name: str) -> Iterator[tuple[str, Adapter | Prompt | nn.
     below = "base_model." if isinstance(state.configs[name], PromptConfig) else "base_model.model."
     for path, adapter in state.adapters(name).items():
         for part in adapter.parts:
-            yield f"{below if isinstance(part, Replace) else 'base_model.model.'}{path}.", part
+            key = getattr(part.target, "key", "")
+            yield f"{below if isinstance(part, Replace) else 'base_model.model.'}{path}.{key}", part
     if name in state.shared:
         yield "base_model.", state.shared[name]
     if name in state.prompts:
