@@ -5,24 +5,22 @@ Every config class registers itself under the name of its file. Unknown, mistype
 
 from __future__ import annotations
 
+import copy
 import enum
 import importlib
 import json
 import math
 import pkgutil
 import re
-import sys
-import types
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from functools import cache
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..errors import ConfigError, listing, nearest
+from ..fields import Checked
 from ..files import find_file, read_json, write_atomically
 
 if TYPE_CHECKING:
@@ -73,7 +71,7 @@ def all_methods() -> dict[str, type[Config]]:
 
 
 @dataclass(kw_only=True)
-class Config:
+class Config(Checked):
     """What every method has. Subclasses set `peft_type` and `adapter` and add their fields."""
 
     task_type: TaskType | str | None = None
@@ -112,26 +110,13 @@ class Config:
         if package.endswith(".methods"):
             METHODS[module] = cls
 
-    def __new__(cls, *args: Any, **given: Any) -> Config:
-        known = [f.name for f in fields(cls)]
-        for name in given:
-            if name not in known:
-                raise ConfigError(f"{cls.__name__} has no field {name!r}{nearest(name, known)}")
-        return super().__new__(cls)
-
     def __post_init__(self) -> None:
-        self._check_types()
+        super().__post_init__()
         if self.task_type is not None:
             names = [t.value for t in TaskType]
             if self.task_type not in names:
                 raise ConfigError(f"task_type {self.task_type!r} is unknown; use one of {', '.join(names)} or None")
             self.task_type = TaskType(self.task_type)
-
-    def _check_types(self) -> None:
-        for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]
-            value = getattr(self, name)
-            if not _is_a(value, hint):
-                raise ConfigError(f"{type(self).__name__}.{name} must be {_spell(hint)}, not {value!r}")
 
     # What a method may tell the core
 
@@ -159,6 +144,10 @@ class Config:
         return None
 
     # The file
+
+    def saved(self) -> Config:
+        """The config that goes to the file, as an adapter's `export` is for tensors."""
+        return copy.copy(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The file's content: the method's own fields, and of the common ones those that say something."""
@@ -322,39 +311,6 @@ def mapping() -> Any:
     return field(default_factory=dict)
 
 
-@cache
-def _hints(cls: Any) -> dict[str, Any]:
-    """The types of a config's fields (not of its class variables, which name classes imported for checkers only)."""
-    found = {}
-    for f in fields(cls):
-        owner = next(base for base in cls.__mro__ if f.name in base.__dict__.get("__annotations__", {}))
-        found[f.name] = eval(str(f.type), vars(sys.modules[owner.__module__]))
-    return found
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_is_a(value, arg) for arg in args)
-    if origin is typing.Literal:
-        return value in args
-    if origin is list:
-        return isinstance(value, (list, tuple)) and all(_is_a(item, args[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_is_a(k, args[0]) and _is_a(v, args[1]) for k, v in value.items())
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, type(None) if hint is None else hint)
-
-
-def _spell(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-
-
 def default_of(f: Any) -> Any:
     return f.default_factory() if f.default_factory is not MISSING else f.default
 
@@ -364,4 +320,6 @@ def _plain(value: Any) -> Any:
         return value.value
     if isinstance(value, Path):
         return str(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
     return list(value) if isinstance(value, tuple) else value

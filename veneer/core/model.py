@@ -377,7 +377,7 @@ class PeftModel(nn.Module):
                 raise CheckpointError(f"{str(file)!r} is a file; give a directory to save into")
         embeddings = None if save_embedding_layers == "auto" else bool(save_embedding_layers)
         for name in selected_adapters or list(self.peft_config):
-            config = copy.copy(self.peft_config[name])
+            config = self.peft_config[name].saved()
             config.inference_mode = True
             into = directory if name == "default" else directory / name
             tensors, notes = checkpoint.collect(self.base_model.model, self._state, name, embeddings)
@@ -479,7 +479,7 @@ class PeftModel(nn.Module):
 
     def _check_refill(self, name: str, config: Config) -> None:
         """Raise unless a file's tensors mean the same in the adapter that is there."""
-        present = self.peft_config[name]
+        present = self.peft_config[name].saved()
         if present.peft_type != config.peft_type:
             raise CheckpointError(
                 f"adapter {name!r} is {present.peft_type}, the file {config.peft_type}; load it under another name"
