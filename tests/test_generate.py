@@ -19,8 +19,10 @@ GREEDY = dict(do_sample=False, max_new_tokens=4, min_new_tokens=4)
 
 def by_hand(model, ids, mask=None):
     """Greedy decoding by whole forward passes, without a cache."""
+    names, n = state_of(model.get_base_model()).fact_names(), ids.shape[1]
+    facts = {"prompt_lengths": [n] * len(ids)} if "prompt_lengths" in names else {}
     for _ in range(GREEDY["max_new_tokens"]):
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, -1].clone()
+        logits = model(input_ids=ids, attention_mask=mask, **facts).logits[:, -1].clone()
         logits[:, 2] = -torch.inf  # generate may not end early either
         ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
         mask = None if mask is None else torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)

@@ -24,6 +24,9 @@ TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 
 NOT_COMPARED = {
     "bottleneck": "PEFT has no such method",
+    "loreft": "PEFT has no such method",
+    "noreft": "PEFT has no such method",
+    "direft": "PEFT has no such method",
     "xlora": "PEFT 0.21 writes X-LoRA files without the gate; see test_xlora_with_pefts_gate",
 }
 FAULTS = {

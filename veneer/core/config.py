@@ -12,7 +12,7 @@ import json
 import math
 import pkgutil
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -91,6 +91,8 @@ class Config(Checked):
     """Keyword arguments of a model call (and of `generate`) that belong to the adapter."""
     generate_with: ClassVar[Mapping[str, Any]] = {}
     """Settings that `generate` must run with."""
+    reads_encoder: ClassVar[bool] = False
+    """`before` is also given the encoder's own call, which `generate` makes past the model's."""
     foreign: ClassVar[Mapping[str, Any]] = {}
     """The reference's defaults, other than null and false, for fields we do not have."""
     from_file: ClassVar[bool] = False
@@ -304,6 +306,14 @@ def check_range(config: Config, low: float, below: float, *names: str) -> None:
         for value in given.values() if isinstance(given, dict) else () if given is None else (given,):
             if not low <= value < below:
                 raise ConfigError(f"{name} must be at least {low:g}{limit}, not {value}")
+
+
+def check_choice(config: Config, choices: Collection[str], *names: str) -> None:
+    """Raise ConfigError unless each field is one of `choices` or None."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value not in choices:
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}{nearest(value, choices)}")
 
 
 def mapping() -> Any:

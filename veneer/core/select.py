@@ -148,7 +148,7 @@ def _of_layers(found: list[str], config: LayerConfig) -> list[str]:
 def _layer_index(path: str, patterns: Sequence[str] | None) -> int | None:
     """The index of the layer a path lies in: `model.layers.3.mlp` is 3."""
     for pattern in patterns or [r"[^.]+"]:
-        found = re.match(rf"(?:.*?\.)?(?:{pattern})\.(\d+)\.", path)
+        found = re.match(rf"(?:.*?\.)?(?:{pattern})\.(\d+)\.", path + ".")
         if found:
             return int(found.group(1))
     return None
