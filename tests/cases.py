@@ -180,6 +180,13 @@ CASES = [
     Case("road", "llama", dict(variant="road_4", group_size=10, target_modules=["q_proj", "down_proj"])),
     Case("road", "llama", dict(variant="road_2", group_size=6, target_modules=["down_proj", "o_proj"]), "2"),
     Case("road", "llama", dict(group_size=14, target_modules=["q_proj", "k_proj"]), "1"),
+    Case("hira", "llama", dict(r=5, target_modules=LINEARS)),
+    Case("hira", "llama", dict(r=5, target_modules=LINEARS, rank_pattern={"k_proj": 3}), "patterns"),
+    Case("hira", "llama", dict(r=5, target_modules=LINEARS, init_weights="gaussian"), "gaussian"),
+    Case("hira", "gpt2", dict(r=5, target_modules=["wte", "c_attn"])),
+    Case("hira", "conv", dict(r=5, target_modules=["first", "second", "third", "head"])),
+    Case("hira", "dilated", dict(r=5, target_modules=["conv"])),
+    Case("hira", "volume", dict(r=5, target_modules=["conv"])),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",
