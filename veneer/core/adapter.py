@@ -207,7 +207,9 @@ class Additive(Adapter):
 class LowRank(Additive):
     """delta = B A from `factors()`: A (r, in), B (out, r), the scaling folded in."""
 
-    dropout: nn.Module | None = None
+    def __init__(self, config: Config | None, target: Target, shared: nn.Module | None = None) -> None:
+        super().__init__(config, target, shared)
+        self.set_dropout(0)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError  # a subclass that forgets it fails in every law
@@ -225,7 +227,7 @@ class LowRank(Additive):
         return y + self.update(x)
 
     def set_dropout(self, p: float) -> None:
-        self.dropout = nn.Dropout(p) if p > 0 else None
+        self.dropout: nn.Module | None = nn.Dropout(p) if p > 0 else None
 
 
 class Bias(Adapter):
