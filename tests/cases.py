@@ -187,6 +187,13 @@ CASES = [
     Case("hira", "conv", dict(r=5, target_modules=["first", "second", "third", "head"])),
     Case("hira", "dilated", dict(r=5, target_modules=["conv"])),
     Case("hira", "volume", dict(r=5, target_modules=["conv"])),
+    Case("miss", "llama", dict(r=4, target_modules=LINEARS)),
+    Case("miss", "llama", dict(r=4, target_modules=LINEARS, init_weights=False), "random", noop=False),
+    Case("miss", "llama", dict(r=7, mini_r=5, target_modules=["o_proj", "down_proj"], init_weights="mini"), "mini"),
+    Case("miss", "llama", dict(r=5, target_modules=["q_proj", "down_proj"], init_weights="bat"), "bat"),
+    Case("miss", "llama", dict(r=4, target_modules=["q_proj", "down_proj"], bias="MiSS_only"), "biases"),
+    Case("miss", "gpt2", dict(r=4, target_modules=["c_attn", "mlp.c_proj"])),
+    Case("miss", "gpt2", dict(r=15, target_modules=["c_attn", "mlp.c_proj"], init_weights="bat"), "bat"),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

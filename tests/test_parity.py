@@ -35,6 +35,8 @@ FAULTS = {
     "hra-conv-conv1d": "PEFT has no HRA on Conv1d",
     "oft-conv-conv1d": "PEFT has no OFT on Conv1d",
     "loha-gpt2": "PEFT has no LoHa on GPT-2's Conv1D",
+    "miss-gpt2": "PEFT has no MiSS on GPT-2's Conv1D",
+    "miss-gpt2-bat": "PEFT has no MiSS on GPT-2's Conv1D",
     "hira-llama-patterns": "PEFT computes HiRA's ranks from rank_pattern and then builds the first adapter with r",
 }
 MERGED = {
