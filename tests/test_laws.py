@@ -7,6 +7,7 @@ import dataclasses
 import io
 import itertools
 import json
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -59,6 +60,17 @@ def test_activations_and_weight_agree(case: Case):
     model.merge_adapter()
     assert all(layer.merged_adapters for layer in state(model).layers.values())
     torch.testing.assert_close(output(model, batch), active, **TOLERANCE)
+
+
+DROPOUTS = [(case, f.name) for case in ONE_EACH for f in fields(case.config_class) if "dropout" in f.name]
+
+
+@pytest.mark.parametrize(("case", "name"), [d for d in DROPOUTS if d[1] != "rank_dropout_scale"], ids=str)
+def test_dropout_acts_in_training_alone(case: Case, name: str):
+    model, batch = replace(case, settings=case.settings | {name: 0.5}).build(), case.inputs()
+    assert torch.equal(output(model, batch), output(case.build(), batch))
+    model.train()
+    assert not torch.equal(output(model, batch), output(model, batch))
 
 
 PAIRS = list(itertools.product([c for c in ONE_EACH if c in MERGEABLE], repeat=2))

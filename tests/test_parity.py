@@ -38,9 +38,13 @@ FAULTS = {
     "hra-conv-conv1d": "PEFT has no HRA on Conv1d",
     "oft-conv-conv1d": "PEFT has no OFT on Conv1d",
     "loha-gpt2": "PEFT has no LoHa on GPT-2's Conv1D",
+    "miss-gpt2": "PEFT has no MiSS on GPT-2's Conv1D",
+    "miss-gpt2-bat": "PEFT has no MiSS on GPT-2's Conv1D",
+    "hira-llama-patterns": "PEFT computes HiRA's ranks from rank_pattern and then builds the first adapter with r",
 }
 MERGED = {
-    "oft-square": "PEFT's OFT convolution sums overlapping patches, so even the identity changes; its merge is right"
+    "oft-square": "PEFT's OFT convolution sums overlapping patches, so even the identity changes; its merge is right",
+    "hira-dilated": "PEFT's HiRA convolutions pad with zeros whatever the padding mode; its merge is right",
 }
 WRONG_GRADIENTS = {
     "loha-conv-effective": "PEFT's backward of LoHa with a core takes the gradient of A1 through the core of the other "

@@ -37,6 +37,7 @@ from .methods.delora import DeloraConfig as DeloraConfig
 from .methods.direft import DiReftConfig as DiReftConfig
 from .methods.dora import DoraConfig as DoraConfig
 from .methods.fourierft import FourierFTConfig as FourierFTConfig
+from .methods.hira import HiraConfig as HiraConfig
 from .methods.hra import HRAConfig as HRAConfig
 from .methods.ia3 import IA3Config as IA3Config
 from .methods.ln_tuning import LNTuningConfig as LNTuningConfig
@@ -44,6 +45,7 @@ from .methods.loha import LoHaConfig as LoHaConfig
 from .methods.lora import LoraConfig as LoraConfig
 from .methods.loreft import LoReftConfig as LoReftConfig
 from .methods.noreft import NoReftConfig as NoReftConfig
+from .methods.miss import MissConfig as MissConfig
 from .methods.oft import OFTConfig as OFTConfig
 from .methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig

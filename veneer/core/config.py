@@ -87,6 +87,10 @@ class Config(Checked):
 
     peft_type: ClassVar[Name]
     adapter: ClassVar[type[Adapter]]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    """What older files call the method (their `peft_type`)."""
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Today's names of the adapter's attributes, by what older files call them."""
     facts: ClassVar[tuple[str, ...]] = ()
     """Keyword arguments of a model call (and of `generate`) that belong to the adapter."""
     generate_with: ClassVar[Mapping[str, Any]] = {}
@@ -174,8 +178,8 @@ class Config(Checked):
     def from_dict(cls, content: Mapping[str, Any]) -> Config:
         """The config of any method from a file's content. Unknown fields that say something are an error."""
         kind = str(content.get("peft_type", ""))
-        found = all_methods().get(kind.lower())
-        if found is None or found.peft_type != kind:
+        found = _called(kind)
+        if found is None:
             types = [str(config.peft_type) for config in METHODS.values()]
             raise ConfigError(f"peft_type {kind!r} is not a method of veneer{nearest(kind.upper(), types)}")
         known = {f.name for f in fields(found)}
@@ -226,8 +230,10 @@ class LayerConfig(Config):
         super().__post_init__()
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern says where the layer index stands; it needs layers_to_transform")
-        own = self.bias.removesuffix("_only")  # PEFT writes a part of some methods' names
-        if self.bias not in ("none", "all") and (own == self.bias or len(own) < 3 or own not in self.peft_type.lower()):
+        own = self.bias.lower().removesuffix("_only")  # PEFT writes a part of some methods' names, in any case
+        names = [name.lower() for name in (self.peft_type, *self.aliases)]
+        is_own = self.bias.endswith("_only") and len(own) >= 3 and any(own in name for name in names)
+        if self.bias not in ("none", "all") and not is_own:
             raise ConfigError(f'bias must be "none", "all" or "{self.peft_type.lower()}_only", not {self.bias!r}')
         for name in ("target_modules", "exclude_modules", "layers_pattern", *self.subsets):
             if isinstance(getattr(self, name), str):
@@ -319,6 +325,14 @@ def check_choice(config: Config, choices: Collection[str], *names: str) -> None:
 def mapping() -> Any:
     """A dict field. Its empty value is {}, never null, which other readers do not take."""
     return field(default_factory=dict)
+
+
+def _called(kind: str) -> type[Config] | None:
+    """The method of a file's `peft_type`, also by a name it had once."""
+    found = all_methods().get(kind.lower())
+    if found is not None and found.peft_type == kind:
+        return found
+    return next((config for config in METHODS.values() if kind in config.aliases), None)
 
 
 def default_of(f: Any) -> Any:
