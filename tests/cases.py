@@ -180,6 +180,8 @@ CASES = [
     Case("road", "llama", dict(variant="road_4", group_size=10, target_modules=["q_proj", "down_proj"])),
     Case("road", "llama", dict(variant="road_2", group_size=6, target_modules=["down_proj", "o_proj"]), "2"),
     Case("road", "llama", dict(group_size=14, target_modules=["q_proj", "k_proj"]), "1"),
+    Case("pvera", "llama", dict(r=5, target_modules=LINEARS)),
+    Case("pvera", "gpt2", dict(r=5, target_modules=["c_attn", "c_fc"], save_projection=False), "unsaved"),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",
