@@ -207,7 +207,9 @@ class Additive(Adapter):
 class LowRank(Additive):
     """delta = B A from `factors()`: A (r, in), B (out, r), the scaling folded in."""
 
-    dropout: nn.Module | None = None
+    def __init__(self, config: Config | None, target: Target, shared: nn.Module | None = None) -> None:
+        super().__init__(config, target, shared)
+        self.dropout: nn.Module | None = None  # a default on the class would hide the module
 
     def factors(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError  # a subclass that forgets it fails in every law
