@@ -182,6 +182,22 @@ CASES = [
     Case("road", "llama", dict(group_size=14, target_modules=["q_proj", "k_proj"]), "1"),
     Case("pvera", "llama", dict(r=5, target_modules=LINEARS)),
     Case("pvera", "gpt2", dict(r=5, target_modules=["c_attn", "c_fc"], save_projection=False), "unsaved"),
+    Case("tinylora", "llama", dict(r=3, u=7, target_modules=LINEARS)),
+    Case("tinylora", "llama", dict(r=3, u=7, weight_tying=0.4, target_modules=LINEARS), "sharing"),
+    Case(
+        "tinylora",
+        "gpt2",
+        dict(r=3, u=7, target_modules=["c_attn", "mlp.c_proj"], weight_tying=1.0, save_projection=False),
+        "unsaved",
+    ),
+    Case("tinylora", "gpt2", dict(r=3, u=7, target_modules=["wte", "c_fc"]), "embedding"),
+    Case(
+        "tinylora",
+        "llama",
+        dict(r=40, u=7, target_modules=["q_proj", "k_proj"], init_weights="uniform"),
+        "full-rank",
+        noop=False,
+    ),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

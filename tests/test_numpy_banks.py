@@ -11,7 +11,7 @@ from veneer import NotMergeable, get_peft_model
 
 from . import models
 from .models import output
-from .test_numpy import agree, arr, sample
+from .test_numpy import agree, arr, attach, sample, state
 from .test_numpy_shared import PLACES, layers_of, models_of_both_kinds
 
 
@@ -86,3 +86,63 @@ def test_pveras_seeded_draws_are_the_same_in_a_recomputation():
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
     for plain, recomputed in zip(*grads, strict=True):
         torch.testing.assert_close(recomputed, plain)
+
+
+def tinylora(r: int, W: np.ndarray, p: dict, v: np.ndarray) -> np.ndarray:
+    """B (sum_i v_i P_i) A; B A is the best approximation of W of rank r, its singular values shared evenly."""
+    A, B, P = p["tinylora_A"], p["tinylora_B"], p["tinylora_P"]
+    U, S, Vt = np.linalg.svd(W, full_matrices=False)
+    np.testing.assert_allclose(B @ A, U[:, :r] * S[:r] @ Vt[:r], atol=1e-4)
+    np.testing.assert_allclose(A @ A.T, np.diag(S[:r]), atol=1e-4)
+    np.testing.assert_allclose(B.T @ B, np.diag(S[:r]), atol=1e-4)
+    return sum(v[i] * B @ P[i] @ A for i in range(len(v)))
+
+
+@pytest.mark.parametrize(
+    ("name", "tying", "groups"),
+    [
+        ("llama", 0.0, [0, 1, 2, 3, 4, 5]),
+        ("llama", 0.4, [0, 1, 2, 3, 3, 3]),
+        ("llama", 1.0, [0, 0, 0, 0, 0, 0]),
+        ("gpt2", 0.4, [0, 0, 1, 1]),
+    ],
+)
+def test_tinylora(name: str, tying: float, groups: list[int]):
+    """Neighbours share a vector; a group has as many targets as divide evenly, the last takes the rest."""
+    config = veneer.TinyLoraConfig(r=4, u=5, weight_tying=tying, target_modules=PLACES[name])
+    for group, (layer, p, shared, W, b) in zip(groups, layers_of(name, config), strict=True):
+        assert len(shared) == max(groups) + 1
+        agree(layer, W + tinylora(4, W, p, shared[f"tinylora_v.{group}"]), b)
+
+
+def test_tinyloras_matrices():
+    """Entries of variance 1 / r, other ones for each target, the same for the same seed."""
+    config = veneer.TinyLoraConfig(r=6, u=50, target_modules=PLACES["llama"])
+    one, two = ([p["tinylora_P"] for _, p, *_ in layers_of("llama", config)] for _ in range(2))
+    for i, P in enumerate(one):
+        assert abs(P.var() * 6 - 1) < 0.1 and np.array_equal(P, two[i])
+        assert not any(np.array_equal(P, other) for other in one[:i])
+
+
+def test_tinylora_on_an_embedding():
+    """The stored (vocabulary, width) table gains B R A; dropout falls on what was looked up."""
+    settings = dict(r=3, u=5, target_modules=["wte"], tinylora_dropout=0.5)
+    found = state(attach("gpt2", veneer.TinyLoraConfig(**settings), scale=1.0))
+    layer, ids = found.layers["transformer.wte"], torch.tensor([[3, 66, 0], [5, 5, 41]])
+    p = {name: arr(t) for name, t in layer.adapters["default"].named_buffers()}
+    E, v = arr(layer.base_layer.weight), arr(found.shared["default"].tinylora_v["0"])
+    update = tinylora(3, E, p, v)
+    np.testing.assert_allclose(arr(layer(ids)), (E + update)[ids.numpy()], rtol=1e-5, atol=2e-5)
+    assert np.abs(update).max() > 0.05
+    changes = arr(layer.train()(ids)) - E[ids.numpy()]
+    mixing = sum(v[i] * p["tinylora_P"][i] for i in range(5)) @ p["tinylora_A"]
+    masks = changes @ np.linalg.pinv(mixing) / p["tinylora_B"][ids.numpy()]
+    np.testing.assert_allclose(np.unique(masks.round(3)), [0, 2])
+
+
+def test_a_tinylora_file_brings_its_directions(tmp_path, monkeypatch):
+    """Loading takes no decomposition, whose signs other machines may choose otherwise."""
+    config = veneer.TinyLoraConfig(target_modules=PLACES["llama"])
+    attach("llama", config).save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    veneer.PeftModel.from_pretrained(models.build("llama"), tmp_path)
