@@ -49,8 +49,10 @@ from .methods.miss import MissConfig as MissConfig
 from .methods.oft import OFTConfig as OFTConfig
 from .methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+from .methods.pvera import PveraConfig as PveraConfig
 from .methods.randlora import RandLoraConfig as RandLoraConfig
 from .methods.road import RoadConfig as RoadConfig
+from .methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from .methods.vera import VeraConfig as VeraConfig
 from .methods.xlora import XLoraConfig as XLoraConfig

@@ -1,0 +1,148 @@
+"""Methods that learn from shared banks and random bases, derived again in NumPy with no code of veneer's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import veneer
+from veneer import NotMergeable, get_peft_model
+
+from . import models
+from .models import output
+from .test_numpy import agree, arr, attach, sample, state
+from .test_numpy_shared import PLACES, layers_of, models_of_both_kinds
+
+
+@models_of_both_kinds
+def test_pvera_in_the_mean(name: str):
+    """W + diag(b) B diag(d) A with the first half of d and of A's rows."""
+    r = 5
+    for layer, p, shared, W, b in layers_of(name, veneer.PveraConfig(r=r, target_modules=PLACES[name]), scale=1.0):
+        A, B = shared["pvera_A"][:, : W.shape[1]], shared["pvera_B"][: W.shape[0]]
+        assert A.shape[0] == p["pvera_lambda_d"].size == 2 * r and B.shape[1] == r
+        d = np.diag(p["pvera_lambda_d"][:r])
+        agree(layer, W + np.diag(p["pvera_lambda_b"]) @ B @ d @ A[:r], b)
+
+
+@models_of_both_kinds
+def test_pvera_in_training(name: str):
+    """diag(b) B (mu + exp(v / 2) e) over many draws: the mean is the eval output, the variance follows from v."""
+    r = 3
+    for layer, p, shared, W, _ in layers_of(name, veneer.PveraConfig(r=r, target_modules=PLACES[name])):
+        x = sample(layer.base_layer)[:1, :1]
+        A, B = shared["pvera_A"][:, : W.shape[1]], shared["pvera_B"][: W.shape[0]]
+        v = (p["pvera_lambda_d"][:, None] * A @ arr(x)[0, 0])[r:]
+        covariance = np.diag(p["pvera_lambda_b"]) @ B * np.exp(v) @ B.T @ np.diag(p["pvera_lambda_b"])
+        with torch.no_grad():
+            mean = arr(layer(x))[0, 0]
+            draws = arr(layer.train()(x.expand(20000, 1, -1)))[:, 0]
+        deviation = np.sqrt(np.diag(covariance))
+        np.testing.assert_allclose(draws.mean(0), mean, atol=float(5 * deviation.max() / np.sqrt(20000)))
+        np.testing.assert_allclose(draws.std(0), deviation, rtol=0.05)
+
+
+def pvera(**settings):
+    config = veneer.PveraConfig(r=5, target_modules=PLACES["llama"], **settings)
+    return models.perturb(get_peft_model(models.build("llama"), config).eval(), scale=0.3)
+
+
+def test_pvera_samples_in_training_or_when_asked():
+    batch = models.inputs("llama")
+    model = pvera()
+    assert torch.equal(output(model, batch), output(model, batch))
+    assert not torch.equal(output(model.train(), batch), output(model, batch))
+    always = pvera(sample_at_inference=True)
+    assert not torch.equal(output(always, batch), output(always, batch))
+    with pytest.raises(NotMergeable, match="samples at inference"):
+        always.merge_adapter()
+
+
+def test_pveras_seed_repeats_its_draws():
+    """The same calls in order give the same outputs; two calls, and two layers of one shape, do not."""
+    batch, runs = models.inputs("llama"), []
+    for _ in range(2):
+        model = pvera(sample_at_inference=True, generator_seed=5)
+        torch.manual_seed(len(runs))
+        runs.append([output(model, batch) for _ in range(2)])
+    assert all(map(torch.equal, *runs)) and not torch.equal(*runs[0])
+    layers = model.get_base_model().model.layers
+    one, two = (layer.self_attn.q_proj.adapters["default"] for layer in layers)
+    assert not torch.equal(one.noise(torch.zeros(9)), two.noise(torch.zeros(9)))
+    assert not torch.equal(one.noise(torch.zeros(9)), pvera(generator_seed=6).get_base_model().model.layers[
+        0
+    ].self_attn.q_proj.adapters["default"].noise(torch.zeros(9)))  # fmt: skip
+
+
+def test_pveras_seeded_draws_are_the_same_in_a_recomputation():
+    grads = []
+    for checkpointing in (False, True):
+        model = pvera(generator_seed=5).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        losses = [output(model, models.inputs("llama", seed=seed)).square().mean() for seed in (1, 2)]
+        sum(losses).backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, recomputed in zip(*grads, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
+def tinylora(r: int, W: np.ndarray, p: dict, v: np.ndarray) -> np.ndarray:
+    """B (sum_i v_i P_i) A; B A is the best approximation of W of rank r, its singular values shared evenly."""
+    A, B, P = p["tinylora_A"], p["tinylora_B"], p["tinylora_P"]
+    U, S, Vt = np.linalg.svd(W, full_matrices=False)
+    np.testing.assert_allclose(B @ A, U[:, :r] * S[:r] @ Vt[:r], atol=1e-4)
+    np.testing.assert_allclose(A @ A.T, np.diag(S[:r]), atol=1e-4)
+    np.testing.assert_allclose(B.T @ B, np.diag(S[:r]), atol=1e-4)
+    return sum(v[i] * B @ P[i] @ A for i in range(len(v)))
+
+
+@pytest.mark.parametrize(
+    ("name", "tying", "groups"),
+    [
+        ("llama", 0.0, [0, 1, 2, 3, 4, 5]),
+        ("llama", 0.4, [0, 1, 2, 3, 3, 3]),
+        ("llama", 1.0, [0, 0, 0, 0, 0, 0]),
+        ("gpt2", 0.4, [0, 0, 1, 1]),
+    ],
+)
+def test_tinylora(name: str, tying: float, groups: list[int]):
+    """Neighbours share a vector; a group has as many targets as divide evenly, the last takes the rest."""
+    config = veneer.TinyLoraConfig(r=4, u=5, weight_tying=tying, target_modules=PLACES[name])
+    for group, (layer, p, shared, W, b) in zip(groups, layers_of(name, config), strict=True):
+        assert len(shared) == max(groups) + 1
+        agree(layer, W + tinylora(4, W, p, shared[f"tinylora_v.{group}"]), b)
+
+
+def test_tinyloras_matrices():
+    """Entries of variance 1 / r, other ones for each target, the same for the same seed."""
+    config = veneer.TinyLoraConfig(r=6, u=50, target_modules=PLACES["llama"])
+    one, two = ([p["tinylora_P"] for _, p, *_ in layers_of("llama", config)] for _ in range(2))
+    for i, P in enumerate(one):
+        assert abs(P.var() * 6 - 1) < 0.1 and np.array_equal(P, two[i])
+        assert not any(np.array_equal(P, other) for other in one[:i])
+
+
+def test_tinylora_on_an_embedding():
+    """The stored (vocabulary, width) table gains B R A; dropout falls on what was looked up."""
+    settings = dict(r=3, u=5, target_modules=["wte"], tinylora_dropout=0.5)
+    found = state(attach("gpt2", veneer.TinyLoraConfig(**settings), scale=1.0))
+    layer, ids = found.layers["transformer.wte"], torch.tensor([[3, 66, 0], [5, 5, 41]])
+    p = {name: arr(t) for name, t in layer.adapters["default"].named_buffers()}
+    E, v = arr(layer.base_layer.weight), arr(found.shared["default"].tinylora_v["0"])
+    update = tinylora(3, E, p, v)
+    np.testing.assert_allclose(arr(layer(ids)), (E + update)[ids.numpy()], rtol=1e-5, atol=2e-5)
+    assert np.abs(update).max() > 0.05
+    changes = arr(layer.train()(ids)) - E[ids.numpy()]
+    mixing = sum(v[i] * p["tinylora_P"][i] for i in range(5)) @ p["tinylora_A"]
+    masks = changes @ np.linalg.pinv(mixing) / p["tinylora_B"][ids.numpy()]
+    np.testing.assert_allclose(np.unique(masks.round(3)), [0, 2])
+
+
+def test_a_tinylora_file_brings_its_directions(tmp_path, monkeypatch):
+    """Loading takes no decomposition, whose signs other machines may choose otherwise."""
+    config = veneer.TinyLoraConfig(target_modules=PLACES["llama"])
+    attach("llama", config).save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    veneer.PeftModel.from_pretrained(models.build("llama"), tmp_path)
