@@ -180,6 +180,11 @@ CASES = [
     Case("road", "llama", dict(variant="road_4", group_size=10, target_modules=["q_proj", "down_proj"])),
     Case("road", "llama", dict(variant="road_2", group_size=6, target_modules=["down_proj", "o_proj"]), "2"),
     Case("road", "llama", dict(group_size=14, target_modules=["q_proj", "k_proj"]), "1"),
+    Case("shira", "llama", dict(r=3, target_modules=LINEARS)),
+    Case("shira", "llama", dict(r=3, target_modules=LINEARS, random_seed=5), "seed"),
+    Case("shira", "gpt2", dict(r=3, target_modules=["c_attn", "mlp.c_proj"])),
+    Case("shira", "conv", dict(r=2, target_modules=["first", "second", "third", "head"])),
+    Case("shira", "grouped", dict(r=2, target_modules=["conv"])),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

@@ -35,6 +35,9 @@ FAULTS = {
     "hra-conv-conv1d": "PEFT has no HRA on Conv1d",
     "oft-conv-conv1d": "PEFT has no OFT on Conv1d",
     "loha-gpt2": "PEFT has no LoHa on GPT-2's Conv1D",
+    "shira-gpt2": "PEFT has no SHiRA on GPT-2's Conv1D",
+    "shira-conv": "PEFT has SHiRA on linear layers alone",
+    "shira-grouped": "PEFT has SHiRA on linear layers alone",
 }
 MERGED = {
     "oft-square": "PEFT's OFT convolution sums overlapping patches, so even the identity changes; its merge is right"
