@@ -185,6 +185,16 @@ CASES = [
     Case("shira", "gpt2", dict(r=3, target_modules=["c_attn", "mlp.c_proj"])),
     Case("shira", "conv", dict(r=2, target_modules=["first", "second", "third", "head"])),
     Case("shira", "grouped", dict(r=2, target_modules=["conv"])),
+    Case("supertuning", "llama", dict(sparsity=0.9, target_modules=LINEARS)),
+    Case(
+        "supertuning",
+        "llama",
+        dict(sparsity=0.9, select_top=False, r=3, target_modules=LINEARS, save_precomputed_indices=False),
+        "supra",
+    ),
+    Case("supertuning", "gpt2", dict(sparsity=0.9, r=3, lora_alpha=5, target_modules=["c_attn", "mlp.c_proj"])),
+    Case("supertuning", "conv", dict(sparsity=0.8, r=3, target_modules=["first", "second", "third", "head"])),
+    Case("supertuning", "grouped", dict(sparsity=0.5, target_modules=["conv"])),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

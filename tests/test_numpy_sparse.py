@@ -83,3 +83,62 @@ def test_shira_draws_pefts_mask():
         mine = state(ours).layers["model.layers.0.self_attn.q_proj"].adapters["default"].shira_indices
         layer = theirs.base_model.model.model.layers[0].self_attn.q_proj
         assert np.array_equal(mine.numpy(), layer.shira_indices["default"].numpy())
+
+
+@places
+@pytest.mark.parametrize("top", [True, False])
+def test_supertuning(place: str, top: bool):
+    """The learned values stand at the largest (or smallest) |W|; Supra adds alpha / r B A."""
+    layer, p, W, b = adapt(veneer.SupertuningConfig, place, sparsity=0.75, select_top=top, r=3, lora_alpha=5)
+    order = np.argsort(np.abs(W), axis=None)
+    chosen = order[-len(p["supertuning_values"]) :] if top else order[: len(p["supertuning_values"])]
+    assert len(chosen) == W.size // 4
+    indices = layer.adapters["default"].supertuning_indices.numpy()
+    assert set(indices) == set(chosen)
+    A, B = (p[f"supertuning_lora_{m}"].reshape(len(p[f"supertuning_lora_{m}"]), -1) for m in "AB")
+    S = np.zeros_like(W)
+    for index, value in zip(indices, p["supertuning_values"], strict=True):
+        S.flat[index] = value
+    agree(layer, W + S + 5 / 3 * (B @ A), b)
+
+
+def test_supertuning_on_one_row_never_forms_the_matrix(monkeypatch):
+    layer, *_ = adapt(veneer.SupertuningConfig, "linear")
+    x = sample(layer.base_layer)[:1, :1]
+    dense = layer.base_layer(x) + x @ layer.adapters["default"].delta().T
+    monkeypatch.setattr("veneer.methods.supertuning.scatter", None)
+    torch.testing.assert_close(layer(x), dense)
+
+
+def test_supertunings_file_without_places_is_small(tmp_path):
+    sizes = []
+    for saved in (True, False):
+        config = veneer.SupertuningConfig(sparsity=0.5, save_precomputed_indices=saved, target_modules=["q_proj"])
+        model = models.perturb(get_peft_model(models.build("llama"), config).eval())
+        model.save_pretrained(tmp_path / str(saved))
+        sizes.append(sum(t.nbytes for t in load_file(tmp_path / str(saved) / "adapter_model.safetensors").values()))
+    assert sizes[0] == 2 * sizes[1] == 2 * 4 * 2 * 1050
+    file = tmp_path / "True" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(t for key, t in tensors.items() if key.endswith("indices"))[3] = -1
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match="lie outside its weight"):
+        PeftModel.from_pretrained(models.build("llama"), tmp_path / "True")
+
+
+def test_supras_dropout_falls_on_the_low_rank_part():
+    layer, *_ = adapt(veneer.SupertuningConfig, "linear", r=3, lora_dropout=0.5)
+    adapter, x = layer.adapters["default"], sample(layer.base_layer)
+    y = layer.base_layer(x) + x @ adapter.sparse().T
+    torch.manual_seed(1)
+    noisy = layer.train()(x)
+    torch.manual_seed(1)
+    A, B = adapter.pair()
+    torch.testing.assert_close(noisy, y + torch.nn.functional.dropout(x, 0.5) @ A.T @ B.T)
+
+
+def test_supertuning_refuses_what_learns_nothing():
+    with pytest.raises(ConfigError, match="leaves none of its 2100 entries"):
+        get_peft_model(models.build("llama"), veneer.SupertuningConfig(sparsity=0.9999, target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="needs its rank r"):
+        veneer.SupertuningConfig(lora_alpha=3)

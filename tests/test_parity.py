@@ -38,6 +38,9 @@ FAULTS = {
     "shira-gpt2": "PEFT has no SHiRA on GPT-2's Conv1D",
     "shira-conv": "PEFT has SHiRA on linear layers alone",
     "shira-grouped": "PEFT has SHiRA on linear layers alone",
+    "supertuning-gpt2": "PEFT has no Super-Tuning on GPT-2's Conv1D",
+    "supertuning-conv": "PEFT has Super-Tuning on linear layers alone",
+    "supertuning-grouped": "PEFT has Super-Tuning on linear layers alone",
 }
 MERGED = {
     "oft-square": "PEFT's OFT convolution sums overlapping patches, so even the identity changes; its merge is right"

@@ -42,6 +42,7 @@ from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from .methods.randlora import RandLoraConfig as RandLoraConfig
 from .methods.road import RoadConfig as RoadConfig
 from .methods.shira import ShiraConfig as ShiraConfig
+from .methods.supertuning import SupertuningConfig as SupertuningConfig
 from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from .methods.vera import VeraConfig as VeraConfig
 from .methods.xlora import XLoraConfig as XLoraConfig
