@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import veneer
-from veneer import CheckpointError, ConfigError, PeftModel, get_peft_model
+from veneer import CheckpointError, ConfigError, PeftModel, VeneerError, get_peft_model
 
 from . import models
+from .cases import CASES
 from .models import output
-from .test_numpy import adapt, agree, arr, places, sample, state
+from .test_numpy import PLACES, adapt, agree, arr, attach, base_of, linear_places, places, sample, state, watching
 
 
 @places
@@ -142,3 +143,95 @@ def test_supertuning_refuses_what_learns_nothing():
         get_peft_model(models.build("llama"), veneer.SupertuningConfig(sparsity=0.9999, target_modules=["q_proj"]))
     with pytest.raises(ConfigError, match="needs its rank r"):
         veneer.SupertuningConfig(lora_alpha=3)
+
+
+def task_case(config_class, place: str, **settings):
+    """A model with its one adapted layer, the layer's parameters and W, b."""
+    name, path = PLACES[place]
+    model = attach(name, config_class(target_modules=[path], **settings))
+    layer = state(model).layers[path]
+    values = {n: arr(p) for n, p in layer.adapters["default"].named_parameters()}
+    return model, layer, values, *base_of(layer.base_layer)
+
+
+def check_rows(model, layer, W, b, tasks: list[int], delta) -> None:
+    """Each row of the layer's output is that of W plus the delta of its task; the tasks are a list or a tensor."""
+    ids = torch.randint(3, 67, (len(tasks), 7), generator=torch.Generator().manual_seed(4))
+    for given in (tasks, torch.tensor(tasks)):
+        with watching(layer) as seen, torch.no_grad():
+            model(input_ids=ids, task_ids=given)
+        x, y = seen[-1]
+        for row, task in enumerate(tasks):
+            assert np.abs(delta(task)).max() > 0.05
+            np.testing.assert_allclose(y[row], x[row] @ (W + delta(task)).T + b, rtol=1e-5, atol=1e-4)
+
+
+@linear_places
+@pytest.mark.parametrize("splits", [1, 5])
+def test_poly(place: str, splits: int):
+    """Each part of input and output has its own mixture of the skills; the output's parts stand one after another."""
+    model, layer, p, W, b = task_case(veneer.PolyConfig, place, r=3, n_tasks=4, n_skills=2, n_splits=splits)
+
+    def delta(task: int) -> np.ndarray:
+        A, B = p["poly_lora_A"], p["poly_lora_B"]
+        z = 1 / (1 + np.exp(-p["poly_router.module_logits"][task].reshape(splits, 2)))
+        w = z / z.sum(1, keepdims=True)
+        mixed_A = np.concatenate([sum(w[q, s] * A[q, s] for s in range(2)) for q in range(splits)])  # (in, r)
+        mixed_B = np.concatenate([sum(w[q, s] * B[q, s] for s in range(2)) for q in range(splits)], axis=1)  # (r, out)
+        return (mixed_A @ mixed_B).T / 3
+
+    check_rows(model, layer, W, b, [3, 0, 3, 1], delta)
+
+
+def test_polys_weights_are_drawn_in_training():
+    """Relaxed Bernoulli: the logit of a sample is Z plus logistic noise, whose spread is pi / sqrt 3."""
+    _, layer, p, *_ = task_case(veneer.PolyConfig, "linear", n_skills=2)
+    adapter = layer.adapters["default"].train()
+    drawn = adapter.weights(torch.zeros(20000, dtype=torch.long))[:, 0]
+    assert torch.allclose(drawn.sum(-1), torch.ones(20000))
+    ratio = arr((drawn[:, 0] / drawn[:, 1]).log())
+    z = p["poly_router.module_logits"][0] + np.random.default_rng(0).logistic(size=(20000, 2))
+    log_sigmoid = -np.log1p(np.exp(-z))
+    expected = log_sigmoid[:, 0] - log_sigmoid[:, 1]
+    assert abs(ratio.mean() - expected.mean()) < 0.05 and abs(ratio.std() - expected.std()) < 0.05
+    assert torch.equal(*(adapter.eval().weights(torch.zeros(1, dtype=torch.long)) for _ in range(2)))
+
+
+TASKED = [c for c in CASES if c.facts and c.model == "llama"]
+
+
+@pytest.mark.parametrize("case", TASKED, ids=str)
+def test_tasks_must_be_known(case):
+    model, ids = case.build(), models.inputs("llama")["input_ids"]
+    tasks = case.config().n_tasks
+    for given, words in (
+        ({}, "give the call .* task_ids"),
+        ({"task_ids": [0, 1, tasks]}, f"between 0 and n_tasks - 1 = {tasks - 1}"),
+        ({"task_ids": [0, 1, -1]}, "between 0 and"),
+        ({"task_ids": torch.tensor(1)}, "a whole number for each row"),
+        ({"task_ids": [0.0, 1.0, 0.0]}, "a whole number for each row"),
+        ({"task_ids": [0, 1]}, "2 entries for a batch of 3 rows"),
+    ):
+        with pytest.raises(VeneerError, match=words):
+            model(input_ids=ids, **given)
+    with pytest.raises(VeneerError, match="task_ids has 3 entries"):
+        layer = next(iter(state(model).layers.values()))
+        model(input_ids=ids, task_ids=[0, 1, 0])
+        layer(torch.randn(2, 5, 30))
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=ids).logits, output(models.build("llama"), {"input_ids": ids}))
+
+
+@pytest.mark.parametrize("case", TASKED, ids=str)
+def test_beams_keep_the_task_of_their_row(case):
+    model, ids = case.build(), models.inputs("llama")["input_ids"]
+    settings = dict(num_beams=3, do_sample=False, max_new_tokens=4, min_new_tokens=4)
+    together = model.generate(input_ids=ids, task_ids=[1, 0, 1], **settings)
+    for row, task in enumerate([1, 0, 1]):
+        alone = model.generate(input_ids=ids[row : row + 1], task_ids=[task], **settings)
+        assert torch.equal(together[row : row + 1], alone)
+
+
+def test_polys_splits_must_divide_the_sizes():
+    with pytest.raises(veneer.TargetError, match=r"n_splits = 4 .* \(30, 70\)"):
+        get_peft_model(models.build("llama"), veneer.PolyConfig(n_splits=4, target_modules=["q_proj"]))

@@ -41,6 +41,7 @@ FAULTS = {
     "supertuning-gpt2": "PEFT has no Super-Tuning on GPT-2's Conv1D",
     "supertuning-conv": "PEFT has Super-Tuning on linear layers alone",
     "supertuning-grouped": "PEFT has Super-Tuning on linear layers alone",
+    "poly-gpt2-multi-head": "PEFT has no Poly on GPT-2's Conv1D",
 }
 MERGED = {
     "oft-square": "PEFT's OFT convolution sums overlapping patches, so even the identity changes; its merge is right"
