@@ -221,6 +221,10 @@ CASES = [
         "multi-head",
         facts={"task_ids": [1, 0]},
     ),
+    Case("bitfit", "llama", dict()),
+    Case("bitfit", "gpt2", dict()),
+    Case("bitfit", "gpt2", dict(target_modules=["ln_1", "mlp.c_proj"], layers_to_transform=1), "named"),
+    Case("bitfit", "conv", dict(target_modules=["first", "third", "head"])),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

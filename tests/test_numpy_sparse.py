@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import veneer
-from veneer import CheckpointError, ConfigError, PeftModel, VeneerError, get_peft_model
+from veneer import CheckpointError, ConfigError, PeftModel, TargetError, VeneerError, get_peft_model
 
 from . import models
 from .cases import CASES
@@ -235,3 +235,42 @@ def test_beams_keep_the_task_of_their_row(case):
 def test_polys_splits_must_divide_the_sizes():
     with pytest.raises(veneer.TargetError, match=r"n_splits = 4 .* \(30, 70\)"):
         get_peft_model(models.build("llama"), veneer.PolyConfig(n_splits=4, target_modules=["q_proj"]))
+
+
+@places
+def test_bitfit(place: str):
+    """The same weight, the learned bias; where there is none, it says so."""
+    if place in ("narrowing", "conv"):
+        with pytest.raises(TargetError, match="has no bias to train"):
+            adapt(veneer.BitFitConfig, place)
+        return
+    layer, p, W, b = adapt(veneer.BitFitConfig, place)
+    x = sample(layer.base_layer)
+    with torch.no_grad():
+        np.testing.assert_allclose(arr(layer(x)), arr(x) @ W.T + p["bias"], rtol=1e-5, atol=2e-5)
+    assert np.abs(p["bias"] - b).max() > 0.3
+
+
+def test_bitfit_on_a_norm():
+    model = attach("gpt2", veneer.BitFitConfig(target_modules=["ln_1"]))
+    layer = state(model).layers["transformer.h.1.ln_1"]
+    x = torch.randn(2, 5, 30)
+    z = arr(x) - arr(x).mean(-1, keepdims=True)
+    z = z / np.sqrt((z**2).mean(-1, keepdims=True) + 1e-5) * arr(layer.weight) + arr(layer.adapters["default"].bias)
+    np.testing.assert_allclose(arr(layer(x)), z, rtol=1e-4, atol=1e-5)
+
+
+def test_bitfit_trains_every_bias_and_the_head():
+    """What training changes is what the unadapted model calls bias, and the head of the task."""
+    model = get_peft_model(models.bert(), veneer.BitFitConfig(task_type="SEQ_CLS"))
+    biases = {n for n, _ in models.bert().named_parameters() if n.endswith(".bias") and not n.startswith("classifier")}
+    assert {f"{path}.bias" for path in state(model).adapters("default") if path != "classifier"} == biases
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == len(biases) + 2 and sum("classifier" in n for n in trained) == 2
+
+
+def test_bitfit_without_biases_says_so():
+    with pytest.raises(TargetError, match="no module with a bias"):
+        get_peft_model(models.build("t5"), veneer.BitFitConfig())
+    with pytest.raises(ConfigError, match="has no place beside it"):
+        veneer.BitFitConfig(bias="all")

@@ -27,6 +27,7 @@ from .interop.names import PeftModelForSequenceClassification as PeftModelForSeq
 from .interop.names import PeftModelForTokenClassification as PeftModelForTokenClassification
 from .methods.adalora import AdaLoraConfig as AdaLoraConfig
 from .methods.beft import BeftConfig as BeftConfig
+from .methods.bitfit import BitFitConfig as BitFitConfig
 from .methods.bottleneck import BottleneckConfig as BottleneckConfig
 from .methods.delora import DeloraConfig as DeloraConfig
 from .methods.dora import DoraConfig as DoraConfig
