@@ -225,6 +225,24 @@ CASES = [
     Case("bitfit", "gpt2", dict()),
     Case("bitfit", "gpt2", dict(target_modules=["ln_1", "mlp.c_proj"], layers_to_transform=1), "named"),
     Case("bitfit", "conv", dict(target_modules=["first", "third", "head"])),
+    Case(
+        "mtl_lora",
+        "llama",
+        dict(r=3, n_tasks=3, temperature=0.7, target_modules=LINEARS),
+        facts={"task_ids": [2, 0, 1]},
+    ),
+    Case(
+        "mtl_lora",
+        "gpt2",
+        dict(r=4, n_tasks=2, n_up_projections=2, target_modules=["c_attn", "c_fc"]),
+        facts={"task_ids": [1, 1, 0]},
+    ),
+    Case(
+        "mtl_lora",
+        "t5",
+        dict(r=3, n_tasks=2, target_modules=["q", "wo"], task_type="SEQ_2_SEQ_LM"),
+        facts={"task_ids": [1, 0]},
+    ),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

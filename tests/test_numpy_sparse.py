@@ -197,6 +197,29 @@ def test_polys_weights_are_drawn_in_training():
     assert torch.equal(*(adapter.eval().weights(torch.zeros(1, dtype=torch.long)) for _ in range(2)))
 
 
+@linear_places
+def test_mtl_lora(place: str):
+    """W plus alpha / r (sum_i w_ti B_i) Lambda_t A, the w of a task from a softmax with a temperature."""
+    settings = dict(r=3, lora_alpha=5, n_tasks=4, n_up_projections=2, temperature=0.7)
+    model, layer, p, W, b = task_case(veneer.MTLLoraConfig, place, **settings)
+
+    def delta(task: int) -> np.ndarray:
+        w = np.exp(p["mtl_lora_mixture"][task] / 0.7) / np.exp(p["mtl_lora_mixture"][task] / 0.7).sum()
+        mixed = w[0] * p["mtl_lora_B"][0] + w[1] * p["mtl_lora_B"][1]
+        return 5 / 3 * mixed @ p["mtl_lora_lambda"][task] @ p["mtl_lora_A.weight"]
+
+    check_rows(model, layer, W, b, [3, 0, 3, 1], delta)
+
+
+def test_the_up_projections_do_not_stay_alike():
+    """They start at zero, so only unequal mixtures can tell them apart."""
+    model = get_peft_model(models.build("llama"), veneer.MTLLoraConfig(n_tasks=2, target_modules=["q_proj"])).train()
+    ids = models.inputs("llama")["input_ids"]
+    model(input_ids=ids, labels=ids, task_ids=[0, 1, 0]).loss.backward()
+    grad = next(p.grad for n, p in model.named_parameters() if n.endswith("mtl_lora_B"))
+    assert (grad[0] - grad[1]).abs().max() > 0.1 * grad.abs().max() > 0
+
+
 TASKED = [c for c in CASES if c.facts and c.model == "llama"]
 
 

@@ -37,6 +37,7 @@ from .methods.ia3 import IA3Config as IA3Config
 from .methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from .methods.loha import LoHaConfig as LoHaConfig
 from .methods.lora import LoraConfig as LoraConfig
+from .methods.mtl_lora import MTLLoraConfig as MTLLoraConfig
 from .methods.oft import OFTConfig as OFTConfig
 from .methods.poly import PolyConfig as PolyConfig
 from .methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
