@@ -25,6 +25,8 @@ class Case:
     label: str = ""
     noop: bool = True
     """It starts as a no-op with these settings."""
+    facts: dict[str, list[int]] = field(default_factory=dict)
+    """Arguments of a call that belong to the adapter: an entry for each row, over and over."""
     needs_experts: bool = False
 
     def __str__(self) -> str:
@@ -53,8 +55,12 @@ class Case:
         model = get_peft_model(base, config, name).eval()
         return models.perturb(model, name) if moved else model
 
-    def inputs(self, **kwargs: Any) -> dict:
-        return models.inputs(self.model, **kwargs)
+    def inputs(self, rows: int = 3, **kwargs: Any) -> dict:
+        return models.inputs(self.model, rows=rows, **kwargs) | self.facts_of(rows)
+
+    def facts_of(self, rows: int) -> dict[str, torch.Tensor]:
+        """The facts of a call with so many rows."""
+        return {name: torch.tensor([x[i % len(x)] for i in range(rows)]) for name, x in self.facts.items()}
 
 
 _EXPERTS: dict[str, dict[str, str]] = {}
@@ -239,6 +245,62 @@ CASES = [
         dict(r=40, u=7, target_modules=["q_proj", "k_proj"], init_weights="uniform"),
         "full-rank",
         noop=False,
+    Case("shira", "llama", dict(r=3, target_modules=LINEARS)),
+    Case("shira", "llama", dict(r=3, target_modules=LINEARS, random_seed=5), "seed"),
+    Case("shira", "gpt2", dict(r=3, target_modules=["c_attn", "mlp.c_proj"])),
+    Case("shira", "conv", dict(r=2, target_modules=["first", "second", "third", "head"])),
+    Case("shira", "grouped", dict(r=2, target_modules=["conv"])),
+    Case("supertuning", "llama", dict(sparsity=0.9, target_modules=LINEARS)),
+    Case(
+        "supertuning",
+        "llama",
+        dict(sparsity=0.9, select_top=False, r=3, target_modules=LINEARS, save_precomputed_indices=False),
+        "supra",
+    ),
+    Case("supertuning", "gpt2", dict(sparsity=0.9, r=3, lora_alpha=5, target_modules=["c_attn", "mlp.c_proj"])),
+    Case("supertuning", "conv", dict(sparsity=0.8, r=3, target_modules=["first", "second", "third", "head"])),
+    Case("supertuning", "grouped", dict(sparsity=0.5, target_modules=["conv"])),
+    Case(
+        "poly",
+        "llama",
+        dict(r=3, n_tasks=3, n_skills=5, target_modules=LINEARS, task_type="CAUSAL_LM"),
+        facts={"task_ids": [2, 0, 1]},
+    ),
+    Case(
+        "poly",
+        "gpt2",
+        dict(r=3, n_tasks=4, n_splits=5, target_modules=["c_attn", "c_fc"], task_type="CAUSAL_LM"),
+        "multi-head",
+        facts={"task_ids": [3, 3, 0]},
+    ),
+    Case(
+        "poly",
+        "t5",
+        dict(r=3, n_tasks=2, n_splits=3, target_modules=["q", "wo"], task_type="SEQ_2_SEQ_LM"),
+        "multi-head",
+        facts={"task_ids": [1, 0]},
+    ),
+    Case("bitfit", "llama", dict()),
+    Case("bitfit", "gpt2", dict()),
+    Case("bitfit", "gpt2", dict(target_modules=["ln_1", "mlp.c_proj"], layers_to_transform=1), "named"),
+    Case("bitfit", "conv", dict(target_modules=["first", "third", "head"])),
+    Case(
+        "mtl_lora",
+        "llama",
+        dict(r=3, n_tasks=3, temperature=0.7, target_modules=LINEARS),
+        facts={"task_ids": [2, 0, 1]},
+    ),
+    Case(
+        "mtl_lora",
+        "gpt2",
+        dict(r=4, n_tasks=2, n_up_projections=2, target_modules=["c_attn", "c_fc"]),
+        facts={"task_ids": [1, 1, 0]},
+    ),
+    Case(
+        "mtl_lora",
+        "t5",
+        dict(r=3, n_tasks=2, target_modules=["q", "wo"], task_type="SEQ_2_SEQ_LM"),
+        facts={"task_ids": [1, 0]},
     ),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(

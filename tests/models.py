@@ -159,9 +159,14 @@ def inputs(name: str, seed: int = 1, rows: int = 3, dtype: torch.dtype = torch.f
     return {"input_ids": ids}
 
 
+FACTS = ("task_ids",)
+"""Entries of a batch that belong to adapters; a bare model knows nothing of them."""
+
+
 def output(model: nn.Module, batch: dict, **facts) -> Tensor:
     """The model's logits on a batch (those of the answer's start, for question answering)."""
-    model_inputs = {k: v for k, v in batch.items() if k != "x"}
+    is_adapted = hasattr(model, "peft_config")
+    model_inputs = {k: v for k, v in batch.items() if k != "x" and (is_adapted or k not in FACTS)}
     out = model(batch["x"], **facts) if "x" in batch else model(**model_inputs, **facts)
     return out if isinstance(out, Tensor) else out.get("logits", out[0])
 

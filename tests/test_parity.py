@@ -23,10 +23,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 
 NOT_COMPARED = {
+    "bitfit": "PEFT has no such method",
     "bottleneck": "PEFT has no such method",
     "loreft": "PEFT has no such method",
     "noreft": "PEFT has no such method",
     "direft": "PEFT has no such method",
+    "mtl_lora": "PEFT has no such method",
     "xlora": "PEFT 0.21 writes X-LoRA files without the gate; see test_xlora_with_pefts_gate",
 }
 FAULTS = {
@@ -41,6 +43,13 @@ FAULTS = {
     "miss-gpt2": "PEFT has no MiSS on GPT-2's Conv1D",
     "miss-gpt2-bat": "PEFT has no MiSS on GPT-2's Conv1D",
     "hira-llama-patterns": "PEFT computes HiRA's ranks from rank_pattern and then builds the first adapter with r",
+    "shira-gpt2": "PEFT has no SHiRA on GPT-2's Conv1D",
+    "shira-conv": "PEFT has SHiRA on linear layers alone",
+    "shira-grouped": "PEFT has SHiRA on linear layers alone",
+    "supertuning-gpt2": "PEFT has no Super-Tuning on GPT-2's Conv1D",
+    "supertuning-conv": "PEFT has Super-Tuning on linear layers alone",
+    "supertuning-grouped": "PEFT has Super-Tuning on linear layers alone",
+    "poly-gpt2-multi-head": "PEFT has no Poly on GPT-2's Conv1D",
 }
 MERGED = {
     "oft-square": "PEFT's OFT convolution sums overlapping patches, so even the identity changes; its merge is right",

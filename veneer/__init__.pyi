@@ -32,6 +32,7 @@ from .interop.names import PeftModelForSequenceClassification as PeftModelForSeq
 from .interop.names import PeftModelForTokenClassification as PeftModelForTokenClassification
 from .methods.adalora import AdaLoraConfig as AdaLoraConfig
 from .methods.beft import BeftConfig as BeftConfig
+from .methods.bitfit import BitFitConfig as BitFitConfig
 from .methods.bottleneck import BottleneckConfig as BottleneckConfig
 from .methods.delora import DeloraConfig as DeloraConfig
 from .methods.direft import DiReftConfig as DiReftConfig
@@ -44,14 +45,18 @@ from .methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from .methods.loha import LoHaConfig as LoHaConfig
 from .methods.lora import LoraConfig as LoraConfig
 from .methods.loreft import LoReftConfig as LoReftConfig
-from .methods.noreft import NoReftConfig as NoReftConfig
 from .methods.miss import MissConfig as MissConfig
+from .methods.mtl_lora import MTLLoraConfig as MTLLoraConfig
+from .methods.noreft import NoReftConfig as NoReftConfig
 from .methods.oft import OFTConfig as OFTConfig
+from .methods.poly import PolyConfig as PolyConfig
 from .methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from .methods.pvera import PveraConfig as PveraConfig
 from .methods.randlora import RandLoraConfig as RandLoraConfig
 from .methods.road import RoadConfig as RoadConfig
+from .methods.shira import ShiraConfig as ShiraConfig
+from .methods.supertuning import SupertuningConfig as SupertuningConfig
 from .methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from .methods.vera import VeraConfig as VeraConfig
