@@ -180,6 +180,26 @@ CASES = [
     Case("road", "llama", dict(variant="road_4", group_size=10, target_modules=["q_proj", "down_proj"])),
     Case("road", "llama", dict(variant="road_2", group_size=6, target_modules=["down_proj", "o_proj"]), "2"),
     Case("road", "llama", dict(group_size=14, target_modules=["q_proj", "k_proj"]), "1"),
+    Case("p_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM", encoder_hidden_size=11), noop=False),
+    Case(
+        "p_tuning",
+        "gpt2",
+        dict(
+            num_virtual_tokens=3,
+            task_type="CAUSAL_LM",
+            encoder_reparameterization_type="LSTM",
+            encoder_hidden_size=11,
+            encoder_num_layers=1,
+        ),
+        "lstm",
+        noop=False,
+    ),
+    Case(
+        "p_tuning",
+        "t5",
+        dict(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM", encoder_reparameterization_type="LSTM"),
+        noop=False,
+    ),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

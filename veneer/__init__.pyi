@@ -37,6 +37,7 @@ from .methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from .methods.loha import LoHaConfig as LoHaConfig
 from .methods.lora import LoraConfig as LoraConfig
 from .methods.oft import OFTConfig as OFTConfig
+from .methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
 from .methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from .methods.randlora import RandLoraConfig as RandLoraConfig
