@@ -200,6 +200,9 @@ CASES = [
         dict(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM", encoder_reparameterization_type="LSTM"),
         noop=False,
     ),
+    Case("cartridge", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
+    Case("cartridge", "gpt2", dict(num_virtual_tokens=4, num_frozen_tokens=0, task_type="CAUSAL_LM"), noop=False),
+    Case("cartridge", "t5", dict(num_virtual_tokens=5, num_frozen_tokens=2, task_type="SEQ_2_SEQ_LM"), noop=False),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

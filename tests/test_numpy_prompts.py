@@ -94,3 +94,100 @@ def test_p_tunings_encoder_is_checked():
         veneer.PromptEncoderConfig(num_virtual_tokens=3, encoder_reparameterization_type="GRU")
     with pytest.raises(veneer.ConfigError, match="encoder_dropout"):
         veneer.PromptEncoderConfig(num_virtual_tokens=3, encoder_dropout=1.0)
+
+
+# Cartridges
+
+
+class Numbers:
+    """A tokenizer that reads numbers; with a template it puts a token in front."""
+
+    def __init__(self, template: bool) -> None:
+        self.chat_template = "template" if template else None
+
+    def apply_chat_template(self, messages, tokenize: bool):
+        return "9 " + messages[0]["content"]
+
+    def __call__(self, text: str, add_special_tokens: bool = True):
+        return {"input_ids": [int(word) for word in text.split()]}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_cartridge_is_a_cache(name: str):
+    """One row a position: for each layer its keys, then its values, head after head."""
+    from transformers import DynamicCache
+
+    model = attach(name, veneer.CartridgeConfig(num_virtual_tokens=4, num_frozen_tokens=2))
+    p, (heads, d) = values(prompt(model)), {"llama": (1, 14), "gpt2": (5, 6)}[name]
+    assert p["frozen_embedding"].shape == p["trainable_embedding"].shape == (2, 2 * 2 * heads * d)
+    rows = np.concatenate([p["frozen_embedding"], p["trainable_embedding"]]).reshape(4, 2, 2, heads, d)
+    base, batch = models.build(name), models.inputs(name)
+    cache = DynamicCache(config=base.config)
+    for layer in range(2):
+        k, v = (np.stack([rows[:, layer, i].transpose(1, 0, 2)] * 3) for i in (0, 1))
+        cache.update(torch.tensor(k, dtype=torch.float32), torch.tensor(v, dtype=torch.float32), layer)
+    with torch.no_grad():
+        expected = base(**batch, past_key_values=cache, position_ids=torch.arange(4, 11)[None]).logits
+        np.testing.assert_allclose(arr(model(**batch).logits), arr(expected), **TOLERANCE)
+
+
+@pytest.mark.parametrize("template", [False, True])
+@pytest.mark.parametrize("config", [veneer.CartridgeConfig, veneer.PrefixTuningConfig])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_started_at_a_text_a_prefix_is_that_text_in_the_context(name: str, config, template: bool):
+    model, batch = attach(name, config(num_virtual_tokens=4)).train(), models.inputs(name)
+    before = list(prompt(model).parameters())
+    veneer.initialize_kv_prefix_from_text(model, Numbers(template), text="5 17 33 8 40 3")
+    assert model.training and all(a is b for a, b in zip(before, prompt(model).parameters(), strict=True))
+    text = torch.tensor([[9, 5, 17, 33] if template else [5, 17, 33, 8]]).expand(3, -1)
+    with torch.no_grad():
+        expected = models.build(name)(torch.cat([text, batch["input_ids"]], 1)).logits[:, 4:]
+        np.testing.assert_allclose(arr(model.eval()(**batch).logits), arr(expected), **TOLERANCE)
+
+
+def test_a_prefix_cannot_start_at_what_does_not_fit():
+    from transformers import DynamicCache
+
+    model = attach("llama", veneer.CartridgeConfig(num_virtual_tokens=4))
+    with pytest.raises(veneer.ConfigError, match="3 tokens"):
+        veneer.initialize_kv_prefix_from_text(model, Numbers(False), text="5 17 33")
+    other = models.build("gpt2")(torch.arange(3, 9)[None], use_cache=True).past_key_values
+    with pytest.raises(veneer.ConfigError, match="another model"):
+        veneer.initialize_kv_prefix_from_past_key_values(model, past_key_values=other)
+    with pytest.raises(veneer.ConfigError, match="empty"):
+        veneer.initialize_kv_prefix_from_past_key_values(model, past_key_values=DynamicCache())
+    with pytest.raises(veneer.ConfigError, match="of its own"):
+        veneer.initialize_kv_prefix_from_text(
+            attach("llama", veneer.PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True)),
+            Numbers(False),
+            text="5 6 7 8",
+        )
+
+
+def test_a_cartridges_first_positions_are_not_trained():
+    model, batch = attach("llama", veneer.CartridgeConfig(num_virtual_tokens=3)).train(), models.inputs("llama")
+    before = values(prompt(model))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    optimizer.step()
+    after = values(prompt(model))
+    assert np.array_equal(before["frozen_embedding"], after["frozen_embedding"])
+    assert not np.isclose(before["trainable_embedding"], after["trainable_embedding"]).all(1).any()
+    with pytest.raises(veneer.ConfigError, match="leaves none"):
+        veneer.CartridgeConfig(num_virtual_tokens=3, num_frozen_tokens=3)
+
+
+def test_cartridges_compose(tmp_path):
+    for i, n in enumerate((3, 5)):
+        torch.manual_seed(i)
+        attach("llama", veneer.CartridgeConfig(num_virtual_tokens=n)).save_pretrained(tmp_path / str(i))
+    veneer.compose_cartridge_adapters([tmp_path / "0", tmp_path / "1"], output_path=tmp_path / "both")
+    both = veneer.PeftModel.from_pretrained(models.build("llama"), tmp_path / "both")
+    rows = [load_file(tmp_path / d / "adapter_model.safetensors")["prompt_embeddings"] for d in ("0", "1", "both")]
+    np.testing.assert_array_equal(np.concatenate(rows[:2]), rows[2])
+    assert both.active_peft_config.num_virtual_tokens == 8
+    attach("gpt2", veneer.CartridgeConfig(num_virtual_tokens=3)).save_pretrained(tmp_path / "other")
+    with pytest.raises(veneer.ConfigError, match="another model: its token_dim is 30"):
+        veneer.compose_cartridge_adapters([tmp_path / "0", tmp_path / "other"], output_path=tmp_path / "mixed")
+    with pytest.raises(veneer.ConfigError, match="two cartridges"):
+        veneer.compose_cartridge_adapters([tmp_path / "0"], output_path=tmp_path / "one")

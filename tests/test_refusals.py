@@ -119,6 +119,7 @@ REQUIRED = {
     "prefix_tuning": dict(num_virtual_tokens=2),
     "prompt_tuning": dict(num_virtual_tokens=2),
     "p_tuning": dict(num_virtual_tokens=2),
+    "cartridge": dict(num_virtual_tokens=2),
 }
 
 

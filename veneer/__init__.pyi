@@ -11,6 +11,9 @@ from .errors import NotMergeable as NotMergeable
 from .errors import TargetError as TargetError
 from .errors import VeneerError as VeneerError
 from .hub import pull as pull
+from .inits.kv_prefix import initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values
+from .inits.kv_prefix import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
+from .inits.kv_prefix import prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values
 from .interop.auto import AutoPeftModel as AutoPeftModel
 from .interop.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from .interop.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -28,6 +31,8 @@ from .interop.names import PeftModelForTokenClassification as PeftModelForTokenC
 from .methods.adalora import AdaLoraConfig as AdaLoraConfig
 from .methods.beft import BeftConfig as BeftConfig
 from .methods.bottleneck import BottleneckConfig as BottleneckConfig
+from .methods.cartridge import CartridgeConfig as CartridgeConfig
+from .methods.cartridge import compose_cartridge_adapters as compose_cartridge_adapters
 from .methods.delora import DeloraConfig as DeloraConfig
 from .methods.dora import DoraConfig as DoraConfig
 from .methods.fourierft import FourierFTConfig as FourierFTConfig
