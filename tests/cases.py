@@ -26,6 +26,8 @@ class Case:
     noop: bool = True
     """It starts as a no-op with these settings."""
     needs_experts: bool = False
+    facts: dict[str, list[int]] = field(default_factory=dict)
+    """Arguments of a call that belong to the adapter, as entries for rows in turn."""
 
     def __str__(self) -> str:
         return "-".join(filter(None, (self.method, self.model, self.label)))
@@ -54,7 +56,12 @@ class Case:
         return models.perturb(model, name) if moved else model
 
     def inputs(self, **kwargs: Any) -> dict:
-        return models.inputs(self.model, **kwargs)
+        batch = models.inputs(self.model, **kwargs)
+        return batch | self.of_call(len(next(iter(batch.values()))))
+
+    def of_call(self, rows: int = 3) -> dict[str, torch.Tensor]:
+        """The adapter's own arguments of a call with so many rows."""
+        return {name: torch.tensor(of_rows * rows)[:rows] for name, of_rows in self.facts.items()}
 
 
 _EXPERTS: dict[str, dict[str, str]] = {}
@@ -203,6 +210,28 @@ CASES = [
     Case("cartridge", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case("cartridge", "gpt2", dict(num_virtual_tokens=4, num_frozen_tokens=0, task_type="CAUSAL_LM"), noop=False),
     Case("cartridge", "t5", dict(num_virtual_tokens=5, num_frozen_tokens=2, task_type="SEQ_2_SEQ_LM"), noop=False),
+    Case(
+        "multitask_prompt_tuning",
+        "llama",
+        dict(num_virtual_tokens=3, num_ranks=2, task_type="CAUSAL_LM"),
+        noop=False,
+        facts=dict(task_ids=[0]),
+    ),
+    Case(
+        "multitask_prompt_tuning",
+        "gpt2",
+        dict(num_virtual_tokens=3, num_tasks=3, task_type="CAUSAL_LM", prompt_tuning_init="SAMPLE_VOCAB"),
+        "tasks",
+        noop=False,
+        facts=dict(task_ids=[2, 0, 1]),
+    ),
+    Case(
+        "multitask_prompt_tuning",
+        "t5",
+        dict(num_virtual_tokens=3, num_tasks=2, num_ranks=2, task_type="SEQ_2_SEQ_LM", num_transformer_submodules=1),
+        noop=False,
+        facts=dict(task_ids=[1, 0]),
+    ),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

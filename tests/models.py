@@ -152,7 +152,8 @@ def inputs(name: str, seed: int = 1, rows: int = 3, dtype: torch.dtype = torch.f
 
 def output(model: nn.Module, batch: dict, **facts) -> Tensor:
     """The model's logits on a batch (those of the answer's start, for question answering)."""
-    model_inputs = {k: v for k, v in batch.items() if k != "x"}
+    own = () if hasattr(model, "peft_config") else ("task_ids",)  # the base model knows nothing of an adapter's facts
+    model_inputs = {k: v for k, v in batch.items() if k not in ("x", *own)}
     out = model(batch["x"], **facts) if "x" in batch else model(**model_inputs, **facts)
     return out if isinstance(out, Tensor) else out.get("logits", out[0])
 

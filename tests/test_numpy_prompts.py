@@ -191,3 +191,79 @@ def test_cartridges_compose(tmp_path):
         veneer.compose_cartridge_adapters([tmp_path / "0", tmp_path / "other"], output_path=tmp_path / "mixed")
     with pytest.raises(veneer.ConfigError, match="two cartridges"):
         veneer.compose_cartridge_adapters([tmp_path / "0"], output_path=tmp_path / "one")
+
+
+# Multitask prompt tuning
+
+
+@pytest.mark.parametrize("tasks", [[2, 0, 1], torch.tensor([1, 1, 2]), 2])
+def test_multitask_prompt_tuning(tasks):
+    """P * (U_k V_k) for the task of each row; a number alone is everyone's."""
+    config = veneer.MultitaskPromptTuningConfig(num_virtual_tokens=4, num_tasks=3, num_ranks=2)
+    model, batch = attach("llama", config, scale=0.5), models.inputs("llama")
+    p = values(prompt(model))
+    of_rows = [tasks] * 3 if isinstance(tasks, int) else [int(k) for k in tasks]
+    P = [p["prompt_embeddings"] * (p["prefix_task_cols"][k] @ p["prefix_task_rows"][k]) for k in of_rows]
+    with torch.no_grad():
+        logits = arr(model(**batch, task_ids=tasks).logits)
+    np.testing.assert_allclose(logits, spliced("llama", np.stack(P), batch), **TOLERANCE)
+    with pytest.raises(veneer.VeneerError, match="3 tasks; pass task_ids"):
+        model(**batch)
+
+
+def test_beams_keep_their_task():
+    config = veneer.MultitaskPromptTuningConfig(num_virtual_tokens=4, num_tasks=3, num_ranks=2)
+    model, ids = attach("llama", config, scale=0.9), models.inputs("llama")["input_ids"]
+    settings = dict(num_beams=2, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    together = model.generate(input_ids=ids, task_ids=[2, 0, 1], **settings)
+    for row, task in enumerate((2, 0, 1)):
+        alone = model.generate(input_ids=ids[row : row + 1], task_ids=[task], **settings)
+        assert torch.equal(together[row], alone[0])
+
+
+@pytest.mark.parametrize("how", ["AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"])
+def test_a_new_task_starts_from_others(how: str, tmp_path):
+    settings = dict(num_virtual_tokens=4, num_ranks=2, task_type="CAUSAL_LM")
+    source = attach("llama", veneer.MultitaskPromptTuningConfig(num_tasks=3, **settings))
+    source.save_pretrained(tmp_path)
+    s = values(prompt(source))
+    config = veneer.MultitaskPromptTuningConfig(
+        prompt_tuning_init=how,
+        prompt_tuning_init_state_dict_path=str(tmp_path / "adapter_model.safetensors"),
+        prompt_tuning_init_task=1,
+        **settings,
+    )
+    p = values(prompt(veneer.get_peft_model(models.build("llama"), config)))
+    np.testing.assert_array_equal(p["prompt_embeddings"], s["prompt_embeddings"])
+    for name in ("prefix_task_cols", "prefix_task_rows"):
+        expected = {"AVERAGE_SOURCE_TASKS": s[name].mean(0), "EXACT_SOURCE_TASK": s[name][1]}.get(how)
+        if expected is None:
+            assert 0.005 < p[name].std() < 0.04
+        else:
+            np.testing.assert_allclose(p[name], expected[None], **TOLERANCE)
+    target = attach("llama", config)
+    target.save_pretrained(tmp_path / "target")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    again = veneer.PeftModel.from_pretrained(models.build("llama"), tmp_path / "target")
+    batch = models.inputs("llama")
+    assert torch.equal(again(**batch).logits, target(**batch).logits), "one task needs neither a number nor its source"
+
+
+def test_what_a_new_task_cannot_start_from_is_refused(tmp_path):
+    settings = dict(num_virtual_tokens=4, prompt_tuning_init_state_dict_path=str(tmp_path))
+    attach("llama", veneer.MultitaskPromptTuningConfig(num_virtual_tokens=4, num_tasks=3)).save_pretrained(tmp_path)
+
+    def start(**more):
+        veneer.get_peft_model(models.build("llama"), veneer.MultitaskPromptTuningConfig(**settings | more))
+
+    exact = dict(prompt_tuning_init="EXACT_SOURCE_TASK")
+    for error, match, more in (
+        (veneer.ConfigError, "the source has 3 tasks", exact | dict(prompt_tuning_init_task=3)),
+        (veneer.ConfigError, "starts one task", exact | dict(num_tasks=2)),
+        (veneer.ConfigError, "needs prompt_tuning_init_state", exact | dict(prompt_tuning_init_state_dict_path=None)),
+        (veneer.CheckpointError, "no safetensors file", exact | dict(prompt_tuning_init_state_dict_path="a.bin")),
+        (veneer.CheckpointError, "'prefix_task_cols' is .3, 4, 1. in the file", exact | dict(num_ranks=2)),
+        (veneer.CheckpointError, "'prompt_embeddings' is .4, 30.", exact | dict(num_virtual_tokens=5)),
+    ):
+        with pytest.raises(error, match=match):
+            start(**more)

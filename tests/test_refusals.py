@@ -120,6 +120,7 @@ REQUIRED = {
     "prompt_tuning": dict(num_virtual_tokens=2),
     "p_tuning": dict(num_virtual_tokens=2),
     "cartridge": dict(num_virtual_tokens=2),
+    "multitask_prompt_tuning": dict(num_virtual_tokens=2),
 }
 
 

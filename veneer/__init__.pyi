@@ -41,6 +41,7 @@ from .methods.ia3 import IA3Config as IA3Config
 from .methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from .methods.loha import LoHaConfig as LoHaConfig
 from .methods.lora import LoraConfig as LoraConfig
+from .methods.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
 from .methods.oft import OFTConfig as OFTConfig
 from .methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
 from .methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
