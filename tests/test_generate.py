@@ -40,8 +40,8 @@ def test_padding_on_the_left_does_not_matter(case: Case):
     model, ids = case.build(), models.inputs(case.model)["input_ids"]
     padded = torch.cat([torch.zeros(3, 2, dtype=torch.long), ids], dim=1)
     mask = (padded > 0).long()
-    with_padding = model.generate(input_ids=padded, attention_mask=mask, **GREEDY)
-    assert torch.equal(with_padding[:, 2:], model.generate(input_ids=ids, **GREEDY))
+    with_padding = model.generate(input_ids=padded, attention_mask=mask, **case.facts_of(3), **GREEDY)
+    assert torch.equal(with_padding[:, 2:], model.generate(input_ids=ids, **case.facts_of(3), **GREEDY))
 
 
 @pytest.mark.parametrize("case", [c for c in CAUSAL if c.method in ("lora", "prefix_tuning", "prompt_tuning")], ids=str)

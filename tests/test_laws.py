@@ -118,8 +118,8 @@ def test_save_load_save_is_the_identity(case: Case, tmp_path):
 @every(CASES)
 def test_loading_into_a_present_adapter_keeps_its_parameters(case: Case, tmp_path):
     """An optimizer holds the Parameter objects: a resume must fill them, not replace them."""
-    if case.settings.get("prefix_projection"):
-        pytest.skip("a projected prefix cannot be recovered from its file; loading it to train is refused")
+    if case.settings.get("prefix_projection") or case.method == "p_tuning":
+        pytest.skip("a projection cannot be recovered from its result in the file; loading it to train is refused")
     model = case.build()
     model.save_pretrained(tmp_path)
     values = {n: p.clone() for n, p in model.named_parameters()}
@@ -248,7 +248,7 @@ def test_survives_deepcopy_and_pickle(case: Case):
         assert torch.equal(output(model, batch), expected)
 
 
-@every([c for c in ONE_EACH if c.method != "prefix_tuning"])
+@every([c for c in ONE_EACH if not getattr(c.config_class, "fills_cache", False)])
 def test_gradient_checkpointing_gives_the_same_gradients(case: Case):
     grads = []
     for checkpointing in (False, True):

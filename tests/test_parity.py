@@ -39,6 +39,7 @@ FAULTS = {
     "delora-gpt2": "PEFT has no DeLoRA on GPT-2's Conv1D",
     "hra-conv-conv1d": "PEFT has no HRA on Conv1d",
     "oft-conv-conv1d": "PEFT has no OFT on Conv1d",
+    "multitask_prompt_tuning-t5": "PEFT drops decoder_input_ids; test_a_multitask_prompt_before_an_encoder has labels",
     "loha-gpt2": "PEFT has no LoHa on GPT-2's Conv1D",
     "miss-gpt2": "PEFT has no MiSS on GPT-2's Conv1D",
     "miss-gpt2-bat": "PEFT has no MiSS on GPT-2's Conv1D",
@@ -157,6 +158,14 @@ def test_encoder_tasks_train_and_save_their_head(head: str, method: str, tmp_pat
     if head == "ForQuestionAnswering" and method == "PromptTuning":
         pytest.skip("PEFT does not lengthen what question answering compares; prompts there are tested in test_prompts")
     both_ways(build, ours(**settings), theirs(**settings), batch, tmp_path)
+
+
+def test_a_multitask_prompt_before_an_encoder(tmp_path):
+    """With labels, from which the decoder's input comes: PEFT drops a given one."""
+    case = next(c for c in CASES if str(c) == "multitask_prompt_tuning-t5")
+    batch = case.inputs()
+    batch["labels"] = batch.pop("decoder_input_ids")
+    both_ways(lambda: models.build("t5"), case.config(), pefts_config(case), batch, tmp_path)
 
 
 def test_a_named_embedding_is_in_the_file_whole(tmp_path):

@@ -16,6 +16,9 @@ from .errors import VeneerError as VeneerError
 from .hotswap import hotswap_adapter as hotswap_adapter
 from .hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
 from .hub import pull as pull
+from .inits.kv_prefix import initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values
+from .inits.kv_prefix import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
+from .inits.kv_prefix import prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values
 from .interop.auto import AutoPeftModel as AutoPeftModel
 from .interop.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from .interop.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -34,6 +37,8 @@ from .methods.adalora import AdaLoraConfig as AdaLoraConfig
 from .methods.beft import BeftConfig as BeftConfig
 from .methods.bitfit import BitFitConfig as BitFitConfig
 from .methods.bottleneck import BottleneckConfig as BottleneckConfig
+from .methods.cartridge import CartridgeConfig as CartridgeConfig
+from .methods.cartridge import compose_cartridge_adapters as compose_cartridge_adapters
 from .methods.delora import DeloraConfig as DeloraConfig
 from .methods.direft import DiReftConfig as DiReftConfig
 from .methods.dora import DoraConfig as DoraConfig
@@ -47,8 +52,10 @@ from .methods.lora import LoraConfig as LoraConfig
 from .methods.loreft import LoReftConfig as LoReftConfig
 from .methods.miss import MissConfig as MissConfig
 from .methods.mtl_lora import MTLLoraConfig as MTLLoraConfig
+from .methods.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
 from .methods.noreft import NoReftConfig as NoReftConfig
 from .methods.oft import OFTConfig as OFTConfig
+from .methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
 from .methods.poly import PolyConfig as PolyConfig
 from .methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
