@@ -180,6 +180,19 @@ CASES = [
     Case("road", "llama", dict(variant="road_4", group_size=10, target_modules=["q_proj", "down_proj"])),
     Case("road", "llama", dict(variant="road_2", group_size=6, target_modules=["down_proj", "o_proj"]), "2"),
     Case("road", "llama", dict(group_size=14, target_modules=["q_proj", "k_proj"]), "1"),
+    Case(
+        "c3a",
+        "llama",
+        dict(block_size=5, block_size_pattern={"k_proj": 2}, target_modules=LINEARS, init_weights=True),
+    ),
+    Case(
+        "c3a",
+        "llama",
+        dict(block_size=10, target_modules=["q_proj", "o_proj"], init_weights="gaussian"),
+        "gaussian",
+        noop=False,
+    ),
+    Case("c3a", "gpt2", dict(block_size=15, target_modules=["c_attn", "mlp.c_proj"]), noop=False),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

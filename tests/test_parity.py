@@ -34,14 +34,17 @@ FAULTS = {
     "delora-gpt2": "PEFT has no DeLoRA on GPT-2's Conv1D",
     "hra-conv-conv1d": "PEFT has no HRA on Conv1d",
     "oft-conv-conv1d": "PEFT has no OFT on Conv1d",
+    "c3a-gpt2": "PEFT has no C3A on GPT-2's Conv1D",
     "loha-gpt2": "PEFT has no LoHa on GPT-2's Conv1D",
 }
 MERGED = {
     "oft-square": "PEFT's OFT convolution sums overlapping patches, so even the identity changes; its merge is right"
 }
 WRONG_GRADIENTS = {
+    "c3a-llama": "PEFT's C3A turns the gradient of its input the other way; test_c3as_gradients has the right one",
+    "c3a-llama-gaussian": "as for c3a-llama",
     "loha-conv-effective": "PEFT's backward of LoHa with a core takes the gradient of A1 through the core of the other "
-    "product, that of A2 likewise; test_lohas_gradients_with_a_core has the right ones"
+    "product, that of A2 likewise; test_lohas_gradients_with_a_core has the right ones",
 }
 COMPARED = [c for c in CASES if c.method not in NOT_COMPARED and str(c) not in FAULTS]
 

@@ -1,0 +1,52 @@
+"""Methods built on spectra, subspaces and rotations, derived again in NumPy from their papers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import veneer
+from veneer import ConfigError
+
+from .test_numpy import adapt, agree, arr, attach, linear_places, sample
+
+
+def circulants(kernels: np.ndarray) -> np.ndarray:
+    """The matrix of a grid of kernels: each row of a block is the one above it, turned right by one place."""
+    return np.block([[np.stack([np.roll(w, i) for i in range(len(w))]) for w in row] for row in kernels])
+
+
+@pytest.mark.parametrize(("place", "b"), [("linear", 10), ("narrowing", 3), ("conv1d", 15)])
+def test_c3a(place: str, b: int):
+    layer, p, W, bias = adapt(veneer.C3AConfig, place, scale=3.0, block_size=b)
+    agree(layer, W + circulants(p["c3a_kernel"]) / W.shape[1], bias)
+
+
+@linear_places
+def test_c3as_gradients(place: str):
+    """dL/dx = G W'; dL/dw[p] = the sum of dL/dW' along the p-th turned diagonal, by in."""
+    layer, p, W, _ = adapt(veneer.C3AConfig, place, scale=3.0, block_size=5)
+    x = sample(layer.base_layer).requires_grad_()
+    y = layer(x)
+    G = np.random.default_rng(0).normal(size=y.shape)
+    (y * torch.tensor(G)).sum().backward()
+    whole = W + circulants(p["c3a_kernel"]) / W.shape[1]
+    np.testing.assert_allclose(arr(x.grad), G @ whole, rtol=1e-4, atol=1e-4)
+    dW = np.einsum("bto,bti->oi", G, arr(x)).reshape(len(W) // 5, 5, W.shape[1] // 5, 5)
+    expected = np.stack([sum(dW[:, i, :, (i + turn) % 5] for i in range(5)) for turn in range(5)], -1) / W.shape[1]
+    found = arr(layer.adapters["default"].c3a_kernel.grad)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_c3a_reads_the_layers_input():
+    """Two together add up: W + C1 / in + C2 / in."""
+    layer, p, W, b = adapt(veneer.C3AConfig, "linear", scale=3.0, block_size=5)
+    again, q, *_ = adapt(veneer.C3AConfig, "linear", scale=3.0, block_size=10)
+    layer.add("default", again.adapters["default"])
+    agree(layer, W + (circulants(p["c3a_kernel"]) + circulants(q["c3a_kernel"])) / W.shape[1], b)
+
+
+def test_c3as_blocks_divide_both_sides():
+    with pytest.raises(ConfigError, match=r"block_size 7 .*in = 30; the divisors of 10 do"):
+        attach("llama", veneer.C3AConfig(target_modules=["q_proj"], block_size=7))
