@@ -193,6 +193,10 @@ CASES = [
         noop=False,
     ),
     Case("c3a", "gpt2", dict(block_size=15, target_modules=["c_attn", "mlp.c_proj"]), noop=False),
+    Case("deft", "llama", dict(r=4, alpha=7, target_modules=LINEARS)),
+    Case("deft", "llama", dict(r=16, target_modules=LINEARS, decomposition_method="qr"), "qr"),
+    Case("deft", "llama", dict(r=4, target_modules=LINEARS, decomposition_method="qr", para=True), "para", noop=False),
+    Case("deft", "gpt2", dict(r=4, target_modules=["c_attn", "mlp.c_proj"])),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

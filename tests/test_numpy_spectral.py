@@ -9,7 +9,7 @@ import torch
 import veneer
 from veneer import ConfigError
 
-from .test_numpy import adapt, agree, arr, attach, linear_places, sample
+from .test_numpy import adapt, agree, arr, attach, linear_places, run, sample, state
 
 
 def circulants(kernels: np.ndarray) -> np.ndarray:
@@ -50,3 +50,58 @@ def test_a_second_c3a_reads_the_layers_input():
 def test_c3as_blocks_divide_both_sides():
     with pytest.raises(ConfigError, match=r"block_size 7 .*in = 30; the divisors of 10 do"):
         attach("llama", veneer.C3AConfig(target_modules=["q_proj"], block_size=7))
+
+
+def projector(P: np.ndarray, method: str) -> tuple[np.ndarray, np.ndarray]:
+    """Q and P' of DEFT: the subspace and what is read along it."""
+    if method == "relu":
+        return P, np.maximum(P, 0)
+    return (np.linalg.qr(P)[0],) * 2
+
+
+@linear_places
+@pytest.mark.parametrize("method", ["relu", "qr"])
+@pytest.mark.parametrize("para", [False, True])
+def test_deft(place: str, method: str, para: bool):
+    """(I - Q P'^T) W + alpha / r Q R; the bias is left alone."""
+    settings = dict(r=4, alpha=7, decomposition_method=method, para=para)
+    layer, p, W, b = adapt(veneer.DeftConfig, place, **settings)
+    Q, right = projector(p["deft_P"], method)
+    injected = 0 if para else 7 / 4 * Q @ p["deft_R"]
+    agree(layer, (np.eye(len(W)) - Q @ right.T) @ W + injected, b)
+
+
+def test_deft_alone_takes_its_subspace_away():
+    """With qr and para, the outputs along Q are gone, whatever the input."""
+    layer, p, W, b = adapt(veneer.DeftConfig, "linear", r=4, decomposition_method="qr", para=True)
+    y = arr(layer(sample(layer.base_layer))) - b
+    assert np.abs(y @ np.linalg.qr(p["deft_P"])[0]).max() < 1e-4 < np.abs(y).max()
+
+
+def test_two_defts_compose():
+    """The second takes its subspace from what the first has made."""
+    layer, p, W, b = adapt(veneer.DeftConfig, "linear", r=4)
+    again, q, *_ = adapt(veneer.DeftConfig, "linear", r=3)
+    layer.add("default", again.adapters["default"])
+    for each in (p, q):
+        P, R = each["deft_P"], each["deft_R"]
+        W = W - P @ np.maximum(P, 0).T @ W + P @ R
+    agree(layer, W, b)
+
+
+def test_deft_drops_from_what_is_put_in():
+    """In training dropout falls on the input of R alone: what is taken away is taken in full."""
+    layer, p, W, b = adapt(veneer.DeftConfig, "linear", r=4, deft_dropout=0.5)
+    x = sample(layer.base_layer)
+    layer.train()
+    torch.manual_seed(0)
+    kept = arr(torch.nn.functional.dropout(x, 0.5))
+    torch.manual_seed(0)
+    Q, right = projector(p["deft_P"], "relu")
+    expected = run(layer.base_layer, arr(x), W - Q @ right.T @ W, b) + kept @ p["deft_R"].T @ Q.T
+    np.testing.assert_allclose(arr(layer(x)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_defts_rank_is_at_most_out():
+    layer = state(attach("llama", veneer.DeftConfig(target_modules=["k_proj"], r=40, decomposition_method="qr"))).layers
+    assert {tuple(a.adapters["default"].deft_P.shape) for a in layer.values()} == {(14, 14)}

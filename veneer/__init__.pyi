@@ -29,6 +29,7 @@ from .methods.adalora import AdaLoraConfig as AdaLoraConfig
 from .methods.beft import BeftConfig as BeftConfig
 from .methods.bottleneck import BottleneckConfig as BottleneckConfig
 from .methods.c3a import C3AConfig as C3AConfig
+from .methods.deft import DeftConfig as DeftConfig
 from .methods.delora import DeloraConfig as DeloraConfig
 from .methods.dora import DoraConfig as DoraConfig
 from .methods.fourierft import FourierFTConfig as FourierFTConfig
