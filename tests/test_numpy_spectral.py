@@ -9,6 +9,7 @@ import torch
 import veneer
 from veneer import ConfigError
 
+from . import models
 from .test_numpy import adapt, agree, arr, attach, linear_places, run, sample, state
 
 
@@ -105,3 +106,75 @@ def test_deft_drops_from_what_is_put_in():
 def test_defts_rank_is_at_most_out():
     layer = state(attach("llama", veneer.DeftConfig(target_modules=["k_proj"], r=40, decomposition_method="qr"))).layers
     assert {tuple(a.adapters["default"].deft_P.shape) for a in layer.values()} == {(14, 14)}
+
+
+def series(Q: np.ndarray, terms: int) -> np.ndarray:
+    """I + 2 Q + ... + 2 Q^(terms - 2) + Q^(terms - 1)."""
+    powers = [np.linalg.matrix_power(Q, k) for k in range(terms)]
+    return powers[0] + 2 * sum(powers[1:-1]) + powers[-1]
+
+
+def skewed(entries: np.ndarray, r: int) -> np.ndarray:
+    Q = np.zeros((r, r))
+    Q[np.triu_indices(r, 1)] = entries
+    return Q - Q.T
+
+
+def cayley(Q: np.ndarray) -> np.ndarray:
+    eye = np.eye(len(Q))
+    return (eye - Q) @ np.linalg.inv(eye + Q)
+
+
+@linear_places
+@pytest.mark.parametrize("init", ["psoft_init", "pissa_init"])
+@pytest.mark.parametrize("how", ["exact", "series", "free"])
+def test_psoft(place: str, init: str, how: str):
+    """W + U S R V^T - U S V^T in the principal subspace, whatever alpha is."""
+    r, eps = 6, 0.8
+    settings = dict(use_cayley_neumann=how == "series", cayley_neumann_eps=eps, psoft_orth=how != "free")
+    layer, p, W, b = adapt(veneer.PsoftConfig, place, r=r, psoft_alpha=5, ab_svd_init=init, **settings)
+    w = p["psoft_R"]
+    if how == "free":
+        R = w
+    else:
+        Q = skewed(w, r)
+        assert np.linalg.norm(Q) > eps
+        R = series(Q * eps / np.linalg.norm(Q), 5) if how == "series" else cayley(-Q)
+    R = p["psoft_R.vector_b"][:, None] * R * p["psoft_R.vector_a"]
+    A, B = (arr(t) for t in layer.adapters["default"].buffers())
+    U, S, Vh = (part[..., :r] if i < 2 else part[:r] for i, part in enumerate(np.linalg.svd(W, full_matrices=False)))
+    np.testing.assert_allclose(B @ A, U * S @ Vh, atol=1e-5)
+    for gram in (A @ A.T, B.T @ B):  # both orthogonal; where the singular values went
+        assert np.abs(gram - np.diag(np.diag(gram))).max() < 1e-4
+    np.testing.assert_allclose(np.diag(A @ A.T), np.ones(r) if init == "psoft_init" else S, rtol=1e-4)
+    agree(layer, W + B @ (R - np.eye(r)) @ A, b)
+
+
+def test_psoft_keeps_the_angles_of_the_principal_part():
+    """A rotation without magnitudes leaves norms of, and angles between, the columns of the principal part."""
+    off = dict(psoft_mag_a=False, psoft_mag_b=False)
+    layer, p, W, _ = adapt(veneer.PsoftConfig, "narrowing", r=6, **off)
+    A, B = (arr(t) for t in layer.adapters["default"].buffers())
+    R = cayley(-skewed(p["psoft_R"], 6))
+    np.testing.assert_allclose(R @ R.T, np.eye(6), atol=1e-9)
+    part = W - B @ A + B @ R @ A
+    with torch.no_grad():
+        np.testing.assert_allclose(arr(layer.fold(layer.stack(("default",)))[0]), part, atol=1e-5)
+
+
+def test_psofts_random_subspace_comes_back_with_its_seed(tmp_path):
+    """A randomised SVD differs by its start; the file names the seed, and drawing leaves the global state alone."""
+    config = dict(r=4, target_modules=["q_proj"], psoft_svd="lowrank", psoft_svd_lowrank_niter=1)
+    model = attach("llama", veneer.PsoftConfig(**config, random_seed=3))
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(5)
+    loaded = veneer.PeftModel.from_pretrained(models.build("llama"), tmp_path)
+    batch = models.inputs("llama")
+    assert torch.equal(models.output(loaded, batch), models.output(model, batch))
+    other = attach("llama", veneer.PsoftConfig(**config, random_seed=4))
+    assert not torch.allclose(models.output(other, batch), models.output(model, batch))
+
+
+def test_psofts_subspace_fits_the_weight():
+    with pytest.raises(ConfigError, match=r"r = 15 on .*k_proj' must be at most 14"):
+        attach("llama", veneer.PsoftConfig(target_modules=["k_proj"], r=15))

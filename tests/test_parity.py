@@ -35,6 +35,7 @@ FAULTS = {
     "hra-conv-conv1d": "PEFT has no HRA on Conv1d",
     "oft-conv-conv1d": "PEFT has no OFT on Conv1d",
     "c3a-gpt2": "PEFT has no C3A on GPT-2's Conv1D",
+    "psoft-gpt2": "PEFT has no PSOFT on GPT-2's Conv1D",
     "loha-gpt2": "PEFT has no LoHa on GPT-2's Conv1D",
 }
 MERGED = {

@@ -41,6 +41,7 @@ from .methods.lora import LoraConfig as LoraConfig
 from .methods.oft import OFTConfig as OFTConfig
 from .methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+from .methods.psoft import PsoftConfig as PsoftConfig
 from .methods.randlora import RandLoraConfig as RandLoraConfig
 from .methods.road import RoadConfig as RoadConfig
 from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
