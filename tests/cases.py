@@ -215,6 +215,12 @@ CASES = [
     ),
     Case("psoft", "llama", dict(r=7, target_modules=["q_proj"], psoft_orth=False, psoft_mag_b=False), "free"),
     Case("psoft", "gpt2", dict(r=11, target_modules=["c_attn", "mlp.c_proj"])),
+    Case("boft", "llama", dict(boft_block_size=5, target_modules=LINEARS)),
+    Case("boft", "llama", dict(boft_block_size=0, boft_block_num=5, target_modules=LINEARS), "number"),
+    Case("boft", "gpt2", dict(boft_block_size=3, target_modules=["c_attn", "mlp.c_proj"])),
+    Case("boft", "square", dict(boft_block_size=9, target_modules=["conv"])),
+    Case("boft", "conv", dict(boft_block_size=9, target_modules=["first", "second", "third"])),
+    Case("boft", "conv", dict(boft_block_size=6, boft_n_butterfly_factor=2, target_modules=["second"]), "butterfly"),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

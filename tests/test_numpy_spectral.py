@@ -10,7 +10,7 @@ import veneer
 from veneer import ConfigError
 
 from . import models
-from .test_numpy import adapt, agree, arr, attach, linear_places, run, sample, state
+from .test_numpy import adapt, agree, arr, attach, base_of, block_diagonal, linear_places, places, run, sample, state
 
 
 def circulants(kernels: np.ndarray) -> np.ndarray:
@@ -178,3 +178,77 @@ def test_psofts_random_subspace_comes_back_with_its_seed(tmp_path):
 def test_psofts_subspace_fits_the_weight():
     with pytest.raises(ConfigError, match=r"r = 15 on .*k_proj' must be at most 14"):
         attach("llama", veneer.PsoftConfig(target_modules=["k_proj"], r=15))
+
+
+@places
+def test_boft(place: str):
+    """diag(s) W diag(R1, R2, ...)^T, R = (I - Q) (I + Q)^-1 of the skew part Q; the bias is not scaled."""
+    layer, p, W, b = adapt(veneer.BOFTConfig, place, boft_block_size=3)
+    R = block_diagonal([cayley((A - A.T) / 2) for A in p["boft_R"][0]])
+    agree(layer, p["boft_s"].reshape(-1, 1) * (W @ R.T), b)
+
+
+def dealt(D: int, H: int, i: int) -> np.ndarray:
+    """The permutation P of the i-th factor: within 2^i blocks, half blocks 0, 2, 4, ... and then 1, 3, 5, ..."""
+    half, rows = H // 2, []
+    for start in range(0, D * H, H << i):
+        for first in (0, 1):
+            for piece in range(first, 2 << i, 2):
+                rows += range(start + piece * half, start + (piece + 1) * half)
+    return np.eye(D * H)[rows]
+
+
+class Wide(torch.nn.Module):
+    """A linear layer whose width allows for four butterfly factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(48, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_boft_with_several_factors(n: int):
+    """M_n ... M_1, M_i = P_i diag(R_i1, R_i2, ...) P_i^T, reaches 2^(n-1) blocks from every entry."""
+    H, D = 6, 8
+    config = veneer.BOFTConfig(target_modules=["linear"], boft_block_size=H, boft_n_butterfly_factor=n)
+    torch.manual_seed(0)
+    model = models.perturb(veneer.get_peft_model(Wide(), config).eval(), scale=0.3)
+    layer = state(model).layers["linear"]
+    R, s = arr(layer.adapters["default"].boft_R), arr(layer.adapters["default"].boft_s)
+    M = np.eye(48)
+    for i in range(n):
+        P = dealt(D, H, i)
+        M = P @ block_diagonal([cayley((A - A.T) / 2) for A in R[i]]) @ P.T @ M
+    np.testing.assert_allclose(M @ M.T, np.eye(48), atol=1e-6)
+    assert (np.abs(M) > 1e-12).sum(1).tolist() == [H << (n - 1)] * 48
+    W, b = base_of(layer.base_layer)
+    agree(layer, s * (W @ M.T), b)
+
+
+def test_boft_needs_sizes_that_fit():
+    for settings, message in (
+        (dict(boft_block_size=7), r"boft_block_size 7 .*must divide its in = 48"),
+        (dict(boft_block_size=0, boft_block_num=5), r"boft_block_num 5 .*must divide its in = 48"),
+        (dict(boft_block_size=3, boft_n_butterfly_factor=2), r"blocks of even size .*multiple of 2, not 16 of 3"),
+        (dict(boft_block_size=6, boft_n_butterfly_factor=5), r"multiple of 16, not 8 of 6"),
+        (dict(boft_block_num=4), r"not boft_block_size = 4 and boft_block_num = 4"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            veneer.get_peft_model(Wide(), veneer.BOFTConfig(target_modules=["linear"], **settings))
+
+
+def test_boft_drops_blocks_of_one_factor():
+    """In training alone: a share p of the blocks of one factor is the identity."""
+    settings = dict(boft_block_size=6, boft_n_butterfly_factor=3, boft_dropout=0.5)
+    model = veneer.get_peft_model(Wide(), veneer.BOFTConfig(target_modules=["linear"], **settings))
+    adapter = state(models.perturb(model)).layers["linear"].adapters["default"].train()
+    seen = set()
+    for _ in range(20):
+        still = (adapter.rotations() == torch.eye(6)).all(-1).all(-1)
+        assert still.sum() == 4 and still.any(1).sum() == 1
+        seen.add(int(still.any(1).nonzero()))
+    assert seen == {0, 1, 2}
+    assert not (adapter.eval().rotations() == torch.eye(6)).all(-1).all(-1).any()

@@ -36,6 +36,9 @@ FAULTS = {
     "oft-conv-conv1d": "PEFT has no OFT on Conv1d",
     "c3a-gpt2": "PEFT has no C3A on GPT-2's Conv1D",
     "psoft-gpt2": "PEFT has no PSOFT on GPT-2's Conv1D",
+    "boft-gpt2": "PEFT has no BOFT on GPT-2's Conv1D",
+    "boft-conv": "PEFT sizes BOFT on convolutions by kernel_size[0] twice; boft-square is compared",
+    "boft-conv-butterfly": "the same; test_butterflies_agree_with_pefts_kernel compares several factors",
     "loha-gpt2": "PEFT has no LoHa on GPT-2's Conv1D",
 }
 MERGED = {
@@ -119,6 +122,28 @@ def both_ways(build, config, pefts, batch, tmp_path, **facts):
     again = peft.PeftModel.from_pretrained(build(), tmp_path / "ours").eval()
     torch.testing.assert_close(output(again, batch, **facts), output(mine, batch, **facts), **TOLERANCE)
     assert tensors(tmp_path / "ours").keys() == tensors(tmp_path / "theirs").keys()
+
+
+@pytest.mark.parametrize("factors", [2, 3])
+def test_butterflies_agree_with_pefts_kernel(factors: int, tmp_path, monkeypatch):
+    """Without CUDA PEFT takes one factor only; its kernel is replaced by what it computes."""
+    from peft.tuners.boft import layer
+
+    from veneer import BOFTConfig
+
+    def block_diagonals(blocks):
+        return torch.stack([torch.block_diag(*factor) for factor in blocks])
+
+    monkeypatch.setattr(layer, "get_fbd_cuda", lambda: object())
+    monkeypatch.setattr(layer.FastBlockDiag, "apply", block_diagonals)
+
+    def build():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(48, 7), torch.nn.Tanh()).eval()
+
+    settings = dict(target_modules=["0"], boft_block_size=6, boft_n_butterfly_factor=factors)
+    batch = {"x": torch.randn(5, 48)}
+    both_ways(build, BOFTConfig(**settings), peft.BOFTConfig(**settings), batch, tmp_path)
 
 
 HEADS = {

@@ -27,6 +27,7 @@ from .interop.names import PeftModelForSequenceClassification as PeftModelForSeq
 from .interop.names import PeftModelForTokenClassification as PeftModelForTokenClassification
 from .methods.adalora import AdaLoraConfig as AdaLoraConfig
 from .methods.beft import BeftConfig as BeftConfig
+from .methods.boft import BOFTConfig as BOFTConfig
 from .methods.bottleneck import BottleneckConfig as BottleneckConfig
 from .methods.c3a import C3AConfig as C3AConfig
 from .methods.deft import DeftConfig as DeftConfig
