@@ -40,6 +40,11 @@ FAULTS = {
     "hra-conv-conv1d": "PEFT has no HRA on Conv1d",
     "oft-conv-conv1d": "PEFT has no OFT on Conv1d",
     "multitask_prompt_tuning-t5": "PEFT drops decoder_input_ids; test_a_multitask_prompt_before_an_encoder has labels",
+    "c3a-gpt2": "PEFT has no C3A on GPT-2's Conv1D",
+    "psoft-gpt2": "PEFT has no PSOFT on GPT-2's Conv1D",
+    "boft-gpt2": "PEFT has no BOFT on GPT-2's Conv1D",
+    "boft-conv": "PEFT sizes BOFT on convolutions by kernel_size[0] twice; boft-square is compared",
+    "boft-conv-butterfly": "the same; test_butterflies_agree_with_pefts_kernel compares several factors",
     "loha-gpt2": "PEFT has no LoHa on GPT-2's Conv1D",
     "miss-gpt2": "PEFT has no MiSS on GPT-2's Conv1D",
     "miss-gpt2-bat": "PEFT has no MiSS on GPT-2's Conv1D",
@@ -57,8 +62,10 @@ MERGED = {
     "hira-dilated": "PEFT's HiRA convolutions pad with zeros whatever the padding mode; its merge is right",
 }
 WRONG_GRADIENTS = {
+    "c3a-llama": "PEFT's C3A turns the gradient of its input the other way; test_c3as_gradients has the right one",
+    "c3a-llama-gaussian": "as for c3a-llama",
     "loha-conv-effective": "PEFT's backward of LoHa with a core takes the gradient of A1 through the core of the other "
-    "product, that of A2 likewise; test_lohas_gradients_with_a_core has the right ones"
+    "product, that of A2 likewise; test_lohas_gradients_with_a_core has the right ones",
 }
 COMPARED = [c for c in CASES if c.method not in NOT_COMPARED and str(c) not in FAULTS]
 
@@ -132,6 +139,28 @@ def both_ways(build, config, pefts, batch, tmp_path, **facts):
     again = peft.PeftModel.from_pretrained(build(), tmp_path / "ours").eval()
     torch.testing.assert_close(output(again, batch, **facts), output(mine, batch, **facts), **TOLERANCE)
     assert tensors(tmp_path / "ours").keys() == tensors(tmp_path / "theirs").keys()
+
+
+@pytest.mark.parametrize("factors", [2, 3])
+def test_butterflies_agree_with_pefts_kernel(factors: int, tmp_path, monkeypatch):
+    """Without CUDA PEFT takes one factor only; its kernel is replaced by what it computes."""
+    from peft.tuners.boft import layer
+
+    from veneer import BOFTConfig
+
+    def block_diagonals(blocks):
+        return torch.stack([torch.block_diag(*factor) for factor in blocks])
+
+    monkeypatch.setattr(layer, "get_fbd_cuda", lambda: object())
+    monkeypatch.setattr(layer.FastBlockDiag, "apply", block_diagonals)
+
+    def build():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(48, 7), torch.nn.Tanh()).eval()
+
+    settings = dict(target_modules=["0"], boft_block_size=6, boft_n_butterfly_factor=factors)
+    batch = {"x": torch.randn(5, 48)}
+    both_ways(build, BOFTConfig(**settings), peft.BOFTConfig(**settings), batch, tmp_path)
 
 
 HEADS = {

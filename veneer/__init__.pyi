@@ -36,9 +36,12 @@ from .interop.names import PeftModelForTokenClassification as PeftModelForTokenC
 from .methods.adalora import AdaLoraConfig as AdaLoraConfig
 from .methods.beft import BeftConfig as BeftConfig
 from .methods.bitfit import BitFitConfig as BitFitConfig
+from .methods.boft import BOFTConfig as BOFTConfig
 from .methods.bottleneck import BottleneckConfig as BottleneckConfig
+from .methods.c3a import C3AConfig as C3AConfig
 from .methods.cartridge import CartridgeConfig as CartridgeConfig
 from .methods.cartridge import compose_cartridge_adapters as compose_cartridge_adapters
+from .methods.deft import DeftConfig as DeftConfig
 from .methods.delora import DeloraConfig as DeloraConfig
 from .methods.direft import DiReftConfig as DiReftConfig
 from .methods.dora import DoraConfig as DoraConfig
@@ -59,6 +62,7 @@ from .methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
 from .methods.poly import PolyConfig as PolyConfig
 from .methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+from .methods.psoft import PsoftConfig as PsoftConfig
 from .methods.pvera import PveraConfig as PveraConfig
 from .methods.randlora import RandLoraConfig as RandLoraConfig
 from .methods.road import RoadConfig as RoadConfig
