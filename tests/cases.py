@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -421,3 +421,9 @@ def has_fold(case: Case) -> bool:
 
 
 MERGEABLE = [case for case in LAYER_CASES if has_fold(case)]
+
+
+def without_dropout(case: Case) -> Case:
+    """The same case where training draws nothing at random."""
+    none = {f.name: 0.0 for f in fields(case.config_class) if f.name.endswith("dropout")}
+    return replace(case, settings=case.settings | none)

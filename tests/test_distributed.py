@@ -14,11 +14,11 @@ from veneer import LoraConfig, PeftModel, get_peft_model
 from veneer.core.context import state_of
 
 from . import models
-from .cases import ONE_EACH
+from .cases import ONE_EACH, without_dropout
 
 DRAWS = ("poly",)
 """Methods that draw at random for each row in training, so that two processes cannot agree with one."""
-CASES = [c for c in ONE_EACH if c.model == "llama" and c.method not in ("xlora", *DRAWS)]
+CASES = [without_dropout(c) for c in ONE_EACH if c.model == "llama" and c.method not in ("xlora", *DRAWS)]
 
 
 def free_port() -> int:

@@ -20,7 +20,7 @@ GREEDY = dict(do_sample=False, max_new_tokens=4, min_new_tokens=4)
 def by_hand(model, ids, mask=None, **facts):
     """Greedy decoding by whole forward passes, without a cache."""
     names, n = state_of(model.get_base_model()).fact_names(), ids.shape[1]
-    facts = {"prompt_lengths": [n] * len(ids)} if "prompt_lengths" in names else {}
+    facts |= {"prompt_lengths": [n] * len(ids)} if "prompt_lengths" in names else {}
     for _ in range(GREEDY["max_new_tokens"]):
         logits = model(input_ids=ids, attention_mask=mask, **facts).logits[:, -1].clone()
         logits[:, 2] = -torch.inf  # generate may not end early either

@@ -551,7 +551,8 @@ def test_a_base_model_of_another_size_is_refused(case: Case, tmp_path):
     case.build().save_pretrained(tmp_path)
     torch.manual_seed(0)
     model = models.llama(hidden_size=40, head_dim=8).eval()
-    with refused(model, error=VeneerError if case.is_prompt else CheckpointError):
+    bounded = case.is_prompt or case.method == "psoft"  # the sizes bound what its config may say
+    with refused(model, error=VeneerError if bounded else CheckpointError):
         PeftModel.from_pretrained(model, tmp_path)
 
 

@@ -20,6 +20,7 @@ from .config import METHODS, Config, PromptConfig
 from .context import State
 from .layer import walk
 from .prompt import Prompt
+from .target import Target
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 """PEFT's files hold the whole base module when `target_modules` lists one of these."""
@@ -210,9 +211,18 @@ def base_weights(model: Any, state: State, name: str) -> dict[str, Tensor]:
     Without those that are not whole in memory.
     """
     layers = {path: state.layers[path] for path in state.adapters(name)}
-    found = {p: layer.target.original_weight() for p, layer in layers.items() if layer.target.kind != "block"}
+    found = {path: W for path, layer in layers.items() if (W := _pretrained(layer.target)) is not None}
     found |= {"": model.get_input_embeddings().weight} if name in state.prompts else {}
     return {path: W for path, W in found.items() if not W.is_meta and not hasattr(W, "full_tensor")}
+
+
+def _pretrained(target: Target) -> Tensor | None:
+    """The weight an adapter stands on; of a block, that of the first module in it."""
+    if target.kind != "block":
+        return target.original_weight()
+    return next(
+        (m.weight.detach() for _, m in walk(target.base) if isinstance(getattr(m, "weight", None), Tensor)), None
+    )
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, list[float]]:
