@@ -47,6 +47,7 @@ from .methods.randlora import RandLoraConfig as RandLoraConfig
 from .methods.road import RoadConfig as RoadConfig
 from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from .methods.vera import VeraConfig as VeraConfig
+from .methods.waveft import WaveFTConfig as WaveFTConfig
 from .methods.xlora import XLoraConfig as XLoraConfig
 
 __version__: str
