@@ -235,6 +235,9 @@ CASES = [
     ),
     Case("waveft", "llama", dict(n_frequency=40, wavelet_family="coif2", target_modules=["down_proj"]), "coiflet"),
     Case("waveft", "llama", dict(n_frequency=40, use_idwt=False, target_modules=LINEARS), "sparse"),
+    Case("osf", "llama", dict(effective_rank=9, target_modules=LINEARS)),
+    Case("osf", "llama", dict(effective_rank=0.4, rank_pattern={"k_proj": 3}, target_modules=LINEARS), "share"),
+    Case("osf", "gpt2", dict(target_modules=["c_attn", "mlp.c_proj"])),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import numpy as np
@@ -345,3 +346,69 @@ def test_no_wavelet_no_waveft(name: str):
         veneer.WaveFTConfig(wavelet_family=name)
     with pytest.raises(ConfigError, match=r"between 1 and in x out = 420, not 421"):
         attach("llama", veneer.WaveFTConfig(target_modules=["k_proj"], n_frequency=421))
+
+
+def split(W: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The singular directions that OSF keeps, U and V as columns, and the part of W beyond them."""
+    U, S, Vh = np.linalg.svd(W, full_matrices=False)
+    return U[:, :k], Vh[:k].T, U[:, k:] * S[k:] @ Vh[k:]
+
+
+@linear_places
+@pytest.mark.parametrize(("rank", "k"), [(9, 9), (0.3, 9), (None, 15)])
+def test_osf(place: str, rank, k: int):
+    """U_k S_k V_k^T + U S V^T, the second trained."""
+    layer, p, W, b = adapt(veneer.OSFConfig, place, effective_rank=rank)
+    U, S, V = (p[f"osf_svd_params.{name}_low"] for name in "USV")
+    assert len(S) == 30 - k
+    agree(layer, W - split(W, k)[2] + U * S @ V, b)
+
+
+@linear_places
+def test_osfs_gradients_are_orthogonal_to_what_it_keeps(place: str):
+    """dL/dU = (I - Uk Uk^T) G V S, dL/dV = S U^T G (I - Vk Vk^T), dL/dS the diagonal of U^T G V."""
+    layer, p, W, _ = adapt(veneer.OSFConfig, place, effective_rank=9)
+    adapter, G = layer.adapters["default"], np.random.default_rng(0).normal(size=W.shape)
+    (adapter.delta() * torch.tensor(G)).sum().backward()
+    (U, S, V), (Uk, Vk, _) = (p[f"osf_svd_params.{name}_low"] for name in "USV"), split(W, 9)
+    dU, dV = G @ V.T * S, (U * S).T @ G
+    found = {name: arr(adapter.osf_svd_params[f"{name}_low"].grad) for name in "USV"}
+    close = dict(rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found["U"], dU - Uk @ (Uk.T @ dU), **close)
+    np.testing.assert_allclose(found["V"], dV - (dV @ Vk) @ Vk.T, **close)
+    np.testing.assert_allclose(found["S"], np.diag(U.T @ G @ V.T), **close)
+    assert np.abs(Uk.T @ dU).max() > 0.1 < np.abs(dV @ Vk).max()
+
+
+def test_osf_keeps_what_the_principal_directions_do():
+    """Trained by plain gradient steps, W' does to the kept directions what W did, on both sides."""
+    model = veneer.get_peft_model(models.build("llama"), veneer.OSFConfig(target_modules=["q_proj"], effective_rank=9))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    batch = models.inputs("llama")
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+    for layer in state(model).layers.values():
+        W, (Uk, Vk, _) = base_of(layer.base_layer)[0], split(base_of(layer.base_layer)[0], 9)
+        with torch.no_grad():
+            trained = arr(layer.fold(layer.stack(("default",)))[0])
+        assert np.abs(trained - W).max() > 1e-3
+        np.testing.assert_allclose(trained @ Vk, W @ Vk, atol=1e-5)
+        np.testing.assert_allclose(Uk.T @ trained, Uk.T @ W, atol=1e-5)
+
+
+def test_osfs_gradients_survive_a_copy():
+    """The guard is part of the formula, not a hook on a Parameter that a copy or a load would lose."""
+    model = attach("llama", veneer.OSFConfig(target_modules=["q_proj"], effective_rank=9))
+    twin = copy.deepcopy(model)
+    for each in (model, twin):
+        models.output(each, models.inputs("llama")).square().mean().backward()
+    for one, two in zip(model.parameters(), twin.parameters(), strict=True):
+        assert one.grad is None and two.grad is None or torch.equal(one.grad, two.grad)
+
+
+@pytest.mark.parametrize("rank", [0, 14, 1.0])
+def test_osf_keeps_some_and_trains_some(rank):
+    with pytest.raises(ConfigError, match=rf"effective_rank {rank} on .* of its 14 directions; keep at least 1"):
+        attach("llama", veneer.OSFConfig(target_modules=["k_proj"], effective_rank=rank))
