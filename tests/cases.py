@@ -389,6 +389,23 @@ CASES = [
     Case("boft", "square", dict(boft_block_size=9, target_modules=["conv"])),
     Case("boft", "conv", dict(boft_block_size=9, target_modules=["first", "second", "third"])),
     Case("boft", "conv", dict(boft_block_size=6, boft_n_butterfly_factor=2, target_modules=["second"]), "butterfly"),
+    Case("waveft", "llama", dict(n_frequency=40, scaling=5.0, target_modules=LINEARS)),
+    Case(
+        "waveft",
+        "llama",
+        dict(n_frequency=40, wavelet_family="sym5", proportional_parameters=True, target_modules=LINEARS),
+        "proportional",
+    ),
+    Case(
+        "waveft",
+        "gpt2",
+        dict(n_frequency=40, n_frequency_pattern={"c_fc": 9}, wavelet_family="db3", target_modules=["c_attn", "c_fc"]),
+    ),
+    Case("waveft", "llama", dict(n_frequency=40, wavelet_family="coif2", target_modules=["down_proj"]), "coiflet"),
+    Case("waveft", "llama", dict(n_frequency=40, use_idwt=False, target_modules=LINEARS), "sparse"),
+    Case("osf", "llama", dict(effective_rank=9, target_modules=LINEARS)),
+    Case("osf", "llama", dict(effective_rank=0.4, rank_pattern={"k_proj": 3}, target_modules=LINEARS), "share"),
+    Case("osf", "gpt2", dict(target_modules=["c_attn", "mlp.c_proj"])),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import re
+
 import numpy as np
 import pytest
 import torch
 
 import veneer
 from veneer import ConfigError
+from veneer.maths import wavelet
 
 from . import models
 from .test_numpy import adapt, agree, arr, attach, base_of, block_diagonal, linear_places, places, run, sample, state
@@ -252,3 +256,159 @@ def test_boft_drops_blocks_of_one_factor():
         seen.add(int(still.any(1).nonzero()))
     assert seen == {0, 1, 2}
     assert not (adapter.eval().rotations() == torch.eye(6)).all(-1).all(-1).any()
+
+
+@pytest.mark.parametrize("name", wavelet.NAMES)
+def test_wavelets_are_orthonormal_and_their_moments_vanish(name: str):
+    """<h, h shifted by 2k> = 0, <h, g shifted by 2k> = 0; g is blind to polynomials of degree below the order."""
+    low, high = (np.array(f) for f in wavelet.filters(name))
+    order = int(re.sub(r"\D", "", name))
+    for k in range(len(low) // 2):
+        cut = len(low) - 2 * k
+        np.testing.assert_allclose([low[:cut] @ low[2 * k :], high[:cut] @ high[2 * k :]], [k == 0] * 2, atol=1e-11)
+        np.testing.assert_allclose([low[:cut] @ high[2 * k :], high[:cut] @ low[2 * k :]], [0, 0], atol=1e-11)
+    n = np.arange(len(low)) / len(low)
+    coiflet = name.startswith("coif")
+    for p in range(2 * order if coiflet else order):
+        assert abs(high @ n**p) < 1e-10
+        assert not coiflet or abs(low @ (n - 2 * order / len(low)) ** p - np.sqrt(2) * (p == 0)) < 1e-10
+
+
+def test_wavelets_with_closed_forms():
+    three, seven = np.sqrt(3), np.sqrt(7)
+    known = {
+        "db1": np.array([1, 1]) / np.sqrt(2),
+        "db2": np.array([1 + three, 3 + three, 3 - three, 1 - three]) / (4 * np.sqrt(2)),
+        "coif1": np.array([1 - seven, 5 + seven, 14 + 2 * seven, 14 - 2 * seven, 1 - seven, seven - 3])
+        / (16 * np.sqrt(2)),
+    }
+    for name, low in known.items():
+        np.testing.assert_allclose(wavelet.filters(name)[0], low, atol=1e-12)
+    for N in (4, 8, 10):  # the energy of a symlet is in the middle, that of a Daubechies wavelet at its start
+        centre = [abs(np.arange(2 * N) @ np.square(wavelet.filters(f"{f}{N}")[0]) - N + 0.5) for f in ("sym", "db")]
+        assert centre[0] < 1 < centre[1]
+
+
+def synthesis(size: int, name: str) -> np.ndarray:
+    """The 1-D inverse transform as a matrix: low then high columns, taps moved by two for each, borders cut."""
+    low, high = (np.array(f) for f in wavelet.filters(name))
+    L = len(low)
+    N = size + L - 2 + size % 2
+    G = np.zeros((N + L, N))
+    for k in range(N // 2):
+        G[2 * k : 2 * k + L, k], G[2 * k : 2 * k + L, N // 2 + k] = low, high
+    return G[L - 2 : L - 2 + size]
+
+
+@linear_places
+@pytest.mark.parametrize("name", ["db1", "db4", "coif1"])
+def test_waveft(place: str, name: str):
+    """W + alpha sum c u v^T, u and v the waves at the places that the seed draws in a matrix of W's size."""
+    n, seed = 50, 5
+    settings = dict(n_frequency=n, scaling=3.0, random_loc_seed=seed, wavelet_family=name)
+    layer, p, W, b = adapt(veneer.WaveFTConfig, place, **settings)
+    U, V = synthesis(len(W), name), synthesis(W.shape[1], name)
+    (rows, columns), (out, into) = (U.shape[1], V.shape[1]), W.shape
+    dW = np.zeros_like(W)
+    places = torch.randperm(W.size, generator=torch.Generator().manual_seed(seed))[:n]
+    for c, at in zip(p["waveft_spectrum"], places, strict=True):
+        i, j = int(at) // into + (rows - out) // 2, int(at) % into + (columns - into) // 2
+        if i < rows // 2 and j >= columns // 2:  # the upper right quarter: high along the rows, low along the columns
+            i, j = i + rows // 2, j - columns // 2
+        elif i >= rows // 2 and j < columns // 2:
+            i, j = i - rows // 2, j + columns // 2
+        dW += 3.0 * c * np.outer(U[:, i], V[:, j])
+    agree(layer, W + dW, b)
+
+
+def test_waveft_without_the_transform_is_sparse():
+    layer, p, W, b = adapt(veneer.WaveFTConfig, "linear", n_frequency=50, scaling=3.0, use_idwt=False)
+    dW = np.zeros(W.size)
+    dW[torch.randperm(W.size, generator=torch.Generator().manual_seed(777))[:50]] = 3.0 * p["waveft_spectrum"]
+    agree(layer, W + dW.reshape(W.shape), b)
+
+
+def test_waveft_in_proportion():
+    """Larger targets get more: n (in x out) / mean (in x out), rounded, at least one; the sum stays about the same."""
+    targets = ["q_proj", "k_proj", "down_proj"]
+    config = veneer.WaveFTConfig(target_modules=targets, n_frequency=100, proportional_parameters=True)
+    layers = state(attach("llama", config)).layers
+    sizes = {path: layer.base_layer.weight.numel() for path, layer in layers.items()}
+    mean = np.mean(list(sizes.values()))
+    for path, size in sizes.items():
+        assert layers[path].adapters["default"].waveft_spectrum.numel() == round(100 * size / mean)
+    assert len({round(100 * size / mean) for size in sizes.values()}) == 3
+
+
+@pytest.mark.parametrize("name", ["coif4", "coif5", "db11", "haar"])
+def test_no_wavelet_no_waveft(name: str):
+    with pytest.raises(ConfigError, match=f"wavelet_family '{name}': use one of db1, .* coif3"):
+        veneer.WaveFTConfig(wavelet_family=name)
+    with pytest.raises(ConfigError, match=r"between 1 and in x out = 420, not 421"):
+        attach("llama", veneer.WaveFTConfig(target_modules=["k_proj"], n_frequency=421))
+
+
+def split(W: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The singular directions that OSF keeps, U and V as columns, and the part of W beyond them."""
+    U, S, Vh = np.linalg.svd(W, full_matrices=False)
+    return U[:, :k], Vh[:k].T, U[:, k:] * S[k:] @ Vh[k:]
+
+
+@linear_places
+@pytest.mark.parametrize(("rank", "k"), [(9, 9), (0.3, 9), (None, 15)])
+def test_osf(place: str, rank, k: int):
+    """U_k S_k V_k^T + U S V^T, the second trained."""
+    layer, p, W, b = adapt(veneer.OSFConfig, place, effective_rank=rank)
+    U, S, V = (p[f"osf_svd_params.{name}_low"] for name in "USV")
+    assert len(S) == 30 - k
+    agree(layer, W - split(W, k)[2] + U * S @ V, b)
+
+
+@linear_places
+def test_osfs_gradients_are_orthogonal_to_what_it_keeps(place: str):
+    """dL/dU = (I - Uk Uk^T) G V S, dL/dV = S U^T G (I - Vk Vk^T), dL/dS the diagonal of U^T G V."""
+    layer, p, W, _ = adapt(veneer.OSFConfig, place, effective_rank=9)
+    adapter, G = layer.adapters["default"], np.random.default_rng(0).normal(size=W.shape)
+    (adapter.delta() * torch.tensor(G)).sum().backward()
+    (U, S, V), (Uk, Vk, _) = (p[f"osf_svd_params.{name}_low"] for name in "USV"), split(W, 9)
+    dU, dV = G @ V.T * S, (U * S).T @ G
+    found = {name: arr(adapter.osf_svd_params[f"{name}_low"].grad) for name in "USV"}
+    close = dict(rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found["U"], dU - Uk @ (Uk.T @ dU), **close)
+    np.testing.assert_allclose(found["V"], dV - (dV @ Vk) @ Vk.T, **close)
+    np.testing.assert_allclose(found["S"], np.diag(U.T @ G @ V.T), **close)
+    assert np.abs(Uk.T @ dU).max() > 0.1 < np.abs(dV @ Vk).max()
+
+
+def test_osf_keeps_what_the_principal_directions_do():
+    """Trained by plain gradient steps, W' does to the kept directions what W did, on both sides."""
+    model = veneer.get_peft_model(models.build("llama"), veneer.OSFConfig(target_modules=["q_proj"], effective_rank=9))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    batch = models.inputs("llama")
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+    for layer in state(model).layers.values():
+        W, (Uk, Vk, _) = base_of(layer.base_layer)[0], split(base_of(layer.base_layer)[0], 9)
+        with torch.no_grad():
+            trained = arr(layer.fold(layer.stack(("default",)))[0])
+        assert np.abs(trained - W).max() > 1e-3
+        np.testing.assert_allclose(trained @ Vk, W @ Vk, atol=1e-5)
+        np.testing.assert_allclose(Uk.T @ trained, Uk.T @ W, atol=1e-5)
+
+
+def test_osfs_gradients_survive_a_copy():
+    """The guard is part of the formula, not a hook on a Parameter that a copy or a load would lose."""
+    model = attach("llama", veneer.OSFConfig(target_modules=["q_proj"], effective_rank=9))
+    twin = copy.deepcopy(model)
+    for each in (model, twin):
+        models.output(each, models.inputs("llama")).square().mean().backward()
+    for one, two in zip(model.parameters(), twin.parameters(), strict=True):
+        assert one.grad is None and two.grad is None or torch.equal(one.grad, two.grad)
+
+
+@pytest.mark.parametrize("rank", [0, 14, 1.0])
+def test_osf_keeps_some_and_trains_some(rank):
+    with pytest.raises(ConfigError, match=rf"effective_rank {rank} on .* of its 14 directions; keep at least 1"):
+        attach("llama", veneer.OSFConfig(target_modules=["k_proj"], effective_rank=rank))

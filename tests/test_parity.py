@@ -45,6 +45,7 @@ FAULTS = {
     "boft-gpt2": "PEFT has no BOFT on GPT-2's Conv1D",
     "boft-conv": "PEFT sizes BOFT on convolutions by kernel_size[0] twice; boft-square is compared",
     "boft-conv-butterfly": "the same; test_butterflies_agree_with_pefts_kernel compares several factors",
+    "osf-gpt2": "PEFT has no OSF on GPT-2's Conv1D",
     "loha-gpt2": "PEFT has no LoHa on GPT-2's Conv1D",
     "miss-gpt2": "PEFT has no MiSS on GPT-2's Conv1D",
     "miss-gpt2-bat": "PEFT has no MiSS on GPT-2's Conv1D",

@@ -60,6 +60,7 @@ from .methods.noreft import NoReftConfig as NoReftConfig
 from .methods.oft import OFTConfig as OFTConfig
 from .methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
 from .methods.poly import PolyConfig as PolyConfig
+from .methods.osf import OSFConfig as OSFConfig
 from .methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from .methods.psoft import PsoftConfig as PsoftConfig
@@ -71,6 +72,7 @@ from .methods.supertuning import SupertuningConfig as SupertuningConfig
 from .methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from .methods.vera import VeraConfig as VeraConfig
+from .methods.waveft import WaveFTConfig as WaveFTConfig
 from .methods.xlora import XLoraConfig as XLoraConfig
 
 __version__: str
