@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import veneer
-from veneer import NotMergeable, get_peft_model
+from veneer import CheckpointError, NotMergeable, PeftModel, TargetError, get_peft_model
 
 from . import models
 from .models import output
-from .test_numpy import agree, arr, attach, sample, state
+from .test_numpy import agree, arr, attach, sample, softmax, state
 from .test_numpy_shared import PLACES, layers_of, models_of_both_kinds
 
 
@@ -145,4 +146,52 @@ def test_a_tinylora_file_brings_its_directions(tmp_path, monkeypatch):
     config = veneer.TinyLoraConfig(target_modules=PLACES["llama"])
     attach("llama", config).save_pretrained(tmp_path)
     monkeypatch.setattr(torch.linalg, "svd", None)
-    veneer.PeftModel.from_pretrained(models.build("llama"), tmp_path)
+    PeftModel.from_pretrained(models.build("llama"), tmp_path)
+
+
+def composed(logits: np.ndarray, bank: np.ndarray, k: int) -> np.ndarray:
+    """Each stretch: a softmax over the k largest logits, mixing their vectors of the bank."""
+    flat = logits.reshape(-1, logits.shape[-1])
+    rows = []
+    for row in flat:
+        chosen = np.argsort(row)[::-1][:k]
+        rows.append(softmax(row[chosen]) @ bank[chosen])
+    return np.array(rows).reshape(*logits.shape[:-1], bank.shape[1])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize(("name", "length"), [("llama", 5), ("gpt2", 15)])
+def test_vblora(name: str, length: int, k: int):
+    """A's rows are stretches joined end to end; so are B's columns."""
+    targets = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}[name]
+    config = veneer.VBLoRAConfig(r=3, num_vectors=9, vector_length=length, topk=k, target_modules=targets)
+    for layer, p, shared, W, b in layers_of(name, config, scale=0.6):
+        A, B = (composed(p[f"vblora_logits_{side}"], shared["vblora_vector_bank"], k) for side in "AB")
+        assert A.shape == (3, W.shape[1] // length, length) and B.shape == (W.shape[0] // length, 3, length)
+        agree(layer, W + sum(np.outer(B[:, i].ravel(), A[i].ravel()) for i in range(3)), b)
+
+
+VBLORA = dict(r=3, vector_length=5, target_modules=["q_proj", "down_proj"])
+
+
+@pytest.mark.parametrize(("vectors", "dtype"), [(255, torch.uint8), (256, torch.int16), (32768, torch.int32)])
+def test_a_vblora_file_of_choices_is_small_and_final(vectors: int, dtype: torch.dtype, tmp_path):
+    config = veneer.VBLoRAConfig(**VBLORA, num_vectors=vectors, save_only_topk_weights=True)
+    model, batch = attach("llama", config), models.inputs("llama")
+    model.save_pretrained(tmp_path / "one")
+    found = {key: t for key, t in load_file(tmp_path / "one" / "adapter_model.safetensors").items() if "logits" in key}
+    assert {t.dtype for key, t in found.items() if key.endswith("_indices")} == {dtype}
+    stretches = 2 * 3 * (30 + 70 + 45 + 30) // 5
+    assert sum(t.numel() for t in found.values()) == 3 * stretches
+    with pytest.raises(CheckpointError, match="is_trainable=False"):
+        PeftModel.from_pretrained(models.build("llama"), tmp_path / "one", is_trainable=True)
+    loaded = PeftModel.from_pretrained(models.build("llama"), tmp_path / "one")
+    assert torch.equal(output(loaded, batch), output(model, batch))
+    assert not any(p.requires_grad for p in loaded.parameters())
+    loaded.save_pretrained(tmp_path / "two")
+    assert not torch.equal(output(loaded.merge_and_unload(), batch), output(models.build("llama"), batch))
+
+
+def test_vbloras_length_divides_its_targets():
+    with pytest.raises(TargetError, match="vector_length 4 on 'model.layers.0.self_attn.q_proj' must divide in = 30"):
+        attach("llama", veneer.VBLoRAConfig(vector_length=4, target_modules=["q_proj"]))
