@@ -221,6 +221,11 @@ CASES = [
         "chosen",
         noop=False,
     ),
+    Case("unilora", "llama", dict(r=3, theta_d_length=23, target_modules=LINEARS), noop=False),
+    Case("unilora", "gpt2", dict(r=3, theta_d_length=4000, target_modules=["c_attn", "c_fc"]), "long", noop=False),
+    Case(
+        "unilora", "llama", dict(r=3, theta_d_length=23, target_modules=LINEARS, save_indices=True), "fat", noop=False
+    ),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

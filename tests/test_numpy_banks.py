@@ -195,3 +195,52 @@ def test_a_vblora_file_of_choices_is_small_and_final(vectors: int, dtype: torch.
 def test_vbloras_length_divides_its_targets():
     with pytest.raises(TargetError, match="vector_length 4 on 'model.layers.0.self_attn.q_proj' must divide in = 30"):
         attach("llama", veneer.VBLoRAConfig(vector_length=4, target_modules=["q_proj"]))
+
+
+@models_of_both_kinds
+@pytest.mark.parametrize("d", [23, 3000])
+def test_unilora(name: str, d: int):
+    """All entries of all A and B, flat, are P theta; P has one entry a row, orthonormal columns, balanced counts."""
+    found = list(layers_of(name, veneer.UniLoraConfig(r=3, theta_d_length=d, target_modules=PLACES[name]), scale=3.0))
+    places = np.concatenate([p[f"unilora_indices_{side}"].ravel() for _, p, *_ in found for side in "AB"])
+    counts = np.bincount(places, minlength=d)
+    assert counts.max() - counts.min() <= 1 and counts.sum() == len(places)
+    P = np.zeros((len(places), d))
+    P[np.arange(len(places)), places] = 1
+    P /= np.maximum(np.linalg.norm(P, axis=0), 1)
+    entries, at = P @ found[0][2]["unilora_theta_d"], 0
+    for layer, _, _, W, b in found:
+        A = entries[at : (at := at + 3 * W.shape[1])].reshape(3, -1)
+        B = entries[at : (at := at + 3 * W.shape[0])].reshape(-1, 3)
+        agree(layer, W + B @ A, b)
+    assert at == len(entries)
+
+
+def test_uniloras_file_is_its_vector(tmp_path):
+    attach("llama", veneer.UniLoraConfig(target_modules=PLACES["llama"])).save_pretrained(tmp_path)
+    ((key, theta),) = load_file(tmp_path / "adapter_model.safetensors").items()
+    assert key == "base_model.unilora_theta_d" and theta.shape == (256,)
+
+
+def test_a_unilora_file_with_places_needs_no_seed(tmp_path):
+    """What the file says goes before what the seed would give."""
+    batch = models.inputs("llama")
+    config = veneer.UniLoraConfig(theta_d_length=40, target_modules=PLACES["llama"], save_indices=True)
+    model = attach("llama", config)
+    for layer in state(model).layers.values():
+        for places in layer.adapters["default"].buffers():
+            places.copy_(places.flatten().flip(0).view_as(places))
+    state(model).shared["default"].scale.mul_(3)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(models.build("llama"), tmp_path)
+    assert torch.equal(output(loaded, batch), output(model, batch))
+
+
+def test_unilora_learns_in_half_precision_too():
+    model = get_peft_model(
+        models.build("llama", dtype=torch.bfloat16),
+        veneer.UniLoraConfig(target_modules=PLACES["llama"]),
+        autocast_adapter_dtype=False,
+    )
+    assert state(model).shared["default"].unilora_theta_d.dtype == torch.bfloat16
+    output(model, models.inputs("llama")).float().square().mean().backward()
