@@ -25,6 +25,8 @@ class Case:
     label: str = ""
     noop: bool = True
     """It starts as a no-op with these settings."""
+    facts: dict[str, list[int]] = field(default_factory=dict)
+    """Arguments of a call that belong to the adapter: an entry for each row, over and over."""
     needs_experts: bool = False
 
     def __str__(self) -> str:
@@ -53,8 +55,12 @@ class Case:
         model = get_peft_model(base, config, name).eval()
         return models.perturb(model, name) if moved else model
 
-    def inputs(self, **kwargs: Any) -> dict:
-        return models.inputs(self.model, **kwargs)
+    def inputs(self, rows: int = 3, **kwargs: Any) -> dict:
+        return models.inputs(self.model, rows=rows, **kwargs) | self.facts_of(rows)
+
+    def facts_of(self, rows: int) -> dict[str, torch.Tensor]:
+        """The facts of a call with so many rows."""
+        return {name: torch.tensor([x[i % len(x)] for i in range(rows)]) for name, x in self.facts.items()}
 
 
 _EXPERTS: dict[str, dict[str, str]] = {}
@@ -180,6 +186,105 @@ CASES = [
     Case("road", "llama", dict(variant="road_4", group_size=10, target_modules=["q_proj", "down_proj"])),
     Case("road", "llama", dict(variant="road_2", group_size=6, target_modules=["down_proj", "o_proj"]), "2"),
     Case("road", "llama", dict(group_size=14, target_modules=["q_proj", "k_proj"]), "1"),
+    Case("shira", "llama", dict(r=3, target_modules=LINEARS)),
+    Case("shira", "llama", dict(r=3, target_modules=LINEARS, random_seed=5), "seed"),
+    Case("shira", "gpt2", dict(r=3, target_modules=["c_attn", "mlp.c_proj"])),
+    Case("shira", "conv", dict(r=2, target_modules=["first", "second", "third", "head"])),
+    Case("shira", "grouped", dict(r=2, target_modules=["conv"])),
+    Case("supertuning", "llama", dict(sparsity=0.9, target_modules=LINEARS)),
+    Case(
+        "supertuning",
+        "llama",
+        dict(sparsity=0.9, select_top=False, r=3, target_modules=LINEARS, save_precomputed_indices=False),
+        "supra",
+    ),
+    Case("supertuning", "gpt2", dict(sparsity=0.9, r=3, lora_alpha=5, target_modules=["c_attn", "mlp.c_proj"])),
+    Case("supertuning", "conv", dict(sparsity=0.8, r=3, target_modules=["first", "second", "third", "head"])),
+    Case("supertuning", "grouped", dict(sparsity=0.5, target_modules=["conv"])),
+    Case(
+        "poly",
+        "llama",
+        dict(r=3, n_tasks=3, n_skills=5, target_modules=LINEARS, task_type="CAUSAL_LM"),
+        facts={"task_ids": [2, 0, 1]},
+    ),
+    Case(
+        "poly",
+        "gpt2",
+        dict(r=3, n_tasks=4, n_splits=5, target_modules=["c_attn", "c_fc"], task_type="CAUSAL_LM"),
+        "multi-head",
+        facts={"task_ids": [3, 3, 0]},
+    ),
+    Case(
+        "poly",
+        "t5",
+        dict(r=3, n_tasks=2, n_splits=3, target_modules=["q", "wo"], task_type="SEQ_2_SEQ_LM"),
+        "multi-head",
+        facts={"task_ids": [1, 0]},
+    ),
+    Case("bitfit", "llama", dict()),
+    Case("bitfit", "gpt2", dict()),
+    Case("bitfit", "gpt2", dict(target_modules=["ln_1", "mlp.c_proj"], layers_to_transform=1), "named"),
+    Case("bitfit", "conv", dict(target_modules=["first", "third", "head"])),
+    Case(
+        "mtl_lora",
+        "llama",
+        dict(r=3, n_tasks=3, temperature=0.7, target_modules=LINEARS),
+        facts={"task_ids": [2, 0, 1]},
+    ),
+    Case(
+        "mtl_lora",
+        "gpt2",
+        dict(r=4, n_tasks=2, n_up_projections=2, target_modules=["c_attn", "c_fc"]),
+        facts={"task_ids": [1, 1, 0]},
+    ),
+    Case(
+        "mtl_lora",
+        "t5",
+        dict(r=3, n_tasks=2, target_modules=["q", "wo"], task_type="SEQ_2_SEQ_LM"),
+        facts={"task_ids": [1, 0]},
+    ),
+    Case(
+        "lora", "mixtral", dict(r=4, lora_alpha=7, target_parameters=["experts.gate_up_proj", "down_proj"]), "experts"
+    ),
+    Case(
+        "lora",
+        "mixtral",
+        dict(r=2, target_modules=["q_proj"], target_parameters=["gate.weight"], rank_pattern={"gate.weight": 3}),
+        "router",
+    ),
+    Case("loreft", "llama", dict(r=4)),
+    Case(
+        "loreft",
+        "gpt2",
+        dict(
+            r=3,
+            layers=[1],
+            prefix_positions=0,
+            suffix_positions=2,
+            non_linearity="tanh",
+            target_modules=["mlp"],
+            init_weights=False,
+        ),
+        "suffix",
+        noop=False,
+    ),
+    Case("loreft", "t5", dict(r=3, prefix_positions=2, suffix_positions=2, tied_weights=True)),
+    Case("noreft", "llama", dict(r=4, prefix_positions=1, suffix_positions=2, init_weights=False), noop=False),
+    Case("direft", "gpt2", dict(r=4, prefix_positions="all")),
+    Case("hira", "llama", dict(r=5, target_modules=LINEARS)),
+    Case("hira", "llama", dict(r=5, target_modules=LINEARS, rank_pattern={"k_proj": 3}), "patterns"),
+    Case("hira", "llama", dict(r=5, target_modules=LINEARS, init_weights="gaussian"), "gaussian"),
+    Case("hira", "gpt2", dict(r=5, target_modules=["wte", "c_attn"])),
+    Case("hira", "conv", dict(r=5, target_modules=["first", "second", "third", "head"])),
+    Case("hira", "dilated", dict(r=5, target_modules=["conv"])),
+    Case("hira", "volume", dict(r=5, target_modules=["conv"])),
+    Case("miss", "llama", dict(r=4, target_modules=LINEARS)),
+    Case("miss", "llama", dict(r=4, target_modules=LINEARS, init_weights=False), "random", noop=False),
+    Case("miss", "llama", dict(r=7, mini_r=5, target_modules=["o_proj", "down_proj"], init_weights="mini"), "mini"),
+    Case("miss", "llama", dict(r=5, target_modules=["q_proj", "down_proj"], init_weights="bat"), "bat"),
+    Case("miss", "llama", dict(r=4, target_modules=["q_proj", "down_proj"], bias="MiSS_only"), "biases"),
+    Case("miss", "gpt2", dict(r=4, target_modules=["c_attn", "mlp.c_proj"])),
+    Case("miss", "gpt2", dict(r=15, target_modules=["c_attn", "mlp.c_proj"], init_weights="bat"), "bat"),
     Case("pvera", "llama", dict(r=5, target_modules=LINEARS)),
     Case("pvera", "gpt2", dict(r=5, target_modules=["c_attn", "c_fc"], save_projection=False), "unsaved"),
     Case("tinylora", "llama", dict(r=3, u=7, target_modules=LINEARS)),
@@ -226,6 +331,92 @@ CASES = [
     Case(
         "unilora", "llama", dict(r=3, theta_d_length=23, target_modules=LINEARS, save_indices=True), "fat", noop=False
     ),
+    Case("p_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM", encoder_hidden_size=11), noop=False),
+    Case(
+        "p_tuning",
+        "gpt2",
+        dict(
+            num_virtual_tokens=3,
+            task_type="CAUSAL_LM",
+            encoder_reparameterization_type="LSTM",
+            encoder_hidden_size=11,
+            encoder_num_layers=1,
+        ),
+        "lstm",
+        noop=False,
+    ),
+    Case(
+        "p_tuning",
+        "t5",
+        dict(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM", encoder_reparameterization_type="LSTM"),
+        noop=False,
+    ),
+    Case("cartridge", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
+    Case("cartridge", "gpt2", dict(num_virtual_tokens=4, num_frozen_tokens=0, task_type="CAUSAL_LM"), noop=False),
+    Case("cartridge", "t5", dict(num_virtual_tokens=5, num_frozen_tokens=2, task_type="SEQ_2_SEQ_LM"), noop=False),
+    Case(
+        "multitask_prompt_tuning",
+        "llama",
+        dict(num_virtual_tokens=3, num_ranks=2, task_type="CAUSAL_LM"),
+        noop=False,
+        facts=dict(task_ids=[0]),
+    ),
+    Case(
+        "multitask_prompt_tuning",
+        "gpt2",
+        dict(num_virtual_tokens=3, num_tasks=3, task_type="CAUSAL_LM", prompt_tuning_init="SAMPLE_VOCAB"),
+        "tasks",
+        noop=False,
+        facts=dict(task_ids=[2, 0, 1]),
+    ),
+    Case(
+        "multitask_prompt_tuning",
+        "t5",
+        dict(num_virtual_tokens=3, num_tasks=2, num_ranks=2, task_type="SEQ_2_SEQ_LM", num_transformer_submodules=1),
+        noop=False,
+        facts=dict(task_ids=[1, 0]),
+    ),
+    Case(
+        "c3a",
+        "llama",
+        dict(block_size=5, block_size_pattern={"k_proj": 2}, target_modules=LINEARS, init_weights=True),
+    ),
+    Case(
+        "c3a",
+        "llama",
+        dict(block_size=10, target_modules=["q_proj", "o_proj"], init_weights="gaussian"),
+        "gaussian",
+        noop=False,
+    ),
+    Case("c3a", "gpt2", dict(block_size=15, target_modules=["c_attn", "mlp.c_proj"]), noop=False),
+    Case("deft", "llama", dict(r=4, alpha=7, target_modules=LINEARS)),
+    Case("deft", "llama", dict(r=16, target_modules=LINEARS, decomposition_method="qr"), "qr"),
+    Case("deft", "llama", dict(r=4, target_modules=LINEARS, decomposition_method="qr", para=True), "para", noop=False),
+    Case("deft", "gpt2", dict(r=4, target_modules=["c_attn", "mlp.c_proj"])),
+    Case("psoft", "llama", dict(r=11, psoft_alpha=7, target_modules=LINEARS)),
+    Case(
+        "psoft",
+        "llama",
+        dict(
+            r=7,
+            target_modules=LINEARS,
+            ab_svd_init="pissa_init",
+            psoft_svd="lowrank",
+            psoft_svd_lowrank_niter=3,
+            use_cayley_neumann=True,
+            cayley_neumann_eps=0.3,
+            psoft_mag_a=False,
+        ),
+        "series",
+    ),
+    Case("psoft", "llama", dict(r=7, target_modules=["q_proj"], psoft_orth=False, psoft_mag_b=False), "free"),
+    Case("psoft", "gpt2", dict(r=11, target_modules=["c_attn", "mlp.c_proj"])),
+    Case("boft", "llama", dict(boft_block_size=5, target_modules=LINEARS)),
+    Case("boft", "llama", dict(boft_block_size=0, boft_block_num=5, target_modules=LINEARS), "number"),
+    Case("boft", "gpt2", dict(boft_block_size=3, target_modules=["c_attn", "mlp.c_proj"])),
+    Case("boft", "square", dict(boft_block_size=9, target_modules=["conv"])),
+    Case("boft", "conv", dict(boft_block_size=9, target_modules=["first", "second", "third"])),
+    Case("boft", "conv", dict(boft_block_size=6, boft_n_butterfly_factor=2, target_modules=["second"]), "butterfly"),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

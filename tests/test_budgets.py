@@ -45,7 +45,7 @@ def test_a_method_is_a_small_file(path: Path):
 
 
 def test_the_core_is_small():
-    assert sum(code_lines(path) for path in CORE) <= 2000
+    assert sum(code_lines(path) for path in CORE) <= 2200
 
 
 def test_functions_are_short():
@@ -107,7 +107,8 @@ def test_every_public_name_can_be_had():
 def test_every_field_and_method_is_explained():
     for name, config in all_methods().items():
         module = sys.modules[config.__module__]
-        assert module.__doc__ and "arXiv:" in module.__doc__ or name == "trainable_tokens", name
+        paper = re.search(r"arXiv:\d{4}\.\d{4,5}|OpenReview:\w+|doi:\S+", module.__doc__ or "")
+        assert paper or name == "trainable_tokens", name
         source = ast.parse(Path(module.__file__).read_text())
         for cls in (n for n in source.body if isinstance(n, ast.ClassDef) and n.name == config.__name__):
             for field, after in zip(cls.body, [*cls.body[1:], None], strict=True):

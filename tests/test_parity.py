@@ -23,7 +23,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 
 NOT_COMPARED = {
+    "bitfit": "PEFT has no such method",
     "bottleneck": "PEFT has no such method",
+    "loreft": "PEFT has no such method",
+    "noreft": "PEFT has no such method",
+    "direft": "PEFT has no such method",
+    "mtl_lora": "PEFT has no such method",
     "xlora": "PEFT 0.21 writes X-LoRA files without the gate; see test_xlora_with_pefts_gate",
 }
 FAULTS = {
@@ -34,14 +39,33 @@ FAULTS = {
     "delora-gpt2": "PEFT has no DeLoRA on GPT-2's Conv1D",
     "hra-conv-conv1d": "PEFT has no HRA on Conv1d",
     "oft-conv-conv1d": "PEFT has no OFT on Conv1d",
+    "multitask_prompt_tuning-t5": "PEFT drops decoder_input_ids; test_a_multitask_prompt_before_an_encoder has labels",
+    "c3a-gpt2": "PEFT has no C3A on GPT-2's Conv1D",
+    "psoft-gpt2": "PEFT has no PSOFT on GPT-2's Conv1D",
+    "boft-gpt2": "PEFT has no BOFT on GPT-2's Conv1D",
+    "boft-conv": "PEFT sizes BOFT on convolutions by kernel_size[0] twice; boft-square is compared",
+    "boft-conv-butterfly": "the same; test_butterflies_agree_with_pefts_kernel compares several factors",
     "loha-gpt2": "PEFT has no LoHa on GPT-2's Conv1D",
+    "miss-gpt2": "PEFT has no MiSS on GPT-2's Conv1D",
+    "miss-gpt2-bat": "PEFT has no MiSS on GPT-2's Conv1D",
+    "hira-llama-patterns": "PEFT computes HiRA's ranks from rank_pattern and then builds the first adapter with r",
+    "shira-gpt2": "PEFT has no SHiRA on GPT-2's Conv1D",
+    "shira-conv": "PEFT has SHiRA on linear layers alone",
+    "shira-grouped": "PEFT has SHiRA on linear layers alone",
+    "supertuning-gpt2": "PEFT has no Super-Tuning on GPT-2's Conv1D",
+    "supertuning-conv": "PEFT has Super-Tuning on linear layers alone",
+    "supertuning-grouped": "PEFT has Super-Tuning on linear layers alone",
+    "poly-gpt2-multi-head": "PEFT has no Poly on GPT-2's Conv1D",
 }
 MERGED = {
-    "oft-square": "PEFT's OFT convolution sums overlapping patches, so even the identity changes; its merge is right"
+    "oft-square": "PEFT's OFT convolution sums overlapping patches, so even the identity changes; its merge is right",
+    "hira-dilated": "PEFT's HiRA convolutions pad with zeros whatever the padding mode; its merge is right",
 }
 WRONG_GRADIENTS = {
+    "c3a-llama": "PEFT's C3A turns the gradient of its input the other way; test_c3as_gradients has the right one",
+    "c3a-llama-gaussian": "as for c3a-llama",
     "loha-conv-effective": "PEFT's backward of LoHa with a core takes the gradient of A1 through the core of the other "
-    "product, that of A2 likewise; test_lohas_gradients_with_a_core has the right ones"
+    "product, that of A2 likewise; test_lohas_gradients_with_a_core has the right ones",
 }
 COMPARED = [c for c in CASES if c.method not in NOT_COMPARED and str(c) not in FAULTS]
 
@@ -117,6 +141,28 @@ def both_ways(build, config, pefts, batch, tmp_path, **facts):
     assert tensors(tmp_path / "ours").keys() == tensors(tmp_path / "theirs").keys()
 
 
+@pytest.mark.parametrize("factors", [2, 3])
+def test_butterflies_agree_with_pefts_kernel(factors: int, tmp_path, monkeypatch):
+    """Without CUDA PEFT takes one factor only; its kernel is replaced by what it computes."""
+    from peft.tuners.boft import layer
+
+    from veneer import BOFTConfig
+
+    def block_diagonals(blocks):
+        return torch.stack([torch.block_diag(*factor) for factor in blocks])
+
+    monkeypatch.setattr(layer, "get_fbd_cuda", lambda: object())
+    monkeypatch.setattr(layer.FastBlockDiag, "apply", block_diagonals)
+
+    def build():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(48, 7), torch.nn.Tanh()).eval()
+
+    settings = dict(target_modules=["0"], boft_block_size=6, boft_n_butterfly_factor=factors)
+    batch = {"x": torch.randn(5, 48)}
+    both_ways(build, BOFTConfig(**settings), peft.BOFTConfig(**settings), batch, tmp_path)
+
+
 HEADS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
@@ -141,6 +187,14 @@ def test_encoder_tasks_train_and_save_their_head(head: str, method: str, tmp_pat
     if head == "ForQuestionAnswering" and method == "PromptTuning":
         pytest.skip("PEFT does not lengthen what question answering compares; prompts there are tested in test_prompts")
     both_ways(build, ours(**settings), theirs(**settings), batch, tmp_path)
+
+
+def test_a_multitask_prompt_before_an_encoder(tmp_path):
+    """With labels, from which the decoder's input comes: PEFT drops a given one."""
+    case = next(c for c in CASES if str(c) == "multitask_prompt_tuning-t5")
+    batch = case.inputs()
+    batch["labels"] = batch.pop("decoder_input_ids")
+    both_ways(lambda: models.build("t5"), case.config(), pefts_config(case), batch, tmp_path)
 
 
 def test_a_named_embedding_is_in_the_file_whole(tmp_path):
@@ -224,6 +278,7 @@ def gradients(model, case: Case) -> dict[str, torch.Tensor]:
     for name, p in model.named_parameters():
         if p.requires_grad:
             name = name.removeprefix("base_model.model.").replace(".adapters.default.", ".").replace(".default", "")
+            name = name.replace(".members.0.", ".base_layer.").replace(".members.1.", ".")  # two parameters of a module
             found[name.replace(".modules_to_save.", ".").replace(".module.", ".").removesuffix(".weight")] = p.grad
     return found
 

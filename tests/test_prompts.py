@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from veneer import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from veneer import ConfigError, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from veneer.core.context import state_of
 
 from . import models
@@ -122,3 +122,21 @@ def test_prefix_heads_follow_grouped_query_attention_and_odd_head_sizes():
     batch = models.inputs("t5")
     assert prompt_of(model).key_values({})[0][0].shape == (5, 3, 7)
     assert model(**batch).logits.shape == (3, 5, 67)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_encoder_decoders_prompt_needs_no_rows_for_the_decoder(tmp_path):
+    """PEFT's examples say num_transformer_submodules=1: half the rows, and the other half is never read."""
+    import peft
+
+    from veneer import PeftModel
+
+    settings = dict(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM", num_transformer_submodules=1)
+    theirs = peft.get_peft_model(models.build("t5"), peft.PromptTuningConfig(**settings)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = PeftModel.from_pretrained(models.build("t5"), tmp_path)
+    assert prompt_of(ours).prompt_embeddings.shape == (3, 30)
+    batch = models.inputs("t5")
+    torch.testing.assert_close(ours(**batch).logits, theirs(**batch).logits, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigError, match="num_transformer_submodules = 1"):
+        get_peft_model(models.build("t5"), PrefixTuningConfig(**settings))

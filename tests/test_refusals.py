@@ -24,7 +24,7 @@ from veneer import (
     VeneerError,
     get_peft_model,
 )
-from veneer.core.config import Config, all_methods
+from veneer.core.config import Config, PromptConfig, all_methods
 
 from . import models
 from .cases import ONE_EACH, Case, experts
@@ -118,6 +118,9 @@ REQUIRED = {
     "xlora": dict(adapters={"0": "somewhere"}),
     "prefix_tuning": dict(num_virtual_tokens=2),
     "prompt_tuning": dict(num_virtual_tokens=2),
+    "p_tuning": dict(num_virtual_tokens=2),
+    "cartridge": dict(num_virtual_tokens=2),
+    "multitask_prompt_tuning": dict(num_virtual_tokens=2),
 }
 
 
@@ -125,7 +128,7 @@ REQUIRED = {
 def test_an_unknown_field_is_refused(method: str):
     """From Python and from a file, with the nearest real name; a file's null or false says nothing and passes."""
     config_class, given = all_methods()[method], REQUIRED.get(method, {})
-    field = "num_virtual_tokens" if method.startswith("pr") else "target_modules"
+    field = "num_virtual_tokens" if issubclass(config_class, PromptConfig) else "target_modules"
     wrong = field.replace("u", "o")
     with pytest.raises(ConfigError) as caught:
         config_class(**given, **{wrong: 3})

@@ -227,7 +227,7 @@ class LowRank(Additive):
         return y + self.update(x)
 
     def set_dropout(self, p: float) -> None:
-        self.dropout = nn.Dropout(p) if p > 0 else None
+        self.dropout: nn.Module | None = nn.Dropout(p) if p > 0 else None
 
 
 class Bias(Adapter):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import BaseMismatch, CheckpointError, listing
 from ..files import WEIGHTS_NAME, find_weights, write_atomically
 from .adapter import Adapter, Replace, Tensors
-from .config import Config, PromptConfig
+from .config import METHODS, Config, PromptConfig
 from .context import State
 from .layer import walk
 from .prompt import Prompt
@@ -33,7 +33,8 @@ def parts(state: State, name: str) -> Iterator[tuple[str, Adapter | Prompt | nn.
     below = "base_model." if isinstance(state.configs[name], PromptConfig) else "base_model.model."
     for path, adapter in state.adapters(name).items():
         for part in adapter.parts:
-            yield f"{below if isinstance(part, Replace) else 'base_model.model.'}{path}.", part
+            key = getattr(part.target, "key", "")
+            yield f"{below if isinstance(part, Replace) else 'base_model.model.'}{path}.{key}", part
     if name in state.shared:
         yield "base_model.", state.shared[name]
     if name in state.prompts:
@@ -107,13 +108,20 @@ def read(source: str | Path, **hub: Any) -> tuple[Tensors, dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {todays(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise CheckpointError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
     broken = [key for key, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if broken:
         raise CheckpointError(f"{str(path)!r} holds values that are not finite in:{listing(broken)}")
     return tensors, _notes(metadata)
+
+
+def todays(key: str) -> str:
+    """A key of a file with the attribute's name of today: methods were renamed."""
+    path, dot, attribute = key.rpartition(".")
+    names = {old: new for config in METHODS.values() for old, new in config.renamed.items()}
+    return path + dot + names.get(attribute, attribute)
 
 
 def _notes(metadata: Mapping[str, str]) -> dict[str, Any]:

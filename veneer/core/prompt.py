@@ -25,7 +25,7 @@ class Spec:
     """Heads of a cache entry: the key-value heads under grouped-query attention."""
     head_dim: int
     submodules: int
-    """1, or 2 for an encoder-decoder."""
+    """1, or 2 for an encoder-decoder; embeddings may have 1 there too, since only the encoder reads them."""
 
 
 class Prompt(nn.Module):
@@ -78,7 +78,10 @@ def spec_for(model: nn.Module, config: PromptConfig) -> Spec:
         )
     text = model.config.get_text_config()
     sizes = _sizes(text, config.fills_cache)
-    sizes["num_transformer_submodules"] = 2 if getattr(model.config, "is_encoder_decoder", False) else 1
+    encoder_only = config.num_transformer_submodules == 1 and not config.fills_cache
+    sizes["num_transformer_submodules"] = (
+        2 if getattr(model.config, "is_encoder_decoder", False) and not encoder_only else 1
+    )
     for name, size in sizes.items():
         if getattr(config, name) not in (None, size):
             raise ConfigError(f"{name} = {getattr(config, name)} does not fit {type(model).__name__}, whose is {size}")

@@ -58,10 +58,8 @@ def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     kwargs = {name: value for name, value in kwargs.items() if name not in state.fact_names()}
     state.facts = by_row({**state.sticky, **own}, kwargs, args)
     check_names(state)
-    names = state.live() if "adapter_names" not in state.facts else tuple(dict.fromkeys(state.facts["adapter_names"]))
-    for name in names:
-        if name in state.configs:
-            _compute_facts(state, name, model, _named(args, kwargs))
+    for name in called(state):
+        _compute_facts(state, name, model, _named(args, kwargs))
     for prompt in live_prompts(state):
         args, kwargs = splice(model, prompt, state, args, kwargs)
     return args, kwargs
@@ -78,6 +76,12 @@ def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if term is not None:
             output.loss = output.loss + term.to(output.loss)
     return output
+
+
+def called(state: State) -> list[str]:
+    """The adapters that take part in the call under way."""
+    names = state.live() if "adapter_names" not in state.facts else tuple(dict.fromkeys(state.facts["adapter_names"]))
+    return [name for name in names if name in state.configs]
 
 
 def check_names(state: State) -> None:
@@ -130,10 +134,14 @@ def splice(model: nn.Module, prompt: Prompt, state: State, args: tuple[Any, ...]
 
 
 def before_encoder(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An encoder's own pre-hook: `generate` calls it past the root, so its embeddings are put in here."""
+    """An encoder's own pre-hook: `generate` calls it past the root, so facts and embeddings are put in here."""
     (state,) = encoder.__dict__.get("_veneer_root", (None,))
     if state is None or state.busy:
         return args, kwargs
+    state.facts = dict(state.facts)
+    for name in called(state):
+        if state.configs[name].reads_encoder:
+            _compute_facts(state, name, encoder, _named(args, kwargs))
     for prompt in live_prompts(state):
         if prompt.key_values(state.facts) is None:
             args, kwargs = args[1:], _with_embeds(encoder, prompt, state.facts, _named(args, kwargs))

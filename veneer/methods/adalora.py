@@ -137,6 +137,7 @@ class AdaLoraConfig(LoraConfig):
     """Which triplets a PEFT file still holds, by target."""
 
     peft_type, adapter, patterns = Name("ADALORA"), AdaLoRA, ("alpha_pattern",)  # type: ignore[assignment]
+    example = {"total_step": 1000}
 
     def __post_init__(self) -> None:
         pattern, self.rank_pattern = self.rank_pattern, None
@@ -162,11 +163,8 @@ class AdaLoraConfig(LoraConfig):
     def rank_of(self, path: str) -> int:
         """init_r, or what a cut file still holds of a target; 0 is legal there."""
         for name, alive in (self.rank_pattern or {}).items():
-            if (
-                name.removeprefix("base_model.model.")
-                .removeprefix("model.")
-                .startswith(path.removeprefix("model.") + ".lora_E")
-            ):
+            name = name.removeprefix("base_model.model.").removeprefix("model.")
+            if name.startswith(path.removeprefix("model.") + ".lora_E"):
                 return sum(map(bool, alive))
         return self.init_r
 

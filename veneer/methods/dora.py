@@ -18,6 +18,7 @@ from .lora import LoRA, LoraConfig
 
 
 class DoRA(LoRA):
+    kinds = frozenset({"linear", "conv", "embedding"})
     reads_weight = True
 
     def __init__(self, config: LoraConfig, target: Target, shared: nn.Module | None = None) -> None:

@@ -23,7 +23,7 @@ from ..inits.pissa import pissa
 
 
 class LoRA(LowRank):
-    kinds = frozenset({"linear", "conv", "embedding"})
+    kinds = frozenset({"linear", "conv", "embedding", "param"})
 
     def __init__(self, config: LoraConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
@@ -74,7 +74,7 @@ class LoRA(LowRank):
 
     def expected_parameters(self) -> int:
         r, target = self.r, self.target
-        return r * target.in_features * target.groups + r * target.out_features // target.groups
+        return target.copies * (r * target.in_features * target.groups + r * target.out_features // target.groups)
 
     def describe(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}, {self.target.in_features} -> {self.target.out_features}"
@@ -96,6 +96,8 @@ class LoraConfig(LayerConfig):
     """Other ranks for some targets, by name ending or regular expression."""
     alpha_pattern: dict[str, int | float] | None = mapping()
     """Other values of lora_alpha, likewise."""
+    target_parameters: list[str] | None = None
+    """Bare parameters to adapt, by name ending ("experts.gate_up_proj"): matrices, or stacks of them, one an expert."""
     use_dora: bool = False
     """Learn magnitude and direction apart (DoRA)."""
 

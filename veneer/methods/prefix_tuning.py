@@ -20,7 +20,27 @@ from ..core.prompt import Prompt, Spec
 from ..errors import CheckpointError, ConfigError
 
 
-class PrefixTuning(Prompt):
+class Prefix(Prompt):
+    """Learned cache entries, held as one row for each position."""
+
+    def prefix(self) -> Tensor:
+        """(n, layers x 2 x width)."""
+        raise NotImplementedError  # a subclass that forgets it fails in every law
+
+    def key_values(self, facts: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        spec = self.spec
+        # (n, layers, 2, heads, head_dim) -> (layers, 2, heads, n, head_dim)
+        cache = self.prefix().view(self.n, spec.layers, 2, spec.heads, spec.head_dim).permute(1, 2, 3, 0, 4)
+        # PEFT deals an encoder-decoder's entries out as if each layer took four: layer i gets those of 2i, modulo
+        # the number of layers. Half of them are never read; its files mean that, so it is kept.
+        order = [2 * i % spec.layers if spec.submodules == 2 else i for i in range(spec.layers)]
+        return [(cache[i, 0], cache[i, 1]) for i in order]
+
+    def export(self) -> Tensors:
+        return {"prompt_embeddings": self.prefix().detach()}
+
+
+class PrefixTuning(Prefix):
     def __init__(self, config: PrefixTuningConfig, spec: Spec, words: Tensor) -> None:
         super().__init__(config, spec, words)
         size = spec.layers * 2 * spec.width
@@ -37,20 +57,7 @@ class PrefixTuning(Prompt):
                 nn.init.zeros_(last)
 
     def prefix(self) -> Tensor:
-        """(n, layers x 2 x width)."""
         return self.transform(self.embedding.weight) if self.is_projected else self.prompt_embeddings
-
-    def key_values(self, facts: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
-        spec = self.spec
-        # (n, layers, 2, heads, head_dim) -> (layers, 2, heads, n, head_dim)
-        cache = self.prefix().view(self.n, spec.layers, 2, spec.heads, spec.head_dim).permute(1, 2, 3, 0, 4)
-        # PEFT deals an encoder-decoder's entries out as if each layer took four: layer i gets those of 2i, modulo
-        # the number of layers. Half of them are never read; its files mean that, so it is kept.
-        order = [2 * i % spec.layers if spec.submodules == 2 else i for i in range(spec.layers)]
-        return [(cache[i, 0], cache[i, 1]) for i in order]
-
-    def export(self) -> Tensors:
-        return {"prompt_embeddings": self.prefix().detach()}
 
     def absorb(self, tensors: Tensors) -> None:
         if self.is_projected:

@@ -10,7 +10,7 @@ of which the second half is never read.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -56,12 +56,16 @@ class PromptTuningConfig(PromptConfig):
     """Arguments for the tokenizer's `from_pretrained`."""
 
     peft_type, prompt = Name("PROMPT_TUNING"), PromptTuning
+    inits: ClassVar[tuple[str, ...]] = INITS
+    """What `prompt_tuning_init` may be."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.prompt_tuning_init = getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init)
-        if self.prompt_tuning_init not in INITS:
-            raise ConfigError(f"prompt_tuning_init must be one of {', '.join(INITS)}, not {self.prompt_tuning_init!r}")
+        if self.prompt_tuning_init not in self.inits:
+            raise ConfigError(
+                f"prompt_tuning_init must be one of {', '.join(self.inits)}, not {self.prompt_tuning_init!r}"
+            )
         if self.prompt_tuning_init == "TEXT" and not (self.prompt_tuning_init_text and self.tokenizer_name_or_path):
             raise ConfigError("prompt_tuning_init TEXT needs prompt_tuning_init_text and tokenizer_name_or_path")
         if "trust_remote_code" in (self.tokenizer_kwargs or {}):

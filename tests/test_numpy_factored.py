@@ -1,0 +1,134 @@
+"""Updates in structured factors, against their papers' formulas derived again in NumPy."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import veneer
+from veneer import ConfigError, PeftModel, TargetError, get_peft_model
+
+from . import models
+from .test_numpy import adapt, agree, arr, attach, linear_places, places, state
+
+
+def product(A: np.ndarray, B: np.ndarray) -> np.ndarray:
+    """B A, of kernels flattened to matrices."""
+    return B.reshape(len(B), -1) @ A.reshape(len(A), -1)
+
+
+@places
+def test_hira(place: str):
+    """W0 * (1 + B A), entry by entry."""
+    layer, p, W, b = adapt(veneer.HiraConfig, place, r=3)
+    agree(layer, W * (1 + product(p["hira_A"], p["hira_B"])), b)
+
+
+def test_hira_on_an_embedding():
+    path = "transformer.wte"
+    layer = state(attach("gpt2", veneer.HiraConfig(target_modules=["wte"], r=3))).layers[path]
+    p = {name: arr(v) for name, v in layer.adapters["default"].named_parameters()}
+    W = arr(layer.base_layer.weight) * (1 + (p["hira_embedding_B"] @ p["hira_embedding_A"]).T)
+    ids = torch.tensor([[3, 0, 66], [11, 3, 5]])
+    np.testing.assert_allclose(arr(layer(ids)), W[ids.numpy()], rtol=1e-5, atol=1e-6)
+
+
+def test_hira_reads_the_pretrained_weight_under_a_merged_adapter():
+    """Two merged one after the other make W0 (1 + B A + D C), not W0 (1 + B A) (1 + D C)."""
+    model = attach("llama", veneer.HiraConfig(r=3, target_modules=["q_proj"]))
+    model.add_adapter("two", veneer.HiraConfig(r=2, target_modules=["q_proj"]))
+    models.perturb(model, "two", scale=0.3)
+    model.set_adapter(["default", "two"])
+    layer = state(model).layers["model.layers.0.self_attn.q_proj"]
+    W = arr(layer.base_layer.weight)
+    one, two = (product(arr(a.hira_A), arr(a.hira_B)) for a in layer.adapters.values())
+    model.merge_adapter(["two"])
+    model.merge_adapter(["default"])
+    np.testing.assert_allclose(arr(layer.base_layer.weight), W * (1 + one + two), rtol=1e-5, atol=1e-6)
+
+
+def test_hiras_rank_pattern():
+    model = get_peft_model(models.build("llama"), veneer.HiraConfig(r=4, rank_pattern={"v_proj": 2}))
+    ranks = {path: layer.adapters["default"].hira_A.shape[0] for path, layer in state(model).layers.items()}
+    assert {r for path, r in ranks.items() if path.endswith("v_proj")} == {2}
+    assert {r for path, r in ranks.items() if path.endswith("q_proj")} == {4}
+
+
+def test_hiras_limits():
+    with pytest.raises(TargetError, match="groups"):
+        get_peft_model(models.build("grouped"), veneer.HiraConfig(target_modules=["conv"]))
+    with pytest.raises(ConfigError, match="gaussian"):
+        veneer.HiraConfig(init_weights="gauss")
+
+
+@linear_places
+def test_miss(place: str):
+    """Column i of W gets row i mod r of D, whether or not r divides in."""
+    layer, p, W, b = adapt(veneer.MissConfig, place, r=4)
+    assert W.shape[1] % 4
+    agree(layer, W + p["miss_block"][np.arange(W.shape[1]) % 4].T, b)
+
+
+@linear_places
+def test_miss_mini(place: str):
+    """W[o, i] gets D[i mod r, o mod mini_r]."""
+    layer, p, W, b = adapt(veneer.MissConfig, place, r=4, mini_r=5, init_weights="mini")
+    rows, columns = np.arange(W.shape[1]) % 4, np.arange(W.shape[0]) % 5
+    agree(layer, W + p["miss_block"][rows[None, :], columns[:, None]], b)
+
+
+@linear_places
+def test_miss_bat(place: str):
+    """Block by block: W'_ij = W_ij (I + D_i) + D_i."""
+    layer, p, W, b = adapt(veneer.MissConfig, place, r=5, init_weights="bat")
+    moved = W.copy()
+    for i, D in enumerate(p["miss_block"]):
+        for j in range(W.shape[1] // 5):
+            block = np.s_[5 * i : 5 * i + 5, 5 * j : 5 * j + 5]
+            moved[block] = W[block] @ (np.eye(5) + D) + D
+    agree(layer, moved, b)
+
+
+@pytest.mark.parametrize("how", [True, "bat"], ids=str)
+def test_a_bone_file_is_a_miss_file(how: bool | str, tmp_path):
+    """What PEFT 0.13 to 0.18 wrote; saved again it has today's names."""
+    settings = dict(r=5, target_modules=["q_proj", "down_proj"], init_weights=how, bias="MiSS_only")
+    model = attach("llama", veneer.MissConfig(**settings))
+    model.save_pretrained(tmp_path / "miss")
+    config = json.loads((tmp_path / "miss" / "adapter_config.json").read_text())
+    assert config.pop("mini_r") == 1 and config.pop("miss_dropout") == 0
+    config |= {"peft_type": "BONE", "bias": "Bone_only"}
+    tensors = load_file(tmp_path / "miss" / "adapter_model.safetensors")
+    (tmp_path / "bone").mkdir()
+    (tmp_path / "bone" / "adapter_config.json").write_text(json.dumps(config))
+    old = {key.replace(".miss_", ".bone_"): tensor for key, tensor in tensors.items()}
+    save_file(old, tmp_path / "bone" / "adapter_model.safetensors")
+    loaded = PeftModel.from_pretrained(models.build("llama"), tmp_path / "bone")
+    batch = models.inputs("llama")
+    assert torch.equal(models.output(loaded, batch), models.output(model, batch))
+    loaded.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / "adapter_model.safetensors").keys() == tensors.keys() != old.keys()
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["peft_type"] == "MISS"
+
+
+def test_miss_limits():
+    for settings in (dict(r=31), dict(r=2, mini_r=4, init_weights="mini"), dict(r=4, init_weights="bat")):
+        with pytest.raises(ConfigError, match="q_proj"):
+            get_peft_model(models.build("llama"), veneer.MissConfig(target_modules=["q_proj"], **settings))
+    for settings in (dict(init_weights="bone"), dict(r=0), dict(bias="lora_only"), dict(bias="miss")):
+        with pytest.raises(ConfigError):
+            veneer.MissConfig(**settings)
+
+
+def test_miss_dropout_falls_on_the_input():
+    layer, p, *_ = adapt(veneer.MissConfig, "linear", r=4, miss_dropout=0.5)
+    x = torch.ones(400, 30)
+    base = layer.base_layer(x)
+    change = (layer.train()(x) - base).detach()
+    assert change.std(0).min() > 0.01
+    np.testing.assert_allclose(arr(change.mean(0)), p["miss_block"][np.arange(30) % 4].sum(0), atol=0.4)
+    assert torch.equal(layer.eval()(x), layer(x))

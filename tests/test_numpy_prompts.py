@@ -1,0 +1,269 @@
+"""Methods in front of the input or beside attention, derived again in NumPy from their papers with no code of ours."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+import veneer
+
+from . import models
+from .test_numpy import arr, attach, relu, state
+
+TOLERANCE = dict(rtol=1e-5, atol=2e-5)
+
+
+def prompt(model):
+    return state(model).prompts["default"]
+
+
+def values(module) -> dict[str, np.ndarray]:
+    return {name: arr(t) for name, t in [*module.named_parameters(), *module.named_buffers()]}
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def spliced(name: str, p: np.ndarray, batch: dict) -> np.ndarray:
+    """The base model's logits with embeddings put in front by hand; p is (n, width) or (batch, n, width)."""
+    base = models.build(name)
+    rows = base.get_input_embeddings()(batch["input_ids"])
+    front = torch.tensor(p, dtype=rows.dtype).expand(len(rows), -1, -1)
+    with torch.no_grad():
+        return arr(base(inputs_embeds=torch.cat([front, rows], 1)).logits)
+
+
+def lstm(x: np.ndarray, p: dict[str, np.ndarray], ending: str) -> np.ndarray:
+    """One direction of an LSTM over (time, width), by its equations."""
+    W, U, b = p[f"weight_ih_{ending}"], p[f"weight_hh_{ending}"], p[f"bias_ih_{ending}"] + p[f"bias_hh_{ending}"]
+    h = c = np.zeros(U.shape[1])
+    out = []
+    for row in x[::-1] if ending.endswith("reverse") else x:
+        i, f, g, o = np.split(W @ row + U @ h + b, 4)
+        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+        h = sigmoid(o) * np.tanh(c)
+        out.append(h)
+    return np.array(out[::-1] if ending.endswith("reverse") else out)
+
+
+def mlp(x: np.ndarray, p: dict[str, np.ndarray]) -> np.ndarray:
+    """Linear layers with ReLU between them."""
+    numbers = sorted({int(name.split(".")[1]) for name in p if name.startswith("mlp_head")})
+    for i in numbers:
+        x = (x if i == 0 else relu(x)) @ p[f"mlp_head.{i}.weight"].T + p[f"mlp_head.{i}.bias"]
+    return x
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("MLP", 2), ("LSTM", 1), ("LSTM", 2)])
+def test_p_tuning(kind: str, layers: int, tmp_path):
+    """The encoder's output in front of the input; the file holds just that."""
+    config = veneer.PromptEncoderConfig(
+        num_virtual_tokens=4,
+        encoder_reparameterization_type=kind,
+        encoder_hidden_size=11,
+        encoder_num_layers=layers,
+        encoder_dropout=0.5 if layers > 1 else 0.0,
+    )
+    model, batch = attach("llama", config), models.inputs("llama")
+    p = values(prompt(model))
+    x = p["embedding.weight"]
+    heads = {name.removeprefix("lstm_head."): v for name, v in p.items()}
+    for layer in range(layers if kind == "LSTM" else 0):
+        x = np.concatenate([lstm(x, heads, f"l{layer}"), lstm(x, heads, f"l{layer}_reverse")], -1)
+    x = mlp(x, p)
+    with torch.no_grad():
+        np.testing.assert_allclose(arr(model(**batch).logits), spliced("llama", x, batch), **TOLERANCE)
+    model.train().save_pretrained(tmp_path)
+    assert model.training and prompt(model).training
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert tensors.keys() == {"prompt_embeddings"}
+    np.testing.assert_allclose(tensors["prompt_embeddings"], x, **TOLERANCE)
+
+
+def test_p_tuning_cannot_be_trained_on_from_a_file(tmp_path):
+    attach("llama", veneer.PromptEncoderConfig(num_virtual_tokens=3)).save_pretrained(tmp_path)
+    with pytest.raises(veneer.CheckpointError, match="is_trainable=False"):
+        veneer.PeftModel.from_pretrained(models.build("llama"), tmp_path, is_trainable=True)
+
+
+def test_p_tunings_encoder_is_checked():
+    with pytest.raises(veneer.ConfigError, match="MLP or LSTM"):
+        veneer.PromptEncoderConfig(num_virtual_tokens=3, encoder_reparameterization_type="GRU")
+    with pytest.raises(veneer.ConfigError, match="encoder_dropout"):
+        veneer.PromptEncoderConfig(num_virtual_tokens=3, encoder_dropout=1.0)
+
+
+# Cartridges
+
+
+class Numbers:
+    """A tokenizer that reads numbers; with a template it puts a token in front."""
+
+    def __init__(self, template: bool) -> None:
+        self.chat_template = "template" if template else None
+
+    def apply_chat_template(self, messages, tokenize: bool):
+        return "9 " + messages[0]["content"]
+
+    def __call__(self, text: str, add_special_tokens: bool = True):
+        return {"input_ids": [int(word) for word in text.split()]}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_cartridge_is_a_cache(name: str):
+    """One row a position: for each layer its keys, then its values, head after head."""
+    from transformers import DynamicCache
+
+    model = attach(name, veneer.CartridgeConfig(num_virtual_tokens=4, num_frozen_tokens=2))
+    p, (heads, d) = values(prompt(model)), {"llama": (1, 14), "gpt2": (5, 6)}[name]
+    assert p["frozen_embedding"].shape == p["trainable_embedding"].shape == (2, 2 * 2 * heads * d)
+    rows = np.concatenate([p["frozen_embedding"], p["trainable_embedding"]]).reshape(4, 2, 2, heads, d)
+    base, batch = models.build(name), models.inputs(name)
+    cache = DynamicCache(config=base.config)
+    for layer in range(2):
+        k, v = (np.stack([rows[:, layer, i].transpose(1, 0, 2)] * 3) for i in (0, 1))
+        cache.update(torch.tensor(k, dtype=torch.float32), torch.tensor(v, dtype=torch.float32), layer)
+    with torch.no_grad():
+        expected = base(**batch, past_key_values=cache, position_ids=torch.arange(4, 11)[None]).logits
+        np.testing.assert_allclose(arr(model(**batch).logits), arr(expected), **TOLERANCE)
+
+
+@pytest.mark.parametrize("template", [False, True])
+@pytest.mark.parametrize("config", [veneer.CartridgeConfig, veneer.PrefixTuningConfig])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_started_at_a_text_a_prefix_is_that_text_in_the_context(name: str, config, template: bool):
+    model, batch = attach(name, config(num_virtual_tokens=4)).train(), models.inputs(name)
+    before = list(prompt(model).parameters())
+    veneer.initialize_kv_prefix_from_text(model, Numbers(template), text="5 17 33 8 40 3")
+    assert model.training and all(a is b for a, b in zip(before, prompt(model).parameters(), strict=True))
+    text = torch.tensor([[9, 5, 17, 33] if template else [5, 17, 33, 8]]).expand(3, -1)
+    with torch.no_grad():
+        expected = models.build(name)(torch.cat([text, batch["input_ids"]], 1)).logits[:, 4:]
+        np.testing.assert_allclose(arr(model.eval()(**batch).logits), arr(expected), **TOLERANCE)
+
+
+def test_a_prefix_cannot_start_at_what_does_not_fit():
+    from transformers import DynamicCache
+
+    model = attach("llama", veneer.CartridgeConfig(num_virtual_tokens=4))
+    with pytest.raises(veneer.ConfigError, match="3 tokens"):
+        veneer.initialize_kv_prefix_from_text(model, Numbers(False), text="5 17 33")
+    other = models.build("gpt2")(torch.arange(3, 9)[None], use_cache=True).past_key_values
+    with pytest.raises(veneer.ConfigError, match="another model"):
+        veneer.initialize_kv_prefix_from_past_key_values(model, past_key_values=other)
+    with pytest.raises(veneer.ConfigError, match="empty"):
+        veneer.initialize_kv_prefix_from_past_key_values(model, past_key_values=DynamicCache())
+    with pytest.raises(veneer.ConfigError, match="of its own"):
+        veneer.initialize_kv_prefix_from_text(
+            attach("llama", veneer.PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True)),
+            Numbers(False),
+            text="5 6 7 8",
+        )
+
+
+def test_a_cartridges_first_positions_are_not_trained():
+    model, batch = attach("llama", veneer.CartridgeConfig(num_virtual_tokens=3)).train(), models.inputs("llama")
+    before = values(prompt(model))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    optimizer.step()
+    after = values(prompt(model))
+    assert np.array_equal(before["frozen_embedding"], after["frozen_embedding"])
+    assert not np.isclose(before["trainable_embedding"], after["trainable_embedding"]).all(1).any()
+    with pytest.raises(veneer.ConfigError, match="leaves none"):
+        veneer.CartridgeConfig(num_virtual_tokens=3, num_frozen_tokens=3)
+
+
+def test_cartridges_compose(tmp_path):
+    for i, n in enumerate((3, 5)):
+        torch.manual_seed(i)
+        attach("llama", veneer.CartridgeConfig(num_virtual_tokens=n)).save_pretrained(tmp_path / str(i))
+    veneer.compose_cartridge_adapters([tmp_path / "0", tmp_path / "1"], output_path=tmp_path / "both")
+    both = veneer.PeftModel.from_pretrained(models.build("llama"), tmp_path / "both")
+    rows = [load_file(tmp_path / d / "adapter_model.safetensors")["prompt_embeddings"] for d in ("0", "1", "both")]
+    np.testing.assert_array_equal(np.concatenate(rows[:2]), rows[2])
+    assert both.active_peft_config.num_virtual_tokens == 8
+    attach("gpt2", veneer.CartridgeConfig(num_virtual_tokens=3)).save_pretrained(tmp_path / "other")
+    with pytest.raises(veneer.ConfigError, match="another model: its token_dim is 30"):
+        veneer.compose_cartridge_adapters([tmp_path / "0", tmp_path / "other"], output_path=tmp_path / "mixed")
+    with pytest.raises(veneer.ConfigError, match="two cartridges"):
+        veneer.compose_cartridge_adapters([tmp_path / "0"], output_path=tmp_path / "one")
+
+
+# Multitask prompt tuning
+
+
+@pytest.mark.parametrize("tasks", [[2, 0, 1], torch.tensor([1, 1, 2]), 2])
+def test_multitask_prompt_tuning(tasks):
+    """P * (U_k V_k) for the task of each row; a number alone is everyone's."""
+    config = veneer.MultitaskPromptTuningConfig(num_virtual_tokens=4, num_tasks=3, num_ranks=2)
+    model, batch = attach("llama", config, scale=0.5), models.inputs("llama")
+    p = values(prompt(model))
+    of_rows = [tasks] * 3 if isinstance(tasks, int) else [int(k) for k in tasks]
+    P = [p["prompt_embeddings"] * (p["prefix_task_cols"][k] @ p["prefix_task_rows"][k]) for k in of_rows]
+    with torch.no_grad():
+        logits = arr(model(**batch, task_ids=tasks).logits)
+    np.testing.assert_allclose(logits, spliced("llama", np.stack(P), batch), **TOLERANCE)
+    with pytest.raises(veneer.VeneerError, match="3 tasks; pass task_ids"):
+        model(**batch)
+
+
+def test_beams_keep_their_task():
+    config = veneer.MultitaskPromptTuningConfig(num_virtual_tokens=4, num_tasks=3, num_ranks=2)
+    model, ids = attach("llama", config, scale=0.9), models.inputs("llama")["input_ids"]
+    settings = dict(num_beams=2, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    together = model.generate(input_ids=ids, task_ids=[2, 0, 1], **settings)
+    for row, task in enumerate((2, 0, 1)):
+        alone = model.generate(input_ids=ids[row : row + 1], task_ids=[task], **settings)
+        assert torch.equal(together[row], alone[0])
+
+
+@pytest.mark.parametrize("how", ["AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"])
+def test_a_new_task_starts_from_others(how: str, tmp_path):
+    settings = dict(num_virtual_tokens=4, num_ranks=2, task_type="CAUSAL_LM")
+    source = attach("llama", veneer.MultitaskPromptTuningConfig(num_tasks=3, **settings))
+    source.save_pretrained(tmp_path)
+    s = values(prompt(source))
+    config = veneer.MultitaskPromptTuningConfig(
+        prompt_tuning_init=how,
+        prompt_tuning_init_state_dict_path=str(tmp_path / "adapter_model.safetensors"),
+        prompt_tuning_init_task=1,
+        **settings,
+    )
+    p = values(prompt(veneer.get_peft_model(models.build("llama"), config)))
+    np.testing.assert_array_equal(p["prompt_embeddings"], s["prompt_embeddings"])
+    for name in ("prefix_task_cols", "prefix_task_rows"):
+        expected = {"AVERAGE_SOURCE_TASKS": s[name].mean(0), "EXACT_SOURCE_TASK": s[name][1]}.get(how)
+        if expected is None:
+            assert 0.005 < p[name].std() < 0.04
+        else:
+            np.testing.assert_allclose(p[name], expected[None], **TOLERANCE)
+    target = attach("llama", config)
+    target.save_pretrained(tmp_path / "target")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    again = veneer.PeftModel.from_pretrained(models.build("llama"), tmp_path / "target")
+    batch = models.inputs("llama")
+    assert torch.equal(again(**batch).logits, target(**batch).logits), "one task needs neither a number nor its source"
+
+
+def test_what_a_new_task_cannot_start_from_is_refused(tmp_path):
+    settings = dict(num_virtual_tokens=4, prompt_tuning_init_state_dict_path=str(tmp_path))
+    attach("llama", veneer.MultitaskPromptTuningConfig(num_virtual_tokens=4, num_tasks=3)).save_pretrained(tmp_path)
+
+    def start(**more):
+        veneer.get_peft_model(models.build("llama"), veneer.MultitaskPromptTuningConfig(**settings | more))
+
+    exact = dict(prompt_tuning_init="EXACT_SOURCE_TASK")
+    for error, match, more in (
+        (veneer.ConfigError, "the source has 3 tasks", exact | dict(prompt_tuning_init_task=3)),
+        (veneer.ConfigError, "starts one task", exact | dict(num_tasks=2)),
+        (veneer.ConfigError, "needs prompt_tuning_init_state", exact | dict(prompt_tuning_init_state_dict_path=None)),
+        (veneer.CheckpointError, "no safetensors file", exact | dict(prompt_tuning_init_state_dict_path="a.bin")),
+        (veneer.CheckpointError, "'prefix_task_cols' is .3, 4, 1. in the file", exact | dict(num_ranks=2)),
+        (veneer.CheckpointError, "'prompt_embeddings' is .4, 30.", exact | dict(num_virtual_tokens=5)),
+    ):
+        with pytest.raises(error, match=match):
+            start(**more)
