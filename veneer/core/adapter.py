@@ -141,6 +141,10 @@ class Adapter(nn.Module):
         on_meta = any(t.is_meta for t in self.state_dict().values())
         self.load_state_dict(tensors, strict=False, assign=on_meta)
 
+    def repeats(self) -> dict[str, str]:
+        """Keys under which a file may hold once more what another target's adapter holds: its path and key there."""
+        return {}
+
     def learned(self) -> Iterator[nn.Parameter]:
         """The parameters that training may change."""
         return self.parameters()
@@ -227,7 +231,7 @@ class LowRank(Additive):
         return y + self.update(x)
 
     def set_dropout(self, p: float) -> None:
-        self.dropout: nn.Module | None = nn.Dropout(p) if p > 0 else None
+        self.dropout = nn.Dropout(p) if p > 0 else None
 
 
 class Bias(Adapter):
