@@ -303,6 +303,34 @@ CASES = [
         "full-rank",
         noop=False,
     ),
+    Case(
+        "vblora", "llama", dict(r=3, num_vectors=9, vector_length=5, target_modules=["q_proj", "down_proj"]), noop=False
+    ),
+    Case(
+        "vblora",
+        "gpt2",
+        dict(r=3, num_vectors=9, vector_length=15, topk=3, target_modules=["c_attn", "c_fc"]),
+        noop=False,
+    ),
+    Case(
+        "vblora",
+        "llama",
+        dict(
+            r=3,
+            num_vectors=9,
+            vector_length=2,
+            topk=3,
+            target_modules=["k_proj", "q_proj"],
+            save_only_topk_weights=True,
+        ),
+        "chosen",
+        noop=False,
+    ),
+    Case("unilora", "llama", dict(r=3, theta_d_length=23, target_modules=LINEARS), noop=False),
+    Case("unilora", "gpt2", dict(r=3, theta_d_length=4000, target_modules=["c_attn", "c_fc"]), "long", noop=False),
+    Case(
+        "unilora", "llama", dict(r=3, theta_d_length=23, target_modules=LINEARS, save_indices=True), "fat", noop=False
+    ),
     Case("p_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM", encoder_hidden_size=11), noop=False),
     Case(
         "p_tuning",

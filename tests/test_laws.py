@@ -124,6 +124,8 @@ def test_loading_into_a_present_adapter_keeps_its_parameters(case: Case, tmp_pat
     """An optimizer holds the Parameter objects: a resume must fill them, not replace them."""
     if case.settings.get("prefix_projection") or case.method == "p_tuning":
         pytest.skip("a projection cannot be recovered from its result in the file; loading it to train is refused")
+    if case.settings.get("save_only_topk_weights"):
+        pytest.skip("logits cannot be recovered from the choices in the file; loading it to train is refused")
     model = case.build()
     model.save_pretrained(tmp_path)
     values = {n: p.clone() for n, p in model.named_parameters()}

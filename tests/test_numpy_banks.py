@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import veneer
-from veneer import NotMergeable, get_peft_model
+from veneer import CheckpointError, NotMergeable, PeftModel, TargetError, get_peft_model
 
 from . import models
 from .models import output
-from .test_numpy import agree, arr, attach, sample, state
+from .test_numpy import agree, arr, attach, sample, softmax, state
 from .test_numpy_shared import PLACES, layers_of, models_of_both_kinds
 
 
@@ -145,4 +146,101 @@ def test_a_tinylora_file_brings_its_directions(tmp_path, monkeypatch):
     config = veneer.TinyLoraConfig(target_modules=PLACES["llama"])
     attach("llama", config).save_pretrained(tmp_path)
     monkeypatch.setattr(torch.linalg, "svd", None)
-    veneer.PeftModel.from_pretrained(models.build("llama"), tmp_path)
+    PeftModel.from_pretrained(models.build("llama"), tmp_path)
+
+
+def composed(logits: np.ndarray, bank: np.ndarray, k: int) -> np.ndarray:
+    """Each stretch: a softmax over the k largest logits, mixing their vectors of the bank."""
+    flat = logits.reshape(-1, logits.shape[-1])
+    rows = []
+    for row in flat:
+        chosen = np.argsort(row)[::-1][:k]
+        rows.append(softmax(row[chosen]) @ bank[chosen])
+    return np.array(rows).reshape(*logits.shape[:-1], bank.shape[1])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize(("name", "length"), [("llama", 5), ("gpt2", 15)])
+def test_vblora(name: str, length: int, k: int):
+    """A's rows are stretches joined end to end; so are B's columns."""
+    targets = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}[name]
+    config = veneer.VBLoRAConfig(r=3, num_vectors=9, vector_length=length, topk=k, target_modules=targets)
+    for layer, p, shared, W, b in layers_of(name, config, scale=0.6):
+        A, B = (composed(p[f"vblora_logits_{side}"], shared["vblora_vector_bank"], k) for side in "AB")
+        assert A.shape == (3, W.shape[1] // length, length) and B.shape == (W.shape[0] // length, 3, length)
+        agree(layer, W + sum(np.outer(B[:, i].ravel(), A[i].ravel()) for i in range(3)), b)
+
+
+VBLORA = dict(r=3, vector_length=5, target_modules=["q_proj", "down_proj"])
+
+
+@pytest.mark.parametrize(("vectors", "dtype"), [(255, torch.uint8), (256, torch.int16), (32768, torch.int32)])
+def test_a_vblora_file_of_choices_is_small_and_final(vectors: int, dtype: torch.dtype, tmp_path):
+    config = veneer.VBLoRAConfig(**VBLORA, num_vectors=vectors, save_only_topk_weights=True)
+    model, batch = attach("llama", config), models.inputs("llama")
+    model.save_pretrained(tmp_path / "one")
+    found = {key: t for key, t in load_file(tmp_path / "one" / "adapter_model.safetensors").items() if "logits" in key}
+    assert {t.dtype for key, t in found.items() if key.endswith("_indices")} == {dtype}
+    stretches = 2 * 3 * (30 + 70 + 45 + 30) // 5
+    assert sum(t.numel() for t in found.values()) == 3 * stretches
+    with pytest.raises(CheckpointError, match="is_trainable=False"):
+        PeftModel.from_pretrained(models.build("llama"), tmp_path / "one", is_trainable=True)
+    loaded = PeftModel.from_pretrained(models.build("llama"), tmp_path / "one")
+    assert torch.equal(output(loaded, batch), output(model, batch))
+    assert not any(p.requires_grad for p in loaded.parameters())
+    loaded.save_pretrained(tmp_path / "two")
+    assert not torch.equal(output(loaded.merge_and_unload(), batch), output(models.build("llama"), batch))
+
+
+def test_vbloras_length_divides_its_targets():
+    with pytest.raises(TargetError, match="vector_length 4 on 'model.layers.0.self_attn.q_proj' must divide in = 30"):
+        attach("llama", veneer.VBLoRAConfig(vector_length=4, target_modules=["q_proj"]))
+
+
+@models_of_both_kinds
+@pytest.mark.parametrize("d", [23, 3000])
+def test_unilora(name: str, d: int):
+    """All entries of all A and B, flat, are P theta; P has one entry a row, orthonormal columns, balanced counts."""
+    found = list(layers_of(name, veneer.UniLoraConfig(r=3, theta_d_length=d, target_modules=PLACES[name]), scale=3.0))
+    places = np.concatenate([p[f"unilora_indices_{side}"].ravel() for _, p, *_ in found for side in "AB"])
+    counts = np.bincount(places, minlength=d)
+    assert counts.max() - counts.min() <= 1 and counts.sum() == len(places)
+    P = np.zeros((len(places), d))
+    P[np.arange(len(places)), places] = 1
+    P /= np.maximum(np.linalg.norm(P, axis=0), 1)
+    entries, at = P @ found[0][2]["unilora_theta_d"], 0
+    for layer, _, _, W, b in found:
+        A = entries[at : (at := at + 3 * W.shape[1])].reshape(3, -1)
+        B = entries[at : (at := at + 3 * W.shape[0])].reshape(-1, 3)
+        agree(layer, W + B @ A, b)
+    assert at == len(entries)
+
+
+def test_uniloras_file_is_its_vector(tmp_path):
+    attach("llama", veneer.UniLoraConfig(target_modules=PLACES["llama"])).save_pretrained(tmp_path)
+    ((key, theta),) = load_file(tmp_path / "adapter_model.safetensors").items()
+    assert key == "base_model.unilora_theta_d" and theta.shape == (256,)
+
+
+def test_a_unilora_file_with_places_needs_no_seed(tmp_path):
+    """What the file says goes before what the seed would give."""
+    batch = models.inputs("llama")
+    config = veneer.UniLoraConfig(theta_d_length=40, target_modules=PLACES["llama"], save_indices=True)
+    model = attach("llama", config)
+    for layer in state(model).layers.values():
+        for places in layer.adapters["default"].buffers():
+            places.copy_(places.flatten().flip(0).view_as(places))
+    state(model).shared["default"].scale.mul_(3)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(models.build("llama"), tmp_path)
+    assert torch.equal(output(loaded, batch), output(model, batch))
+
+
+def test_unilora_learns_in_half_precision_too():
+    model = get_peft_model(
+        models.build("llama", dtype=torch.bfloat16),
+        veneer.UniLoraConfig(target_modules=PLACES["llama"]),
+        autocast_adapter_dtype=False,
+    )
+    assert state(model).shared["default"].unilora_theta_d.dtype == torch.bfloat16
+    output(model, models.inputs("llama")).float().square().mean().backward()

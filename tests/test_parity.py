@@ -292,8 +292,12 @@ def without_owner(found: dict[str, torch.Tensor], shared: list[str]) -> dict[str
     return {next((s for s in shared if key.endswith("." + s)), key): grad for key, grad in found.items()}
 
 
+NO_TRAINING = {"bias", "save_only_topk_weights"}
+"""Settings whose files do not hold what training needs, or hold it under other names."""
 GRADIENTS = [
-    c for c in COMPARED if not c.is_prompt and str(c) not in {**MERGED, **WRONG_GRADIENTS} and "bias" not in c.settings
+    c
+    for c in COMPARED
+    if not c.is_prompt and str(c) not in {**MERGED, **WRONG_GRADIENTS} and not NO_TRAINING & c.settings.keys()
 ]
 
 

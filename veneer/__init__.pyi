@@ -71,6 +71,8 @@ from .methods.shira import ShiraConfig as ShiraConfig
 from .methods.supertuning import SupertuningConfig as SupertuningConfig
 from .methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from .methods.unilora import UniLoraConfig as UniLoraConfig
+from .methods.vblora import VBLoRAConfig as VBLoRAConfig
 from .methods.vera import VeraConfig as VeraConfig
 from .methods.waveft import WaveFTConfig as WaveFTConfig
 from .methods.xlora import XLoraConfig as XLoraConfig

@@ -141,6 +141,10 @@ class Adapter(nn.Module):
         on_meta = any(t.is_meta for t in self.state_dict().values())
         self.load_state_dict(tensors, strict=False, assign=on_meta)
 
+    def repeats(self) -> dict[str, str]:
+        """Keys under which a file may hold once more what another target's adapter holds: its path and key there."""
+        return {}
+
     def learned(self) -> Iterator[nn.Parameter]:
         """The parameters that training may change."""
         return self.parameters()

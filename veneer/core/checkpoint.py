@@ -51,6 +51,14 @@ def slots(state: State, name: str) -> Tensors:
     return {prefix + key: t for prefix, part in parts(state, name) for key, t in export(part).items()}
 
 
+def repeats(state: State, name: str) -> dict[str, str]:
+    """Keys that a file may hold besides the slots, each with the slot whose tensor it repeats."""
+    layers = [(prefix, part) for prefix, part in parts(state, name) if isinstance(part, Adapter)]
+    return {
+        prefix + key: f"base_model.model.{whose}" for prefix, part in layers for key, whose in part.repeats().items()
+    }
+
+
 # Writing
 
 
@@ -136,8 +144,10 @@ def _notes(metadata: Mapping[str, str]) -> dict[str, Any]:
 def check(state: State, name: str, tensors: Tensors) -> None:
     """Raise CheckpointError unless `tensors` are exactly those of the adapter, in key and shape."""
     expected = slots(state, name)
-    extra = {k for k in tensors if is_base_embedding(k)}
+    copies = {k: whose for k, whose in repeats(state, name).items() if k in tensors and whose in tensors}
+    extra = {k for k in tensors if is_base_embedding(k)} | copies.keys()
     missing = [k for k in expected if k not in tensors]
+    unlike = [k for k, whose in copies.items() if not torch.equal(tensors[k], tensors[whose])]
     unexpected = [k for k in tensors if k not in expected and k not in extra]
     shapes = [
         f"{k}: {tuple(tensors[k].shape)} in the file, {tuple(t.shape)} in the model"
@@ -150,6 +160,7 @@ def check(state: State, name: str, tensors: Tensors) -> None:
         if k in tensors and tensors[k].is_floating_point() != t.is_floating_point()
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes, "of another kind": kinds}
+    problems |= {"unlike those they should repeat": unlike}
     found = [f"{len(keys)} {how}:{listing(keys)}" for how, keys in problems.items() if keys]
     if found:
         raise CheckpointError(f"the file does not fit adapter {name!r} on this model; tensors " + "\nand ".join(found))
