@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..maths.svd import fast_svd
 
 
 def pissa(W: Tensor, r: int, scaling: float, how: str) -> tuple[Tensor, Tensor]:
@@ -27,16 +28,9 @@ def pissa(W: Tensor, r: int, scaling: float, how: str) -> tuple[Tensor, Tensor]:
     if r > min(W.shape):
         raise ConfigError(f"PiSSA of rank {r} needs a weight of at least that rank, not {tuple(W.shape)}")
     if iterations.group(1):
-        U, S, V = _fast_svd(W.float(), r, int(iterations.group(1)))
+        U, S, V = fast_svd(W.float(), r, int(iterations.group(1)))
     else:
         U, S, Vh = torch.linalg.svd(W.float(), full_matrices=False)
         U, S, V = U[:, :r], S[:r], Vh[:r].T
     root = (S / scaling).sqrt()
     return (V * root).T.contiguous(), (U * root).contiguous()
-
-
-def _fast_svd(W: Tensor, r: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Randomised, yet the same for the same weight: the start is recomputed when an adapter is loaded."""
-    with torch.random.fork_rng(devices=[W.device] if W.device.type == "cuda" else []):
-        torch.manual_seed(0)
-        return torch.svd_lowrank(W, q=r, niter=iterations)
