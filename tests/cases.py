@@ -434,6 +434,14 @@ CASES = [
     Case("osf", "llama", dict(effective_rank=9, target_modules=LINEARS)),
     Case("osf", "llama", dict(effective_rank=0.4, rank_pattern={"k_proj": 3}, target_modules=LINEARS), "share"),
     Case("osf", "gpt2", dict(target_modules=["c_attn", "mlp.c_proj"])),
+    Case("adamss", "llama", dict(r=7, num_subspaces=4, subspace_rank=2, target_modules=LINEARS)),
+    Case(
+        "adamss",
+        "llama",
+        dict(r=11, num_subspaces=3, subspace_rank=9, use_dynamic_rank=True, svd_threshold=0.5, target_modules=LINEARS),
+        "dynamic",
+    ),
+    Case("adamss", "gpt2", dict(r=7, subspace_rank=3, random_seed=4, target_modules=["c_attn", "mlp.c_proj"])),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

@@ -18,6 +18,7 @@ METHODS = sorted(p for p in (HOUSE / "methods").glob("*.py") if p.stem != "__ini
 CORE = sorted((HOUSE / "core").glob("*.py"))
 LONGER = {
     "adalora": "a method and a schedule: the allocation of ranks is an algorithm of its own",
+    "adamss": "a method and a schedule: which subspaces go on learning is an algorithm of its own",
     "xlora": "experts, a gate and its pass over the model",
 }
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import veneer
-from veneer import CheckpointError, ConfigError, PeftModel, TargetError, VeneerError, get_peft_model
+from veneer import AdamssConfig, CheckpointError, ConfigError, PeftModel, TargetError, VeneerError, get_peft_model
+from veneer.maths.kmeans import kmeans
 
 from . import models
 from .cases import CASES
@@ -297,3 +298,104 @@ def test_bitfit_without_biases_says_so():
         get_peft_model(models.build("t5"), veneer.BitFitConfig())
     with pytest.raises(ConfigError, match="has no place beside it"):
         veneer.BitFitConfig(bias="all")
+
+
+def main_directions(W: np.ndarray, r: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """U and V^T by Halko's algorithm with two power iterations, from torch's normal values of a seed."""
+    tall = W if len(W) >= W.shape[1] else W.T
+    start = torch.randn(tall.shape[1], r, generator=torch.Generator().manual_seed(seed))
+    Q = np.linalg.qr(tall @ arr(start))[0]
+    for _ in range(2):
+        Q = np.linalg.qr(tall @ np.linalg.qr(tall.T @ Q)[0])[0]
+    u, _, vt = np.linalg.svd(Q.T @ tall, full_matrices=False)
+    return (Q @ u, vt) if tall is W else (vt.T, (Q @ u).T)
+
+
+def lloyd(X: np.ndarray, k: int) -> np.ndarray:
+    """Ten steps of k-means from the rows that scikit-learn's seed chooses."""
+    chosen = np.random.RandomState(123456789).choice(len(X), k, replace=False, p=np.full(len(X), 1 / len(X)))
+    centres = X[chosen]
+    for _ in range(10):
+        labels = ((X[:, None] - centres) ** 2).sum(-1).argmin(1)
+        centres = np.stack([X[labels == j].mean(0) for j in range(k)])
+    return ((X[:, None] - centres) ** 2).sum(-1).argmin(1)
+
+
+@linear_places
+def test_adamss(place: str):
+    """The rows of W in cluster k of U's rows get B_k A_k V; a last column, for the bias, goes with them."""
+    layer, p, W, b = adapt(AdamssConfig, place, r=5, num_subspaces=3, subspace_rank=2, random_seed=4)
+    biased = layer.base_layer.bias is not None
+    whole = np.hstack([W, b[:, None]]) if biased else W
+    U, V = main_directions(whole, 5, seed=4)
+    signs = np.sign((arr(layer.adapters["default"].adamss_newB) * V).sum(1, keepdims=True))
+    np.testing.assert_allclose(arr(layer.adapters["default"].adamss_newB), V * signs, atol=1e-4)
+    clusters, delta = lloyd(U, 3), np.zeros_like(whole)
+    for k in range(3):
+        delta[clusters == k] = p[f"adamss_B.{k}"] @ p[f"adamss_A.{k}"] @ (V * signs)
+    agree(layer, W + delta[:, : W.shape[1]], b + delta[:, -1] if biased else b)
+
+
+def test_adamss_starts_at_the_clusters_main_directions():
+    layer, p, W, b = adapt(AdamssConfig, "linear", 0.0, r=7, num_subspaces=3, subspace_rank=2)
+    U, V = main_directions(np.hstack([W, b[:, None]]), 7, seed=0)
+    clusters = lloyd(U, 3)
+    for k in range(3):
+        rows = W[clusters == k] @ V[:, :-1].T  # any basis of the cluster's row space in V's coordinates
+        assert rows.shape == (len(p[f"adamss_B.{k}"]), 7) and not p[f"adamss_B.{k}"].any()
+        top = np.linalg.svd(U[clusters == k], full_matrices=False)[2][:2]
+        A = p[f"adamss_A.{k}"] * np.sign((arr(layer.adapters["default"].adamss_newB) * V).sum(1))
+        np.testing.assert_allclose(A.T @ A, top.T @ top, atol=1e-3)
+
+
+def test_kmeans_is_scikit_learns():
+    """Labels that scikit-learn 1.9.1 gave, so that PEFT's clusters are found again without it."""
+    for n, r, k, labels in (
+        (60, 7, 4, "002202310313103221323103231021201013232021323022110333130130"),
+        (45, 3, 6, "235532211025212255512520140222223535442253021"),
+    ):
+        X = np.random.RandomState(n).normal(size=(n, r)).astype("float32")
+        assert "".join(map(str, kmeans(X, k, 10))) == labels
+    copies = np.repeat(np.eye(4, dtype="float32"), 5, axis=0)
+    assert len({tuple(kmeans(copies, 4, 10)[i : i + 5]) for i in (0, 5, 10, 15)}) == 4
+
+
+def test_adamss_needs_fewer_directions_than_rows():
+    with pytest.raises(ConfigError, match=r"r = 100 .* must be below its out = 14"):
+        get_peft_model(models.build("llama"), AdamssConfig(target_modules=["k_proj"]))
+
+
+def test_adamss_freezes_the_least_important_subspaces():
+    """By hand: averages of |p g| and of its spread since the last choice, the product's mean, A's and B's together."""
+    settings = dict(use_asa=True, asa_target_subspaces=5, init_warmup=2, final_warmup=9, mask_interval=3)
+    config = AdamssConfig(r=6, num_subspaces=4, target_modules=["q_proj", "down_proj"], **settings)
+    model = get_peft_model(models.build("llama"), config).train()
+    pairs = {
+        (path, k): [a.adamss_A[k], a.adamss_B[k]]
+        for path, a in state(model).adapters("default").items()
+        for k in range(4)
+    }
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, weight_decay=0.1)
+    mean, spread, alive, counts = {}, {}, set(pairs), []
+    for n in range(1, 13):
+        ids = torch.randint(3, 67, (2, 7), generator=torch.Generator().manual_seed(n))
+        before = {key: [arr(p).copy() for p in pair] for key, pair in pairs.items()}
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        for key, pair in pairs.items():
+            moved = any((arr(p) != old).any() for p, old in zip(pair, before[key], strict=True))
+            assert moved == (key in alive), (n, key)
+        for key in alive if 2 <= n <= 9 else ():
+            for i, p in enumerate(pairs[key]):
+                now = np.abs(arr(p) * arr(p.grad))
+                old = mean.get((key, i), 0 * now)
+                spread[key, i] = 0.85 * spread.get((key, i), 0 * now) + 0.15 * np.abs(now - old)
+                mean[key, i] = 0.85 * old + 0.15 * now
+        if n in (3, 6, 9):
+            budget = int(5 + (16 - 5) * (1 - (n - 2) / 7) ** 3)
+            score = {key: sum((mean[key, i] * spread[key, i]).mean() for i in (0, 1)) for key in alive}
+            alive = set(sorted(score, key=score.get)[-budget:])
+            mean, spread = {}, {}
+            counts.append(len(alive))
+    assert counts == [11, 5, 5]

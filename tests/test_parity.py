@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import warnings
 
@@ -31,6 +32,8 @@ NOT_COMPARED = {
     "mtl_lora": "PEFT has no such method",
     "xlora": "PEFT 0.21 writes X-LoRA files without the gate; see test_xlora_with_pefts_gate",
 }
+if importlib.util.find_spec("sklearn") is None:
+    NOT_COMPARED["adamss"] = "PEFT's AdaMSS needs scikit-learn, which is not here"
 FAULTS = {
     "lora-dilated": "PEFT's LoRA convolutions drop the module's dilation, so that shapes do not meet",
     "hra-conv": "PEFT sizes HRA on convolutions by kernel_size[0] twice; hra-square is compared",
@@ -56,6 +59,7 @@ FAULTS = {
     "supertuning-gpt2": "PEFT has no Super-Tuning on GPT-2's Conv1D",
     "supertuning-conv": "PEFT has Super-Tuning on linear layers alone",
     "supertuning-grouped": "PEFT has Super-Tuning on linear layers alone",
+    "adamss-gpt2": "PEFT has no AdaMSS on GPT-2's Conv1D",
     "poly-gpt2-multi-head": "PEFT has no Poly on GPT-2's Conv1D",
 }
 MERGED = {

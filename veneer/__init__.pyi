@@ -34,6 +34,7 @@ from .interop.names import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from .interop.names import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from .interop.names import PeftModelForTokenClassification as PeftModelForTokenClassification
 from .methods.adalora import AdaLoraConfig as AdaLoraConfig
+from .methods.adamss import AdamssConfig as AdamssConfig
 from .methods.beft import BeftConfig as BeftConfig
 from .methods.bitfit import BitFitConfig as BitFitConfig
 from .methods.boft import BOFTConfig as BOFTConfig
@@ -58,9 +59,9 @@ from .methods.mtl_lora import MTLLoraConfig as MTLLoraConfig
 from .methods.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
 from .methods.noreft import NoReftConfig as NoReftConfig
 from .methods.oft import OFTConfig as OFTConfig
+from .methods.osf import OSFConfig as OSFConfig
 from .methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
 from .methods.poly import PolyConfig as PolyConfig
-from .methods.osf import OSFConfig as OSFConfig
 from .methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from .methods.psoft import PsoftConfig as PsoftConfig

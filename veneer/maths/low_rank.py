@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .svd import randomised_svd
+
 Pair = tuple[Tensor, Tensor]
 """A (r, in) and B (out, r), which stand for B A."""
 
@@ -31,12 +33,8 @@ def compress(A: Tensor, B: Tensor, rank: int | float) -> Pair:
 
 def truncate(D: Tensor, rank: int | float) -> Pair:
     """The best approximation of a dense D (out, in) of a given rank (or share of energy)."""
-    narrow = isinstance(rank, int) and 4 * (rank + 32) < min(D.shape)
-    if narrow:  # a randomised SVD of the leading values, with enough iterations to be exact where there is a gap
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            U, S, V = torch.svd_lowrank(D, q=int(rank) + 32, niter=8)
-        return _dealt(U, S, V.T, rank)
+    if isinstance(rank, int) and 4 * (rank + 32) < min(D.shape):  # randomised, with enough iterations to be exact
+        return _dealt(*randomised_svd(D, rank + 32, iterations=8), rank)
     U, S, Vh = torch.linalg.svd(D, full_matrices=False)
     return _dealt(U, S, Vh, rank)
 
