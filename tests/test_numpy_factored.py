@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import veneer
 from veneer import ConfigError, PeftModel, TargetError, get_peft_model
+from veneer.maths.kronecker import two_factors
 
 from . import models
 from .test_numpy import adapt, agree, arr, attach, linear_places, places, state
@@ -132,3 +133,80 @@ def test_miss_dropout_falls_on_the_input():
     assert change.std(0).min() > 0.01
     np.testing.assert_allclose(arr(change.mean(0)), p["miss_block"][np.arange(30) % 4].sum(0), atol=0.4)
     assert torch.equal(layer.eval()(x), layer(x))
+
+
+def kron(one: np.ndarray, two: np.ndarray, left: bool = True) -> np.ndarray:
+    """The Kronecker product of a matrix and, for each place in a kernel, another; (out, in * kernel)."""
+    blocks = [np.kron(one, K) if left else np.kron(K, one) for K in np.moveaxis(two.reshape(*two.shape[:2], -1), 2, 0)]
+    return np.stack(blocks, axis=2).reshape(one.shape[0] * two.shape[0], -1)
+
+
+@places
+def test_lokr(place: str):
+    """W + alpha / r (W1 kron A2 B2); the kernel belongs to W2."""
+    layer, p, W, b = adapt(veneer.LoKrConfig, place, r=1, alpha=5)
+    assert set(p) == {"lokr_w1", "lokr_w2_a", "lokr_w2_b"}
+    agree(layer, W + 5 * np.kron(p["lokr_w1"], p["lokr_w2_a"] @ p["lokr_w2_b"]), b)
+
+
+@places
+def test_lokr_with_both_low_rank(place: str):
+    layer, p, W, b = adapt(veneer.LoKrConfig, place, r=1, alpha=5, decompose_both=True)
+    agree(layer, W + 5 * np.kron(p["lokr_w1_a"] @ p["lokr_w1_b"], p["lokr_w2_a"] @ p["lokr_w2_b"]), b)
+
+
+@places
+def test_lokr_with_both_whole(place: str):
+    layer, p, W, b = adapt(veneer.LoKrConfig, place, r=20, alpha=30)
+    assert set(p) == {"lokr_w1", "lokr_w2"}
+    agree(layer, W + 30 / 20 * kron(p["lokr_w1"], p["lokr_w2"]), b)
+
+
+def test_lokr_with_a_core():
+    """Proposition 3 of FedPara for W2: sum_ij T[i, j, kernel] A[i, out2] B[j, in2]."""
+    layer, p, W, b = adapt(veneer.LoKrConfig, "conv", r=1, alpha=30, use_effective_conv2d=True)
+    two = np.einsum("ijkl,io,jc->ockl", p["lokr_t2"], p["lokr_w2_a"], p["lokr_w2_b"])
+    agree(layer, W + 30 * kron(p["lokr_w1"], two), b)
+
+
+@pytest.mark.parametrize("r", [1, 8])
+@pytest.mark.parametrize("core", [False, True])
+def test_lokr_on_a_conv1d(r: int, core: bool):
+    """As in PEFT's files: a whole W2 stands on the left, else W1 does."""
+    config = veneer.LoKrConfig(r=r, alpha=7, target_modules=["third"], use_effective_conv2d=core)
+    layer = state(attach("conv", config)).layers["third"]
+    p = {name: arr(v) for name, v in layer.adapters["default"].named_parameters()}
+    if r == 8:
+        expected = kron(p["lokr_w1"], p["lokr_w2"], left=False)
+    elif core:
+        two = np.einsum("ijkl,io,jc->ock", p["lokr_t2"], p["lokr_w2_a"], p["lokr_w2_b"])
+        expected = kron(p["lokr_w1"], two)
+    else:
+        expected = np.kron(p["lokr_w1"], p["lokr_w2_a"] @ p["lokr_w2_b"])
+    np.testing.assert_allclose(arr(layer.adapters["default"].delta()), 7 / r * expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 30, 36, 45, 127, 128])
+@pytest.mark.parametrize("factor", [-1, 0, 1, 2, 4, 5, 6, 11, 200])
+def test_sizes_of_kronecker_factors(size: int, factor: int):
+    """Where `factor` does not divide: the most even of the pairs whose smaller side is at most `factor`."""
+    one, two = two_factors(size, factor)
+    assert one * two == size
+    if factor > 0 and size % factor == 0:
+        assert one == factor
+    else:
+        pairs = [(d, size // d) for d in range(1, size + 1) if size % d == 0 and d * d <= size]
+        assert (one, two) == max(p for p in pairs if factor == -1 or p[0] <= max(factor, 1))
+
+
+def test_lokr_starts():
+    """At zero by W1, in LyCORIS' way by W2; its rank is the product of the factors' ranks."""
+    for settings, zero in (({}, "lokr_w1"), (dict(init_weights="lycoris"), "lokr_w2_b")):
+        _, p, *_ = adapt(veneer.LoKrConfig, "linear", 0.0, r=2, **settings)
+        assert [name for name, value in p.items() if not value.any()] == [zero]
+    layer, p, *_ = adapt(veneer.LoKrConfig, "linear", r=2)
+    with torch.no_grad():
+        assert np.linalg.matrix_rank(layer.adapters["default"].delta().numpy(), tol=1e-4) == 2 * min(p["lokr_w1"].shape)
+    for settings in (dict(r=0), dict(decompose_factor=-2), dict(init_weights="lora")):
+        with pytest.raises(ConfigError):
+            veneer.LoKrConfig(**settings)
