@@ -208,6 +208,10 @@ CASES = [
     Case("lokr", "conv", dict(r=1, alpha=90, target_modules=["third"], use_effective_conv2d=True), "conv1d-core"),
     Case("lokr", "grouped", dict(r=1, alpha=40, target_modules=["conv"])),
     Case("lokr", "volume", dict(r=1, alpha=40, target_modules=["conv"], use_effective_conv2d=True)),
+    Case("gralora", "llama", dict(r=10, alpha=12, gralora_k=5, target_modules=["q_proj", "down_proj"])),
+    Case("gralora", "llama", dict(r=4, alpha=9, hybrid_r=3, target_modules=["q_proj", "k_proj"]), "hybrid"),
+    Case("gralora", "llama", dict(r=3, gralora_k=1, target_modules=LINEARS, init_weights=False), "random", noop=False),
+    Case("gralora", "gpt2", dict(r=9, alpha=12, gralora_k=3, hybrid_r=2, target_modules=["c_attn", "mlp.c_proj"])),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

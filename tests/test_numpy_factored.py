@@ -210,3 +210,31 @@ def test_lokr_starts():
     for settings in (dict(r=0), dict(decompose_factor=-2), dict(init_weights="lora")):
         with pytest.raises(ConfigError):
             veneer.LoKrConfig(**settings)
+
+
+@linear_places
+@pytest.mark.parametrize("hybrid", [0, 2])
+def test_gralora(place: str, hybrid: int):
+    """Block (i, j) of the update is B_ij A_ij, each of rank r / k."""
+    k, r, s = 5, 10, 2
+    layer, p, W, b = adapt(veneer.GraloraConfig, place, r=r, gralora_k=k, alpha=5, hybrid_r=hybrid)
+    A, B = p["gralora_A"], p["gralora_B"]
+    rows = [[(A[j][:, s * i : s * i + s] @ B[i][s * j : s * j + s]).T for j in range(k)] for i in range(k)]
+    update = np.block(rows)
+    assert np.linalg.matrix_rank(update, tol=1e-6) == min(k * r, *W.shape)
+    if hybrid:
+        update = update + p["gralora_B_general"] @ p["gralora_A_general"]
+    agree(layer, W + 5 / (r + hybrid) * update, b)
+
+
+def test_gralora_with_one_block_is_lora():
+    layer, p, W, b = adapt(veneer.GraloraConfig, "linear", r=4, gralora_k=1, alpha=6)
+    agree(layer, W + 6 / 4 * (p["gralora_A"][0] @ p["gralora_B"][0]).T, b)
+
+
+def test_graloras_limits():
+    with pytest.raises(ConfigError, match="gralora_k = 4 on .*q_proj"):
+        get_peft_model(models.build("llama"), veneer.GraloraConfig(gralora_k=4, target_modules=["q_proj"]))
+    for settings in (dict(r=5), dict(gralora_k=0), dict(hybrid_r=-1), dict(gralora_dropout=1.0)):
+        with pytest.raises(ConfigError):
+            veneer.GraloraConfig(**settings)

@@ -36,6 +36,7 @@ from .methods.bottleneck import BottleneckConfig as BottleneckConfig
 from .methods.delora import DeloraConfig as DeloraConfig
 from .methods.dora import DoraConfig as DoraConfig
 from .methods.fourierft import FourierFTConfig as FourierFTConfig
+from .methods.gralora import GraloraConfig as GraloraConfig
 from .methods.hira import HiraConfig as HiraConfig
 from .methods.hra import HRAConfig as HRAConfig
 from .methods.ia3 import IA3Config as IA3Config
