@@ -212,6 +212,16 @@ CASES = [
     Case("gralora", "llama", dict(r=4, alpha=9, hybrid_r=3, target_modules=["q_proj", "k_proj"]), "hybrid"),
     Case("gralora", "llama", dict(r=3, gralora_k=1, target_modules=LINEARS, init_weights=False), "random", noop=False),
     Case("gralora", "gpt2", dict(r=9, alpha=12, gralora_k=3, hybrid_r=2, target_modules=["c_attn", "mlp.c_proj"])),
+    Case("peanut", "llama", dict(r=5, scaling=1.7, target_modules=LINEARS)),
+    Case("peanut", "llama", dict(r=5, depth=2, act_fn="tanh", target_modules=LINEARS), "deep"),
+    Case(
+        "peanut",
+        "llama",
+        dict(r=5, depth=1, act_fn="gelu", target_modules=["q_proj"], init_weights=False),
+        "random",
+        noop=False,
+    ),
+    Case("peanut", "gpt2", dict(r=5, depth=1, act_fn="silu", target_modules=["c_attn", "mlp.c_proj"])),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

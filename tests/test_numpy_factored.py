@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 
 import veneer
 from veneer import ConfigError, PeftModel, TargetError, get_peft_model
+from veneer.maths.activations import ACTIVATIONS
 from veneer.maths.kronecker import two_factors
 
 from . import models
-from .test_numpy import adapt, agree, arr, attach, linear_places, places, state
+from .test_numpy import adapt, agree, arr, attach, linear_places, places, relu, silu, state
 
 
 def product(A: np.ndarray, B: np.ndarray) -> np.ndarray:
@@ -238,3 +239,53 @@ def test_graloras_limits():
     for settings in (dict(r=5), dict(gralora_k=0), dict(hybrid_r=-1), dict(gralora_dropout=1.0)):
         with pytest.raises(ConfigError):
             veneer.GraloraConfig(**settings)
+
+
+@linear_places
+def test_peanut(place: str):
+    """W + s (relu(W^T A^T) B^T)^T."""
+    layer, p, W, b = adapt(veneer.PeanutConfig, place, r=3, scaling=1.5)
+    agree(layer, W + 1.5 * (relu(W.T @ p["peanut_A"].T) @ p["peanut_B"].T).T, b)
+
+
+@linear_places
+def test_peanut_in_depth(place: str):
+    """Two layers down, two back; each layer back adds what the layer of its height down read."""
+    layer, p, W, b = adapt(veneer.PeanutConfig, place, r=3, depth=2, act_fn="silu", scaling=0.7)
+    E, D = ([p[f"peanut_{side}.{i}"] for i in range(2)] for side in ("encoders", "decoders"))
+    h0 = silu(W.T @ p["peanut_A"].T)
+    h1 = silu(h0 @ E[0].T)
+    h2 = silu(h1 @ E[1].T)
+    back = silu(h2 @ D[0].T) + h1
+    back = silu(back @ D[1].T) + h0
+    agree(layer, W + 0.7 * (back @ p["peanut_B"].T).T, b)
+
+
+def test_peanut_reads_the_pretrained_weight_under_a_merged_adapter():
+    model = attach("llama", veneer.PeanutConfig(r=3, target_modules=["q_proj"]))
+    model.add_adapter("two", veneer.LoraConfig(r=2, target_modules=["q_proj"]))
+    models.perturb(model, "two", scale=0.3)
+    model.set_adapter(["two", "default"])
+    batch = models.inputs("llama")
+    active = models.output(model, batch)
+    model.merge_adapter(["two"])
+    torch.testing.assert_close(models.output(model, batch), active, rtol=1e-4, atol=1e-5)
+    model.merge_adapter(["default"])
+    torch.testing.assert_close(models.output(model, batch), active, rtol=1e-4, atol=1e-5)
+
+
+def test_activations_are_those_of_transformers():
+    activations = pytest.importorskip("transformers.activations")
+    assert set(ACTIVATIONS) == set(activations.ACT2FN) - {"xielu"}
+    x = torch.linspace(-12, 12, 241)
+    for name, function in ACTIVATIONS.items():
+        with torch.no_grad():
+            torch.testing.assert_close(function(x), activations.ACT2FN[name](x))
+
+
+def test_peanuts_limits():
+    with pytest.raises(ConfigError, match="relu"):
+        veneer.PeanutConfig(act_fn="rleu")
+    for settings in (dict(act_fn="xielu"), dict(r=0), dict(depth=-1)):
+        with pytest.raises(ConfigError):
+            veneer.PeanutConfig(**settings)

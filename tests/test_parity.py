@@ -35,6 +35,7 @@ FAULTS = {
     "hra-conv-conv1d": "PEFT has no HRA on Conv1d",
     "oft-conv-conv1d": "PEFT has no OFT on Conv1d",
     "loha-gpt2": "PEFT has no LoHa on GPT-2's Conv1D",
+    "peanut-gpt2": "PEFT has no PEANuT on GPT-2's Conv1D",
     "lokr-gpt2": "PEFT has no LoKr on GPT-2's Conv1D",
     "lokr-conv-conv1d-core": "PEFT's LoKr with the core of a Conv1d ends in an error of torch.kron",
     "lokr-volume": "PEFT has no LoKr on Conv3d",

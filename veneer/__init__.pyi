@@ -46,6 +46,7 @@ from .methods.lokr import LoKrConfig as LoKrConfig
 from .methods.lora import LoraConfig as LoraConfig
 from .methods.miss import MissConfig as MissConfig
 from .methods.oft import OFTConfig as OFTConfig
+from .methods.peanut import PeanutConfig as PeanutConfig
 from .methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from .methods.randlora import RandLoraConfig as RandLoraConfig
