@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 import veneer
 from veneer import ConfigError, PeftModel, TargetError, get_peft_model
+from veneer.maths.activations import ACTIVATIONS
+from veneer.maths.kronecker import two_factors
 
 from . import models
-from .test_numpy import adapt, agree, arr, attach, linear_places, places, state
+from .test_numpy import adapt, agree, arr, attach, linear_places, places, relu, silu, state
 
 
 def product(A: np.ndarray, B: np.ndarray) -> np.ndarray:
@@ -132,3 +134,158 @@ def test_miss_dropout_falls_on_the_input():
     assert change.std(0).min() > 0.01
     np.testing.assert_allclose(arr(change.mean(0)), p["miss_block"][np.arange(30) % 4].sum(0), atol=0.4)
     assert torch.equal(layer.eval()(x), layer(x))
+
+
+def kron(one: np.ndarray, two: np.ndarray, left: bool = True) -> np.ndarray:
+    """The Kronecker product of a matrix and, for each place in a kernel, another; (out, in * kernel)."""
+    blocks = [np.kron(one, K) if left else np.kron(K, one) for K in np.moveaxis(two.reshape(*two.shape[:2], -1), 2, 0)]
+    return np.stack(blocks, axis=2).reshape(one.shape[0] * two.shape[0], -1)
+
+
+@places
+def test_lokr(place: str):
+    """W + alpha / r (W1 kron A2 B2); the kernel belongs to W2."""
+    layer, p, W, b = adapt(veneer.LoKrConfig, place, r=1, alpha=5)
+    assert set(p) == {"lokr_w1", "lokr_w2_a", "lokr_w2_b"}
+    agree(layer, W + 5 * np.kron(p["lokr_w1"], p["lokr_w2_a"] @ p["lokr_w2_b"]), b)
+
+
+@places
+def test_lokr_with_both_low_rank(place: str):
+    layer, p, W, b = adapt(veneer.LoKrConfig, place, r=1, alpha=5, decompose_both=True)
+    agree(layer, W + 5 * np.kron(p["lokr_w1_a"] @ p["lokr_w1_b"], p["lokr_w2_a"] @ p["lokr_w2_b"]), b)
+
+
+@places
+def test_lokr_with_both_whole(place: str):
+    layer, p, W, b = adapt(veneer.LoKrConfig, place, r=20, alpha=30)
+    assert set(p) == {"lokr_w1", "lokr_w2"}
+    agree(layer, W + 30 / 20 * kron(p["lokr_w1"], p["lokr_w2"]), b)
+
+
+def test_lokr_with_a_core():
+    """Proposition 3 of FedPara for W2: sum_ij T[i, j, kernel] A[i, out2] B[j, in2]."""
+    layer, p, W, b = adapt(veneer.LoKrConfig, "conv", r=1, alpha=30, use_effective_conv2d=True)
+    two = np.einsum("ijkl,io,jc->ockl", p["lokr_t2"], p["lokr_w2_a"], p["lokr_w2_b"])
+    agree(layer, W + 30 * kron(p["lokr_w1"], two), b)
+
+
+@pytest.mark.parametrize("r", [1, 8])
+@pytest.mark.parametrize("core", [False, True])
+def test_lokr_on_a_conv1d(r: int, core: bool):
+    """As in PEFT's files: a whole W2 stands on the left, else W1 does."""
+    config = veneer.LoKrConfig(r=r, alpha=7, target_modules=["third"], use_effective_conv2d=core)
+    layer = state(attach("conv", config)).layers["third"]
+    p = {name: arr(v) for name, v in layer.adapters["default"].named_parameters()}
+    if r == 8:
+        expected = kron(p["lokr_w1"], p["lokr_w2"], left=False)
+    elif core:
+        two = np.einsum("ijkl,io,jc->ock", p["lokr_t2"], p["lokr_w2_a"], p["lokr_w2_b"])
+        expected = kron(p["lokr_w1"], two)
+    else:
+        expected = np.kron(p["lokr_w1"], p["lokr_w2_a"] @ p["lokr_w2_b"])
+    np.testing.assert_allclose(arr(layer.adapters["default"].delta()), 7 / r * expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 30, 36, 45, 127, 128])
+@pytest.mark.parametrize("factor", [-1, 0, 1, 2, 4, 5, 6, 11, 200])
+def test_sizes_of_kronecker_factors(size: int, factor: int):
+    """Where `factor` does not divide: the most even of the pairs whose smaller side is at most `factor`."""
+    one, two = two_factors(size, factor)
+    assert one * two == size
+    if factor > 0 and size % factor == 0:
+        assert one == factor
+    else:
+        pairs = [(d, size // d) for d in range(1, size + 1) if size % d == 0 and d * d <= size]
+        assert (one, two) == max(p for p in pairs if factor == -1 or p[0] <= max(factor, 1))
+
+
+def test_lokr_starts():
+    """At zero by W1, in LyCORIS' way by W2; its rank is the product of the factors' ranks."""
+    for settings, zero in (({}, "lokr_w1"), (dict(init_weights="lycoris"), "lokr_w2_b")):
+        _, p, *_ = adapt(veneer.LoKrConfig, "linear", 0.0, r=2, **settings)
+        assert [name for name, value in p.items() if not value.any()] == [zero]
+    layer, p, *_ = adapt(veneer.LoKrConfig, "linear", r=2)
+    with torch.no_grad():
+        assert np.linalg.matrix_rank(layer.adapters["default"].delta().numpy(), tol=1e-4) == 2 * min(p["lokr_w1"].shape)
+    for settings in (dict(r=0), dict(decompose_factor=-2), dict(init_weights="lora")):
+        with pytest.raises(ConfigError):
+            veneer.LoKrConfig(**settings)
+
+
+@linear_places
+@pytest.mark.parametrize("hybrid", [0, 2])
+def test_gralora(place: str, hybrid: int):
+    """Block (i, j) of the update is B_ij A_ij, each of rank r / k."""
+    k, r, s = 5, 10, 2
+    layer, p, W, b = adapt(veneer.GraloraConfig, place, r=r, gralora_k=k, alpha=5, hybrid_r=hybrid)
+    A, B = p["gralora_A"], p["gralora_B"]
+    rows = [[(A[j][:, s * i : s * i + s] @ B[i][s * j : s * j + s]).T for j in range(k)] for i in range(k)]
+    update = np.block(rows)
+    assert np.linalg.matrix_rank(update, tol=1e-6) == min(k * r, *W.shape)
+    if hybrid:
+        update = update + p["gralora_B_general"] @ p["gralora_A_general"]
+    agree(layer, W + 5 / (r + hybrid) * update, b)
+
+
+def test_gralora_with_one_block_is_lora():
+    layer, p, W, b = adapt(veneer.GraloraConfig, "linear", r=4, gralora_k=1, alpha=6)
+    agree(layer, W + 6 / 4 * (p["gralora_A"][0] @ p["gralora_B"][0]).T, b)
+
+
+def test_graloras_limits():
+    with pytest.raises(ConfigError, match="gralora_k = 4 on .*q_proj"):
+        get_peft_model(models.build("llama"), veneer.GraloraConfig(gralora_k=4, target_modules=["q_proj"]))
+    for settings in (dict(r=5), dict(gralora_k=0), dict(hybrid_r=-1), dict(gralora_dropout=1.0)):
+        with pytest.raises(ConfigError):
+            veneer.GraloraConfig(**settings)
+
+
+@linear_places
+def test_peanut(place: str):
+    """W + s (relu(W^T A^T) B^T)^T."""
+    layer, p, W, b = adapt(veneer.PeanutConfig, place, r=3, scaling=1.5)
+    agree(layer, W + 1.5 * (relu(W.T @ p["peanut_A"].T) @ p["peanut_B"].T).T, b)
+
+
+@linear_places
+def test_peanut_in_depth(place: str):
+    """Two layers down, two back; each layer back adds what the layer of its height down read."""
+    layer, p, W, b = adapt(veneer.PeanutConfig, place, r=3, depth=2, act_fn="silu", scaling=0.7)
+    E, D = ([p[f"peanut_{side}.{i}"] for i in range(2)] for side in ("encoders", "decoders"))
+    h0 = silu(W.T @ p["peanut_A"].T)
+    h1 = silu(h0 @ E[0].T)
+    h2 = silu(h1 @ E[1].T)
+    back = silu(h2 @ D[0].T) + h1
+    back = silu(back @ D[1].T) + h0
+    agree(layer, W + 0.7 * (back @ p["peanut_B"].T).T, b)
+
+
+def test_peanut_reads_the_pretrained_weight_under_a_merged_adapter():
+    model = attach("llama", veneer.PeanutConfig(r=3, target_modules=["q_proj"]))
+    model.add_adapter("two", veneer.LoraConfig(r=2, target_modules=["q_proj"]))
+    models.perturb(model, "two", scale=0.3)
+    model.set_adapter(["two", "default"])
+    batch = models.inputs("llama")
+    active = models.output(model, batch)
+    model.merge_adapter(["two"])
+    torch.testing.assert_close(models.output(model, batch), active, rtol=1e-4, atol=1e-5)
+    model.merge_adapter(["default"])
+    torch.testing.assert_close(models.output(model, batch), active, rtol=1e-4, atol=1e-5)
+
+
+def test_activations_are_those_of_transformers():
+    activations = pytest.importorskip("transformers.activations")
+    assert set(ACTIVATIONS) == set(activations.ACT2FN) - {"xielu"}
+    x = torch.linspace(-12, 12, 241)
+    for name, function in ACTIVATIONS.items():
+        with torch.no_grad():
+            torch.testing.assert_close(function(x), activations.ACT2FN[name](x))
+
+
+def test_peanuts_limits():
+    with pytest.raises(ConfigError, match="relu"):
+        veneer.PeanutConfig(act_fn="rleu")
+    for settings in (dict(act_fn="xielu"), dict(r=0), dict(depth=-1)):
+        with pytest.raises(ConfigError):
+            veneer.PeanutConfig(**settings)

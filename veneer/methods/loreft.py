@@ -22,7 +22,7 @@ from ..core.config import LayerConfig, Name, check_choice, check_range
 from ..core.target import Target
 from ..errors import TargetError
 from ..interop.transformers import prompts_of
-from ..maths.activations import FUNCTIONS
+from ..maths.activations import ACTIVATIONS
 from ..maths.orthonormal import orthonormal
 from ..maths.positions import ends
 from ..structure import layers
@@ -40,7 +40,7 @@ class Edit(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         R = orthonormal(self.projection.weight) if self.config.orthogonality else self.projection.weight
-        moved = FUNCTIONS[self.config.non_linearity or "linear"](self.learned_source(h))
+        moved = ACTIVATIONS[self.config.non_linearity or "linear"](self.learned_source(h))
         return self.dropout(h + (moved - h @ R.T if self.config.subtract_projection else moved) @ R)
 
 
@@ -104,7 +104,7 @@ class LoReftConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, FUNCTIONS, "non_linearity")
+        check_choice(self, ACTIVATIONS, "non_linearity")
         check_range(self, 1, math.inf, "r")
         check_range(self, 0, math.inf, "suffix_positions")
         check_range(self, 0, 1, "dropout")
