@@ -49,6 +49,7 @@ from .methods.fourierft import FourierFTConfig as FourierFTConfig
 from .methods.hira import HiraConfig as HiraConfig
 from .methods.hra import HRAConfig as HRAConfig
 from .methods.ia3 import IA3Config as IA3Config
+from .methods.lily import LilyConfig as LilyConfig
 from .methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from .methods.loha import LoHaConfig as LoHaConfig
 from .methods.lora import LoraConfig as LoraConfig
