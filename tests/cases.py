@@ -331,6 +331,9 @@ CASES = [
     Case(
         "unilora", "llama", dict(r=3, theta_d_length=23, target_modules=LINEARS, save_indices=True), "fat", noop=False
     ),
+    Case("lily", "llama", dict(r=5, num_B=3, scaling=3.0, target_modules=LINEARS)),
+    Case("lily", "llama", dict(r=5, num_B=3, stride_A=2, scaling=3.0, target_modules=LINEARS), "stride"),
+    Case("lily", "gpt2", dict(r=5, num_B=3, stride_A=2, scaling=3.0, target_modules=["c_attn", "mlp.c_proj"])),
     Case("p_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM", encoder_hidden_size=11), noop=False),
     Case(
         "p_tuning",

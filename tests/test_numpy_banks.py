@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import veneer
 from veneer import CheckpointError, NotMergeable, PeftModel, TargetError, get_peft_model
 
 from . import models
 from .models import output
-from .test_numpy import agree, arr, attach, sample, softmax, state
+from .test_numpy import agree, arr, attach, base_of, sample, softmax, state
 from .test_numpy_shared import PLACES, layers_of, models_of_both_kinds
 
 
@@ -244,3 +244,74 @@ def test_unilora_learns_in_half_precision_too():
     )
     assert state(model).shared["default"].unilora_theta_d.dtype == torch.bfloat16
     output(model, models.inputs("llama")).float().square().mean().backward()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@models_of_both_kinds
+def test_lily(name: str, stride: int):
+    """W x + s h sum_e p_e B_e; targets of one name share the experts, `stride` in a row of them A."""
+    config = veneer.LilyConfig(r=3, num_B=4, stride_A=stride, scaling=1.5, target_modules=PLACES[name])
+    layers = state(attach(name, config)).layers
+    for path, layer in layers.items():
+        same = [other for other in layers if other.endswith(path.rpartition(".")[2])]
+        owner = layers[same[same.index(path) // stride * stride]].adapters["default"]
+        A, R = arr(owner.lily_A.weight), arr(layer.adapters["default"].lily_router.weight)
+        B = arr(layers[same[0]].adapters["default"].lily_B.weight).reshape(4, 3, -1)
+        x = sample(layer.base_layer)
+        W, b = base_of(layer.base_layer)
+        h = arr(x) @ A.T
+        p = softmax(h @ R.T).mean((0, 1))
+        expected = arr(x) @ W.T + b + 1.5 * sum(p[e] * h @ B[e] for e in range(4))
+        np.testing.assert_allclose(arr(layer(x)), expected, rtol=1e-5, atol=3e-5)
+    with pytest.raises(NotMergeable):
+        layer.fold(layer.stack(("default",)))
+
+
+def lily(directory, **settings):
+    settings = dict(r=3, stride_A=2, target_modules=PLACES["llama"]) | settings
+    model = attach("llama", veneer.LilyConfig(**settings))
+    model.save_pretrained(directory)
+    return model, load_file(directory / "adapter_model.safetensors")
+
+
+def test_lilys_file_holds_each_number_once(tmp_path):
+    model, found = lily(tmp_path)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert sum(t.numel() for t in found.values()) == sum(p.numel() for p in trained)
+    assert sorted(key.split(".")[4] for key in found if "lily_A" in key) == ["0", "0", "0"]
+
+
+def test_lilys_file_may_repeat_what_is_shared_but_not_change_it(tmp_path):
+    model, found = lily(tmp_path)
+    key = "base_model.model.model.layers.{}.self_attn.q_proj.lily_A.weight"
+    for change in (0.0, 0.1):
+        found[key.format(1)] = found[key.format(0)] + change
+        save_file(found, tmp_path / "adapter_model.safetensors")
+        if change:
+            with pytest.raises(CheckpointError, match=r"1 unlike those they should repeat:\s.*layers.1.*q_proj.lily_A"):
+                PeftModel.from_pretrained(models.build("llama"), tmp_path)
+        else:
+            loaded = PeftModel.from_pretrained(models.build("llama"), tmp_path)
+            assert torch.equal(output(loaded, models.inputs("llama")), output(model, models.inputs("llama")))
+    del found[key.format(0)]
+    save_file(found, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="1 missing"):
+        PeftModel.from_pretrained(models.build("llama"), tmp_path)
+
+
+def test_lily_on_all_linear_shares_by_name(tmp_path):
+    model, found = lily(tmp_path, target_modules="all-linear")
+    assert len([key for key in found if "lily_B" in key]) == 7
+    names = veneer.LilyConfig.from_pretrained(tmp_path).target_modules
+    assert names == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    loaded = PeftModel.from_pretrained(models.build("llama"), tmp_path)
+    assert torch.equal(output(loaded, models.inputs("llama")), output(model, models.inputs("llama")))
+
+
+def test_lily_groups_by_the_longest_entry_and_by_shape():
+    config = veneer.LilyConfig(r=3, target_modules=["q_proj", "0.self_attn.q_proj", "k_proj"])
+    layers = state(attach("llama", config)).layers
+    assert all(hasattr(layer.adapters["default"], "lily_B") for path, layer in layers.items() if "q_proj" in path)
+    layers = state(attach("llama", veneer.LilyConfig(r=3, target_modules=".*[qk]_proj"))).layers
+    owners = [path for path, layer in layers.items() if hasattr(layer.adapters["default"], "lily_B")]
+    assert owners == [f"model.layers.0.self_attn.{name}_proj" for name in "qk"]

@@ -54,6 +54,7 @@ FAULTS = {
     "lokr-gpt2": "PEFT has no LoKr on GPT-2's Conv1D",
     "lokr-conv-conv1d-core": "PEFT's LoKr with the core of a Conv1d ends in an error of torch.kron",
     "lokr-volume": "PEFT has no LoKr on Conv3d",
+    "lily-gpt2": "PEFT has no Lily on GPT-2's Conv1D",
     "miss-gpt2": "PEFT has no MiSS on GPT-2's Conv1D",
     "miss-gpt2-bat": "PEFT has no MiSS on GPT-2's Conv1D",
     "hira-llama-patterns": "PEFT computes HiRA's ranks from rank_pattern and then builds the first adapter with r",
@@ -75,6 +76,9 @@ WRONG_GRADIENTS = {
     "c3a-llama-gaussian": "as for c3a-llama",
     "loha-conv-effective": "PEFT's backward of LoHa with a core takes the gradient of A1 through the core of the other "
     "product, that of A2 likewise; test_lohas_gradients_with_a_core has the right ones",
+}
+WRITTEN_ONCE = {
+    "lily": "PEFT writes what layers share again for each of them; ours is there once, and PEFT reads it with a warning"
 }
 COMPARED = [c for c in CASES if c.method not in NOT_COMPARED and str(c) not in FAULTS]
 
@@ -108,6 +112,21 @@ def tensors(directory):
     return load_file(directory / "adapter_model.safetensors")
 
 
+def keys(directory, case: Case) -> set[str]:
+    """The keys of a file; of a method that is written once, without those that repeat an earlier tensor."""
+    found = tensors(directory)
+    if case.method not in WRITTEN_ONCE:
+        return set(found)
+    values: dict[str, list] = {}
+    for key in sorted(found):
+        same = values.setdefault(key.split(".", 5)[-1], [])
+        if any(torch.equal(found[key], found[other]) for other in same):
+            del found[key]
+        else:
+            same.append(key)
+    return set(found)
+
+
 @pytest.mark.parametrize("case", COMPARED, ids=str)
 def test_pefts_file_loads_here(case: Case, tmp_path):
     theirs = moved(peft.get_peft_model(models.build(case.model), pefts_config(case)))
@@ -116,7 +135,7 @@ def test_pefts_file_loads_here(case: Case, tmp_path):
     batch = case.inputs()
     torch.testing.assert_close(output(ours, batch), output(right(theirs, case), batch), **TOLERANCE)
     ours.save_pretrained(tmp_path / "ours")
-    assert tensors(tmp_path / "ours").keys() == tensors(tmp_path / "theirs").keys()
+    assert tensors(tmp_path / "ours").keys() == keys(tmp_path / "theirs", case)
 
 
 @pytest.mark.parametrize("case", COMPARED, ids=str)
@@ -126,11 +145,13 @@ def test_our_file_loads_in_peft(case: Case, tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         theirs = peft.PeftModel.from_pretrained(models.build(case.model), tmp_path / "ours").eval()
-    assert not [str(w.message) for w in caught if "missing" in str(w.message) or "unexpected" in str(w.message).lower()]
+    if case.method not in WRITTEN_ONCE:
+        messages = [str(w.message).lower() for w in caught]
+        assert not [m for m in messages if "missing" in m or "unexpected" in m]
     batch = case.inputs()
     torch.testing.assert_close(output(right(theirs, case), batch), output(ours, batch), **TOLERANCE)
     theirs.save_pretrained(tmp_path / "theirs")
-    assert tensors(tmp_path / "ours").keys() == tensors(tmp_path / "theirs").keys()
+    assert tensors(tmp_path / "ours").keys() == keys(tmp_path / "theirs", case)
     unknown = set(json.loads((tmp_path / "ours" / "adapter_config.json").read_text())) - set(
         json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
     )

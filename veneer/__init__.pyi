@@ -51,6 +51,7 @@ from .methods.gralora import GraloraConfig as GraloraConfig
 from .methods.hira import HiraConfig as HiraConfig
 from .methods.hra import HRAConfig as HRAConfig
 from .methods.ia3 import IA3Config as IA3Config
+from .methods.lily import LilyConfig as LilyConfig
 from .methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from .methods.loha import LoHaConfig as LoHaConfig
 from .methods.lokr import LoKrConfig as LoKrConfig
