@@ -34,6 +34,11 @@ FAULTS = {
     "delora-gpt2": "PEFT has no DeLoRA on GPT-2's Conv1D",
     "hra-conv-conv1d": "PEFT has no HRA on Conv1d",
     "oft-conv-conv1d": "PEFT has no OFT on Conv1d",
+    "lora-gpt2-olora": "PEFT decomposes Conv1D's weight as it is stored, (in, out), so that the shapes do not meet",
+    "lora-conv-olora": "PEFT has no OLoRA on convolutions",
+    "lora-llama-fast-pissa": "PEFT draws the projection of its randomised SVD anew at each load; see test_inits",
+    "lora-llama-loftq": "PEFT quantises with bitsandbytes on a GPU only",
+    "lora-gpt2-loftq": "PEFT quantises with bitsandbytes on a GPU only",
     "loha-gpt2": "PEFT has no LoHa on GPT-2's Conv1D",
 }
 MERGED = {

@@ -11,6 +11,16 @@ from .errors import NotMergeable as NotMergeable
 from .errors import TargetError as TargetError
 from .errors import VeneerError as VeneerError
 from .hub import pull as pull
+from .inits.corda import CordaConfig as CordaConfig
+from .inits.corda import preprocess_corda as preprocess_corda
+from .inits.eva import EvaConfig as EvaConfig
+from .inits.eva import get_eva_state_dict as get_eva_state_dict
+from .inits.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
+from .inits.loftq import LoftQConfig as LoftQConfig
+from .inits.lora_ga import LoraGAConfig as LoraGAConfig
+from .inits.lora_ga import preprocess_loraga as preprocess_loraga
+from .inits.plain import to_plain_lora_ as to_plain_lora_
+from .inits.quantised import replace_lora_weights_loftq as replace_lora_weights_loftq
 from .interop.auto import AutoPeftModel as AutoPeftModel
 from .interop.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from .interop.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
