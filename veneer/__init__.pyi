@@ -54,5 +54,8 @@ from .methods.road import RoadConfig as RoadConfig
 from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from .methods.vera import VeraConfig as VeraConfig
 from .methods.xlora import XLoraConfig as XLoraConfig
+from .optimizers.lorafa import create_lorafa_optimizer as create_lorafa_optimizer
+from .optimizers.loraplus import create_loraplus_optimizer as create_loraplus_optimizer
+from .optimizers.riemannian import create_riemannian_optimizer as create_riemannian_optimizer
 
 __version__: str

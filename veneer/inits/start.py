@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,8 @@ class Started(LowRank):
 
     r: int
     scaling: float
+    holds_A: bool = False
+    """A stays as it is in training (LoRA-FA)."""
 
     def __init__(self, config: StartConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
@@ -115,6 +118,10 @@ class Started(LowRank):
         for mine, theirs in zip(self.matrices(), (A0, B0), strict=True):
             if not mine.is_meta:
                 mine.copy_(theirs)
+
+    def learned(self) -> Iterator[nn.Parameter]:
+        held = ("lora_A", "lora_embedding_A") if self.holds_A else ()
+        return (p for name, p in self.named_parameters() if not name.startswith(held))
 
     def export(self) -> Tensors:
         tensors = super().export()
