@@ -16,9 +16,19 @@ from .errors import VeneerError as VeneerError
 from .hotswap import hotswap_adapter as hotswap_adapter
 from .hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
 from .hub import pull as pull
+from .inits.corda import CordaConfig as CordaConfig
+from .inits.corda import preprocess_corda as preprocess_corda
+from .inits.eva import EvaConfig as EvaConfig
+from .inits.eva import get_eva_state_dict as get_eva_state_dict
+from .inits.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
 from .inits.kv_prefix import initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values
 from .inits.kv_prefix import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
 from .inits.kv_prefix import prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values
+from .inits.loftq import LoftQConfig as LoftQConfig
+from .inits.lora_ga import LoraGAConfig as LoraGAConfig
+from .inits.lora_ga import preprocess_loraga as preprocess_loraga
+from .inits.plain import to_plain_lora_ as to_plain_lora_
+from .inits.quantised import replace_lora_weights_loftq as replace_lora_weights_loftq
 from .interop.auto import AutoPeftModel as AutoPeftModel
 from .interop.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from .interop.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -81,5 +91,8 @@ from .methods.vblora import VBLoRAConfig as VBLoRAConfig
 from .methods.vera import VeraConfig as VeraConfig
 from .methods.waveft import WaveFTConfig as WaveFTConfig
 from .methods.xlora import XLoraConfig as XLoraConfig
+from .optimizers.lorafa import create_lorafa_optimizer as create_lorafa_optimizer
+from .optimizers.loraplus import create_loraplus_optimizer as create_loraplus_optimizer
+from .optimizers.riemannian import create_riemannian_optimizer as create_riemannian_optimizer
 
 __version__: str

@@ -2,7 +2,8 @@
 
     A0 = sqrt(S_r / s) V_r^T,  B0 = U_r sqrt(S_r / s)   so that s B0 A0 is the best rank-r approximation of W
 
-Meng et al., 2024, arXiv:2404.02948. "pissa": exact SVD; "pissa_niter_N": randomised, N power iterations.
+Meng et al., 2024, arXiv:2404.02948. "pissa": exact SVD; "pissa_niter_N": randomised, N power iterations. PEFT draws
+the projection anew whenever it loads such a file, so that there its residual is met only nearly; here it is fixed.
 """
 
 from __future__ import annotations

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import LowRank
-from ..core.config import LayerConfig, Name, at, check_range, mapping
+from ..core.config import Name, at, check_range, mapping
 from ..core.target import Target
 from ..errors import ConfigError
-from ..inits.pissa import pissa
+from ..inits.start import StartConfig, Started
 
 
-class LoRA(LowRank):
+class LoRA(Started):
     kinds = frozenset({"linear", "conv", "embedding", "param"})
 
     def __init__(self, config: LoraConfig, target: Target, shared: nn.Module | None = None) -> None:
@@ -36,8 +35,6 @@ class LoRA(LowRank):
         else:
             self.lora_A, self.lora_B = target.factors(self.r)
             self.set_dropout(config.lora_dropout)
-        self.register_buffer("start_A", None, persistent=False)
-        self.register_buffer("start_B", None, persistent=False)
         self.initialise(config.init_lora_weights)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
@@ -52,26 +49,6 @@ class LoRA(LowRank):
             return A, B * self.scaling
         return torch.cat([A, self.start_A]), torch.cat([B, -self.start_B], dim=1) * self.scaling
 
-    @torch.no_grad()
-    def initialise(self, how: bool | str) -> None:
-        A, B = self.matrices()
-        if isinstance(how, str) and how.startswith("pissa"):
-            self.start_from(*pissa(self.target.original_weight(), self.r, self.scaling, how))
-        elif A.is_meta:
-            return
-        elif self.target.kind == "embedding":
-            (A.zero_() if how is True else A.normal_(), B.normal_())
-        else:
-            A.normal_(std=1 / self.r) if how == "gaussian" else nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-            nn.init.kaiming_uniform_(B, a=math.sqrt(5)) if how is False else B.zero_()
-
-    def start_from(self, A0: Tensor, B0: Tensor) -> None:
-        """Start at A0, B0 and subtract them: a no-op that learns along their directions."""
-        self.start_A, self.start_B = A0, B0
-        for mine, theirs in zip(self.matrices(), (A0, B0), strict=True):
-            if not mine.is_meta:
-                mine.copy_(theirs)
-
     def expected_parameters(self) -> int:
         r, target = self.r, self.target
         return target.copies * (r * target.in_features * target.groups + r * target.out_features // target.groups)
@@ -81,7 +58,7 @@ class LoRA(LowRank):
 
 
 @dataclass(kw_only=True)
-class LoraConfig(LayerConfig):
+class LoraConfig(StartConfig):
     r: int = 8
     """Rank of the update."""
     lora_alpha: int | float = 8
@@ -90,8 +67,6 @@ class LoraConfig(LayerConfig):
     """Dropout on the input of the update, in training."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r), which keeps high ranks stable."""
-    init_lora_weights: bool | str = True
-    """True: the paper's. "gaussian": A normal. "pissa", "pissa_niter_N": singular vectors. False: B random too."""
     rank_pattern: dict[str, int] | None = mapping()
     """Other ranks for some targets, by name ending or regular expression."""
     alpha_pattern: dict[str, int | float] | None = mapping()
@@ -102,18 +77,19 @@ class LoraConfig(LayerConfig):
     """Learn magnitude and direction apart (DoRA)."""
 
     peft_type, adapter = Name("LORA"), LoRA
-    foreign = {"megatron_core": "megatron.core", "qalora_group_size": 16, "loftq_config": {}}
+    foreign = {"megatron_core": "megatron.core", "qalora_group_size": 16}
     patterns = ("rank_pattern", "alpha_pattern")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, 1, math.inf, "r", "rank_pattern")
         check_range(self, 0, 1, "lora_dropout")
-        how = str(self.init_lora_weights)
-        if how not in ("True", "False", "gaussian") and not how.startswith("pissa"):
-            raise ConfigError(f'init_lora_weights {how!r}: use True, False, "gaussian", "pissa" or "pissa_niter_N"')
+        if self.use_dora and self.init_lora_weights == "loftq":
+            raise ConfigError("use_dora needs the norms of a whole weight, which LoftQ does not have")
 
     def build(self, target: Target, shared: nn.Module | None = None, **kwargs: Any) -> LoRA:
+        from ..inits.quantised import LoftQ
         from .dora import DoRA
 
-        return (DoRA if self.use_dora else LoRA)(self, target, shared)
+        self.check_settings()
+        return (DoRA if self.use_dora else LoftQ if self.init_lora_weights == "loftq" else LoRA)(self, target, shared)
