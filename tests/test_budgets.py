@@ -18,6 +18,7 @@ METHODS = sorted(p for p in (HOUSE / "methods").glob("*.py") if p.stem != "__ini
 CORE = sorted((HOUSE / "core").glob("*.py"))
 LONGER = {
     "adalora": "a method and a schedule: the allocation of ranks is an algorithm of its own",
+    "bottleneck": "the common ground of eight methods: places, starts and scalings of their small networks",
     "xlora": "experts, a gate and its pass over the model",
 }
 
@@ -45,7 +46,7 @@ def test_a_method_is_a_small_file(path: Path):
 
 
 def test_the_core_is_small():
-    assert sum(code_lines(path) for path in CORE) <= 2015
+    assert sum(code_lines(path) for path in CORE) <= 2020
 
 
 def test_functions_are_short():

@@ -18,7 +18,7 @@ from ..files import WEIGHTS_NAME, find_weights, write_atomically
 from .adapter import Adapter, Replace, Tensors
 from .config import Config, PromptConfig
 from .context import State
-from .layer import walk
+from .layer import AdapterLayer, walk
 from .prompt import Prompt
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
@@ -201,10 +201,17 @@ def base_weights(model: Any, state: State, name: str) -> dict[str, Tensor]:
 
     Without those that are not whole in memory.
     """
-    layers = {path: state.layers[path] for path in state.adapters(name)}
-    found = {p: layer.target.original_weight() for p, layer in layers.items() if layer.target.kind != "block"}
+    found = {path: _first_weight(state.layers[path]) for path in state.adapters(name)}
     found |= {"": model.get_input_embeddings().weight} if name in state.prompts else {}
-    return {path: W for path, W in found.items() if not W.is_meta and not hasattr(W, "full_tensor")}
+    return {p: W for p, W in found.items() if W is not None and not W.is_meta and not hasattr(W, "full_tensor")}
+
+
+def _first_weight(layer: AdapterLayer) -> Tensor | None:
+    """The pretrained weight of a module, of a block the first matrix inside."""
+    if layer.target.kind != "block":
+        return layer.target.original_weight()
+    inside = (module._parameters.get("weight") for _, module in walk(layer))
+    return next((W for W in inside if W is not None and W.dim() == 2 and W.is_floating_point()), None)
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, list[float]]:
