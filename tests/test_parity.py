@@ -24,6 +24,10 @@ TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 
 NOT_COMPARED = {
     "bottleneck": "PEFT has no such method",
+    **dict.fromkeys(
+        ("seq_bn", "double_seq_bn", "par_bn", "adapter_plus", "compacter", "compacter_plus_plus"),
+        "PEFT has no such method",
+    ),
     "loreft": "PEFT has no such method",
     "noreft": "PEFT has no such method",
     "direft": "PEFT has no such method",
