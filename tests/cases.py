@@ -202,6 +202,10 @@ CASES = [
     ),
     Case("compacter", "llama", dict(phm_dim=3, reduction_factor=5, learn_phm=False, phm_init_range=0.5), "fixed-rules"),
     Case("compacter_plus_plus", "t5", dict(phm_dim=5, reduction_factor=6, phm_init_range=0.5)),
+    Case("seq_bn_inv", "llama", dict(reduction_factor=7)),
+    Case("seq_bn_inv", "gpt2", dict(reduction_factor=7, inv_adapter="glow"), "glow"),
+    Case("seq_bn_inv", "t5", dict(reduction_factor=7, inv_adapter="glow")),
+    Case("double_seq_bn_inv", "llama", dict(reduction_factor=7, inv_adapter_reduction_factor=3)),
     Case("loreft", "llama", dict(r=4)),
     Case(
         "loreft",

@@ -299,3 +299,63 @@ def test_compacters_sizes():
         attach("llama", veneer.CompacterConfig())
     with pytest.raises(ConfigError, match="houlsby or pfeiffer"):
         veneer.CompacterConfig(placement="parallel")
+
+
+# Invertible adapters
+
+
+def network(p: dict, name: str, h: np.ndarray) -> np.ndarray:
+    hidden = np.maximum(h @ p[f"{name}.down"].T + p[f"{name}.down.bias"], 0)
+    return hidden @ p[f"{name}.up"].T + p[f"{name}.up.bias"]
+
+
+def coupling(p: dict, h: np.ndarray, kind: str, back: bool) -> np.ndarray:
+    """u' = e(s) u + t of F(v), then v' of G(u'); or backwards."""
+
+    def moved(part, other, name):
+        out = network(p, f"inv_adapter_{name}", other)
+        s, t = np.split(out, 2, axis=-1) if kind == "glow" else (0 * out, out)
+        factor = np.exp(5 * 2 / np.pi * np.arctan(s / 5))
+        return (part - t) / factor if back else factor * part + t
+
+    u, v = np.split(h, 2, axis=-1)
+    for name in "GF" if back else "FG":
+        if name == "F":
+            u = moved(u, v, "F")
+        else:
+            v = moved(v, u, "G")
+    return np.concatenate([u, v], axis=-1)
+
+
+@pytest.mark.parametrize("kind", ["nice", "glow"])
+@ends_of
+def test_invertible(name: str, kind: str):
+    model = attach(name, veneer.SeqBnInvConfig(inv_adapter=kind), 0.1)
+    layers, p = state(model).layers, values(state(model).shared["default"])
+    embedding = {"llama": "model.embed_tokens", "gpt2": "transformer.wte", "t5": "decoder.embed_tokens"}
+    path = embedding.get(name, "bert.embeddings.word_embeddings")
+    assert p["inv_adapter_F.up"].shape == (15 if kind == "nice" else 30, 7)
+    _, y, out = called(model, name, path)
+    assert np.abs(out - y).max() > 0.1
+    np.testing.assert_allclose(out, coupling(p, y, kind, False), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(coupling(p, out, kind, True), y, rtol=1e-4, atol=1e-4)
+    assert (name == "t5") == ("encoder.embed_tokens" in layers) and (name != "bert") == ("lm_head" in layers)
+    if name == "bert":  # a classifier is no head that words are tied to
+        return
+    with watching(layers["lm_head"].base_layer) as inner, watching(layers["lm_head"]) as outer, torch.no_grad():
+        model(**models.inputs(name))
+    np.testing.assert_allclose(inner[0][0], coupling(p, outer[0][0], kind, True), rtol=1e-4, atol=1e-4)
+
+
+def test_invertible_with_an_odd_width_and_what_it_refuses():
+    config = veneer.SeqBnInvConfig(target_modules=["wte", "lm_head"], output_modules=["lm_head"], inv_adapter="glow")
+    base = models.gpt2(n_embd=35).eval()
+    model = models.perturb(get_peft_model(base, config), scale=0.2)
+    enter, leave = (state(model).layers[path].adapters["default"] for path in ("transformer.wte", "lm_head"))
+    h = torch.randn(2, 3, 35)
+    torch.testing.assert_close(leave.pre(enter.post(h, h)), h, rtol=1e-4, atol=1e-5)
+    assert (enter.post(h, h) - h).abs().max() > 0.1
+    with pytest.raises(TargetError, match="needs the input embedding"):
+        attach("llama", veneer.SeqBnInvConfig(target_modules=["down_proj"]))
+    with pytest.raises(TargetError, match="output_modules: 'head'"):
+        attach("llama", veneer.SeqBnInvConfig(target_modules=["embed_tokens", "lm_head"], output_modules=["head"]))

@@ -22,15 +22,14 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 
+HUB = (
+    *("seq_bn", "double_seq_bn", "par_bn", "adapter_plus", "seq_bn_inv", "double_seq_bn_inv", "compacter"),
+    *("compacter_plus_plus", "loreft", "noreft", "direft"),
+)
+"""Methods of AdapterHub's library."""
 NOT_COMPARED = {
     "bottleneck": "PEFT has no such method",
-    **dict.fromkeys(
-        ("seq_bn", "double_seq_bn", "par_bn", "adapter_plus", "compacter", "compacter_plus_plus"),
-        "PEFT has no such method",
-    ),
-    "loreft": "PEFT has no such method",
-    "noreft": "PEFT has no such method",
-    "direft": "PEFT has no such method",
+    **dict.fromkeys(HUB, "PEFT has no such method"),
     "xlora": "PEFT 0.21 writes X-LoRA files without the gate; see test_xlora_with_pefts_gate",
 }
 FAULTS = {

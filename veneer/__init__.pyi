@@ -35,6 +35,7 @@ from .methods.delora import DeloraConfig as DeloraConfig
 from .methods.direft import DiReftConfig as DiReftConfig
 from .methods.dora import DoraConfig as DoraConfig
 from .methods.double_seq_bn import DoubleSeqBnConfig as DoubleSeqBnConfig
+from .methods.double_seq_bn_inv import DoubleSeqBnInvConfig as DoubleSeqBnInvConfig
 from .methods.fourierft import FourierFTConfig as FourierFTConfig
 from .methods.hra import HRAConfig as HRAConfig
 from .methods.ia3 import IA3Config as IA3Config
@@ -50,6 +51,7 @@ from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from .methods.randlora import RandLoraConfig as RandLoraConfig
 from .methods.road import RoadConfig as RoadConfig
 from .methods.seq_bn import SeqBnConfig as SeqBnConfig
+from .methods.seq_bn_inv import SeqBnInvConfig as SeqBnInvConfig
 from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from .methods.vera import VeraConfig as VeraConfig
 from .methods.xlora import XLoraConfig as XLoraConfig
