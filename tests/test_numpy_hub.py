@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -127,3 +130,232 @@ def test_refts_fields():
         attach("llama", veneer.LoReftConfig(layers=[7]))
     with pytest.raises(TargetError, match="orthonormal"):
         attach("llama", veneer.LoReftConfig(r=31))
+
+
+# Bottlenecks
+
+GELU = np.vectorize(lambda v: 0.5 * v * (1 + math.erf(v / math.sqrt(2))))
+
+
+def normed(h: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    centred = h - h.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * weight + bias
+
+
+def called(model, name: str, path: str):
+    """(input, output of the bare module, output with adapters) of one layer in a call of the whole model."""
+    layer = state(model).layers[path]
+    with watching(layer.base_layer) as inner, watching(layer) as outer, torch.no_grad():
+        model(**models.inputs(name))
+    return *inner[0], outer[0][1]
+
+
+PLACES = {
+    "llama": ("model.layers.{}", "self_attn.o_proj", "mlp.down_proj", "mlp"),
+    "gpt2": ("transformer.h.{}", "attn.c_proj", "mlp.c_proj", "mlp"),
+    "bert": ("bert.encoder.layer.{}", "attention.output.dense", "output.dense", None),
+    "t5": ("encoder.block.{}", "layer.0.SelfAttention.o", "layer.1.DenseReluDense.wo", "layer.1.DenseReluDense"),
+}
+ends_of = pytest.mark.parametrize("name", PLACES)
+
+
+@ends_of
+def test_presets_stand_where_their_papers_have_them(name: str):
+    layer, attention, mlp, _ = PLACES[name]
+    first = {
+        veneer.SeqBnConfig: [layer],
+        veneer.DoubleSeqBnConfig: [f"{layer}.{attention}", f"{layer}.{mlp}"],
+        veneer.CompacterConfig: [f"{layer}.{attention}", f"{layer}.{mlp}"],
+        veneer.CompacterPlusPlusConfig: [f"{layer}.{mlp}"],
+        veneer.AdapterPlusConfig: [f"{layer}.{mlp}"],
+    }
+    for config, places in first.items():
+        more = dict(phm_dim=5) if issubclass(config, veneer.CompacterConfig) else {}
+        found = {p for p in state(attach(name, config(**more))).layers if "decoder" not in p}
+        assert found == {place.format(i) for place in places for i in range(3 if name == "t5" else 2)}
+
+
+@ends_of
+@pytest.mark.parametrize("scaling", [4.0, "learned", "channel"])
+def test_parallel(name: str, scaling):
+    """MLP(x) + s up(relu(down(x))), also where the MLP is no module of its own (BERT: its second layer writes)."""
+    model = attach(name, veneer.ParBnConfig(reduction_factor=5, scaling=scaling))
+    layer, _, mlp, block = PLACES[name]
+    end = f"{layer}.{block or mlp}".format(1)
+    x, y, out = called(model, name, end)
+    p = values(state(model).layers[end].adapters["default"])
+    if block is None:
+        x = called(model, name, f"{layer}.intermediate.dense".format(1))[0]
+    s = p["adapter_scaling"] if isinstance(scaling, str) else 4
+    hidden = np.maximum(x @ p["adapter_down"].T + p["adapter_down.bias"], 0)
+    assert p["adapter_down"].shape == (6, 30) and np.shape(s) == ((30,) if scaling == "channel" else ())
+    expected = y + s * (hidden @ p["adapter_up"].T + p["adapter_up.bias"])
+    assert np.abs(expected - y).max() > 0.1
+    np.testing.assert_allclose(out, expected, **TOLERANCE)
+
+
+def test_two_parallel_adapters_on_bert_and_a_mixed_batch(tmp_path):
+    """Each reads the rows of its own; the file of an MLP that is no module says where it begins."""
+    model = attach("bert", veneer.ParBnConfig(reduction_factor=5))
+    model.add_adapter("other", veneer.ParBnConfig(reduction_factor=3))
+    models.perturb(model, "other", 5, 0.3)
+    batch, names = models.inputs("bert", rows=4), ["default", "other", "__base__", "default"]
+    mixed = models.output(model, batch, adapter_names=names)
+    for row, name in enumerate(names):
+        model.set_adapter("other" if name == "other" else "default")
+        with model.disable_adapter() if name == "__base__" else nullcontext():
+            alone = models.output(model, {"input_ids": batch["input_ids"][row : row + 1]})
+        torch.testing.assert_close(mixed[row : row + 1], alone, rtol=1e-4, atol=1e-4)
+    model.set_adapter(["default", "other"])
+    models.output(model, batch)
+    model.save_pretrained(tmp_path)
+    loaded = veneer.PeftModel.from_pretrained(models.build("bert"), tmp_path)
+    model.set_adapter("default")
+    assert torch.equal(models.output(loaded, batch), models.output(model, batch))
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_sequential_with_norms_and_scaling(name: str):
+    """z + LN2(s * up(tanh(down(LN1(z))))), z a layer's output."""
+    settings = dict(reduction_factor=4, non_linearity="tanh", ln_before=True, ln_after=True, scaling="channel")
+    model = attach(name, veneer.SeqBnConfig(**settings))
+    path = PLACES[name][0].format(1)
+    _, z, out = called(model, name, path)
+    p = values(state(model).layers[path].adapters["default"])
+    seen = normed(z, p["adapter_norm_before"], p["adapter_norm_before.bias"])
+    hidden = np.tanh(seen @ p["adapter_down"].T + p["adapter_down.bias"])
+    update = p["adapter_scaling"] * (hidden @ p["adapter_up"].T + p["adapter_up.bias"])
+    expected = z + normed(update, p["adapter_norm_after"], p["adapter_norm_after.bias"])
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_adapter_plus():
+    """y + s * up(gelu(down(y))); in training whole rows stay as they were, the others grow by 1 / (1 - p)."""
+    model = attach("llama", veneer.AdapterPlusConfig(stochastic_depth=0.5))
+    path = "model.layers.0.mlp.down_proj"
+    _, y, out = called(model, "llama", path)
+    layer = state(model).layers[path]
+    p = values(layer.adapters["default"])
+    hidden = GELU(y @ p["adapter_down"].T + p["adapter_down.bias"])
+    update = p["adapter_scaling"] * (hidden @ p["adapter_up"].T + p["adapter_up.bias"])
+    np.testing.assert_allclose(out, y + update, **TOLERANCE)
+    x = torch.randn(20, 3, 45)
+    whole, base = layer(x) - layer.base_layer(x), layer.base_layer(x)
+    change = layer.train()(x) - base
+    gone = (change == 0).flatten(1).all(1)
+    assert 3 < gone.sum() < 17
+    torch.testing.assert_close(change[~gone], 2 * whole[~gone], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("start", "std", "last"), [("bert", 0.02, 0.02), ("houlsby", 0.0088, 0.0088), (True, 0.105, 0)]
+)
+def test_starts(start, std: float, last: float):
+    """N(0, 0.02); N(0, 0.01) cut at two deviations; uniform up to 1 / sqrt(width), with zero at the end."""
+    config = veneer.DoubleSeqBnConfig(reduction_factor=0.05, init_weights=start)
+    for layer in state(attach("llama", config, 0.0)).layers.values():
+        p = values(layer.adapters["default"])
+        assert p["adapter_down"].std() == pytest.approx(std, rel=0.05)
+        assert p["adapter_up"].std() == pytest.approx(last, rel=0.05)
+        assert not p["adapter_up.bias"].any() and not p["adapter_down.bias"].any()
+        assert start != "houlsby" or np.abs(p["adapter_down"]).max() <= 0.02
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("factorized", [True, False])
+@ends_of
+def test_compacter(name: str, shared: bool, factorized: bool):
+    """W = sum_i A_i (x) (s_i t_i) by np.kron; y + (gelu(y W_down + b) W_up + b)."""
+    n, settings = 5, dict(shared_phm_rule=shared, factorized_phm_rule=factorized, phm_init_range=0.5)
+    config = veneer.CompacterConfig(phm_dim=n, phm_rank=2, reduction_factor=3, **settings)
+    model = attach(name, config)
+    layer, attention, mlp, _ = PLACES[name]
+    for path in (f"{layer}.{attention}".format(0), f"{layer}.{mlp}".format(1)):
+        _, y, out = called(model, name, path)
+        p = values(state(model).layers[path].adapters["default"])
+        h = y
+        for side in ("adapter_down", "adapter_up"):
+            rule = {k.removeprefix(f"{side}.rule."): v for k, v in p.items()}
+            rule = values(state(model).shared["default"]) if shared else rule
+            A = (
+                np.einsum("iab,ibc->iac", rule["phm_rule_left"], rule["phm_rule_right"])
+                if factorized
+                else rule["phm_rule"]
+            )
+            W = sum(np.kron(A[i], p[f"{side}.W_left"][i] @ p[f"{side}.W_right"][i]) for i in range(n))
+            h = h @ W + p[f"{side}.b"]
+            h = GELU(h) if side == "adapter_down" else h
+        assert W.shape == (10, 30) and np.abs(h).max() > 0.1
+        np.testing.assert_allclose(out, y + h, rtol=1e-4, atol=1e-4)
+
+
+def test_compacters_sizes():
+    """A bottleneck is rounded to a multiple of n; a width that n does not divide is refused; the file is tiny."""
+    model = attach("llama", veneer.CompacterPlusPlusConfig(phm_dim=3, reduction_factor=30))
+    p = values(state(model).layers["model.layers.0.mlp.down_proj"].adapters["default"])
+    assert p["adapter_down.W_right"].shape == (3, 1, 1)
+    assert model.parameter_plan().expected == 2 * (30 + 3 + 3 + 3 + 30 + 30) + 27
+    with pytest.raises(TargetError, match="phm_dim = 4 does not divide 30"):
+        attach("llama", veneer.CompacterConfig())
+    with pytest.raises(ConfigError, match="houlsby or pfeiffer"):
+        veneer.CompacterConfig(placement="parallel")
+
+
+# Invertible adapters
+
+
+def network(p: dict, name: str, h: np.ndarray) -> np.ndarray:
+    hidden = np.maximum(h @ p[f"{name}.down"].T + p[f"{name}.down.bias"], 0)
+    return hidden @ p[f"{name}.up"].T + p[f"{name}.up.bias"]
+
+
+def coupling(p: dict, h: np.ndarray, kind: str, back: bool) -> np.ndarray:
+    """u' = e(s) u + t of F(v), then v' of G(u'); or backwards."""
+
+    def moved(part, other, name):
+        out = network(p, f"inv_adapter_{name}", other)
+        s, t = np.split(out, 2, axis=-1) if kind == "glow" else (0 * out, out)
+        factor = np.exp(5 * 2 / np.pi * np.arctan(s / 5))
+        return (part - t) / factor if back else factor * part + t
+
+    u, v = np.split(h, 2, axis=-1)
+    for name in "GF" if back else "FG":
+        if name == "F":
+            u = moved(u, v, "F")
+        else:
+            v = moved(v, u, "G")
+    return np.concatenate([u, v], axis=-1)
+
+
+@pytest.mark.parametrize("kind", ["nice", "glow"])
+@ends_of
+def test_invertible(name: str, kind: str):
+    model = attach(name, veneer.SeqBnInvConfig(inv_adapter=kind), 0.1)
+    layers, p = state(model).layers, values(state(model).shared["default"])
+    embedding = {"llama": "model.embed_tokens", "gpt2": "transformer.wte", "t5": "decoder.embed_tokens"}
+    path = embedding.get(name, "bert.embeddings.word_embeddings")
+    assert p["inv_adapter_F.up"].shape == (15 if kind == "nice" else 30, 7)
+    _, y, out = called(model, name, path)
+    assert np.abs(out - y).max() > 0.1
+    np.testing.assert_allclose(out, coupling(p, y, kind, False), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(coupling(p, out, kind, True), y, rtol=1e-4, atol=1e-4)
+    assert (name == "t5") == ("encoder.embed_tokens" in layers) and (name != "bert") == ("lm_head" in layers)
+    if name == "bert":  # a classifier is no head that words are tied to
+        return
+    with watching(layers["lm_head"].base_layer) as inner, watching(layers["lm_head"]) as outer, torch.no_grad():
+        model(**models.inputs(name))
+    np.testing.assert_allclose(inner[0][0], coupling(p, outer[0][0], kind, True), rtol=1e-4, atol=1e-4)
+
+
+def test_invertible_with_an_odd_width_and_what_it_refuses():
+    config = veneer.SeqBnInvConfig(target_modules=["wte", "lm_head"], output_modules=["lm_head"], inv_adapter="glow")
+    base = models.gpt2(n_embd=35).eval()
+    model = models.perturb(get_peft_model(base, config), scale=0.2)
+    enter, leave = (state(model).layers[path].adapters["default"] for path in ("transformer.wte", "lm_head"))
+    h = torch.randn(2, 3, 35)
+    torch.testing.assert_close(leave.pre(enter.post(h, h)), h, rtol=1e-4, atol=1e-5)
+    assert (enter.post(h, h) - h).abs().max() > 0.1
+    with pytest.raises(TargetError, match="needs the input embedding"):
+        attach("llama", veneer.SeqBnInvConfig(target_modules=["down_proj"]))
+    with pytest.raises(TargetError, match="output_modules: 'head'"):
+        attach("llama", veneer.SeqBnInvConfig(target_modules=["embed_tokens", "lm_head"], output_modules=["head"]))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from veneer import CheckpointError, PeftModel, get_peft_model
+from veneer import CheckpointError, PeftModel, all_methods, get_peft_model
 
 from . import models
 from .cases import CASES, Case
@@ -24,14 +24,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 
 NOT_COMPARED = {
-    "bitfit": "PEFT has no such method",
-    "bottleneck": "PEFT has no such method",
-    "loreft": "PEFT has no such method",
-    "noreft": "PEFT has no such method",
-    "direft": "PEFT has no such method",
-    "mtl_lora": "PEFT has no such method",
     "xlora": "PEFT 0.21 writes X-LoRA files without the gate; see test_xlora_with_pefts_gate",
 }
+for method, config in all_methods().items():
+    if config.peft_type not in peft.PeftType.__members__:
+        NOT_COMPARED[method] = "PEFT has no such method"
 if importlib.util.find_spec("sklearn") is None:
     NOT_COMPARED["adamss"] = "PEFT's AdaMSS needs scikit-learn, which is not here"
 FAULTS = {

@@ -45,6 +45,7 @@ from .interop.names import PeftModelForSequenceClassification as PeftModelForSeq
 from .interop.names import PeftModelForTokenClassification as PeftModelForTokenClassification
 from .methods.adalora import AdaLoraConfig as AdaLoraConfig
 from .methods.adamss import AdamssConfig as AdamssConfig
+from .methods.adapter_plus import AdapterPlusConfig as AdapterPlusConfig
 from .methods.beft import BeftConfig as BeftConfig
 from .methods.bitfit import BitFitConfig as BitFitConfig
 from .methods.boft import BOFTConfig as BOFTConfig
@@ -52,10 +53,14 @@ from .methods.bottleneck import BottleneckConfig as BottleneckConfig
 from .methods.c3a import C3AConfig as C3AConfig
 from .methods.cartridge import CartridgeConfig as CartridgeConfig
 from .methods.cartridge import compose_cartridge_adapters as compose_cartridge_adapters
+from .methods.compacter import CompacterConfig as CompacterConfig
+from .methods.compacter_plus_plus import CompacterPlusPlusConfig as CompacterPlusPlusConfig
 from .methods.deft import DeftConfig as DeftConfig
 from .methods.delora import DeloraConfig as DeloraConfig
 from .methods.direft import DiReftConfig as DiReftConfig
 from .methods.dora import DoraConfig as DoraConfig
+from .methods.double_seq_bn import DoubleSeqBnConfig as DoubleSeqBnConfig
+from .methods.double_seq_bn_inv import DoubleSeqBnInvConfig as DoubleSeqBnInvConfig
 from .methods.fourierft import FourierFTConfig as FourierFTConfig
 from .methods.gralora import GraloraConfig as GraloraConfig
 from .methods.hira import HiraConfig as HiraConfig
@@ -74,6 +79,7 @@ from .methods.noreft import NoReftConfig as NoReftConfig
 from .methods.oft import OFTConfig as OFTConfig
 from .methods.osf import OSFConfig as OSFConfig
 from .methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
+from .methods.par_bn import ParBnConfig as ParBnConfig
 from .methods.peanut import PeanutConfig as PeanutConfig
 from .methods.poly import PolyConfig as PolyConfig
 from .methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
@@ -82,6 +88,8 @@ from .methods.psoft import PsoftConfig as PsoftConfig
 from .methods.pvera import PveraConfig as PveraConfig
 from .methods.randlora import RandLoraConfig as RandLoraConfig
 from .methods.road import RoadConfig as RoadConfig
+from .methods.seq_bn import SeqBnConfig as SeqBnConfig
+from .methods.seq_bn_inv import SeqBnInvConfig as SeqBnInvConfig
 from .methods.shira import ShiraConfig as ShiraConfig
 from .methods.supertuning import SupertuningConfig as SupertuningConfig
 from .methods.tinylora import TinyLoraConfig as TinyLoraConfig

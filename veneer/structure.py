@@ -47,15 +47,15 @@ def roles(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def layers(model: Any) -> list[str]:
-    """Paths of the repeated layers; of an encoder-decoder those of the encoder.
+def layers(model: Any, of_encoder: bool = False) -> list[str]:
+    """Paths of the repeated layers; on request those of an encoder-decoder's encoder alone.
 
     Raises:
         TargetError: the model shows none.
     """
     modules = dict(walk(model))
     found = _layers(modules)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if of_encoder and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         encoder = {id(bare(module)) for module in model.get_encoder().modules()}
         found = [path for path in found if id(modules[path]) in encoder]
     if not found:

@@ -108,10 +108,11 @@ class Adapter(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype its mathematics runs in: that of its first floating tensor, None without one."""
+        """The dtype its mathematics runs in: that of its first floating tensor, or the shared module's."""
         if "_dtype" not in self.__dict__:
-            tensors = (t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
-            self._dtype = next((t.dtype for t in tensors), None)
+            modules = [module for module in (self, self.shared) if module is not None]
+            tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
+            self._dtype = next((t.dtype for t in tensors if t.is_floating_point()), None)
         return self._dtype
 
     def forget_dtype(self) -> None:

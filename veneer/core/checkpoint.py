@@ -18,9 +18,8 @@ from ..files import WEIGHTS_NAME, find_weights, write_atomically
 from .adapter import Adapter, Replace, Tensors
 from .config import METHODS, Config, PromptConfig
 from .context import State
-from .layer import walk
+from .layer import AdapterLayer, walk
 from .prompt import Prompt
-from .target import Target
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 """PEFT's files hold the whole base module when `target_modules` lists one of these."""
@@ -221,19 +220,17 @@ def base_weights(model: Any, state: State, name: str) -> dict[str, Tensor]:
 
     Without those that are not whole in memory.
     """
-    layers = {path: state.layers[path] for path in state.adapters(name)}
-    found = {path: W for path, layer in layers.items() if (W := _pretrained(layer.target)) is not None}
+    found = {path: _first_weight(state.layers[path]) for path in state.adapters(name)}
     found |= {"": model.get_input_embeddings().weight} if name in state.prompts else {}
-    return {path: W for path, W in found.items() if not W.is_meta and not hasattr(W, "full_tensor")}
+    return {p: W for p, W in found.items() if W is not None and not W.is_meta and not hasattr(W, "full_tensor")}
 
 
-def _pretrained(target: Target) -> Tensor | None:
-    """The weight an adapter stands on; of a block, that of the first module in it."""
-    if target.kind != "block":
-        return target.original_weight()
-    return next(
-        (m.weight.detach() for _, m in walk(target.base) if isinstance(getattr(m, "weight", None), Tensor)), None
-    )
+def _first_weight(layer: AdapterLayer) -> Tensor | None:
+    """The pretrained weight of a module, of a block the first matrix inside."""
+    if layer.target.kind != "block":
+        return layer.target.original_weight()
+    inside = (module._parameters.get("weight") for _, module in walk(layer))
+    return next((W for W in inside if W is not None and W.dim() == 2 and W.is_floating_point()), None)
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, list[float]]:

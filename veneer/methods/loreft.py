@@ -114,7 +114,7 @@ class LoReftConfig(LayerConfig):
             check_range(self, 0 if self.suffix_positions else 1, math.inf, "prefix_positions")
 
     def fill_targets(self, model: nn.Module) -> None:
-        self.target_modules = layers(model)
+        self.target_modules = layers(model, of_encoder=True)
 
     def before(self, shared: nn.Module | None, facts: dict[Any, Any], model: nn.Module, kwargs: dict[str, Any]) -> None:
         facts["prompts"] = prompts_of(model, kwargs, facts.get("prompt_lengths"))
