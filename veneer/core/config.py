@@ -251,6 +251,10 @@ class LayerConfig(Config):
 
         self.target_modules = default_targets(model, self.default_roles)
 
+    def choose(self, paths: list[str]) -> list[str]:
+        """Which of the modules that the targeting fields match are adapted; all of them, unless the method counts."""
+        return paths
+
 
 @dataclass(kw_only=True)
 class PromptConfig(Config):
