@@ -107,7 +107,8 @@ def read(source: str | Path, **hub: Any) -> tuple[Tensors, dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            # cloned into memory of torch's own alignment: in the file's, products can differ in the last bits
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise CheckpointError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
     broken = [key for key, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
