@@ -545,6 +545,16 @@ def test_another_base_model_of_the_same_shape_is_refused(case: Case, tmp_path):
     PeftModel.from_pretrained(model, tmp_path, check_base=False)
 
 
+def test_a_new_head_is_no_other_base_model(tmp_path):
+    """A classification head is random before it is trained: what it was says nothing of the base."""
+    settings = dict(task_type="SEQ_CLS", target_modules=["layer.0.attention.self.query"], r=2)
+    model = get_peft_model(models.build("bert"), LoraConfig(**settings))
+    model.save_pretrained(tmp_path)
+    other = models.build("bert")
+    torch.nn.init.normal_(other.classifier.weight, std=9.0)
+    PeftModel.from_pretrained(other, tmp_path)
+
+
 @pytest.mark.parametrize("case", [case for case in ONE_EACH if case.model == "llama"], ids=str)
 def test_a_base_model_of_another_size_is_refused(case: Case, tmp_path):
     """By the shapes in the file, or for a prompt by the sizes in its config."""

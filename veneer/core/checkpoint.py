@@ -20,6 +20,7 @@ from .config import Config, PromptConfig
 from .context import State
 from .layer import walk
 from .prompt import Prompt
+from .target import kind_of
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 """PEFT's files hold the whole base module when `target_modules` lists one of these."""
@@ -202,10 +203,21 @@ def base_weights(model: Any, state: State, name: str) -> dict[str, Tensor]:
 
     Without those that are not whole in memory.
     """
-    layers = {path: state.layers[path] for path in state.adapters(name)}
-    found = {p: layer.target.original_weight() for p, layer in layers.items() if layer.target.kind != "block"}
+    found = {p: _pretrained(state, p) for p, a in state.adapters(name).items() if not isinstance(a, Replace)}
     found |= {"": model.get_input_embeddings().weight} if name in state.prompts else {}
-    return {path: W for path, W in found.items() if not W.is_meta and not hasattr(W, "full_tensor")}
+    whole = {path: W for path, W in found.items() if W is not None}
+    return {path: W for path, W in whole.items() if not W.is_meta and not hasattr(W, "full_tensor")}
+
+
+def _pretrained(state: State, path: str) -> Tensor | None:
+    """The pretrained weight of a layer; of a block, which has none of its own, that of the first matrix inside."""
+    layer = state.layers[path]
+    if layer.target.kind != "block":
+        return layer.target.original_weight()
+    for below, module in walk(layer.base_layer, path):
+        if kind_of(module).kind == "linear":
+            return state.layers[below].target.original_weight() if below in state.layers else module.weight
+    return None
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, list[float]]:
