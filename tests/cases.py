@@ -232,6 +232,9 @@ CASES = [
         noop=False,
         facts=dict(task_ids=[1, 0]),
     ),
+    Case("adaption_prompt", "llama", dict(adapter_len=4, adapter_layers=2)),
+    Case("adaption_prompt", "mistral", dict(adapter_len=4, adapter_layers=1, task_type="CAUSAL_LM")),
+    Case("adaption_prompt", "gpt2", dict(adapter_len=5, adapter_layers=2, target_modules="attn")),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

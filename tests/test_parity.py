@@ -34,6 +34,7 @@ FAULTS = {
     "delora-gpt2": "PEFT has no DeLoRA on GPT-2's Conv1D",
     "hra-conv-conv1d": "PEFT has no HRA on Conv1d",
     "oft-conv-conv1d": "PEFT has no OFT on Conv1d",
+    "adaption_prompt-llama": "PEFT adds the output bias a second time, and takes heads x head_dim for the width",
     "multitask_prompt_tuning-t5": "PEFT drops decoder_input_ids; test_a_multitask_prompt_before_an_encoder has labels",
     "loha-gpt2": "PEFT has no LoHa on GPT-2's Conv1D",
 }

@@ -120,6 +120,7 @@ REQUIRED = {
     "prompt_tuning": dict(num_virtual_tokens=2),
     "p_tuning": dict(num_virtual_tokens=2),
     "cartridge": dict(num_virtual_tokens=2),
+    "adaption_prompt": dict(adapter_len=2, adapter_layers=1),
     "multitask_prompt_tuning": dict(num_virtual_tokens=2),
 }
 

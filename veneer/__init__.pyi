@@ -29,6 +29,7 @@ from .interop.names import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from .interop.names import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from .interop.names import PeftModelForTokenClassification as PeftModelForTokenClassification
 from .methods.adalora import AdaLoraConfig as AdaLoraConfig
+from .methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from .methods.beft import BeftConfig as BeftConfig
 from .methods.bottleneck import BottleneckConfig as BottleneckConfig
 from .methods.cartridge import CartridgeConfig as CartridgeConfig
