@@ -152,8 +152,12 @@ class Config:
         """A term added to the model's loss."""
         return None
 
-    def schedule(self, adapters: Mapping[str, Adapter]) -> Any:
-        """An object with `.step(n)`, called after the n-th optimizer step, or None."""
+    def schedule(self, parts: Mapping[str, Any]) -> Any:
+        """An object with `.step(n)`, called after the n-th optimizer step, or None.
+
+        Args:
+            parts: the adapters by path, or a prompt under "".
+        """
         return None
 
     # The file
