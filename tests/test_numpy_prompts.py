@@ -368,3 +368,91 @@ def test_adaption_prompts_say_what_they_cannot_adapt():
     ):
         with pytest.raises(veneer.TargetError, match=match):
             attach("llama", veneer.AdaptionPromptConfig(adapter_len=4, **settings))
+
+
+# Context-aware prompt tuning
+
+CONTEXT = dict(cpt_token_ids=[5, 9, 30, 41, 7, 8, 12], cpt_tokens_type_mask=[1, 2, 3, 4, 5, 8, 8])
+TYPES = torch.tensor([[0, 1, 2, 2, 3, 4, 4], [1, 2, 2, 3, 4, 4, 0], [1, 2, 3, 3, 3, 3, 4]])
+
+
+def cpt_loss(logits: np.ndarray, labels: np.ndarray, types: np.ndarray, factor: float) -> float:
+    """The mean over answers of -log p(answer), one k answers before the row's last weighing factor^k."""
+    losses = []
+    for row in range(len(labels)):
+        kinds = sorted({t for t in types[row] if t > 0 and t % 4 == 0}, reverse=True)
+        for at in range(1, labels.shape[1]):
+            if types[row, at] in kinds and labels[row, at] != -100:
+                p = softmax(logits[row, at - 1])[labels[row, at]]
+                losses.append(-np.log(p) * factor ** kinds.index(types[row, at]))
+    return float(np.mean(losses))
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("factor", [None, 0.7])
+def test_cpt(given: bool, factor: float | None):
+    """Embeddings in front of the input, and a loss over the answers of the examples and of the input."""
+    weighing = dict(opt_weighted_loss_type="decay", opt_loss_decay_factor=factor) if factor else {}
+    model, batch = attach("llama", veneer.CPTConfig(**CONTEXT, **weighing)), models.inputs("llama")
+    ids = batch["input_ids"]
+    labels = torch.where(torch.arange(7) == 2, -100, ids)
+    own = np.array(CONTEXT["cpt_tokens_type_mask"])
+    types = np.concatenate(
+        [np.stack([own] * 3), np.where(TYPES > 0, TYPES + 8, 0) if given else np.full((3, 7), 12)], 1
+    )
+    facts, kept = dict(input_type_mask=TYPES) if given else {}, TYPES.clone()
+    with torch.no_grad():
+        out = model(**batch, labels=labels, **facts)
+    np.testing.assert_allclose(
+        arr(out.logits), spliced("llama", values(prompt(model))["prompt_embeddings"], batch), **TOLERANCE
+    )
+    answers = np.concatenate([np.stack([np.array(CONTEXT["cpt_token_ids"])] * 3), labels.numpy()], 1)
+    np.testing.assert_allclose(float(out.loss), cpt_loss(arr(out.logits), answers, types, factor or 1.0), rtol=1e-5)
+    assert torch.equal(TYPES, kept) and "loss" not in model(**batch)
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(model(**batch, labels=ids).loss, models.build("llama")(**batch, labels=ids).loss)
+
+
+def test_cpts_own_types_leave_the_inputs_labels():
+    """The default mask ends at 1, no multiple of 4: the input's types are shifted by the next one."""
+    model, batch = attach("llama", veneer.CPTConfig(cpt_token_ids=[5, 9])), models.inputs("llama")
+    with torch.no_grad():
+        out = model(**batch, labels=batch["input_ids"])
+    labels = np.concatenate([np.full((3, 2), -100), batch["input_ids"].numpy()], 1)
+    np.testing.assert_allclose(float(out.loss), cpt_loss(arr(out.logits), labels, np.full((3, 9), 4), 1.0), rtol=1e-5)
+
+
+def test_cpt_stays_in_its_balls():
+    """However far a step goes; the answers do not move, not even by weight decay; a copy trains by itself."""
+    import copy
+
+    config = veneer.CPTConfig(**CONTEXT, opt_projection_epsilon=3.0, opt_projection_format_epsilon=1.5)
+    first = veneer.get_peft_model(models.build("llama"), config)
+    for model in (first, copy.deepcopy(first)):
+        start, batch = values(prompt(model))["prompt_embeddings"], models.inputs("llama")
+        words = arr(models.build("llama").get_input_embeddings().weight)
+        np.testing.assert_array_equal(start, words[CONTEXT["cpt_token_ids"]])
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1.0, weight_decay=0.1)
+        for _ in range(3):
+            model(**batch, labels=batch["input_ids"]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved = np.linalg.norm(values(prompt(model))["prompt_embeddings"] - start, axis=1)
+        eps = np.array([1.5, 3.0, 1.5, 0, 1.5, 0, 0]) * np.sqrt(30 / 2048)
+        np.testing.assert_allclose(moved, eps, rtol=1e-4, atol=1e-6)
+
+
+def test_cpts_settings_are_checked():
+    for settings, match in (
+        (dict(cpt_token_ids=[1, 2], cpt_mask=[1]), "long"),
+        (dict(cpt_token_ids=[1, 2], num_virtual_tokens=3), "long"),
+        (dict(cpt_token_ids=[1], task_type="SEQ_CLS"), "CAUSAL_LM"),
+        (dict(cpt_token_ids=[1], opt_weighted_loss_type="linear"), "linear"),
+        (dict(cpt_token_ids=[]), "num_virtual_tokens"),
+    ):
+        with pytest.raises(veneer.ConfigError, match=match):
+            veneer.CPTConfig(**settings)
+    with pytest.raises(veneer.ConfigError, match="below 67"):
+        attach("llama", veneer.CPTConfig(cpt_token_ids=[67]))
+    with pytest.raises(veneer.ConfigError, match="decoder"):
+        attach("t5", veneer.CPTConfig(cpt_token_ids=[3], task_type="CAUSAL_LM"))

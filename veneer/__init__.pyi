@@ -34,6 +34,7 @@ from .methods.beft import BeftConfig as BeftConfig
 from .methods.bottleneck import BottleneckConfig as BottleneckConfig
 from .methods.cartridge import CartridgeConfig as CartridgeConfig
 from .methods.cartridge import compose_cartridge_adapters as compose_cartridge_adapters
+from .methods.cpt import CPTConfig as CPTConfig
 from .methods.delora import DeloraConfig as DeloraConfig
 from .methods.dora import DoraConfig as DoraConfig
 from .methods.fourierft import FourierFTConfig as FourierFTConfig
