@@ -518,6 +518,28 @@ CASES = [
     Case("seq_bn_inv", "gpt2", dict(reduction_factor=7, inv_adapter="glow"), "glow"),
     Case("seq_bn_inv", "t5", dict(reduction_factor=7, inv_adapter="glow")),
     Case("double_seq_bn_inv", "llama", dict(reduction_factor=7, inv_adapter_reduction_factor=3)),
+    Case("adaption_prompt", "llama", dict(adapter_len=4, adapter_layers=2)),
+    Case("adaption_prompt", "mistral", dict(adapter_len=4, adapter_layers=1, task_type="CAUSAL_LM")),
+    Case("adaption_prompt", "gpt2", dict(adapter_len=5, adapter_layers=2, target_modules="attn")),
+    Case(
+        "cpt",
+        "llama",
+        dict(cpt_token_ids=[5, 9, 30, 41, 7, 8], cpt_tokens_type_mask=[1, 2, 3, 4, 5, 8], task_type="CAUSAL_LM"),
+        noop=False,
+    ),
+    Case(
+        "cpt",
+        "gpt2",
+        dict(
+            cpt_token_ids=[5, 9, 30, 41, 8],
+            cpt_tokens_type_mask=[2, 4, 5, 6, 8],
+            opt_weighted_loss_type="decay",
+            opt_loss_decay_factor=0.8,
+            task_type="CAUSAL_LM",
+        ),
+        "decay",
+        noop=False,
+    ),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

@@ -47,6 +47,14 @@ def mixtral(**kwargs):
     return MixtralForCausalLM(MixtralConfig(**sizes | kwargs))
 
 
+def mistral(**kwargs):
+    """Heads that together are as wide as the stream, and no biases: what some of the reference's methods need."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {name: size for name, size in LLAMA.items() if name not in ("attention_bias", "mlp_bias")}
+    return MistralForCausalLM(MistralConfig(**sizes | dict(head_dim=6) | kwargs))
+
+
 def t5(**kwargs):
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -125,7 +133,7 @@ class Volume(nn.Module):
 
 
 CONVS = {"conv": ConvNet, "grouped": Grouped, "dilated": Dilated, "square": Square, "volume": Volume}
-BUILDERS = {"llama": llama, "gpt2": gpt2, "mixtral": mixtral, "t5": t5, "bert": bert, **CONVS}
+BUILDERS = {"llama": llama, "gpt2": gpt2, "mistral": mistral, "mixtral": mixtral, "t5": t5, "bert": bert, **CONVS}
 SHAPES = {
     "conv": (3, 3, 9, 8),
     "grouped": (3, 6, 7, 8),

@@ -12,7 +12,7 @@ from . import models
 from .cases import CASES, Case
 from .models import perturb
 
-CAUSAL = [case for case in CASES if case.model in ("llama", "gpt2")]
+CAUSAL = [case for case in CASES if case.model in ("llama", "gpt2", "mistral")]
 SEQ2SEQ = [case for case in CASES if case.model == "t5"]
 GREEDY = dict(do_sample=False, max_new_tokens=4, min_new_tokens=4)
 

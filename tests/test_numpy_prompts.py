@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 import veneer
 
 from . import models
-from .test_numpy import arr, attach, relu, state
+from .test_numpy import arr, attach, base_of, relu, softmax, state, watching
 
 TOLERANCE = dict(rtol=1e-5, atol=2e-5)
 
@@ -267,3 +267,192 @@ def test_what_a_new_task_cannot_start_from_is_refused(tmp_path):
     ):
         with pytest.raises(error, match=match):
             start(**more)
+
+
+# LLaMA-Adapter
+
+
+def turned(q: np.ndarray, base: float) -> np.ndarray:
+    """Rotary positions: halves of (batch, time, heads, d) as complex numbers, turned by time base^(-2i / d)."""
+    d = q.shape[-1]
+    angle = np.arange(q.shape[1])[:, None] * base ** (-np.arange(0, d, 2) / d)
+    z = (q[..., : d // 2] + 1j * q[..., d // 2 :]) * np.exp(1j * angle)[None, :, None]
+    return np.concatenate([z.real, z.imag], -1)
+
+
+def seen_tokens(base, x: np.ndarray, P: np.ndarray, kind: str) -> np.ndarray:
+    """What an attention takes from P: softmax(q K_P^T / sqrt(d)) V_P, and W_o after it but for GPT-2."""
+    d = base.head_dim
+    if kind == "gpt2":
+        W, b = base_of(base.c_attn)
+        (q, k, v) = (np.split(t @ W.T + b, 3, -1)[i] for i, t in enumerate((x, P, P)))
+    else:
+        q, k, v = (
+            t @ base_of(p)[0].T + base_of(p)[1] for t, p in ((x, base.q_proj), (P, base.k_proj), (P, base.v_proj))
+        )
+    q, k, v = q.reshape(*x.shape[:2], -1, d), k.reshape(len(P), -1, d), v.reshape(len(P), -1, d)
+    q = q if kind == "gpt2" else turned(q, 10000.0)
+    heads = np.arange(q.shape[2]) // (q.shape[2] // k.shape[1])
+    weights = softmax(np.einsum("bthd,nhd->bhtn", q, k[:, heads]) / np.sqrt(d))
+    out = np.einsum("bhtn,nhd->bthd", weights, v[:, heads]).reshape(*x.shape[:2], -1)
+    return out if kind == "gpt2" else out @ base_of(base.o_proj)[0].T
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_adaption_prompts(name: str):
+    """y + g W_o softmax(q K_P^T / sqrt(d)) V_P in the upper layers alone."""
+    model = attach(name, veneer.AdaptionPromptConfig(adapter_len=4, adapter_layers=1))
+    ((path, layer),) = state(model).layers.items()
+    assert ".1." in path
+    p = values(layer.adapters["default"])
+    with torch.no_grad(), watching(layer.base_layer) as base, watching(layer) as whole:
+        model(**models.inputs(name))
+    (x, y), (_, found) = base[0], whole[0]
+    seen = seen_tokens(layer.base_layer, x, p["adaption_prompt"][0], name)
+    assert np.abs(p["adaption_gate"] * seen).max() > 0.05
+    np.testing.assert_allclose(found, y + p["adaption_gate"] * seen, **TOLERANCE)
+
+
+def qwen3():
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(Qwen3Config(**models.LLAMA | dict(attention_bias=False)))
+
+
+def phi():
+    """Rotates a part of each head."""
+    from transformers import PhiConfig, PhiForCausalLM
+
+    sizes = dict(hidden_size=30, intermediate_size=45, num_hidden_layers=2, num_attention_heads=3, vocab_size=67)
+    return PhiForCausalLM(PhiConfig(**sizes, partial_rotary_factor=0.4, attn_implementation="eager"))
+
+
+def cohere():
+    """Rotates neighbours instead of halves."""
+    from transformers import CohereConfig, CohereForCausalLM
+
+    settings = {k: v for k, v in models.LLAMA.items() if k not in ("mlp_bias", "head_dim")} | dict(
+        num_attention_heads=3, num_key_value_heads=3
+    )
+    return CohereForCausalLM(CohereConfig(**settings))
+
+
+@pytest.mark.parametrize("build", [qwen3, phi, cohere])
+def test_adaption_prompts_query_as_the_architecture_does(build, monkeypatch):
+    """The query that looks at the learned tokens is the one that the attention itself looks at its keys with."""
+    import sys
+
+    torch.manual_seed(0)
+    model = veneer.get_peft_model(build(), veneer.AdaptionPromptConfig(adapter_len=4, adapter_layers=1)).eval()
+    ((_, layer),) = state(models.perturb(model)).layers.items()
+    seen, module = {}, sys.modules[type(layer.base_layer).__module__]
+    attend, adapter = module.eager_attention_forward, layer.adapters["default"]
+
+    def watched(attention, query, *args, **kwargs):
+        seen[attention] = query
+        return attend(attention, query, *args, **kwargs)
+
+    monkeypatch.setattr(module, "eager_attention_forward", watched)
+    turned_by = adapter._turned
+    monkeypatch.setattr(adapter, "_turned", lambda q: seen.setdefault("ours", turned_by(q)))
+    model(input_ids=models.inputs("llama")["input_ids"])
+    torch.testing.assert_close(seen["ours"], seen[layer.base_layer])
+
+
+def test_adaption_prompts_say_what_they_cannot_adapt():
+    with pytest.raises(veneer.ConfigError, match="adapter_len"):
+        veneer.AdaptionPromptConfig(adapter_layers=1)
+    for settings, match in (
+        (dict(adapter_layers=3), "adapter_layers = 3, but the targets are 2"),
+        (dict(adapter_layers=1, target_modules="mlp"), "no attention of a known form"),
+    ):
+        with pytest.raises(veneer.TargetError, match=match):
+            attach("llama", veneer.AdaptionPromptConfig(adapter_len=4, **settings))
+
+
+# Context-aware prompt tuning
+
+CONTEXT = dict(cpt_token_ids=[5, 9, 30, 41, 7, 8, 12], cpt_tokens_type_mask=[1, 2, 3, 4, 5, 8, 8])
+TYPES = torch.tensor([[0, 1, 2, 2, 3, 4, 4], [1, 2, 2, 3, 4, 4, 0], [1, 2, 3, 3, 3, 3, 4]])
+
+
+def cpt_loss(logits: np.ndarray, labels: np.ndarray, types: np.ndarray, factor: float) -> float:
+    """The mean over answers of -log p(answer), one k answers before the row's last weighing factor^k."""
+    losses = []
+    for row in range(len(labels)):
+        kinds = sorted({t for t in types[row] if t > 0 and t % 4 == 0}, reverse=True)
+        for at in range(1, labels.shape[1]):
+            if types[row, at] in kinds and labels[row, at] != -100:
+                p = softmax(logits[row, at - 1])[labels[row, at]]
+                losses.append(-np.log(p) * factor ** kinds.index(types[row, at]))
+    return float(np.mean(losses))
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("factor", [None, 0.7])
+def test_cpt(given: bool, factor: float | None):
+    """Embeddings in front of the input, and a loss over the answers of the examples and of the input."""
+    weighing = dict(opt_weighted_loss_type="decay", opt_loss_decay_factor=factor) if factor else {}
+    model, batch = attach("llama", veneer.CPTConfig(**CONTEXT, **weighing)), models.inputs("llama")
+    ids = batch["input_ids"]
+    labels = torch.where(torch.arange(7) == 2, -100, ids)
+    own = np.array(CONTEXT["cpt_tokens_type_mask"])
+    types = np.concatenate(
+        [np.stack([own] * 3), np.where(TYPES > 0, TYPES + 8, 0) if given else np.full((3, 7), 12)], 1
+    )
+    facts, kept = dict(input_type_mask=TYPES) if given else {}, TYPES.clone()
+    with torch.no_grad():
+        out = model(**batch, labels=labels, **facts)
+    np.testing.assert_allclose(
+        arr(out.logits), spliced("llama", values(prompt(model))["prompt_embeddings"], batch), **TOLERANCE
+    )
+    answers = np.concatenate([np.stack([np.array(CONTEXT["cpt_token_ids"])] * 3), labels.numpy()], 1)
+    np.testing.assert_allclose(float(out.loss), cpt_loss(arr(out.logits), answers, types, factor or 1.0), rtol=1e-5)
+    assert torch.equal(TYPES, kept) and "loss" not in model(**batch)
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(model(**batch, labels=ids).loss, models.build("llama")(**batch, labels=ids).loss)
+
+
+def test_cpts_own_types_leave_the_inputs_labels():
+    """The default mask ends at 1, no multiple of 4: the input's types are shifted by the next one."""
+    model, batch = attach("llama", veneer.CPTConfig(cpt_token_ids=[5, 9])), models.inputs("llama")
+    with torch.no_grad():
+        out = model(**batch, labels=batch["input_ids"])
+    labels = np.concatenate([np.full((3, 2), -100), batch["input_ids"].numpy()], 1)
+    np.testing.assert_allclose(float(out.loss), cpt_loss(arr(out.logits), labels, np.full((3, 9), 4), 1.0), rtol=1e-5)
+
+
+def test_cpt_stays_in_its_balls():
+    """However far a step goes; the answers do not move, not even by weight decay; a copy trains by itself."""
+    import copy
+
+    config = veneer.CPTConfig(**CONTEXT, opt_projection_epsilon=3.0, opt_projection_format_epsilon=1.5)
+    first = veneer.get_peft_model(models.build("llama"), config)
+    for model in (first, copy.deepcopy(first)):
+        start, batch = values(prompt(model))["prompt_embeddings"], models.inputs("llama")
+        words = arr(models.build("llama").get_input_embeddings().weight)
+        np.testing.assert_array_equal(start, words[CONTEXT["cpt_token_ids"]])
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1.0, weight_decay=0.1)
+        for _ in range(3):
+            model(**batch, labels=batch["input_ids"]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved = np.linalg.norm(values(prompt(model))["prompt_embeddings"] - start, axis=1)
+        eps = np.array([1.5, 3.0, 1.5, 0, 1.5, 0, 0]) * np.sqrt(30 / 2048)
+        np.testing.assert_allclose(moved, eps, rtol=1e-4, atol=1e-6)
+
+
+def test_cpts_settings_are_checked():
+    for settings, match in (
+        (dict(cpt_token_ids=[1, 2], cpt_mask=[1]), "long"),
+        (dict(cpt_token_ids=[1, 2], num_virtual_tokens=3), "long"),
+        (dict(cpt_token_ids=[1], task_type="SEQ_CLS"), "CAUSAL_LM"),
+        (dict(cpt_token_ids=[1], opt_weighted_loss_type="linear"), "linear"),
+        (dict(cpt_token_ids=[]), "num_virtual_tokens"),
+    ):
+        with pytest.raises(veneer.ConfigError, match=match):
+            veneer.CPTConfig(**settings)
+    with pytest.raises(veneer.ConfigError, match="below 67"):
+        attach("llama", veneer.CPTConfig(cpt_token_ids=[67]))
+    with pytest.raises(veneer.ConfigError, match="decoder"):
+        attach("t5", veneer.CPTConfig(cpt_token_ids=[3], task_type="CAUSAL_LM"))

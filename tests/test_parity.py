@@ -39,6 +39,7 @@ FAULTS = {
     "delora-gpt2": "PEFT has no DeLoRA on GPT-2's Conv1D",
     "hra-conv-conv1d": "PEFT has no HRA on Conv1d",
     "oft-conv-conv1d": "PEFT has no OFT on Conv1d",
+    "adaption_prompt-llama": "PEFT adds the output bias a second time, and takes heads x head_dim for the width",
     "multitask_prompt_tuning-t5": "PEFT drops decoder_input_ids; test_a_multitask_prompt_before_an_encoder has labels",
     "c3a-gpt2": "PEFT has no C3A on GPT-2's Conv1D",
     "psoft-gpt2": "PEFT has no PSOFT on GPT-2's Conv1D",
@@ -227,6 +228,38 @@ def test_a_multitask_prompt_before_an_encoder(tmp_path):
     batch = case.inputs()
     batch["labels"] = batch.pop("decoder_input_ids")
     both_ways(lambda: models.build("t5"), case.config(), pefts_config(case), batch, tmp_path)
+
+
+@pytest.mark.parametrize("weighing", ["none", "decay"])
+def test_cpt_trains_as_pefts_does(weighing: str, tmp_path):
+    """Its loss, what does not move, and how far the rest may."""
+    import veneer
+
+    settings = dict(
+        cpt_token_ids=[5, 9, 30, 41, 7, 8],
+        cpt_tokens_type_mask=[1, 2, 3, 4, 5, 8],
+        opt_weighted_loss_type=weighing,
+        opt_loss_decay_factor=0.6,
+        opt_projection_epsilon=2.0,
+        task_type="CAUSAL_LM",
+    )
+    ours = get_peft_model(models.build("llama"), veneer.CPTConfig(**settings))
+    theirs = peft.get_peft_model(models.build("llama"), peft.CPTConfig(**settings))
+    losses = []
+    for model in (ours, theirs):
+        ids = models.inputs("llama")["input_ids"]
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+        for _ in range(4):
+            types = torch.tensor([[1, 2, 2, 3, 4, 4, 0]] * 3)
+            loss = model(input_ids=ids, labels=ids, input_type_mask=types).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        model.save_pretrained(tmp_path / type(model).__name__)
+    assert losses[:4] == pytest.approx(losses[4:], rel=1e-5) and losses[3] < losses[0] - 0.01
+    mine, reference = (tensors(tmp_path / type(m).__name__)["prompt_embeddings"] for m in (ours, theirs))
+    torch.testing.assert_close(mine, reference, **TOLERANCE)
 
 
 def test_a_named_embedding_is_in_the_file_whole(tmp_path):

@@ -120,6 +120,7 @@ REQUIRED = {
     "prompt_tuning": dict(num_virtual_tokens=2),
     "p_tuning": dict(num_virtual_tokens=2),
     "cartridge": dict(num_virtual_tokens=2),
+    "adaption_prompt": dict(adapter_len=2, adapter_layers=1),
     "multitask_prompt_tuning": dict(num_virtual_tokens=2),
 }
 
@@ -547,6 +548,16 @@ def test_another_base_model_of_the_same_shape_is_refused(case: Case, tmp_path):
     with refused(model, "another base model", "check_base=False", error=BaseMismatch, batch=case.inputs()):
         PeftModel.from_pretrained(model, tmp_path)
     PeftModel.from_pretrained(model, tmp_path, check_base=False)
+
+
+def test_a_new_head_is_no_other_base_model(tmp_path):
+    """A classification head is random before it is trained: what it was says nothing of the base."""
+    settings = dict(task_type="SEQ_CLS", target_modules=["layer.0.attention.self.query"], r=2)
+    model = get_peft_model(models.build("bert"), LoraConfig(**settings))
+    model.save_pretrained(tmp_path)
+    other = models.build("bert")
+    torch.nn.init.normal_(other.classifier.weight, std=9.0)
+    PeftModel.from_pretrained(other, tmp_path)
 
 
 @pytest.mark.parametrize("case", [case for case in ONE_EACH if case.model == "llama"], ids=str)

@@ -46,6 +46,7 @@ from .interop.names import PeftModelForTokenClassification as PeftModelForTokenC
 from .methods.adalora import AdaLoraConfig as AdaLoraConfig
 from .methods.adamss import AdamssConfig as AdamssConfig
 from .methods.adapter_plus import AdapterPlusConfig as AdapterPlusConfig
+from .methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from .methods.beft import BeftConfig as BeftConfig
 from .methods.bitfit import BitFitConfig as BitFitConfig
 from .methods.boft import BOFTConfig as BOFTConfig
@@ -55,6 +56,7 @@ from .methods.cartridge import CartridgeConfig as CartridgeConfig
 from .methods.cartridge import compose_cartridge_adapters as compose_cartridge_adapters
 from .methods.compacter import CompacterConfig as CompacterConfig
 from .methods.compacter_plus_plus import CompacterPlusPlusConfig as CompacterPlusPlusConfig
+from .methods.cpt import CPTConfig as CPTConfig
 from .methods.deft import DeftConfig as DeftConfig
 from .methods.delora import DeloraConfig as DeloraConfig
 from .methods.direft import DiReftConfig as DiReftConfig

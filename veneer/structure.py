@@ -131,6 +131,12 @@ def _attention_roles(block: str, linears: list[str]) -> dict[str, str]:
     return found
 
 
+def projections(attention: nn.Module) -> dict[str, str]:
+    """The linear layers below an attention module by their role: attention.q, .k, .v or .qkv, and attention.out."""
+    linears = [path for path, module in walk(attention) if is_linear(module)]
+    return {role: path for path, role in _attention_roles("", linears).items() if path}
+
+
 def _mlp_roles(layer: str, linears: list[str], modules: dict[str, nn.Module], stream: int) -> dict[str, str]:
     """Outside attention, what reads the stream (of width `stream`) comes first and what writes to it last."""
     found = {}

@@ -18,8 +18,9 @@ from ..files import WEIGHTS_NAME, find_weights, write_atomically
 from .adapter import Adapter, Replace, Tensors
 from .config import METHODS, Config, PromptConfig
 from .context import State
-from .layer import AdapterLayer, walk
+from .layer import walk
 from .prompt import Prompt
+from .target import kind_of
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 """PEFT's files hold the whole base module when `target_modules` lists one of these."""
@@ -116,7 +117,8 @@ def read(source: str | Path, **hub: Any) -> tuple[Tensors, dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {todays(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            # cloned into memory of torch's own alignment: in the file's, products can differ in the last bits
+            tensors = {todays(key): file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise CheckpointError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
     broken = [key for key, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
@@ -220,17 +222,21 @@ def base_weights(model: Any, state: State, name: str) -> dict[str, Tensor]:
 
     Without those that are not whole in memory.
     """
-    found = {path: _first_weight(state.layers[path]) for path in state.adapters(name)}
+    found = {p: _pretrained(state, p) for p, a in state.adapters(name).items() if not isinstance(a, Replace)}
     found |= {"": model.get_input_embeddings().weight} if name in state.prompts else {}
-    return {p: W for p, W in found.items() if W is not None and not W.is_meta and not hasattr(W, "full_tensor")}
+    whole = {path: W for path, W in found.items() if W is not None}
+    return {path: W for path, W in whole.items() if not W.is_meta and not hasattr(W, "full_tensor")}
 
 
-def _first_weight(layer: AdapterLayer) -> Tensor | None:
-    """The pretrained weight of a module, of a block the first matrix inside."""
+def _pretrained(state: State, path: str) -> Tensor | None:
+    """The pretrained weight of a layer; of a block, which has none of its own, that of the first matrix inside."""
+    layer = state.layers[path]
     if layer.target.kind != "block":
         return layer.target.original_weight()
-    inside = (module._parameters.get("weight") for _, module in walk(layer))
-    return next((W for W in inside if W is not None and W.dim() == 2 and W.is_floating_point()), None)
+    for below, module in walk(layer.base_layer, path):
+        if kind_of(module).kind == "linear":
+            return state.layers[below].target.original_weight() if below in state.layers else module.weight
+    return None
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, list[float]]:

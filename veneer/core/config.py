@@ -145,8 +145,12 @@ class Config(Checked):
         """A term added to the model's loss."""
         return None
 
-    def schedule(self, adapters: Mapping[str, Adapter]) -> Any:
-        """An object with `.step(n)`, called after the n-th optimizer step, or None."""
+    def schedule(self, parts: Mapping[str, Any]) -> Any:
+        """An object with `.step(n)`, called after the n-th optimizer step, or None.
+
+        Args:
+            parts: the adapters by path, or a prompt under "".
+        """
         return None
 
     # The file
@@ -249,6 +253,10 @@ class LayerConfig(Config):
         from ..structure import default_targets
 
         self.target_modules = default_targets(model, self.default_roles)
+
+    def choose(self, paths: list[str]) -> list[str]:
+        """Which of the modules that the targeting fields match are adapted; all of them, unless the method counts."""
+        return paths
 
 
 @dataclass(kw_only=True)

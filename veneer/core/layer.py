@@ -38,6 +38,7 @@ class AdapterLayer(nn.Module):
         self.target = kind_of(base_layer)(self)
         self.merged_adapters: tuple[str, ...] = ()
         self.rows: Tensor | None = None
+        self.call: dict[str, Any] = {}
         self.kept_module: nn.Module | None = None
         self.kept: dict[str, Tensor] = {}
         self.train(base_layer.training)
@@ -48,15 +49,19 @@ class AdapterLayer(nn.Module):
         state = self.state
         if not state.enabled:
             return self._unadapted(*args, **kwargs)
-        if "adapter_names" in state.facts:
-            try:
-                return self._mixed(state.facts["adapter_names"], args, kwargs)
-            finally:
-                self.rows = None
-        stack = self.stack(state.active)
-        if not stack:
+        is_mixed = "adapter_names" in state.facts
+        stack = () if is_mixed else self.stack(state.active)
+        if not (is_mixed or stack):
             return self.base_layer(*args, **kwargs)
-        return self._run(stack, args, kwargs)
+        if not is_mixed and self.target.kind != "block":
+            return self._run(stack, args, kwargs)
+        self.call = kwargs
+        try:
+            return (
+                self._mixed(state.facts["adapter_names"], args, kwargs) if is_mixed else self._run(stack, args, kwargs)
+            )
+        finally:
+            self.rows, self.call = None, {}
 
     def stack(self, names: Sequence[str]) -> list[Adapter]:
         """The adapters of `names` on this layer that are not merged, innermost first."""

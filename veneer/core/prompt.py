@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..errors import ConfigError
 from .adapter import Tensors
@@ -53,6 +54,14 @@ class Prompt(nn.Module):
         return None
 
     def key_values(self, facts: dict[str, Any]) -> list[tuple[Tensor, Tensor]] | None:
+        return None
+
+    def labels(self, labels: Tensor, facts: dict[str, Any]) -> Tensor:
+        """The labels of a call, (batch, length), with its own positions' in front; -100 where nothing is to be said."""
+        return F.pad(labels, (self.n, 0), value=-100)
+
+    def loss(self, logits: Tensor, facts: dict[str, Any]) -> Tensor | None:
+        """A loss that takes the place of the model's, where the model gave one; None keeps that."""
         return None
 
     def extra_repr(self) -> str:

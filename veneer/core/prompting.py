@@ -66,12 +66,14 @@ def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 
 def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """The root hook: add the methods' own loss terms to the model's loss."""
+    """The root hook: a prompt's own loss instead of the model's, and in training the methods' terms added to it."""
     state = state_of(model)
-    loss = getattr(output, "loss", None)
-    if state is None or state.busy or loss is None or not torch.is_grad_enabled():
+    if state is None or state.busy or getattr(output, "loss", None) is None:
         return output
-    for name in state.live():
+    for prompt in live_prompts(state):
+        own = prompt.loss(output.logits, state.facts)
+        output.loss = output.loss if own is None else own
+    for name in state.live() if torch.is_grad_enabled() else ():
         term = state.configs[name].loss(list(state.adapters(name).values())) if name in state.trainable else None
         if term is not None:
             output.loss = output.loss + term.to(output.loss)
@@ -167,7 +169,7 @@ def _with_embeds(model: nn.Module, prompt: Prompt, facts: dict[str, Any], kwargs
     if mask is None or mask.shape[-1] == inputs.shape[1]:
         kwargs["attention_mask"] = _longer_mask(mask, n)
     if _per_token(kwargs.get("labels"), inputs):
-        kwargs["labels"] = _longer(kwargs["labels"], n, -100)
+        kwargs["labels"] = prompt.labels(kwargs["labels"], facts)
     for answer in ("start_positions", "end_positions"):
         kwargs[answer] = _shifted(kwargs.get(answer), n)
     kwargs["token_type_ids"] = _longer(kwargs.get("token_type_ids"), n, 0)

@@ -62,7 +62,7 @@ def targets(
             )
     found = _wanted(model, modules, config)
     found = _excluded(modules, found, config.exclude_modules)
-    found = _of_layers(found, config)
+    found = config.choose(_of_layers(found, config))
     if not found:
         raise TargetError(f"target_modules = {config.target_modules!r}: every match is excluded; nothing is left")
     _check_kinds(found, modules, config)

@@ -102,6 +102,16 @@ class Target:
         value, rows = self.layer.state.facts.get(key), self.layer.rows
         return value if rows is None or value is None else value[rows]
 
+    def argument(self, name: str) -> Any:
+        """A keyword argument of a block's call under way, such as the attention's `position_embeddings`; None without.
+
+        Of tensors that have a row for each of a mixed batch, the rows that are being computed.
+        """
+        value, rows = self.layer.call.get(name), self.layer.rows
+        if isinstance(value, tuple):
+            return tuple(_of_rows(t, rows) for t in value)
+        return _of_rows(value, rows)
+
     @contextmanager
     def present(self) -> Iterator[nn.Module]:
         """The module with its weights in memory, also where accelerate has offloaded them."""
@@ -391,6 +401,11 @@ class ParamTarget(Target):
         if len(self.shape) == 2:
             return B @ A
         return B.unflatten(1, (-1, self.copies)).permute(2, 0, 1) @ A.unflatten(0, (self.copies, -1))
+
+
+def _of_rows(value: Any, rows: Tensor | None) -> Any:
+    """Entries for some rows of a batch; a tensor whose first dimension is 1 stands for all of them."""
+    return value if rows is None or not isinstance(value, Tensor) or len(value) == 1 else value[rows]
 
 
 def kind_of(module: nn.Module) -> type[Target]:

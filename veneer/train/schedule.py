@@ -43,7 +43,8 @@ class Schedule:
 
 def follow(state: State, name: str) -> None:
     """Start an adapter's schedule, if its method has one."""
-    steps = state.configs[name].schedule(state.adapters(name))
+    prompt = {"": state.prompts[name]} if name in state.prompts else {}
+    steps = state.configs[name].schedule({**state.adapters(name), **prompt})
     if steps is not None:
         state.schedules[name] = Schedule(state, name, steps)
 
