@@ -26,6 +26,9 @@ from .interop.names import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from .interop.names import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from .interop.names import PeftModelForTokenClassification as PeftModelForTokenClassification
 from .methods.adalora import AdaLoraConfig as AdaLoraConfig
+from .methods.alora import ALoraConfig as ALoraConfig
+from .methods.bdlora import BdLoraConfig as BdLoraConfig
+from .methods.bdlora import BlockDiagonalLoraConfig as BlockDiagonalLoraConfig
 from .methods.beft import BeftConfig as BeftConfig
 from .methods.bottleneck import BottleneckConfig as BottleneckConfig
 from .methods.delora import DeloraConfig as DeloraConfig
@@ -33,15 +36,24 @@ from .methods.dora import DoraConfig as DoraConfig
 from .methods.fourierft import FourierFTConfig as FourierFTConfig
 from .methods.hra import HRAConfig as HRAConfig
 from .methods.ia3 import IA3Config as IA3Config
+from .methods.kasa import KasaConfig as KasaConfig
+from .methods.kasa import KasaLoraConfig as KasaLoraConfig
 from .methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from .methods.loha import LoHaConfig as LoHaConfig
 from .methods.lora import LoraConfig as LoraConfig
+from .methods.lora_bias import BiasedLoraConfig as BiasedLoraConfig
+from .methods.mica import MicaConfig as MicaConfig
+from .methods.monteclora import MontecloraConfig as MontecloraConfig
+from .methods.monteclora import MontecloraLoraConfig as MontecloraLoraConfig
 from .methods.oft import OFTConfig as OFTConfig
 from .methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+from .methods.qalora import QALoraConfig as QALoraConfig
 from .methods.randlora import RandLoraConfig as RandLoraConfig
 from .methods.road import RoadConfig as RoadConfig
 from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from .methods.velora import VeloraConfig as VeloraConfig
+from .methods.velora import VeloraLoraConfig as VeloraLoraConfig
 from .methods.vera import VeraConfig as VeraConfig
 from .methods.xlora import XLoraConfig as XLoraConfig
 

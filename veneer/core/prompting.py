@@ -58,26 +58,33 @@ def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     kwargs = {name: value for name, value in kwargs.items() if name not in state.fact_names()}
     state.facts = by_row({**state.sticky, **own}, kwargs, args)
     check_names(state)
-    names = state.live() if "adapter_names" not in state.facts else tuple(dict.fromkeys(state.facts["adapter_names"]))
-    for name in names:
-        if name in state.configs:
-            _compute_facts(state, name, model, _named(args, kwargs))
+    for name in called(state):
+        _compute_facts(state, name, model, _named(args, kwargs))
     for prompt in live_prompts(state):
         args, kwargs = splice(model, prompt, state, args, kwargs)
     return args, kwargs
 
 
 def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """The root hook: add the methods' own loss terms to the model's loss."""
+    """The root hook: show the methods the output, and add their own loss terms to the model's loss."""
     state = state_of(model)
-    loss = getattr(output, "loss", None)
-    if state is None or state.busy or loss is None or not torch.is_grad_enabled():
+    if state is None or state.busy:
+        return output
+    for name in called(state):
+        state.configs[name].after(state.facts, output)
+    if getattr(output, "loss", None) is None or not torch.is_grad_enabled():
         return output
     for name in state.live():
         term = state.configs[name].loss(list(state.adapters(name).values())) if name in state.trainable else None
         if term is not None:
             output.loss = output.loss + term.to(output.loss)
     return output
+
+
+def called(state: State) -> list[str]:
+    """The adapters that take part in the call under way."""
+    names = state.facts.get("adapter_names", state.live())
+    return [name for name in dict.fromkeys(names) if name in state.configs]
 
 
 def check_names(state: State) -> None:

@@ -145,10 +145,10 @@ class XLoraConfig(LayerConfig):
         found = []
         for name, source in self.adapters.items():
             config = Config.from_pretrained(source)
-            if not isinstance(config, LoraConfig) or config.adapter is not LoRA:
+            if not isinstance(config, LoraConfig) or type(config).adapter is not LoRA:
                 raise ConfigError(f"X-LoRA mixes LoRA adapters; {name!r} at {source!r} is {config.peft_type}")
-            if config.use_dora or config.modules_to_save or config.bias != "none":
-                given = "use_dora" if config.use_dora else "modules_to_save or bias"
+            if config.variants() or config.modules_to_save or config.bias != "none":
+                given = ", ".join(config.variants()) or "modules_to_save or bias"
                 raise ConfigError(f"X-LoRA mixes plain LoRA adapters; {name!r} at {source!r} is LORA with {given}")
             found.append((config, *checkpoint.read(source)))
         return found
