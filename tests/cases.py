@@ -41,7 +41,9 @@ class Case:
 
     def config(self, **more: Any) -> Config:
         settings = dict(self.settings) | more
-        if self.needs_experts:
+        if self.needs_experts and self.method == "arrow":
+            settings["arrow_config"] = dict(task_adapter_names=list(experts(self.model).values()), top_k=2)
+        elif self.needs_experts:
             settings["adapters"] = experts(self.model)
         return self.config_class(**settings)
 
@@ -250,6 +252,7 @@ CASES = [
     Case("mica", "gpt2", dict(r=4, target_modules=["wte", "mlp.c_proj"])),
     Case("mica", "conv", dict(r=3, lora_alpha=40, target_modules=["first", "second", "third", "head"])),
     Case("mica", "llama", dict(r=4, target_modules=LINEARS, use_qalora=True, qalora_group_size=5), "qalora"),
+    Case("arrow", "llama", dict(), noop=False, needs_experts=True),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

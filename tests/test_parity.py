@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 
 NOT_COMPARED = {
+    "arrow": "PEFT cannot load the routers it saves; see test_arrow_routes_as_pefts",
     "bottleneck": "PEFT has no such method",
     "qalora": "PEFT has QA-LoRA on GPTQ layers alone; see test_pefts_qalora",
     "xlora": "PEFT 0.21 writes X-LoRA files without the gate; see test_xlora_with_pefts_gate",

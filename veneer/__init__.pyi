@@ -11,6 +11,7 @@ from .errors import NotMergeable as NotMergeable
 from .errors import TargetError as TargetError
 from .errors import VeneerError as VeneerError
 from .hub import pull as pull
+from .interop.arrow import create_arrow_model as create_arrow_model
 from .interop.auto import AutoPeftModel as AutoPeftModel
 from .interop.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from .interop.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -27,6 +28,8 @@ from .interop.names import PeftModelForSequenceClassification as PeftModelForSeq
 from .interop.names import PeftModelForTokenClassification as PeftModelForTokenClassification
 from .methods.adalora import AdaLoraConfig as AdaLoraConfig
 from .methods.alora import ALoraConfig as ALoraConfig
+from .methods.arrow import ArrowConfig as ArrowConfig
+from .methods.arrow import ArrowLoraConfig as ArrowLoraConfig
 from .methods.bdlora import BdLoraConfig as BdLoraConfig
 from .methods.bdlora import BlockDiagonalLoraConfig as BlockDiagonalLoraConfig
 from .methods.beft import BeftConfig as BeftConfig

@@ -135,6 +135,7 @@ class LoraConfig(Variants, LayerConfig):
         "use_qalora": "qalora",
         "use_bdlora": "bdlora",
         "mica": "mica",
+        "arrow_config": "arrow",
     }
     details, starts, plain = {"qalora_group_size": "use_qalora"}, "init_lora_weights", LoRA
     peft_type, adapter = Name("LORA"), Composition(LoRA)  # type: ignore[assignment]
