@@ -29,6 +29,7 @@ from .inits.lora_ga import LoraGAConfig as LoraGAConfig
 from .inits.lora_ga import preprocess_loraga as preprocess_loraga
 from .inits.plain import to_plain_lora_ as to_plain_lora_
 from .inits.quantised import replace_lora_weights_loftq as replace_lora_weights_loftq
+from .interop.arrow import create_arrow_model as create_arrow_model
 from .interop.auto import AutoPeftModel as AutoPeftModel
 from .interop.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from .interop.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -47,6 +48,11 @@ from .methods.adalora import AdaLoraConfig as AdaLoraConfig
 from .methods.adamss import AdamssConfig as AdamssConfig
 from .methods.adapter_plus import AdapterPlusConfig as AdapterPlusConfig
 from .methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
+from .methods.alora import ALoraConfig as ALoraConfig
+from .methods.arrow import ArrowConfig as ArrowConfig
+from .methods.arrow import ArrowLoraConfig as ArrowLoraConfig
+from .methods.bdlora import BdLoraConfig as BdLoraConfig
+from .methods.bdlora import BlockDiagonalLoraConfig as BlockDiagonalLoraConfig
 from .methods.beft import BeftConfig as BeftConfig
 from .methods.bitfit import BitFitConfig as BitFitConfig
 from .methods.boft import BOFTConfig as BOFTConfig
@@ -68,13 +74,19 @@ from .methods.gralora import GraloraConfig as GraloraConfig
 from .methods.hira import HiraConfig as HiraConfig
 from .methods.hra import HRAConfig as HRAConfig
 from .methods.ia3 import IA3Config as IA3Config
+from .methods.kasa import KasaConfig as KasaConfig
+from .methods.kasa import KasaLoraConfig as KasaLoraConfig
 from .methods.lily import LilyConfig as LilyConfig
 from .methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from .methods.loha import LoHaConfig as LoHaConfig
 from .methods.lokr import LoKrConfig as LoKrConfig
 from .methods.lora import LoraConfig as LoraConfig
+from .methods.lora_bias import BiasedLoraConfig as BiasedLoraConfig
 from .methods.loreft import LoReftConfig as LoReftConfig
+from .methods.mica import MicaConfig as MicaConfig
 from .methods.miss import MissConfig as MissConfig
+from .methods.monteclora import MontecloraConfig as MontecloraConfig
+from .methods.monteclora import MontecloraLoraConfig as MontecloraLoraConfig
 from .methods.mtl_lora import MTLLoraConfig as MTLLoraConfig
 from .methods.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
 from .methods.noreft import NoReftConfig as NoReftConfig
@@ -88,6 +100,7 @@ from .methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from .methods.psoft import PsoftConfig as PsoftConfig
 from .methods.pvera import PveraConfig as PveraConfig
+from .methods.qalora import QALoraConfig as QALoraConfig
 from .methods.randlora import RandLoraConfig as RandLoraConfig
 from .methods.road import RoadConfig as RoadConfig
 from .methods.seq_bn import SeqBnConfig as SeqBnConfig
@@ -98,6 +111,8 @@ from .methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from .methods.unilora import UniLoraConfig as UniLoraConfig
 from .methods.vblora import VBLoRAConfig as VBLoRAConfig
+from .methods.velora import VeloraConfig as VeloraConfig
+from .methods.velora import VeloraLoraConfig as VeloraLoraConfig
 from .methods.vera import VeraConfig as VeraConfig
 from .methods.waveft import WaveFTConfig as WaveFTConfig
 from .methods.xlora import XLoraConfig as XLoraConfig
