@@ -43,7 +43,9 @@ class Case:
 
     def config(self, **more: Any) -> Config:
         settings = dict(self.settings) | more
-        if self.needs_experts:
+        if self.needs_experts and self.method == "arrow":
+            settings["arrow_config"] = dict(task_adapter_names=list(experts(self.model).values()), top_k=2)
+        elif self.needs_experts:
             settings["adapters"] = experts(self.model)
         return self.config_class(**settings)
 

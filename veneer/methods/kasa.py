@@ -67,8 +67,8 @@ class KaSA(LoRA):
         return torch.stack([adapter.penalty() for adapter in adapters]).sum()
 
     def penalty(self) -> Tensor:
-        A, B = self.matrices()
-        eye, weights = torch.eye(self.r, device=A.device, dtype=A.dtype), self.config.kasa_config
+        A, B = super().factors()
+        B, eye, weights = B / self.scaling, torch.eye(self.r, device=A.device, dtype=A.dtype), self.config.kasa_config
         distance = (B.T @ B - eye).norm() + (A @ A.T - eye).norm()
         return weights.beta * self.lora_diag.square().sum() + weights.gamma * distance
 
