@@ -58,6 +58,7 @@ FAULTS = {
     "lora-llama-loftq": "PEFT quantises with bitsandbytes on a GPU only",
     "lora-gpt2-loftq": "PEFT quantises with bitsandbytes on a GPU only",
     "loha-gpt2": "PEFT has no LoHa on GPT-2's Conv1D",
+    "glora-gpt2": "PEFT has no GLoRA on GPT-2's Conv1D",
     "peanut-gpt2": "PEFT has no PEANuT on GPT-2's Conv1D",
     "lokr-gpt2": "PEFT has no LoKr on GPT-2's Conv1D",
     "lokr-conv-conv1d-core": "PEFT's LoKr with the core of a Conv1d ends in an error of torch.kron",
