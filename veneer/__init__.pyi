@@ -46,6 +46,7 @@ from .methods.delora import DeloraConfig as DeloraConfig
 from .methods.direft import DiReftConfig as DiReftConfig
 from .methods.dora import DoraConfig as DoraConfig
 from .methods.fourierft import FourierFTConfig as FourierFTConfig
+from .methods.frod import FrodConfig as FrodConfig
 from .methods.hira import HiraConfig as HiraConfig
 from .methods.hra import HRAConfig as HRAConfig
 from .methods.ia3 import IA3Config as IA3Config
