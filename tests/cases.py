@@ -334,6 +334,10 @@ CASES = [
     Case(
         "unilora", "llama", dict(r=3, theta_d_length=23, target_modules=LINEARS, save_indices=True), "fat", noop=False
     ),
+    Case("frod", "llama", dict(sparse_rate=0.1, target_modules=LINEARS)),
+    Case(
+        "frod", "gpt2", dict(sparse_rate=0.1, target_modules=["c_attn", "mlp.c_proj"], save_projection=False), "unsaved"
+    ),
     Case("lily", "llama", dict(r=5, num_B=3, scaling=3.0, target_modules=LINEARS)),
     Case("lily", "llama", dict(r=5, num_B=3, stride_A=2, scaling=3.0, target_modules=LINEARS), "stride"),
     Case("lily", "gpt2", dict(r=5, num_B=3, stride_A=2, scaling=3.0, target_modules=["c_attn", "mlp.c_proj"])),

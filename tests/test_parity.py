@@ -481,3 +481,27 @@ def test_gradients_agree(case: Case, tmp_path):
     for key in mine:
         scale = reference[key].abs().max().clamp_min(1e-6)
         torch.testing.assert_close(mine[key] / scale, reference[key].view_as(mine[key]) / scale, rtol=1e-3, atol=2e-5)
+
+
+def test_categories_are_pefts():
+    from peft.tuners.frod import model as frod
+
+    from veneer.interop.categories import by_category, category, layer_number
+
+    paths = [
+        "lm_head",
+        "model.layers.3.self_attn.q_proj",
+        "encoder.layer.11.attention.self.query",
+        "encoder.layer.1.attention.output.dense",
+        "encoder.layer.1.output.dense",
+        "encoder.block.0.layer.1.DenseReluDense.wi",
+        "transformer.h.5.mlp.c_fc",
+        "blocks.2.fc",
+        "vision.7.tower.layers.4.mlp.fc1",
+        "a.layers.proj.2.fc",
+        "head.dense",
+    ]
+    for path in paths:
+        assert category(path) == frod._category_from_key(path)
+        assert layer_number(path, 99) == frod._layer_index_from_key(path, 99)
+    assert by_category(["b.1.x", "b.0.x", "c.1.x"]) == {"x": ["b.0.x", "c.1.x"]}

@@ -72,6 +72,7 @@ from .methods.double_seq_bn_inv import DoubleSeqBnInvConfig as DoubleSeqBnInvCon
 from .methods.fourierft import FourierFTConfig as FourierFTConfig
 from .methods.glora import GloraConfig as GloraConfig
 from .methods.gralora import GraloraConfig as GraloraConfig
+from .methods.frod import FrodConfig as FrodConfig
 from .methods.hira import HiraConfig as HiraConfig
 from .methods.hra import HRAConfig as HRAConfig
 from .methods.ia3 import IA3Config as IA3Config
