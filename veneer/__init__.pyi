@@ -70,9 +70,9 @@ from .methods.dora import DoraConfig as DoraConfig
 from .methods.double_seq_bn import DoubleSeqBnConfig as DoubleSeqBnConfig
 from .methods.double_seq_bn_inv import DoubleSeqBnInvConfig as DoubleSeqBnInvConfig
 from .methods.fourierft import FourierFTConfig as FourierFTConfig
+from .methods.frod import FrodConfig as FrodConfig
 from .methods.glora import GloraConfig as GloraConfig
 from .methods.gralora import GraloraConfig as GraloraConfig
-from .methods.frod import FrodConfig as FrodConfig
 from .methods.hira import HiraConfig as HiraConfig
 from .methods.hra import HRAConfig as HRAConfig
 from .methods.ia3 import IA3Config as IA3Config
