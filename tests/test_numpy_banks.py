@@ -425,3 +425,19 @@ def test_banks_are_low_rank_to_the_tools(method: str):
         A, B = factors_of(layer, "default")
         assert A.shape[0] == B.shape[1] == 3
         np.testing.assert_allclose(arr(B @ A), arr(layer.adapters["default"].delta()), atol=1e-6)
+
+
+@pytest.mark.parametrize("place", [-1, 40])
+@pytest.mark.parametrize("method", ["VBLoRA", "UniLora"])
+def test_places_outside_a_bank_are_refused(method: str, place: int, tmp_path):
+    more = dict(num_vectors=40, vector_length=5, save_only_topk_weights=True)
+    more = more if method == "VBLoRA" else dict(theta_d_length=40, save_indices=True)
+    config = getattr(veneer, f"{method}Config")(target_modules=["q_proj", "down_proj"], **more)
+    attach("llama", config).save_pretrained(tmp_path)
+    found = load_file(tmp_path / "adapter_model.safetensors")
+    key = next(key for key in found if "indices" in key)
+    found[key] = found[key].long()
+    found[key].view(-1)[0] = place
+    save_file(found, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="points outside the"):
+        PeftModel.from_pretrained(models.build("llama"), tmp_path)
