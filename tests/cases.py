@@ -254,6 +254,14 @@ CASES = [
         "decay",
         noop=False,
     ),
+    Case("shadow", "llama", dict(r=3, shadow_alpha=0.9, update_hidden_size=7, task_type="CAUSAL_LM")),
+    Case("shadow", "gpt2", dict(r=3, shadow_alpha=0.9, shadow_num_hidden_layers=2, shadow_intermediate_size=17)),
+    Case(
+        "shadow",
+        "llama",
+        dict(r=3, shadow_alpha=0.9, shadow_hidden_size=18, target_modules=["model.layers.0"], share_embeddings=False),
+        "narrow",
+    ),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

@@ -18,6 +18,7 @@ METHODS = sorted(p for p in (HOUSE / "methods").glob("*.py") if p.stem != "__ini
 CORE = sorted((HOUSE / "core").glob("*.py"))
 LONGER = {
     "adalora": "a method and a schedule: the allocation of ranks is an algorithm of its own",
+    "shadow": "a second network: how it is made, how it rides along, its cache and its loss",
     "xlora": "experts, a gate and its pass over the model",
 }
 
