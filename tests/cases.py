@@ -254,7 +254,11 @@ CASES = [
         "decay",
         noop=False,
     ),
-    Case("shadow", "llama", dict(r=3, shadow_alpha=0.9, update_hidden_size=7, task_type="CAUSAL_LM")),
+    Case(
+        "shadow",
+        "llama",
+        dict(r=3, shadow_alpha=0.9, update_hidden_size=7, shadow_dropout=0.0, task_type="CAUSAL_LM"),
+    ),
     Case("shadow", "gpt2", dict(r=3, shadow_alpha=0.9, shadow_num_hidden_layers=2, shadow_intermediate_size=17)),
     Case(
         "shadow",

@@ -359,6 +359,24 @@ def test_adaption_prompts_query_as_the_architecture_does(build, monkeypatch):
     torch.testing.assert_close(seen["ours"], seen[layer.base_layer])
 
 
+def test_a_mixed_batch_of_adaption_prompts_and_adapted_projections():
+    """The rows of one are not projected by the adapters of the others; active together, they are."""
+    model = attach("llama", veneer.AdaptionPromptConfig(adapter_len=4, adapter_layers=2), scale=0.9)
+    model.add_adapter("lora", veneer.LoraConfig(r=3, target_modules=["q_proj", "k_proj", "o_proj"]))
+    models.perturb(model, "lora", 5, 0.9)
+    batch, names = models.inputs("llama", rows=4), ["lora", "default", "__base__", "default"]
+    alone = {}
+    for name in ("lora", "default", ["default", "lora"]):
+        model.set_adapter(name)
+        alone[str(name)] = model(**batch).logits
+    with model.disable_adapter():
+        alone["__base__"] = model(**batch).logits
+    mixed = model(**batch, adapter_names=names).logits
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-4, atol=1e-4)
+    assert (alone["['default', 'lora']"] - alone["lora"]).abs().max() > 0.01
+
+
 def test_adaption_prompts_say_what_they_cannot_adapt():
     with pytest.raises(veneer.ConfigError, match="adapter_len"):
         veneer.AdaptionPromptConfig(adapter_layers=1)

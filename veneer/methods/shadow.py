@@ -104,7 +104,7 @@ class Shadow(Adapter):
             facts, rows = self.target.layer.state.facts, self.target.layer.rows
             s = s if rows is None else facts[self.shared, 0].to(s).index_copy(0, rows, s)
             facts[self.shared, self.place + 1] = s
-        return y
+        return y.view_as(y)  # later than s: its gradient comes first, and FSDP gathers the weights for both
 
     def riding(self) -> Tensor:
         """The shadow's state at this block, for the rows that are being computed."""
