@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from veneer.core.config import Config, PromptConfig, all_methods
 from . import models
 
 LINEARS = ["q_proj", "k_proj", "down_proj"]
+BLOCKS = dict(target_modules_bd_a=["o_proj", "down_proj"], target_modules_bd_b=["q_proj"], nblocks=5)
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,9 @@ class Case:
     label: str = ""
     noop: bool = True
     """It starts as a no-op with these settings."""
-    needs_experts: bool = False
     facts: dict[str, list[int]] = field(default_factory=dict)
-    """Arguments of a call that belong to the adapter, as entries for rows in turn."""
+    """Arguments of a call that belong to the adapter: an entry for each row, over and over."""
+    needs_experts: bool = False
 
     def __str__(self) -> str:
         return "-".join(filter(None, (self.method, self.model, self.label)))
@@ -42,7 +43,9 @@ class Case:
 
     def config(self, **more: Any) -> Config:
         settings = dict(self.settings) | more
-        if self.needs_experts:
+        if self.needs_experts and self.method == "arrow":
+            settings["arrow_config"] = dict(task_adapter_names=list(experts(self.model).values()), top_k=2)
+        elif self.needs_experts:
             settings["adapters"] = experts(self.model)
         return self.config_class(**settings)
 
@@ -55,13 +58,12 @@ class Case:
         model = get_peft_model(base, config, name).eval()
         return models.perturb(model, name) if moved else model
 
-    def inputs(self, **kwargs: Any) -> dict:
-        batch = models.inputs(self.model, **kwargs)
-        return batch | self.of_call(len(next(iter(batch.values()))))
+    def inputs(self, rows: int = 3, **kwargs: Any) -> dict:
+        return models.inputs(self.model, rows=rows, **kwargs) | self.facts_of(rows)
 
-    def of_call(self, rows: int = 3) -> dict[str, torch.Tensor]:
-        """The adapter's own arguments of a call with so many rows."""
-        return {name: torch.tensor(of_rows * rows)[:rows] for name, of_rows in self.facts.items()}
+    def facts_of(self, rows: int) -> dict[str, torch.Tensor]:
+        """The facts of a call with so many rows."""
+        return {name: torch.tensor([x[i % len(x)] for i in range(rows)]) for name, x in self.facts.items()}
 
 
 _EXPERTS: dict[str, dict[str, str]] = {}
@@ -187,6 +189,158 @@ CASES = [
     Case("road", "llama", dict(variant="road_4", group_size=10, target_modules=["q_proj", "down_proj"])),
     Case("road", "llama", dict(variant="road_2", group_size=6, target_modules=["down_proj", "o_proj"]), "2"),
     Case("road", "llama", dict(group_size=14, target_modules=["q_proj", "k_proj"]), "1"),
+    Case("shira", "llama", dict(r=3, target_modules=LINEARS)),
+    Case("shira", "llama", dict(r=3, target_modules=LINEARS, random_seed=5), "seed"),
+    Case("shira", "gpt2", dict(r=3, target_modules=["c_attn", "mlp.c_proj"])),
+    Case("shira", "conv", dict(r=2, target_modules=["first", "second", "third", "head"])),
+    Case("shira", "grouped", dict(r=2, target_modules=["conv"])),
+    Case("supertuning", "llama", dict(sparsity=0.9, target_modules=LINEARS)),
+    Case(
+        "supertuning",
+        "llama",
+        dict(sparsity=0.9, select_top=False, r=3, target_modules=LINEARS, save_precomputed_indices=False),
+        "supra",
+    ),
+    Case("supertuning", "gpt2", dict(sparsity=0.9, r=3, lora_alpha=5, target_modules=["c_attn", "mlp.c_proj"])),
+    Case("supertuning", "conv", dict(sparsity=0.8, r=3, target_modules=["first", "second", "third", "head"])),
+    Case("supertuning", "grouped", dict(sparsity=0.5, target_modules=["conv"])),
+    Case(
+        "poly",
+        "llama",
+        dict(r=3, n_tasks=3, n_skills=5, target_modules=LINEARS, task_type="CAUSAL_LM"),
+        facts={"task_ids": [2, 0, 1]},
+    ),
+    Case(
+        "poly",
+        "gpt2",
+        dict(r=3, n_tasks=4, n_splits=5, target_modules=["c_attn", "c_fc"], task_type="CAUSAL_LM"),
+        "multi-head",
+        facts={"task_ids": [3, 3, 0]},
+    ),
+    Case(
+        "poly",
+        "t5",
+        dict(r=3, n_tasks=2, n_splits=3, target_modules=["q", "wo"], task_type="SEQ_2_SEQ_LM"),
+        "multi-head",
+        facts={"task_ids": [1, 0]},
+    ),
+    Case("bitfit", "llama", dict()),
+    Case("bitfit", "gpt2", dict()),
+    Case("bitfit", "gpt2", dict(target_modules=["ln_1", "mlp.c_proj"], layers_to_transform=1), "named"),
+    Case("bitfit", "conv", dict(target_modules=["first", "third", "head"])),
+    Case(
+        "mtl_lora",
+        "llama",
+        dict(r=3, n_tasks=3, temperature=0.7, target_modules=LINEARS),
+        facts={"task_ids": [2, 0, 1]},
+    ),
+    Case(
+        "mtl_lora",
+        "gpt2",
+        dict(r=4, n_tasks=2, n_up_projections=2, target_modules=["c_attn", "c_fc"]),
+        facts={"task_ids": [1, 1, 0]},
+    ),
+    Case(
+        "mtl_lora",
+        "t5",
+        dict(r=3, n_tasks=2, target_modules=["q", "wo"], task_type="SEQ_2_SEQ_LM"),
+        facts={"task_ids": [1, 0]},
+    ),
+    Case(
+        "lora", "mixtral", dict(r=4, lora_alpha=7, target_parameters=["experts.gate_up_proj", "down_proj"]), "experts"
+    ),
+    Case(
+        "lora",
+        "mixtral",
+        dict(r=2, target_modules=["q_proj"], target_parameters=["gate.weight"], rank_pattern={"gate.weight": 3}),
+        "router",
+    ),
+    Case("loreft", "llama", dict(r=4)),
+    Case(
+        "loreft",
+        "gpt2",
+        dict(
+            r=3,
+            layers=[1],
+            prefix_positions=0,
+            suffix_positions=2,
+            non_linearity="tanh",
+            target_modules=["mlp"],
+            init_weights=False,
+        ),
+        "suffix",
+        noop=False,
+    ),
+    Case("loreft", "t5", dict(r=3, prefix_positions=2, suffix_positions=2, tied_weights=True)),
+    Case("noreft", "llama", dict(r=4, prefix_positions=1, suffix_positions=2, init_weights=False), noop=False),
+    Case("direft", "gpt2", dict(r=4, prefix_positions="all")),
+    Case("hira", "llama", dict(r=5, target_modules=LINEARS)),
+    Case("hira", "llama", dict(r=5, target_modules=LINEARS, rank_pattern={"k_proj": 3}), "patterns"),
+    Case("hira", "llama", dict(r=5, target_modules=LINEARS, init_weights="gaussian"), "gaussian"),
+    Case("hira", "gpt2", dict(r=5, target_modules=["wte", "c_attn"])),
+    Case("hira", "conv", dict(r=5, target_modules=["first", "second", "third", "head"])),
+    Case("hira", "dilated", dict(r=5, target_modules=["conv"])),
+    Case("hira", "volume", dict(r=5, target_modules=["conv"])),
+    Case("miss", "llama", dict(r=4, target_modules=LINEARS)),
+    Case("miss", "llama", dict(r=4, target_modules=LINEARS, init_weights=False), "random", noop=False),
+    Case("miss", "llama", dict(r=7, mini_r=5, target_modules=["o_proj", "down_proj"], init_weights="mini"), "mini"),
+    Case("miss", "llama", dict(r=5, target_modules=["q_proj", "down_proj"], init_weights="bat"), "bat"),
+    Case("miss", "llama", dict(r=4, target_modules=["q_proj", "down_proj"], bias="MiSS_only"), "biases"),
+    Case("miss", "gpt2", dict(r=4, target_modules=["c_attn", "mlp.c_proj"])),
+    Case("miss", "gpt2", dict(r=15, target_modules=["c_attn", "mlp.c_proj"], init_weights="bat"), "bat"),
+    Case("pvera", "llama", dict(r=5, target_modules=LINEARS)),
+    Case("pvera", "gpt2", dict(r=5, target_modules=["c_attn", "c_fc"], save_projection=False), "unsaved"),
+    Case("tinylora", "llama", dict(r=3, u=7, target_modules=LINEARS)),
+    Case("tinylora", "llama", dict(r=3, u=7, weight_tying=0.4, target_modules=LINEARS), "sharing"),
+    Case(
+        "tinylora",
+        "gpt2",
+        dict(r=3, u=7, target_modules=["c_attn", "mlp.c_proj"], weight_tying=1.0, save_projection=False),
+        "unsaved",
+    ),
+    Case("tinylora", "gpt2", dict(r=3, u=7, target_modules=["wte", "c_fc"]), "embedding"),
+    Case(
+        "tinylora",
+        "llama",
+        dict(r=40, u=7, target_modules=["q_proj", "k_proj"], init_weights="uniform"),
+        "full-rank",
+        noop=False,
+    ),
+    Case(
+        "vblora", "llama", dict(r=3, num_vectors=9, vector_length=5, target_modules=["q_proj", "down_proj"]), noop=False
+    ),
+    Case(
+        "vblora",
+        "gpt2",
+        dict(r=3, num_vectors=9, vector_length=15, topk=3, target_modules=["c_attn", "c_fc"]),
+        noop=False,
+    ),
+    Case(
+        "vblora",
+        "llama",
+        dict(
+            r=3,
+            num_vectors=9,
+            vector_length=2,
+            topk=3,
+            target_modules=["k_proj", "q_proj"],
+            save_only_topk_weights=True,
+        ),
+        "chosen",
+        noop=False,
+    ),
+    Case("unilora", "llama", dict(r=3, theta_d_length=23, target_modules=LINEARS), noop=False),
+    Case("unilora", "gpt2", dict(r=3, theta_d_length=4000, target_modules=["c_attn", "c_fc"]), "long", noop=False),
+    Case(
+        "unilora", "llama", dict(r=3, theta_d_length=23, target_modules=LINEARS, save_indices=True), "fat", noop=False
+    ),
+    Case("frod", "llama", dict(sparse_rate=0.1, target_modules=LINEARS)),
+    Case(
+        "frod", "gpt2", dict(sparse_rate=0.1, target_modules=["c_attn", "mlp.c_proj"], save_projection=False), "unsaved"
+    ),
+    Case("lily", "llama", dict(r=5, num_B=3, scaling=3.0, target_modules=LINEARS)),
+    Case("lily", "llama", dict(r=5, num_B=3, stride_A=2, scaling=3.0, target_modules=LINEARS), "stride"),
+    Case("lily", "gpt2", dict(r=5, num_B=3, stride_A=2, scaling=3.0, target_modules=["c_attn", "mlp.c_proj"])),
     Case("p_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM", encoder_hidden_size=11), noop=False),
     Case(
         "p_tuning",
@@ -232,6 +386,145 @@ CASES = [
         noop=False,
         facts=dict(task_ids=[1, 0]),
     ),
+    Case(
+        "c3a",
+        "llama",
+        dict(block_size=5, block_size_pattern={"k_proj": 2}, target_modules=LINEARS, init_weights=True),
+    ),
+    Case(
+        "c3a",
+        "llama",
+        dict(block_size=10, target_modules=["q_proj", "o_proj"], init_weights="gaussian"),
+        "gaussian",
+        noop=False,
+    ),
+    Case("c3a", "gpt2", dict(block_size=15, target_modules=["c_attn", "mlp.c_proj"]), noop=False),
+    Case("deft", "llama", dict(r=4, alpha=7, target_modules=LINEARS)),
+    Case("deft", "llama", dict(r=16, target_modules=LINEARS, decomposition_method="qr"), "qr"),
+    Case("deft", "llama", dict(r=4, target_modules=LINEARS, decomposition_method="qr", para=True), "para", noop=False),
+    Case("deft", "gpt2", dict(r=4, target_modules=["c_attn", "mlp.c_proj"])),
+    Case("psoft", "llama", dict(r=11, psoft_alpha=7, target_modules=LINEARS)),
+    Case(
+        "psoft",
+        "llama",
+        dict(
+            r=7,
+            target_modules=LINEARS,
+            ab_svd_init="pissa_init",
+            psoft_svd="lowrank",
+            psoft_svd_lowrank_niter=3,
+            use_cayley_neumann=True,
+            cayley_neumann_eps=0.3,
+            psoft_mag_a=False,
+        ),
+        "series",
+    ),
+    Case("psoft", "llama", dict(r=7, target_modules=["q_proj"], psoft_orth=False, psoft_mag_b=False), "free"),
+    Case("psoft", "gpt2", dict(r=11, target_modules=["c_attn", "mlp.c_proj"])),
+    Case("boft", "llama", dict(boft_block_size=5, target_modules=LINEARS)),
+    Case("boft", "llama", dict(boft_block_size=0, boft_block_num=5, target_modules=LINEARS), "number"),
+    Case("boft", "gpt2", dict(boft_block_size=3, target_modules=["c_attn", "mlp.c_proj"])),
+    Case("boft", "square", dict(boft_block_size=9, target_modules=["conv"])),
+    Case("boft", "conv", dict(boft_block_size=9, target_modules=["first", "second", "third"])),
+    Case("boft", "conv", dict(boft_block_size=6, boft_n_butterfly_factor=2, target_modules=["second"]), "butterfly"),
+    Case("waveft", "llama", dict(n_frequency=40, scaling=5.0, target_modules=LINEARS)),
+    Case(
+        "waveft",
+        "llama",
+        dict(n_frequency=40, wavelet_family="sym5", proportional_parameters=True, target_modules=LINEARS),
+        "proportional",
+    ),
+    Case(
+        "waveft",
+        "gpt2",
+        dict(n_frequency=40, n_frequency_pattern={"c_fc": 9}, wavelet_family="db3", target_modules=["c_attn", "c_fc"]),
+    ),
+    Case("waveft", "llama", dict(n_frequency=40, wavelet_family="coif2", target_modules=["down_proj"]), "coiflet"),
+    Case("waveft", "llama", dict(n_frequency=40, use_idwt=False, target_modules=LINEARS), "sparse"),
+    Case("osf", "llama", dict(effective_rank=9, target_modules=LINEARS)),
+    Case("osf", "llama", dict(effective_rank=0.4, rank_pattern={"k_proj": 3}, target_modules=LINEARS), "share"),
+    Case("osf", "gpt2", dict(target_modules=["c_attn", "mlp.c_proj"])),
+    Case("adamss", "llama", dict(r=7, num_subspaces=4, subspace_rank=2, target_modules=LINEARS)),
+    Case(
+        "adamss",
+        "llama",
+        dict(r=11, num_subspaces=3, subspace_rank=9, use_dynamic_rank=True, svd_threshold=0.5, target_modules=LINEARS),
+        "dynamic",
+    ),
+    Case("adamss", "gpt2", dict(r=7, subspace_rank=3, random_seed=4, target_modules=["c_attn", "mlp.c_proj"])),
+    Case("lokr", "llama", dict(r=2, alpha=40, target_modules=LINEARS)),
+    Case("lokr", "llama", dict(r=1, alpha=9, target_modules=LINEARS, decompose_both=True), "both"),
+    Case("lokr", "llama", dict(r=2, alpha=9, target_modules=LINEARS, init_weights="lycoris"), "lycoris"),
+    Case("lokr", "llama", dict(r=9, alpha=40, decompose_factor=3, target_modules=LINEARS), "whole"),
+    Case("lokr", "llama", dict(r=2, alpha=8, target_modules=LINEARS, init_weights=False), "random", noop=False),
+    Case("lokr", "llama", dict(r=2, alpha=40, decompose_factor=15, target_modules=["o_proj", "down_proj"]), "factor"),
+    Case("lokr", "llama", dict(r=2, alpha=40, target_modules=LINEARS, rank_pattern={"k_proj": 1}), "patterns"),
+    Case("lokr", "gpt2", dict(r=2, alpha=40, target_modules=["c_attn", "c_fc"], alpha_pattern={"c_fc": 20})),
+    Case("lokr", "conv", dict(r=1, alpha=60, target_modules=["first", "second", "third", "head"])),
+    Case("lokr", "conv", dict(r=8, alpha=90, target_modules=["first", "second", "third", "head"]), "whole"),
+    Case("lokr", "conv", dict(r=1, alpha=90, target_modules=["first", "second"], use_effective_conv2d=True), "core"),
+    Case("lokr", "conv", dict(r=1, alpha=90, target_modules=["third"], use_effective_conv2d=True), "conv1d-core"),
+    Case("lokr", "grouped", dict(r=1, alpha=40, target_modules=["conv"])),
+    Case("lokr", "volume", dict(r=1, alpha=40, target_modules=["conv"], use_effective_conv2d=True)),
+    Case("gralora", "llama", dict(r=10, alpha=12, gralora_k=5, target_modules=["q_proj", "down_proj"])),
+    Case("gralora", "llama", dict(r=4, alpha=9, hybrid_r=3, target_modules=["q_proj", "k_proj"]), "hybrid"),
+    Case("gralora", "llama", dict(r=3, gralora_k=1, target_modules=LINEARS, init_weights=False), "random", noop=False),
+    Case("gralora", "gpt2", dict(r=9, alpha=12, gralora_k=3, hybrid_r=2, target_modules=["c_attn", "mlp.c_proj"])),
+    Case("peanut", "llama", dict(r=5, scaling=1.7, target_modules=LINEARS)),
+    Case("peanut", "llama", dict(r=5, depth=2, act_fn="tanh", target_modules=LINEARS), "deep"),
+    Case(
+        "peanut",
+        "llama",
+        dict(r=5, depth=1, act_fn="gelu", target_modules=["q_proj"], init_weights=False),
+        "random",
+        noop=False,
+    ),
+    Case("peanut", "gpt2", dict(r=5, depth=1, act_fn="silu", target_modules=["c_attn", "mlp.c_proj"])),
+    Case("lora", "llama", dict(r=4, lora_alpha=7, target_modules=LINEARS, init_lora_weights="olora"), "olora"),
+    Case("lora", "gpt2", dict(r=4, target_modules=["c_attn", "mlp.c_proj"], init_lora_weights="olora"), "olora"),
+    Case("lora", "conv", dict(r=4, target_modules=["first", "third", "head"], init_lora_weights="olora"), "olora"),
+    Case("lora", "llama", dict(r=4, target_modules=LINEARS, init_lora_weights="orthogonal"), "orthogonal"),
+    Case("lora", "llama", dict(r=4, target_modules=LINEARS, init_lora_weights="pissa_niter_4"), "fast-pissa"),
+    Case("lora", "llama", dict(r=4, lora_alpha=7, target_modules=LINEARS, init_lora_weights="loftq"), "loftq", False),
+    Case(
+        "lora",
+        "gpt2",
+        dict(
+            r=4,
+            target_modules=["c_attn", "mlp.c_proj"],
+            init_lora_weights="loftq",
+            loftq_config={"loftq_bits": 8, "loftq_iter": 3},
+        ),
+        "loftq",
+        noop=False,
+    ),
+    Case("dora", "llama", dict(r=4, lora_alpha=7, target_modules=LINEARS, init_lora_weights="pissa"), "pissa"),
+    Case(
+        "bottleneck",
+        "gpt2",
+        dict(placement="houlsby", reduction_factor=4, ln_before=True, ln_after=True, scaling="learned"),
+        "norms",
+    ),
+    Case("seq_bn", "llama", dict(reduction_factor=4)),
+    Case("seq_bn", "t5", dict(reduction_factor=4)),
+    Case("double_seq_bn", "gpt2", dict(reduction_factor=4)),
+    Case("double_seq_bn", "t5", dict(reduction_factor=7, non_linearity="tanh")),
+    Case("par_bn", "llama", dict(scaling="learned")),
+    Case("par_bn", "gpt2", dict(target_modules=["c_fc", "mlp.c_proj"], input_modules=["c_fc"]), "tapped"),
+    Case("adapter_plus", "llama", dict(), noop=False),
+    Case("compacter", "llama", dict(phm_dim=5, phm_rank=2, reduction_factor=3, phm_init_range=0.5)),
+    Case(
+        "compacter",
+        "gpt2",
+        dict(phm_dim=3, reduction_factor=5, shared_phm_rule=False, factorized_phm_rule=True, phm_c_init="uniform"),
+        "own-rules",
+    ),
+    Case("compacter", "llama", dict(phm_dim=3, reduction_factor=5, learn_phm=False, phm_init_range=0.5), "fixed-rules"),
+    Case("compacter_plus_plus", "t5", dict(phm_dim=5, reduction_factor=6, phm_init_range=0.5)),
+    Case("seq_bn_inv", "llama", dict(reduction_factor=7)),
+    Case("seq_bn_inv", "gpt2", dict(reduction_factor=7, inv_adapter="glow"), "glow"),
+    Case("seq_bn_inv", "t5", dict(reduction_factor=7, inv_adapter="glow")),
+    Case("double_seq_bn_inv", "llama", dict(reduction_factor=7, inv_adapter_reduction_factor=3)),
     Case("adaption_prompt", "llama", dict(adapter_len=4, adapter_layers=2)),
     Case("adaption_prompt", "mistral", dict(adapter_len=4, adapter_layers=1, task_type="CAUSAL_LM")),
     Case("adaption_prompt", "gpt2", dict(adapter_len=5, adapter_layers=2, target_modules="attn")),
@@ -266,6 +559,94 @@ CASES = [
         dict(r=3, shadow_alpha=0.9, shadow_hidden_size=18, target_modules=["model.layers.0"], share_embeddings=False),
         "narrow",
     ),
+    Case(
+        "alora",
+        "llama",
+        dict(r=4, lora_alpha=7, target_modules=LINEARS, alora_invocation_tokens=[15], task_type="CAUSAL_LM"),
+    ),
+    Case(
+        "alora",
+        "gpt2",
+        dict(
+            r=4,
+            target_modules=["c_attn", "mlp.c_proj"],
+            alora_invocation_tokens=[15, 11],
+            task_type="CAUSAL_LM",
+        ),
+    ),
+    Case(
+        "alora",
+        "llama",
+        dict(
+            r=4,
+            target_modules=["q_proj", "k_proj"],
+            alora_invocation_tokens=[15],
+            use_dora=True,
+            lora_bias=True,
+            use_rslora=True,
+        ),
+        "dora-bias-rslora",
+    ),
+    Case("lora_bias", "llama", dict(r=4, lora_alpha=7, target_modules=["q_proj", "k_proj"])),
+    Case("lora_bias", "conv", dict(r=4, lora_alpha=7, target_modules=["first", "third", "head"])),
+    Case("lora_bias", "gpt2", dict(r=4, target_modules=["c_attn", "mlp.c_proj"], use_dora=True), "dora"),
+    Case("qalora", "llama", dict(r=4, qalora_group_size=5, target_modules=LINEARS)),
+    Case("qalora", "gpt2", dict(r=4, qalora_group_size=3, target_modules=["c_attn", "mlp.c_proj"])),
+    Case("bdlora", "llama", dict(r=10, use_bdlora=BLOCKS, target_modules=["q_proj", "o_proj", "down_proj"])),
+    Case(
+        "bdlora",
+        "llama",
+        dict(
+            r=10,
+            use_bdlora=BLOCKS,
+            target_modules=["q_proj", "o_proj", "down_proj"],
+            use_dora=True,
+            velora_config=dict(num_groups=7),
+            lora_dropout=0.1,
+        ),
+        "dora-velora",
+    ),
+    Case("velora", "llama", dict(r=4, lora_alpha=7, velora_config=dict(num_groups=7), target_modules=LINEARS)),
+    Case("velora", "gpt2", dict(r=4, velora_config=dict(num_groups=4, init_type="random"), target_modules=["c_attn"])),
+    Case("kasa", "llama", dict(r=4, lora_alpha=3, target_modules=LINEARS), noop=False),
+    Case("kasa", "gpt2", dict(r=4, target_modules=["c_attn", "mlp.c_proj"]), noop=False),
+    Case(
+        "kasa",
+        "llama",
+        dict(r=4, target_modules=LINEARS, use_dora=True, monteclora_config={}, velora_config=dict(num_groups=7)),
+        "dora-monteclora-velora",
+        noop=False,
+    ),
+    Case("monteclora", "llama", dict(r=4, lora_alpha=7, target_modules=LINEARS)),
+    Case(
+        "monteclora",
+        "gpt2",
+        dict(r=4, target_modules=["c_attn", "mlp.c_proj"], monteclora_config=dict(num_samples=3, sample_scaler=0.1)),
+    ),
+    Case("monteclora", "llama", dict(r=4, target_modules=LINEARS, init_lora_weights="pissa"), "pissa"),
+    Case("mica", "llama", dict(r=4, lora_alpha=7, target_modules=LINEARS)),
+    Case("mica", "gpt2", dict(r=4, target_modules=["wte", "mlp.c_proj"])),
+    Case("mica", "conv", dict(r=3, lora_alpha=40, target_modules=["first", "second", "third", "head"])),
+    Case("mica", "llama", dict(r=4, target_modules=LINEARS, use_qalora=True, qalora_group_size=5), "qalora"),
+    Case("arrow", "llama", dict(), noop=False, needs_experts=True),
+    Case("glora", "llama", dict(r=3, target_modules=LINEARS)),
+    Case(
+        "glora",
+        "llama",
+        dict(config_A_B="vector", config_C="vector", config_D_E="vector", target_modules=LINEARS),
+        "vectors",
+    ),
+    Case("glora", "llama", dict(config_A_B="constant", config_C="none", target_modules=LINEARS), "numbers"),
+    Case("glora", "llama", dict(r=3, config_A_B="none", target_modules=["q_proj", "k_proj"]), "bias-only"),
+    Case(
+        "glora",
+        "llama",
+        dict(r=3, config_D_E="none", target_modules=["q_proj"], init_weights=False),
+        "random",
+        noop=False,
+    ),
+    Case("glora", "llama", dict(r=3, target_modules=LINEARS, bias="glora_only"), "biases"),
+    Case("glora", "gpt2", dict(r=3, config_D_E="vector", target_modules=["c_attn", "mlp.c_proj"])),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",
@@ -298,3 +679,9 @@ def has_fold(case: Case) -> bool:
 
 
 MERGEABLE = [case for case in LAYER_CASES if has_fold(case)]
+
+
+def without_dropout(case: Case) -> Case:
+    """The same case where training draws nothing at random."""
+    none = {f.name: 0.0 for f in fields(case.config_class) if f.name.endswith("dropout")}
+    return replace(case, settings=case.settings | none)

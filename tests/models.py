@@ -38,6 +38,15 @@ def gpt2(**kwargs):
     return GPT2LMHeadModel(GPT2Config(**sizes | off | kwargs))
 
 
+def mixtral(**kwargs):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = dict(hidden_size=30, intermediate_size=22, num_hidden_layers=2, num_attention_heads=5, head_dim=14)
+    sizes |= dict(num_key_value_heads=1, vocab_size=67, num_local_experts=3, max_position_embeddings=64, pad_token_id=0)
+    sizes |= dict(experts_implementation="eager")  # torch's grouped product takes only aligned sizes
+    return MixtralForCausalLM(MixtralConfig(**sizes | kwargs))
+
+
 def mistral(**kwargs):
     """Heads that together are as wide as the stream, and no biases: what some of the reference's methods need."""
     from transformers import MistralConfig, MistralForCausalLM
@@ -124,7 +133,7 @@ class Volume(nn.Module):
 
 
 CONVS = {"conv": ConvNet, "grouped": Grouped, "dilated": Dilated, "square": Square, "volume": Volume}
-BUILDERS = {"llama": llama, "gpt2": gpt2, "mistral": mistral, "t5": t5, "bert": bert, **CONVS}
+BUILDERS = {"llama": llama, "gpt2": gpt2, "mistral": mistral, "mixtral": mixtral, "t5": t5, "bert": bert, **CONVS}
 SHAPES = {
     "conv": (3, 3, 9, 8),
     "grouped": (3, 6, 7, 8),
@@ -158,10 +167,14 @@ def inputs(name: str, seed: int = 1, rows: int = 3, dtype: torch.dtype = torch.f
     return {"input_ids": ids}
 
 
+FACTS = ("task_ids",)
+"""Entries of a batch that belong to adapters; a bare model knows nothing of them."""
+
+
 def output(model: nn.Module, batch: dict, **facts) -> Tensor:
     """The model's logits on a batch (those of the answer's start, for question answering)."""
-    own = () if hasattr(model, "peft_config") else ("task_ids",)  # the base model knows nothing of an adapter's facts
-    model_inputs = {k: v for k, v in batch.items() if k not in ("x", *own)}
+    is_adapted = hasattr(model, "peft_config")
+    model_inputs = {k: v for k, v in batch.items() if k != "x" and (is_adapted or k not in FACTS)}
     out = model(batch["x"], **facts) if "x" in batch else model(**model_inputs, **facts)
     return out if isinstance(out, Tensor) else out.get("logits", out[0])
 

@@ -17,8 +17,11 @@ HOUSE = Path(veneer.__file__).parent
 METHODS = sorted(p for p in (HOUSE / "methods").glob("*.py") if p.stem != "__init__")
 CORE = sorted((HOUSE / "core").glob("*.py"))
 LONGER = {
+    "lora": "its config holds the fields of all its variants, and composes them",
     "adalora": "a method and a schedule: the allocation of ranks is an algorithm of its own",
     "shadow": "a second network: how it is made, how it rides along, its cache and its loss",
+    "adamss": "a method and a schedule: which subspaces go on learning is an algorithm of its own",
+    "bottleneck": "the common ground of eight methods: places, starts and scalings of their small networks",
     "xlora": "experts, a gate and its pass over the model",
 }
 
@@ -46,7 +49,7 @@ def test_a_method_is_a_small_file(path: Path):
 
 
 def test_the_core_is_small():
-    assert sum(code_lines(path) for path in CORE) <= 2080
+    assert sum(code_lines(path) for path in CORE) <= 2200
 
 
 def test_functions_are_short():
@@ -108,7 +111,8 @@ def test_every_public_name_can_be_had():
 def test_every_field_and_method_is_explained():
     for name, config in all_methods().items():
         module = sys.modules[config.__module__]
-        assert module.__doc__ and "arXiv:" in module.__doc__ or name == "trainable_tokens", name
+        paper = re.search(r"arXiv:\d{4}\.\d{4,5}|OpenReview:\w+|doi:\S+", module.__doc__ or "")
+        assert paper or name == "trainable_tokens", name
         source = ast.parse(Path(module.__file__).read_text())
         for cls in (n for n in source.body if isinstance(n, ast.ClassDef) and n.name == config.__name__):
             for field, after in zip(cls.body, [*cls.body[1:], None], strict=True):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import veneer.cli
+from veneer.core.config import all_methods
 
 engine = importlib.import_module("veneer.hub")
 
@@ -109,3 +110,44 @@ def test_what_a_verb_raises_becomes_a_status(monkeypatch: pytest.MonkeyPatch, ca
     printed = capsys.readouterr().err
     assert stop.value.code == status
     assert printed.startswith(shown) and len(printed.splitlines()) == 1
+
+
+def test_methods_lists_every_method_with_its_facts():
+    done = run("methods", COLUMNS="200")
+    assert done.returncode == 0 and done.stderr == ""
+    for name in all_methods():
+        assert any(line.split()[:1] == [name] for line in done.stdout.splitlines()), name
+    assert "W' = W + s B A" in done.stdout and "arXiv:2106.09685" in done.stdout
+
+
+def test_methods_counts_on_an_architecture_without_a_download():
+    done = run("methods", "--model-type", "gpt2", "--json", HF_HUB_OFFLINE="1")
+    rows = {row["name"]: row for row in json.loads(done.stdout)}
+    assert set(rows) == set(all_methods())
+    assert rows["lora"]["trainable"] == 294_912
+    assert rows["lora"]["low_rank"] and rows["lora"]["mergeable"] and rows["prefix_tuning"]["kinds"] == ["prompt"]
+    uncounted = {name for name, row in rows.items() if not row["trainable"]}
+    assert uncounted <= UNCOUNTED, "these cannot be put on GPT-2 with example settings"
+
+
+UNCOUNTED = {"xlora", "beft"}
+"""X-LoRA stands on other adapters, BEFT on value projections of their own, which GPT-2 lacks."""
+
+
+def test_the_page_of_a_method():
+    done = run("methods", "vera")
+    assert (
+        done.stdout.startswith("VeRA:") and "r = 256" in done.stdout and "Rank of the shared projections" in done.stdout
+    )
+    page = json.loads(run("methods", "VERA", "--json").stdout)
+    assert page["paper"] == "arXiv:2310.11454" and "diag(b) B diag(d) A" in page["formula"]
+    assert {field["name"] for field in page["fields"]} >= {"r", "d_initial"}
+
+
+def test_an_unknown_method_or_architecture_names_the_nearest():
+    done = run("methods", "verra")
+    assert done.returncode == 2 and done.stderr.startswith("error: there is no method 'verra'; nearest: vera")
+    done = run("methods", "lora", "--model-type", "gpt")
+    assert done.returncode == 2 and "gpt2" in done.stderr
+    done = run("methods", "lora", "--model-type", "gpt2", "--model", "x")
+    assert done.returncode == 2 and "either" in done.stderr

@@ -19,6 +19,8 @@ GREEDY = dict(do_sample=False, max_new_tokens=4, min_new_tokens=4)
 
 def by_hand(model, ids, mask=None, **facts):
     """Greedy decoding by whole forward passes, without a cache."""
+    names, n = state_of(model.get_base_model()).fact_names(), ids.shape[1]
+    facts |= {"prompt_lengths": [n] * len(ids)} if "prompt_lengths" in names else {}
     for _ in range(GREEDY["max_new_tokens"]):
         logits = model(input_ids=ids, attention_mask=mask, **facts).logits[:, -1].clone()
         logits[:, 2] = -torch.inf  # generate may not end early either
@@ -29,7 +31,7 @@ def by_hand(model, ids, mask=None, **facts):
 
 @pytest.mark.parametrize("case", CAUSAL, ids=str)
 def test_greedy_decoding_is_the_forward_pass(case: Case):
-    model, ids, facts = case.build(), models.inputs(case.model)["input_ids"], case.of_call()
+    model, ids, facts = case.build(), models.inputs(case.model)["input_ids"], case.facts_of(3)
     assert torch.equal(model.generate(input_ids=ids, **facts, **GREEDY), by_hand(model, ids, **facts))
 
 
@@ -38,8 +40,8 @@ def test_padding_on_the_left_does_not_matter(case: Case):
     model, ids = case.build(), models.inputs(case.model)["input_ids"]
     padded = torch.cat([torch.zeros(3, 2, dtype=torch.long), ids], dim=1)
     mask = (padded > 0).long()
-    with_padding = model.generate(input_ids=padded, attention_mask=mask, **case.of_call(), **GREEDY)
-    assert torch.equal(with_padding[:, 2:], model.generate(input_ids=ids, **case.of_call(), **GREEDY))
+    with_padding = model.generate(input_ids=padded, attention_mask=mask, **case.facts_of(3), **GREEDY)
+    assert torch.equal(with_padding[:, 2:], model.generate(input_ids=ids, **case.facts_of(3), **GREEDY))
 
 
 @pytest.mark.parametrize("case", [c for c in CAUSAL if c.method in ("lora", "prefix_tuning", "prompt_tuning")], ids=str)
@@ -85,7 +87,7 @@ def test_an_encoder_decoder_generates_mixed_rows(beams: int):
 
 @pytest.mark.parametrize("case", SEQ2SEQ, ids=str)
 def test_an_encoder_decoder_generates_with_a_prompt(case: Case):
-    model, ids, facts = case.build(), models.inputs("t5")["input_ids"], case.of_call()
+    model, ids, facts = case.build(), models.inputs("t5")["input_ids"], case.facts_of(3)
     model.base_model.model.generation_config.eos_token_id = None
     mask = torch.ones_like(ids)
     found = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=4, **facts)

@@ -44,3 +44,18 @@ def test_delora(place: str):
     )
     assert np.sqrt((update**2).sum()) <= 3
     agree(layer, W + p["delora_lambda"][0] / 3 * update * lengths, b)
+
+
+@pytest.mark.parametrize(
+    ("config", "field"), [(veneer.LoraConfig, "lora_dropout"), (veneer.VeraConfig, "vera_dropout")]
+)
+def test_dropout_acts_on_the_input_of_the_update_in_training(config, field: str):
+    layer, *_ = adapt(config, "linear", r=3, **{field: 0.5})
+    x = sample(layer.base_layer)
+    base, whole = layer.base_layer(x), layer(x)
+    torch.manual_seed(0)
+    trained = layer.train()(x)
+    torch.manual_seed(0)
+    thinned = torch.nn.functional.dropout(x, 0.5)
+    torch.testing.assert_close(trained - base, layer.eval()(thinned) - layer.base_layer(thinned), rtol=1e-4, atol=1e-4)
+    assert (trained - whole).abs().max() > 0.01

@@ -46,11 +46,11 @@ def test_lohas_rank_goes_beyond_its_factors():
     assert not adapt(veneer.LoHaConfig, "linear", 0.0, r=3)[1]["hada_w2_b"].any()
 
 
-@pytest.mark.parametrize("config", [veneer.LoHaConfig])
+@pytest.mark.parametrize("config", [veneer.LoHaConfig, veneer.LoKrConfig])
 @pytest.mark.parametrize("place", ["linear", "conv"])
 def test_dropout_leaves_out_rows_or_everything(config, place: str):
     """In training alone. LoHa makes up for the rows that went; LoKr when asked."""
-    rows = dict(rank_dropout=0.5)
+    rows = dict(rank_dropout=0.5) | ({"rank_dropout_scale": True} if config is veneer.LoKrConfig else {})
     layer, *_ = adapt(config, place, r=3, **rows)
     whole, x = layer(sample(layer.base_layer)), sample(layer.base_layer)
     base = layer.base_layer(x)

@@ -20,12 +20,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 class Rows(Dataset):
     """Sequences that count upwards: learnable in a few steps."""
 
-    def __init__(self, n: int = 24, classes: bool = False) -> None:
+    def __init__(self, n: int = 24, classes: bool = False, **facts: torch.Tensor) -> None:
         generator = torch.Generator().manual_seed(0)
         starts = torch.randint(3, 40, (n,), generator=generator)
         self.rows = [{"input_ids": torch.arange(s, s + 8), "labels": torch.arange(s, s + 8)} for s in starts]
         if classes:
             self.rows = [{"input_ids": r["input_ids"], "labels": r["input_ids"][0] % 3} for r in self.rows]
+        for name, values in facts.items():
+            self.rows = [row | {name: value} for row, value in zip(self.rows, values, strict=True)]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -175,13 +177,16 @@ def test_every_method_trains_and_resumes(case: Case, tmp_path):
         return case.build(moved=False).train()
 
     whole, again = build(), build()
-    trainer(whole, tmp_path / "whole", max_steps=4, save_steps=2).train()
-    resumed, checkpoint = trainer(again, tmp_path / "again", max_steps=4, save_steps=2), "checkpoint-2"
+    settings = dict(max_steps=4, save_steps=2)
+    if case.facts:
+        settings |= dict(rows=Rows(**case.facts_of(24)), remove_unused_columns=False)
+    trainer(whole, tmp_path / "whole", **settings).train()
+    resumed, checkpoint = trainer(again, tmp_path / "again", **settings), str(tmp_path / "whole" / "checkpoint-2")
     if case.method == "p_tuning":  # its file holds what the encoder made of it, from which nothing goes on
         with pytest.raises(CheckpointError, match="is_trainable=False"):
-            resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / checkpoint))
+            resumed.train(resume_from_checkpoint=checkpoint)
         return
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / checkpoint))
+    resumed.train(resume_from_checkpoint=checkpoint)
     if case.method != "adalora":  # the averages behind its choice of ranks start afresh
         assert all(torch.equal(a, b) for a, b in zip(values(whole), values(again), strict=True))
 

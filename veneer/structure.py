@@ -47,6 +47,22 @@ def roles(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def layers(model: Any, of_encoder: bool = False) -> list[str]:
+    """Paths of the repeated layers; on request those of an encoder-decoder's encoder alone.
+
+    Raises:
+        TargetError: the model shows none.
+    """
+    modules = dict(walk(model))
+    found = _layers(modules)
+    if of_encoder and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        encoder = {id(bare(module)) for module in model.get_encoder().modules()}
+        found = [path for path in found if id(modules[path]) in encoder]
+    if not found:
+        raise TargetError(f"{type(model).__name__} shows no repeated layers with attention; give target_modules")
+    return found
+
+
 def default_targets(model: nn.Module, wanted: Iterable[str]) -> list[str]:
     """Name endings that match exactly the modules with one of the `wanted` roles."""
     wanted = set(wanted)

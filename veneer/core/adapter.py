@@ -108,10 +108,11 @@ class Adapter(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype its mathematics runs in: that of its first floating tensor, None without one."""
+        """The dtype its mathematics runs in: that of its first floating tensor, or the shared module's."""
         if "_dtype" not in self.__dict__:
-            tensors = (t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
-            self._dtype = next((t.dtype for t in tensors), None)
+            modules = [module for module in (self, self.shared) if module is not None]
+            tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
+            self._dtype = next((t.dtype for t in tensors if t.is_floating_point()), None)
         return self._dtype
 
     def forget_dtype(self) -> None:
@@ -140,6 +141,10 @@ class Adapter(nn.Module):
         """Take what came from a file; in place where memory exists, since an optimizer may hold the Parameters."""
         on_meta = any(t.is_meta for t in self.state_dict().values())
         self.load_state_dict(tensors, strict=False, assign=on_meta)
+
+    def repeats(self) -> dict[str, str]:
+        """Keys under which a file may hold once more what another target's adapter holds: its path and key there."""
+        return {}
 
     def learned(self) -> Iterator[nn.Parameter]:
         """The parameters that training may change."""
@@ -207,7 +212,9 @@ class Additive(Adapter):
 class LowRank(Additive):
     """delta = B A from `factors()`: A (r, in), B (out, r), the scaling folded in."""
 
-    dropout: nn.Module | None = None
+    def __init__(self, config: Config | None, target: Target, shared: nn.Module | None = None) -> None:
+        super().__init__(config, target, shared)
+        self.dropout: nn.Module | None = None  # a default on the class would hide the module
 
     def factors(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError  # a subclass that forgets it fails in every law

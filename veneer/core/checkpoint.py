@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import BaseMismatch, CheckpointError, listing
 from ..files import WEIGHTS_NAME, find_weights, write_atomically
 from .adapter import Adapter, Replace, Tensors
-from .config import Config, PromptConfig
+from .config import METHODS, Config, PromptConfig
 from .context import State
 from .layer import walk
 from .prompt import Prompt
@@ -34,7 +34,8 @@ def parts(state: State, name: str) -> Iterator[tuple[str, Adapter | Prompt | nn.
     below = "base_model." if isinstance(state.configs[name], PromptConfig) else "base_model.model."
     for path, adapter in state.adapters(name).items():
         for part in adapter.parts:
-            yield f"{below if isinstance(part, Replace) else 'base_model.model.'}{path}.", part
+            key = getattr(part.target, "key", "")
+            yield f"{below if isinstance(part, Replace) else 'base_model.model.'}{path}.{key}", part
     if name in state.shared:
         yield "base_model.", state.shared[name]
     if name in state.prompts:
@@ -48,6 +49,14 @@ def export(part: Any) -> Tensors:
 def slots(state: State, name: str) -> Tensors:
     """Every tensor of an adapter by its key in the file."""
     return {prefix + key: t for prefix, part in parts(state, name) for key, t in export(part).items()}
+
+
+def repeats(state: State, name: str) -> dict[str, str]:
+    """Keys that a file may hold besides the slots, each with the slot whose tensor it repeats."""
+    layers = [(prefix, part) for prefix, part in parts(state, name) if isinstance(part, Adapter)]
+    return {
+        prefix + key: f"base_model.model.{whose}" for prefix, part in layers for key, whose in part.repeats().items()
+    }
 
 
 # Writing
@@ -109,13 +118,20 @@ def read(source: str | Path, **hub: Any) -> tuple[Tensors, dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             # cloned into memory of torch's own alignment: in the file's, products can differ in the last bits
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {todays(key): file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise CheckpointError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
     broken = [key for key, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if broken:
         raise CheckpointError(f"{str(path)!r} holds values that are not finite in:{listing(broken)}")
     return tensors, _notes(metadata)
+
+
+def todays(key: str) -> str:
+    """A key of a file with the attribute's name of today: methods were renamed."""
+    path, dot, attribute = key.rpartition(".")
+    names = {old: new for config in METHODS.values() for old, new in config.renamed.items()}
+    return path + dot + names.get(attribute, attribute)
 
 
 def _notes(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -129,8 +145,10 @@ def _notes(metadata: Mapping[str, str]) -> dict[str, Any]:
 def check(state: State, name: str, tensors: Tensors) -> None:
     """Raise CheckpointError unless `tensors` are exactly those of the adapter, in key and shape."""
     expected = slots(state, name)
-    extra = {k for k in tensors if is_base_embedding(k)}
+    copies = {k: whose for k, whose in repeats(state, name).items() if k in tensors and whose in tensors}
+    extra = {k for k in tensors if is_base_embedding(k)} | copies.keys()
     missing = [k for k in expected if k not in tensors]
+    unlike = [k for k, whose in copies.items() if not torch.equal(tensors[k], tensors[whose])]
     unexpected = [k for k in tensors if k not in expected and k not in extra]
     shapes = [
         f"{k}: {tuple(tensors[k].shape)} in the file, {tuple(t.shape)} in the model"
@@ -143,6 +161,7 @@ def check(state: State, name: str, tensors: Tensors) -> None:
         if k in tensors and tensors[k].is_floating_point() != t.is_floating_point()
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes, "of another kind": kinds}
+    problems |= {"unlike those they should repeat": unlike}
     found = [f"{len(keys)} {how}:{listing(keys)}" for how, keys in problems.items() if keys]
     if found:
         raise CheckpointError(f"the file does not fit adapter {name!r} on this model; tensors " + "\nand ".join(found))

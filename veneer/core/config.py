@@ -5,24 +5,22 @@ Every config class registers itself under the name of its file. Unknown, mistype
 
 from __future__ import annotations
 
+import copy
 import enum
 import importlib
 import json
 import math
 import pkgutil
 import re
-import sys
-import types
-import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from functools import cache
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..errors import ConfigError, listing, nearest
+from ..fields import Checked
 from ..files import find_file, read_json, write_atomically
 
 if TYPE_CHECKING:
@@ -73,7 +71,7 @@ def all_methods() -> dict[str, type[Config]]:
 
 
 @dataclass(kw_only=True)
-class Config:
+class Config(Checked):
     """What every method has. Subclasses set `peft_type` and `adapter` and add their fields."""
 
     task_type: TaskType | str | None = None
@@ -89,10 +87,16 @@ class Config:
 
     peft_type: ClassVar[Name]
     adapter: ClassVar[type[Adapter]]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    """What older files call the method (their `peft_type`)."""
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Today's names of the adapter's attributes, by what older files call them."""
     facts: ClassVar[tuple[str, ...]] = ()
     """Keyword arguments of a model call (and of `generate`) that belong to the adapter."""
     generate_with: ClassVar[Mapping[str, Any]] = {}
     """Settings that `generate` must run with."""
+    reads_encoder: ClassVar[bool] = False
+    """`before` is also given the encoder's own call, which `generate` makes past the model's."""
     foreign: ClassVar[Mapping[str, Any]] = {}
     """The reference's defaults, other than null and false, for fields we do not have."""
     from_file: ClassVar[bool] = False
@@ -103,6 +107,8 @@ class Config:
     """Where training starts well when the user names none."""
     recommended: ClassVar[Mapping[str, Any]] = {}
     """Settings to train with when the user names none, where the defaults of PEFT's files learn little."""
+    example: ClassVar[Mapping[str, Any]] = {}
+    """Settings it cannot do without, as an example of them."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -110,26 +116,13 @@ class Config:
         if package.endswith(".methods"):
             METHODS[module] = cls
 
-    def __new__(cls, *args: Any, **given: Any) -> Config:
-        known = [f.name for f in fields(cls)]
-        for name in given:
-            if name not in known:
-                raise ConfigError(f"{cls.__name__} has no field {name!r}{nearest(name, known)}")
-        return super().__new__(cls)
-
     def __post_init__(self) -> None:
-        self._check_types()
+        super().__post_init__()
         if self.task_type is not None:
             names = [t.value for t in TaskType]
             if self.task_type not in names:
                 raise ConfigError(f"task_type {self.task_type!r} is unknown; use one of {', '.join(names)} or None")
             self.task_type = TaskType(self.task_type)
-
-    def _check_types(self) -> None:
-        for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]
-            value = getattr(self, name)
-            if not _is_a(value, hint):
-                raise ConfigError(f"{type(self).__name__}.{name} must be {_spell(hint)}, not {value!r}")
 
     # What a method may tell the core
 
@@ -148,6 +141,9 @@ class Config:
     def before(self, shared: nn.Module | None, facts: dict[Any, Any], model: nn.Module, kwargs: dict[str, Any]) -> None:
         """Compute facts once for a model call and put them into `facts`, under `shared` if they are this adapter's."""
 
+    def after(self, facts: dict[Any, Any], output: Any) -> None:
+        """Look at what a model call gave (leave a note on its cache, for the calls that go on from it)."""
+
     def loss(self, adapters: Sequence[Adapter]) -> Tensor | None:
         """A term added to the model's loss."""
         return None
@@ -162,12 +158,16 @@ class Config:
 
     # The file
 
+    def saved(self) -> Config:
+        """The config that goes to the file, as an adapter's `export` is for tensors."""
+        return copy.copy(self)
+
     def to_dict(self) -> dict[str, Any]:
         """The file's content: the method's own fields, and of the common ones those that say something."""
         own = {"peft_type": str(self.peft_type)}
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name not in COMMON or f.name in ALWAYS_WRITTEN or value != _default(f):
+            if f.name not in COMMON or f.name in ALWAYS_WRITTEN or value != default_of(f):
                 own[f.name] = _plain(value)
         return dict(sorted(own.items()))
 
@@ -185,8 +185,8 @@ class Config:
     def from_dict(cls, content: Mapping[str, Any]) -> Config:
         """The config of any method from a file's content. Unknown fields that say something are an error."""
         kind = str(content.get("peft_type", ""))
-        found = all_methods().get(kind.lower())
-        if found is None or found.peft_type != kind:
+        found = _called(kind)
+        if found is None:
             types = [str(config.peft_type) for config in METHODS.values()]
             raise ConfigError(f"peft_type {kind!r} is not a method of veneer{nearest(kind.upper(), types)}")
         known = {f.name for f in fields(found)}
@@ -237,8 +237,10 @@ class LayerConfig(Config):
         super().__post_init__()
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern says where the layer index stands; it needs layers_to_transform")
-        own = self.bias.removesuffix("_only")  # PEFT writes a part of some methods' names
-        if self.bias not in ("none", "all") and (own == self.bias or len(own) < 3 or own not in self.peft_type.lower()):
+        own = self.bias.lower().removesuffix("_only")  # PEFT writes a part of some methods' names, in any case
+        names = [name.lower() for name in (self.peft_type, *self.aliases)]
+        is_own = self.bias.endswith("_only") and len(own) >= 3 and any(own in name for name in names)
+        if self.bias not in ("none", "all") and not is_own:
             raise ConfigError(f'bias must be "none", "all" or "{self.peft_type.lower()}_only", not {self.bias!r}')
         for name in ("target_modules", "exclude_modules", "layers_pattern", *self.subsets):
             if isinstance(getattr(self, name), str):
@@ -276,6 +278,7 @@ class PromptConfig(Config):
     """Layers of the model; None: the model's."""
 
     prompt: ClassVar[type[Prompt]]
+    example = {"num_virtual_tokens": 20}
     fills_cache: ClassVar[bool] = False
     """It learns keys and values, not embeddings."""
 
@@ -312,7 +315,7 @@ def compile_pattern(pattern: str, name: str) -> re.Pattern[str]:
         raise ConfigError(f"{name} = {pattern!r} is not a regular expression: {error}") from None
 
 
-def check_range(config: Config, low: float, below: float, *names: str) -> None:
+def check_range(config: Any, low: float, below: float, *names: str) -> None:
     """Raise ConfigError unless low <= field < below; of a `rank_pattern`-like mapping, each value."""
     limit = f" and below {below:g}" if below < math.inf else ""
     for name in names:
@@ -322,45 +325,28 @@ def check_range(config: Config, low: float, below: float, *names: str) -> None:
                 raise ConfigError(f"{name} must be at least {low:g}{limit}, not {value}")
 
 
+def check_choice(config: Config, choices: Collection[str], *names: str) -> None:
+    """Raise ConfigError unless each field is one of `choices` or None."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value not in choices:
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}{nearest(value, choices)}")
+
+
 def mapping() -> Any:
     """A dict field. Its empty value is {}, never null, which other readers do not take."""
     return field(default_factory=dict)
 
 
-@cache
-def _hints(cls: Any) -> dict[str, Any]:
-    """The types of a config's fields (not of its class variables, which name classes imported for checkers only)."""
-    found = {}
-    for f in fields(cls):
-        owner = next(base for base in cls.__mro__ if f.name in base.__dict__.get("__annotations__", {}))
-        found[f.name] = eval(str(f.type), vars(sys.modules[owner.__module__]))
-    return found
+def _called(kind: str) -> type[Config] | None:
+    """The method of a file's `peft_type`, also by a name it had once."""
+    found = all_methods().get(kind.lower())
+    if found is not None and found.peft_type == kind:
+        return found
+    return next((config for config in METHODS.values() if kind in config.aliases), None)
 
 
-def _is_a(value: Any, hint: Any) -> bool:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_is_a(value, arg) for arg in args)
-    if origin is typing.Literal:
-        return value in args
-    if origin is list:
-        return isinstance(value, (list, tuple)) and all(_is_a(item, args[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_is_a(k, args[0]) and _is_a(v, args[1]) for k, v in value.items())
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, type(None) if hint is None else hint)
-
-
-def _spell(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-
-
-def _default(f: Any) -> Any:
+def default_of(f: Any) -> Any:
     return f.default_factory() if f.default_factory is not MISSING else f.default
 
 
@@ -369,4 +355,6 @@ def _plain(value: Any) -> Any:
         return value.value
     if isinstance(value, Path):
         return str(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
     return list(value) if isinstance(value, tuple) else value

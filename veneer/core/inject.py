@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import VeneerError
+from ..errors import TargetError, VeneerError
 from . import checkpoint
 from .adapter import Adapter, Bias, Replace, Tensors
 from .config import Config, LayerConfig, PromptConfig
@@ -17,7 +18,8 @@ from .context import BASE, State, state_of
 from .layer import AdapterLayer, walk
 from .prompt import spec_for
 from .prompting import install, uninstall
-from .select import saved_modules, targets
+from .select import parameters, saved_modules, targets
+from .target import ParamTarget
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -41,7 +43,7 @@ def attach(
     state = state_of(model) or State()
     _check_name(name, state)
     saved = saved_modules(model, config)
-    paths = targets(model, config, saved) if isinstance(config, LayerConfig) else []
+    paths, bare = _places(model, config, saved)
     state.configs[name] = config
     try:
         layers = Wrapper(model, state)
@@ -50,6 +52,7 @@ def attach(
             _build_shared(config, name, state, adapted)
             for layer in adapted:
                 layer.add(name, config.build(layer.target, state.shared.get(name)))
+            _add_to_parameters(config, name, layers, bare)
             _follow_ties(model, config, name, layers, adapted)
             _add_biases(model, config, name, layers, paths)
             for path in saved:
@@ -67,6 +70,18 @@ def attach(
     state.trainable |= {name} if trainable else set()
     state.mark(name)
     return state
+
+
+def _places(model: nn.Module, config: Config, saved: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """(paths of the modules, places of the bare parameters) that a config adapts."""
+    if not isinstance(config, LayerConfig):
+        return [], []
+    wanted = getattr(config, "target_parameters", None)
+    bare = parameters(model, config, wanted) if wanted else []
+    if not bare or config.target_modules:
+        return targets(model, config, saved, bare), bare
+    config.target_modules = []
+    return [], bare
 
 
 def try_on(model: nn.Module, config: Config, name: str, tensors: Tensors, notes: dict[str, Any]) -> list[str]:
@@ -177,6 +192,21 @@ def _build_shared(config: Config, name: str, state: State, layers: Sequence[Adap
     shared = config.build_shared([layer.target for layer in layers])
     if shared is not None:
         state.shared[name] = shared
+
+
+def _add_to_parameters(config: Config, name: str, layers: Wrapper, places: Sequence[tuple[str, str]]) -> None:
+    """Adapters on bare parameters. In the file the last of a module has no prefix, each one before it one more."""
+    count = Counter(path for path, _ in places)
+    for path, parameter in places:
+        layer = layers.wrap(path)
+        target = ParamTarget(layer, parameter)
+        count[path] -= 1
+        target.key = "base_layer." * count[path]
+        adapter = config.build(target)
+        if "param" not in adapter.kinds or getattr(adapter, "dropout", None) is not None:
+            what = "dropout" if "param" in adapter.kinds else type(adapter).__name__
+            raise TargetError(f"target_parameters: {target.path!r} is a bare parameter, on which there is no {what}")
+        layer.add(name, adapter)
 
 
 def _follow_ties(model: nn.Module, config: Config, name: str, layers: Wrapper, adapted: list[AdapterLayer]) -> None:

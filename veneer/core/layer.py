@@ -87,20 +87,22 @@ class AdapterLayer(nn.Module):
             runs.append((rows, below, above, inputs))
         args, kwargs = _with_first(x, args, kwargs)
         out = self.base_layer(*args, **kwargs)
-        y = _output(out)
         for rows, below, above, inputs in runs:
             self.rows = rows
-            start = _output(self._through(below, args, kwargs))[rows] if below else y[rows]
-            y = y.index_copy(0, rows, _up(above, inputs, start))
-        return _with_output(out, y)
+            out = _with_rows(out, self._through(below, args, kwargs), rows) if below else out
+            if above:
+                y = _output(out)
+                out = _with_output(out, y.index_copy(0, rows, _up(above, inputs, y[rows])))
+        return out
 
     def _groups(self, names: Sequence[str], x: Tensor) -> list[tuple[Tensor, Stack]]:
         """The rows of a mixed batch that each adapter on this layer serves."""
-        rows: dict[str, list[int]] = {}
-        for row, name in enumerate(names):
+        tokens = x.shape[0] // len(names) if x.dim() == 2 and x.shape[0] % len(names) == 0 else 1
+        rows: dict[str, list[int]] = {}  # of (rows x tokens, width) where a mixture of experts flattened them
+        for row, name in enumerate(name for name in names for _ in range(tokens)):
             rows.setdefault(name, []).append(row)
         stacks = {name: self.stack((name,)) for name in rows if name != BASE}
-        if any(stacks.values()) and x.shape[0] != len(names):
+        if any(stacks.values()) and x.shape[0] != len(names) * tokens:
             raise VeneerError(
                 f"adapter_names has {len(names)} entries, but {self.path!r} was given {x.shape[0]} rows: "
                 "a mixed batch needs modules that keep the batch as their first dimension"
@@ -113,12 +115,22 @@ class AdapterLayer(nn.Module):
             args, kwargs = _with_first(_cast(_first(args, kwargs), below[-1].dtype), args, kwargs)
             out = below[-1].module(*args, **kwargs)
             return _with_output(out, _cast(_output(out), self.target.dtype))
+        if any(adapter.target.kind == "param" for adapter in below):
+            return functional_call(self.base_layer, self.folded(below), args, kwargs)
         W, b = self.fold(below)
         return self.target.op(_first(args, kwargs), W, b)
 
+    def folded(self, stack: Stack) -> dict[str, Tensor]:
+        """The module's parameters with `stack` folded in, by name."""
+        found: dict[str, Tensor] = {}
+        for target in dict.fromkeys(adapter.target for adapter in stack):
+            found |= target.tensors(*self.fold([adapter for adapter in stack if adapter.target is target]))
+        return found
+
     def fold(self, stack: Stack) -> tuple[Tensor, Tensor | None]:
-        """Weight (out, in) and bias with `stack` folded in: summed in at least fp32, rounded once."""
-        W, b = self.target.weight(), self.target.bias()
+        """Weight (out, in) and bias with `stack`, of one target, folded in: summed in at least fp32, rounded once."""
+        target = stack[0].target
+        W, b = target.weight(), target.bias()
         dtype, wide = W.dtype, torch.promote_types(W.dtype, torch.float32)
         W, b = W.to(wide), None if b is None else b.to(wide)
         for adapter in stack:
@@ -156,11 +168,11 @@ class AdapterLayer(nn.Module):
             self._swap(stack[whole].module)
         rest = stack[whole + 1 :]
         if rest:
-            W, b = self.fold(rest)
-            if safe and not (torch.isfinite(W).all() and (b is None or torch.isfinite(b).all())):
+            new = self.folded(rest)
+            if safe and not all(torch.isfinite(t).all() for t in new.values()):
                 raise NotMergeable(f"merging {', '.join(names)} into {self.path!r} gives values that are not finite")
-            old = self.target.replace(W, b)
-            self.kept = self.kept if self.kept or self.kept_module else old
+            old = self.target.replace(new)
+            self.kept = self.kept if self.kept_module else {**old, **self.kept}
         self.merged_adapters += tuple(n for n in names if n in self.adapters and n not in self.merged_adapters)
 
     def _swap(self, replacement: nn.Module) -> None:
@@ -251,7 +263,8 @@ def _split(stack: Stack) -> tuple[Stack, Stack]:
     """What must go through the weight (a weight form only, or above others and reading their weight), and the rest."""
     k = 0
     for i, adapter in enumerate(stack):
-        if not (adapter.has_pre or adapter.has_post) or (adapter.reads_weight and i > 0):
+        only_folds = adapter.target.kind == "param" or not (adapter.has_pre or adapter.has_post)
+        if only_folds or (adapter.reads_weight and i > 0):
             k = i + 1
     return stack[:k], stack[k:]
 
@@ -291,6 +304,14 @@ def _with_first(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
             return (*args[:i], x, *args[i + 1 :]), kwargs
     name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
     return args, {**kwargs, name: x}
+
+
+def _with_rows(out: Any, other: Any, rows: Tensor) -> Any:
+    """A module's output with some rows taken from another call, in each tensor that has rows."""
+    if isinstance(out, tuple):
+        return tuple(_with_rows(a, b, rows) for a, b in zip(out, other, strict=True))
+    same = isinstance(out, Tensor) and out.dim() > 0 and out.shape == other.shape
+    return out.index_copy(0, rows, other[rows].to(out.dtype)) if same else out
 
 
 def _output(out: Any) -> Tensor:

@@ -223,6 +223,31 @@ class PeftModel(nn.Module):
         if not self._state.active:
             self._state.activate((next(iter(self.peft_config)),))
 
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        **svd: Any,
+    ) -> None:
+        """Add the weighted sum of adapters as a new one; see `veneer.combine`.
+
+        Args:
+            svd: PEFT's `svd_full_matrices` and `svd_driver`; the result does not depend on them.
+        """
+        from ..combine import add_weighted_adapter
+
+        unknown = svd.keys() - {"svd_full_matrices", "svd_driver"}
+        if unknown:
+            raise VeneerError(f"add_weighted_adapter has no argument {', '.join(sorted(unknown))}")
+        settings = (combination_type, svd_rank, svd_clamp, density, majority_sign_method)
+        add_weighted_adapter(self, adapters, weights, adapter_name, *settings)
+
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside, the model computes what the base model would, merged or not."""
@@ -352,7 +377,7 @@ class PeftModel(nn.Module):
                 raise CheckpointError(f"{str(file)!r} is a file; give a directory to save into")
         embeddings = None if save_embedding_layers == "auto" else bool(save_embedding_layers)
         for name in selected_adapters or list(self.peft_config):
-            config = copy.copy(self.peft_config[name])
+            config = self.peft_config[name].saved()
             config.inference_mode = True
             into = directory if name == "default" else directory / name
             tensors, notes = checkpoint.collect(self.base_model.model, self._state, name, embeddings)
@@ -454,7 +479,7 @@ class PeftModel(nn.Module):
 
     def _check_refill(self, name: str, config: Config) -> None:
         """Raise unless a file's tensors mean the same in the adapter that is there."""
-        present = self.peft_config[name]
+        present = self.peft_config[name].saved()
         if present.peft_type != config.peft_type:
             raise CheckpointError(
                 f"adapter {name!r} is {present.peft_type}, the file {config.peft_type}; load it under another name"

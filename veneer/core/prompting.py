@@ -58,19 +58,21 @@ def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     kwargs = {name: value for name, value in kwargs.items() if name not in state.fact_names()}
     state.facts = by_row({**state.sticky, **own}, kwargs, args)
     check_names(state)
-    names = state.live() if "adapter_names" not in state.facts else tuple(dict.fromkeys(state.facts["adapter_names"]))
-    for name in names:
-        if name in state.configs:
-            _compute_facts(state, name, model, _named(args, kwargs))
+    for name in called(state):
+        _compute_facts(state, name, model, _named(args, kwargs))
     for prompt in live_prompts(state):
         args, kwargs = splice(model, prompt, state, args, kwargs)
     return args, kwargs
 
 
 def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """The root hook: a prompt's own loss instead of the model's, and in training the methods' terms added to it."""
+    """The root hook: show the methods the output; a prompt's own loss instead of the model's, and loss terms added."""
     state = state_of(model)
-    if state is None or state.busy or getattr(output, "loss", None) is None:
+    if state is None or state.busy:
+        return output
+    for name in called(state):
+        state.configs[name].after(state.facts, output)
+    if getattr(output, "loss", None) is None:
         return output
     for prompt in live_prompts(state):
         own = prompt.loss(getattr(output, "logits", None), state.facts)
@@ -80,6 +82,12 @@ def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if term is not None:
             output.loss = output.loss + term.to(output.loss)
     return output
+
+
+def called(state: State) -> list[str]:
+    """The adapters that take part in the call under way."""
+    names = state.facts.get("adapter_names", state.live())
+    return [name for name in dict.fromkeys(names) if name in state.configs]
 
 
 def check_names(state: State) -> None:
@@ -132,10 +140,14 @@ def splice(model: nn.Module, prompt: Prompt, state: State, args: tuple[Any, ...]
 
 
 def before_encoder(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An encoder's own pre-hook: `generate` calls it past the root, so its embeddings are put in here."""
+    """An encoder's own pre-hook: `generate` calls it past the root, so facts and embeddings are put in here."""
     (state,) = encoder.__dict__.get("_veneer_root", (None,))
     if state is None or state.busy:
         return args, kwargs
+    state.facts = dict(state.facts)
+    for name in called(state):
+        if state.configs[name].reads_encoder:
+            _compute_facts(state, name, encoder, _named(args, kwargs))
     for prompt in live_prompts(state):
         if prompt.key_values(state.facts) is None:
             args, kwargs = args[1:], _with_embeds(encoder, prompt, state.facts, _named(args, kwargs))

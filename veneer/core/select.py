@@ -40,8 +40,12 @@ def saved_modules(model: nn.Module, config: Config) -> list[str]:
     return [path for path in found if not any(path.startswith(outer + ".") for outer in found)]
 
 
-def targets(model: nn.Module, config: LayerConfig, saved: Sequence[str] = ()) -> list[str]:
+def targets(
+    model: nn.Module, config: LayerConfig, saved: Sequence[str] = (), bare: Sequence[tuple[str, str]] = ()
+) -> list[str]:
     """Paths of the modules that `config` adapts, in the model's order. Fills in `target_modules` when it is None.
+
+    Patterns may also mean one of the `bare` parameters that it adapts.
 
     Raises:
         TargetError: an entry matches nothing, or something the method cannot adapt.
@@ -65,9 +69,24 @@ def targets(model: nn.Module, config: LayerConfig, saved: Sequence[str] = ()) ->
     for field in config.subsets:
         _matching(found, getattr(config, field), field)
     for field in config.patterns:
-        check_patterns(field, getattr(config, field) or (), found)
+        check_patterns(field, getattr(config, field) or (), [*found, *map(".".join, bare)])
     config.fan_in_fan_out = any(is_conv1d(modules[path]) for path in found)
     return found
+
+
+def parameters(model: nn.Module, config: LayerConfig, wanted: Sequence[str]) -> list[tuple[str, str]]:
+    """(path of the module, name) of the bare parameters that the entries of `target_parameters` mean.
+
+    Raises:
+        TargetError: an entry matches none, or not a matrix or a stack of matrices.
+    """
+    there = {(path, name): p for path, module in walk(model) for name, p in module._parameters.items() if p is not None}
+    found = {f"{path}.{name}": (path, name) for path, name in there}
+    chosen = [found[full] for full in _matching(found, wanted, "target_parameters")]
+    wrong = [f"{p}.{n}: {tuple(there[p, n].shape)}" for p, n in chosen if there[p, n].dim() not in (2, 3)]
+    if wrong:
+        raise TargetError(f"target_parameters: these are neither matrices nor stacks of matrices:{listing(wrong)}")
+    return chosen
 
 
 def _wanted(model: nn.Module, modules: dict[str, nn.Module], config: LayerConfig) -> list[str]:
@@ -129,7 +148,7 @@ def _of_layers(found: list[str], config: LayerConfig) -> list[str]:
 def _layer_index(path: str, patterns: Sequence[str] | None) -> int | None:
     """The index of the layer a path lies in: `model.layers.3.mlp` is 3."""
     for pattern in patterns or [r"[^.]+"]:
-        found = re.match(rf"(?:.*?\.)?(?:{pattern})\.(\d+)\.", path)
+        found = re.match(rf"(?:.*?\.)?(?:{pattern})\.(\d+)\.", path + ".")
         if found:
             return int(found.group(1))
     return None

@@ -73,6 +73,11 @@ class Target:
         return getattr(self.base, "groups", 1)
 
     @property
+    def copies(self) -> int:
+        """Matrices of this shape in the weight; 1 but for a stack of experts."""
+        return 1
+
+    @property
     def scale(self) -> Tensor | float:
         """What an embedding multiplies its rows by (Gemma)."""
         return getattr(self.base, "embed_scale", 1.0)
@@ -168,8 +173,7 @@ class Target:
 
     def op(self, x: Tensor, M: Tensor, b: Tensor | None = None) -> Tensor:
         """The module's operation with M (out, in) for its weight and b for its bias."""
-        tensors = {"weight": self.as_stored(M)} | ({} if b is None else {"bias": b})
-        return functional_call(self.base, tensors, (x,))
+        return functional_call(self.base, self.tensors(M, b), (x,))
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """`op(x, product(A, B))` without forming the product."""
@@ -191,9 +195,12 @@ class Target:
         """A vector over input channels, shaped to multiply W."""
         return v[None, :]
 
-    def replace(self, W: Tensor, b: Tensor | None) -> dict[str, Tensor]:
+    def tensors(self, W: Tensor, b: Tensor | None) -> dict[str, Tensor]:
+        """Weight and bias under the names and in the layout of the module's parameters."""
+        return {"weight": self.as_stored(W)} | ({} if b is None else {"bias": b})
+
+    def replace(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
         """Bind new Parameters and return the old ones. Never `.data`: a tied weight is shared with another module."""
-        new = {"weight": self.as_stored(W)} | ({} if b is None else {"bias": b})
         old = {name: self.base._parameters[name] for name in new}
         for name, tensor in new.items():
             dtype = old[name].dtype
@@ -339,6 +346,66 @@ class NormTarget(Target):
     @property
     def in_features(self) -> int:
         return self.base.weight.shape[0]
+
+
+class ParamTarget(Target):
+    """A bare parameter of a module: a matrix W (out, in), or a stack of them, (experts, out, in).
+
+    The module is lent the folded parameter for each call, so an adapter here needs no activations.
+    """
+
+    kind = "param"
+
+    def __init__(self, layer: AdapterLayer, name: str) -> None:
+        super().__init__(layer)
+        self.name = name
+        self.key = ""
+        """What stands before the attribute's name in the file, when several parameters of the module are adapted."""
+
+    @property
+    def path(self) -> str:
+        return f"{self.layer.path}.{self.name}"
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.as_matrix(getattr(self.base, self.name)).shape
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[-2]
+
+    @property
+    def copies(self) -> int:
+        return self.shape[0] if len(self.shape) == 3 else 1
+
+    def matrix_of(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        return self.as_matrix(getattr(module, self.name)), None
+
+    def original_weight(self) -> Tensor:
+        kept = self.layer.kept.get(self.name)
+        return self.weight() if kept is None else self.as_matrix(kept)
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.mT if weight.dim() == 3 and getattr(self.base, "is_transposed", False) else weight
+
+    def as_stored(self, W: Tensor) -> Tensor:
+        return self.as_matrix(W)
+
+    def tensors(self, W: Tensor, b: Tensor | None) -> dict[str, Tensor]:
+        return {self.name: self.as_stored(W)}
+
+    def factors(self, r: int) -> tuple[Matrix, Matrix]:
+        """A (experts * r, in) and B (out, r * experts): the file counts A's rows by expert first, B's columns last."""
+        return Matrix(self.copies * r, self.in_features), Matrix(self.out_features, r * self.copies)
+
+    def product(self, A: Tensor, B: Tensor) -> Tensor:
+        if len(self.shape) == 2:
+            return B @ A
+        return B.unflatten(1, (-1, self.copies)).permute(2, 0, 1) @ A.unflatten(0, (self.copies, -1))
 
 
 def _of_rows(value: Any, rows: Tensor | None) -> Any:

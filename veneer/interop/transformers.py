@@ -12,9 +12,11 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..maths.positions import prompts
 
 MODULES = ("transformers.trainer_utils", "transformers.trainer")
 
@@ -105,3 +107,25 @@ def task_of(model: nn.Module) -> str:
         if type(model).__name__.endswith(ending):
             return task
     raise ConfigError(f"cannot tell the task of {type(model).__name__}; set task_type in the config")
+
+
+def prompts_of(model: Any, kwargs: dict[str, Any], lengths: Any = None) -> Tensor | None:
+    """Where the prompts of a model call stand, as `maths.positions.prompts` says it; nowhere if a cache goes before.
+
+    None for a call without tokens. Only the labels of a causal model end a prompt: those of others are not its tokens.
+    """
+    tokens = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
+    if tokens is None:
+        return None
+    cache, shape = kwargs.get("past_key_values"), tokens.shape[:2]
+    if cache is not None and cache.get_seq_length() > 0:
+        return torch.zeros(shape[0], 2, dtype=torch.long, device=tokens.device)
+    fitting = {n: t for n, t in kwargs.items() if n in ("attention_mask", "labels") and getattr(t, "shape", 0) == shape}
+    mask = fitting.get("attention_mask", torch.ones(shape, device=tokens.device))
+    known = None if lengths is None else torch.as_tensor(lengths, device=tokens.device)
+    return prompts(mask, fitting.get("labels") if _is_causal(model) else None, known)
+
+
+def _is_causal(model: Any) -> bool:
+    generates = hasattr(model, "can_generate") and model.can_generate()
+    return generates and not getattr(model.config, "is_encoder_decoder", False)

@@ -16,3 +16,9 @@ def row_mask(rows: int, p: float, p_all: float, rescale: bool, like: Tensor) -> 
     if rescale:
         keep = keep / keep.mean().clamp_min(1 / rows)
     return keep * (torch.rand((), device=like.device) >= p_all)
+
+
+def keep_rows(y: Tensor, p: float) -> Tensor:
+    """y with each row of the batch zero with probability p, the others scaled to keep the mean (stochastic depth)."""
+    keep = (torch.rand(len(y), *(1,) * (y.dim() - 1), device=y.device) >= p).to(y.dtype)
+    return y * keep / (1 - p)

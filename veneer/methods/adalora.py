@@ -137,13 +137,14 @@ class AdaLoraConfig(LoraConfig):
     """Which triplets a PEFT file still holds, by target."""
 
     peft_type, adapter, patterns = Name("ADALORA"), AdaLoRA, ("alpha_pattern",)  # type: ignore[assignment]
+    example = {"total_step": 1000}
 
     def __post_init__(self) -> None:
         pattern, self.rank_pattern = self.rank_pattern, None
         super().__post_init__()
         self.rank_pattern = pattern
-        if self.use_dora or isinstance(self.init_lora_weights, str):
-            raise ConfigError("AdaLoRA has its own form and start: use_dora and named initialisations do not apply")
+        if self.variants() or isinstance(self.init_lora_weights, str):
+            raise ConfigError("AdaLoRA has its own form and start: neither use_dora and its like nor init names apply")
         if self.total_step is None:
             raise ConfigError("total_step must be the number of optimizer steps of the whole training, not None")
         check_range(self, 1, math.inf, "total_step", "init_r", "deltaT")
@@ -162,11 +163,8 @@ class AdaLoraConfig(LoraConfig):
     def rank_of(self, path: str) -> int:
         """init_r, or what a cut file still holds of a target; 0 is legal there."""
         for name, alive in (self.rank_pattern or {}).items():
-            if (
-                name.removeprefix("base_model.model.")
-                .removeprefix("model.")
-                .startswith(path.removeprefix("model.") + ".lora_E")
-            ):
+            name = name.removeprefix("base_model.model.").removeprefix("model.")
+            if name.startswith(path.removeprefix("model.") + ".lora_E"):
                 return sum(map(bool, alive))
         return self.init_r
 

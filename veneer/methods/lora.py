@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import LowRank
-from ..core.config import LayerConfig, Name, at, check_range, mapping
+from ..core.adapter import Matrix
+from ..core.config import Name, at, check_range, mapping
 from ..core.target import Target
 from ..errors import ConfigError
-from ..inits.pissa import pissa
+from ..inits.start import StartConfig, Started
+from ..variants import Aspect, Composition, Settings, Variants
 
 
-class LoRA(LowRank):
-    kinds = frozenset({"linear", "conv", "embedding"})
+class LoRA(Aspect, Started):
+    kinds = frozenset({"linear", "conv", "embedding", "param"})
 
     def __init__(self, config: LoraConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
@@ -34,11 +35,13 @@ class LoRA(LowRank):
             self.lora_embedding_A = nn.Parameter(torch.empty(self.r, target.in_features))
             self.lora_embedding_B = nn.Parameter(torch.empty(target.out_features, self.r))
         else:
-            self.lora_A, self.lora_B = target.factors(self.r)
+            self.lora_A, self.lora_B = self.make()
             self.set_dropout(config.lora_dropout)
-        self.register_buffer("start_A", None, persistent=False)
-        self.register_buffer("start_B", None, persistent=False)
         self.initialise(config.init_lora_weights)
+
+    def make(self) -> tuple[Matrix, Matrix]:
+        """What the file holds as lora_A and lora_B, empty."""
+        return self.target.factors(self.r)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """The trained A (r, in) and B (out, r), without the scaling."""
@@ -52,36 +55,19 @@ class LoRA(LowRank):
             return A, B * self.scaling
         return torch.cat([A, self.start_A]), torch.cat([B, -self.start_B], dim=1) * self.scaling
 
-    @torch.no_grad()
-    def initialise(self, how: bool | str) -> None:
-        A, B = self.matrices()
-        if isinstance(how, str) and how.startswith("pissa"):
-            self.start_from(*pissa(self.target.original_weight(), self.r, self.scaling, how))
-        elif A.is_meta:
-            return
-        elif self.target.kind == "embedding":
-            (A.zero_() if how is True else A.normal_(), B.normal_())
-        else:
-            A.normal_(std=1 / self.r) if how == "gaussian" else nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-            nn.init.kaiming_uniform_(B, a=math.sqrt(5)) if how is False else B.zero_()
-
-    def start_from(self, A0: Tensor, B0: Tensor) -> None:
-        """Start at A0, B0 and subtract them: a no-op that learns along their directions."""
-        self.start_A, self.start_B = A0, B0
-        for mine, theirs in zip(self.matrices(), (A0, B0), strict=True):
-            if not mine.is_meta:
-                mine.copy_(theirs)
+    def sizes(self) -> tuple[int, int]:
+        """How many numbers are learned for a rank, of A and of B."""
+        return self.target.in_features * self.target.groups, self.target.out_features // self.target.groups
 
     def expected_parameters(self) -> int:
-        r, target = self.r, self.target
-        return r * target.in_features * target.groups + r * target.out_features // target.groups
+        return self.target.copies * self.r * sum(self.sizes())
 
     def describe(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}, {self.target.in_features} -> {self.target.out_features}"
 
 
 @dataclass(kw_only=True)
-class LoraConfig(LayerConfig):
+class LoraConfig(Variants, StartConfig):
     r: int = 8
     """Rank of the update."""
     lora_alpha: int | float = 8
@@ -90,28 +76,62 @@ class LoraConfig(LayerConfig):
     """Dropout on the input of the update, in training."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r), which keeps high ranks stable."""
-    init_lora_weights: bool | str = True
-    """True: the paper's. "gaussian": A normal. "pissa", "pissa_niter_N": singular vectors. False: B random too."""
     rank_pattern: dict[str, int] | None = mapping()
     """Other ranks for some targets, by name ending or regular expression."""
     alpha_pattern: dict[str, int | float] | None = mapping()
     """Other values of lora_alpha, likewise."""
+    target_parameters: list[str] | None = None
+    """Bare parameters to adapt, by name ending ("experts.gate_up_proj"): matrices, or stacks of them, one an expert."""
     use_dora: bool = False
     """Learn magnitude and direction apart (DoRA)."""
+    lora_bias: bool = False
+    """Learn a bias too."""
+    alora_invocation_tokens: list[int] | None = None
+    """Act from the last occurrence of these tokens on, and leave what stands before to the base model (aLoRA)."""
+    use_qalora: bool = False
+    """A reads sums over groups of inputs, as a group-wise quantised weight can take up (QA-LoRA)."""
+    qalora_group_size: int = 16
+    """Inputs of a group, for QA-LoRA."""
+    use_bdlora: Settings | dict[str, Any] | None = None
+    """`BdLoraConfig`: one factor of each target is block-diagonal (BD-LoRA)."""
+    velora_config: Settings | dict[str, Any] | None = None
+    """`VeloraConfig`: keep compressed inputs for the backward pass (VeLoRA)."""
+    kasa_config: Settings | dict[str, Any] | None = None
+    """`KasaConfig`: learn singular values, in the place of the weight's smallest ones (KaSA)."""
+    monteclora_config: Settings | dict[str, Any] | None = None
+    """`MontecloraConfig`: sample A around its mean in training (MonteCLoRA)."""
+    arrow_config: Settings | dict[str, Any] | None = None
+    """`ArrowConfig`: route each token among trained LoRA adapters (Arrow)."""
 
-    peft_type, adapter = Name("LORA"), LoRA
-    foreign = {"megatron_core": "megatron.core", "qalora_group_size": 16, "loftq_config": {}}
+    files = {
+        "alora_invocation_tokens": "alora",
+        "lora_bias": "lora_bias",
+        "use_dora": "dora",
+        "kasa_config": "kasa",
+        "monteclora_config": "monteclora",
+        "velora_config": "velora",
+        "use_qalora": "qalora",
+        "use_bdlora": "bdlora",
+        "mica": "mica",
+        "arrow_config": "arrow",
+    }
+    details, starts, plain = {"qalora_group_size": "use_qalora"}, "init_lora_weights", LoRA
+    peft_type, adapter = Name("LORA"), Composition(LoRA)  # type: ignore[assignment]
+    facts = ("alora_offsets",)
+    foreign = {"megatron_core": "megatron.core", "loftq_config": {}}
     patterns = ("rank_pattern", "alpha_pattern")
 
     def __post_init__(self) -> None:
+        self.complete_settings()
         super().__post_init__()
         check_range(self, 1, math.inf, "r", "rank_pattern")
         check_range(self, 0, 1, "lora_dropout")
-        how = str(self.init_lora_weights)
-        if how not in ("True", "False", "gaussian") and not how.startswith("pissa"):
-            raise ConfigError(f'init_lora_weights {how!r}: use True, False, "gaussian", "pissa" or "pissa_niter_N"')
+        if self.init_lora_weights == "loftq" and self.variants():
+            raise ConfigError(f"{self.variants()[0]} needs the whole weight, which LoftQ replaces by a quantised one")
+        self.check_variants()
 
     def build(self, target: Target, shared: nn.Module | None = None, **kwargs: Any) -> LoRA:
-        from .dora import DoRA
+        from ..inits.quantised import LoftQ
 
-        return (DoRA if self.use_dora else LoRA)(self, target, shared)
+        self.check_settings()
+        return (LoftQ if self.init_lora_weights == "loftq" else self.adapter)(self, target, shared)  # type: ignore

@@ -75,6 +75,7 @@ class TrainableTokensConfig(LayerConfig):
     """Start at the tokens' own embeddings; False: random."""
 
     peft_type, adapter = Name("TRAINABLE_TOKENS"), TrainableTokens
+    example = {"token_indices": [0, 1, 2]}
     file_holds_embedding = False
 
     def __post_init__(self) -> None:

@@ -70,6 +70,7 @@ def _row(path: str, part: Any) -> Row:
     sizes = (target.in_features, target.out_features) if target.kind != "block" else (0, 0)
     added = sum(p.numel() for p in part.parameters())
     r, expected = getattr(part, "r", None), part.expected_parameters()
+    path = target.path if target.kind == "param" else path
     return Row(path, type(part).__name__, r, sizes[0], sizes[1], expected, added)
 
 

@@ -1,0 +1,80 @@
+"""Any start as plain LoRA on the untouched base: s (B A - B0 A0) is s [B, -B0] [A; A0], of twice the rank."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NotMergeable
+
+if TYPE_CHECKING:
+    from ..core.model import PeftModel
+    from ..methods.lora import LoraConfig
+
+
+def plain(config: Any) -> Any:
+    """The config of twice the rank and the same scaling that starts like any LoRA."""
+    config = copy.copy(config)
+    grow = math.sqrt(2) if config.use_rslora else 2
+    config.r, config.lora_alpha = 2 * config.r, grow * config.lora_alpha
+    config.rank_pattern = {key: 2 * r for key, r in (config.rank_pattern or {}).items()}
+    config.alpha_pattern = {key: grow * alpha for key, alpha in (config.alpha_pattern or {}).items()}
+    config.init_lora_weights, config.corda_config, config.lora_ga_config = True, None, None
+    return config
+
+
+def joined(lora: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors with its start beside A and B: [A; A0] and [B, -B0]."""
+    a, b = _keys(tensors)
+    A, B = tensors[a], tensors[b]
+    A0, B0 = lora.start_A.to(A), lora.start_B.to(B)
+    return tensors | {a: torch.cat([A, A0.reshape(A.shape)]), b: torch.cat([B, -B0.reshape(B.shape)], dim=1)}
+
+
+def parted(lora: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `joined`; the start goes into the adapter."""
+    a, b = _keys(tensors)
+    (A, A0), (B, B0) = tensors[a].split(lora.r), tensors[b].split(lora.r, dim=1)
+    lora.start_A.copy_(A0.reshape(lora.start_A.shape))
+    lora.start_B.copy_(-B0.reshape(lora.start_B.shape))
+    return tensors | {a: A, b: B}
+
+
+def _keys(tensors: dict[str, Tensor]) -> tuple[str, str]:
+    a, b = (next(key for key in tensors if key.startswith(("lora_" + s, "lora_embedding_" + s))) for s in "AB")
+    return a, b
+
+
+@torch.no_grad()
+def to_plain_lora_(model: PeftModel, adapter_name: str = "default") -> None:
+    """Turn a LoRA of any start into plain LoRA, in place: the same output, on the untouched base, in any reader.
+
+    A start that is taken off (PiSSA, OLoRA, CorDA, LoRA-GA) doubles the rank. The parameters are new ones, so make
+    optimizers afterwards.
+
+    Raises:
+        NotMergeable: the adapter stands on a quantised weight (LoftQ), which no plain LoRA can.
+    """
+    from ..methods.lora import LoRA
+
+    state, config = model._state, cast("LoraConfig", model.peft_config[adapter_name])
+    loras = [p for a in state.adapters(adapter_name).values() for p in a.parts if isinstance(p, LoRA)]
+    if any(hasattr(lora, "error") for lora in loras):
+        raise NotMergeable("LoftQ's update stands on a quantised weight; merge it, or save that base")
+    doubled = any(lora.start_A is not None for lora in loras)
+    new = plain(config) if doubled else copy.copy(config)
+    new.init_lora_weights = True
+    for lora in loras:
+        if doubled:
+            for key, tensor in joined(lora, lora.state_dict()).items():
+                owner, _, attribute = key.rpartition(".")
+                setattr(lora.get_submodule(owner), attribute, nn.Parameter(tensor.clone()))
+            lora.start_A = lora.start_B = None  # type: ignore[assignment]
+            lora.r, lora.lora_alpha = 2 * lora.r, lora.lora_alpha * (math.sqrt(2) if new.use_rslora else 2)
+        lora.config = new
+    state.configs[adapter_name] = new
+    state.mark(adapter_name)

@@ -1,0 +1,44 @@
+"""A model's shape without its weights: built from its config on the meta device, which takes no memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .errors import ConfigError, nearest
+from .hub import resolve
+
+TASKS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
+"""What a config may be the config of, tried in order."""
+
+
+def skeleton(model: str | None = None, model_type: str | None = None) -> Any:
+    """A model on the meta device.
+
+    Args:
+        model: a directory, a name `veneer pull` knows, or a hub id, of which only the config is read.
+        model_type: an architecture of transformers ("gpt2", "llama") at its default sizes, instead.
+
+    Raises:
+        ConfigError: neither or both are given, or transformers has no such architecture.
+    """
+    import transformers
+
+    if (model is None) == (model_type is None):
+        raise ConfigError("give either a model or a model type")
+    config = _of_type(str(model_type)) if model is None else transformers.AutoConfig.from_pretrained(resolve(model))
+    for task in TASKS:
+        auto = getattr(transformers, task)
+        if type(config) in auto._model_mapping:
+            with torch.device("meta"):
+                return auto.from_config(config)
+    raise ConfigError(f"transformers builds no model from a {type(config).__name__}")
+
+
+def _of_type(model_type: str) -> Any:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        raise ConfigError(f"transformers has no model type {model_type!r}{nearest(model_type, list(CONFIG_MAPPING))}")
+    return CONFIG_MAPPING[model_type]()
