@@ -548,6 +548,18 @@ CASES = [
         noop=False,
     ),
     Case(
+        "shadow",
+        "llama",
+        dict(r=3, shadow_alpha=0.9, update_hidden_size=7, shadow_dropout=0.0, task_type="CAUSAL_LM"),
+    ),
+    Case("shadow", "gpt2", dict(r=3, shadow_alpha=0.9, shadow_num_hidden_layers=2, shadow_intermediate_size=17)),
+    Case(
+        "shadow",
+        "llama",
+        dict(r=3, shadow_alpha=0.9, shadow_hidden_size=18, target_modules=["model.layers.0"], share_embeddings=False),
+        "narrow",
+    ),
+    Case(
         "alora",
         "llama",
         dict(r=4, lora_alpha=7, target_modules=LINEARS, alora_invocation_tokens=[15], task_type="CAUSAL_LM"),

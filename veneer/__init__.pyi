@@ -107,6 +107,7 @@ from .methods.randlora import RandLoraConfig as RandLoraConfig
 from .methods.road import RoadConfig as RoadConfig
 from .methods.seq_bn import SeqBnConfig as SeqBnConfig
 from .methods.seq_bn_inv import SeqBnInvConfig as SeqBnInvConfig
+from .methods.shadow import ShadowConfig as ShadowConfig
 from .methods.shira import ShiraConfig as ShiraConfig
 from .methods.supertuning import SupertuningConfig as SupertuningConfig
 from .methods.tinylora import TinyLoraConfig as TinyLoraConfig

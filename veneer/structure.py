@@ -75,6 +75,18 @@ def default_targets(model: nn.Module, wanted: Iterable[str]) -> list[str]:
     return endings(paths, dict(walk(model)))
 
 
+def blocks(model: nn.Module) -> list[str]:
+    """Paths of the transformer's layers, in order.
+
+    Raises:
+        TargetError: there is no list of modules that hold attention.
+    """
+    found = _layers(dict(walk(model)))
+    if not found:
+        raise TargetError(f"{type(model).__name__} shows no list of layers with attention; give target_modules")
+    return found
+
+
 def endings(paths: list[str], modules: dict[str, nn.Module]) -> list[str]:
     """The shortest name endings that match all of `paths` and no other module."""
     wanted, names = set(paths), []

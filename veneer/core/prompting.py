@@ -75,7 +75,7 @@ def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     if getattr(output, "loss", None) is None:
         return output
     for prompt in live_prompts(state):
-        own = prompt.loss(output.logits, state.facts)
+        own = prompt.loss(getattr(output, "logits", None), state.facts)
         output.loss = output.loss if own is None else own
     for name in state.live() if torch.is_grad_enabled() else ():
         term = state.configs[name].loss(list(state.adapters(name).values())) if name in state.trainable else None
