@@ -184,6 +184,18 @@ def test_veloras_direction_outlives_a_file(tmp_path):
     assert torch.equal(dict(other.named_buffers())[key], before)
 
 
+def test_velora_learns_under_autocast():
+    layer, *_ = adapt(veneer.VeloraLoraConfig, "linear", r=4, velora_config=dict(num_groups=4))
+    x = sample(layer.base_layer)
+    exact = trained(layer, x)
+    for p in layer.parameters():
+        p.grad = None
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = trained(layer, x)
+    for one, two in zip(exact, rough, strict=True):
+        assert np.abs(one - two).max() < 0.1 * np.abs(one).max()
+
+
 def test_velora_does_not_keep_its_input():
     kept = []
     layer, *_ = adapt(veneer.VeloraLoraConfig, "linear", velora_config=dict(num_groups=4))
@@ -220,6 +232,13 @@ def test_kasa_starts_at_the_truncated_weight_and_leaves_the_base_whole():
         adapt(veneer.KasaLoraConfig, "linear", r=30)
 
 
+def test_kasas_dropout_falls_on_what_is_learned():
+    """With all of it dropped the layer is the truncated weight, not the whole one."""
+    layer, _, W, b = adapt(veneer.KasaLoraConfig, "linear", r=4, lora_dropout=0.999999)
+    x = sample(layer.base_layer)
+    np.testing.assert_allclose(arr(layer.train()(x)), arr(x) @ truncated(W, 4).T + b, rtol=1e-4, atol=1e-4)
+
+
 def test_kasas_loss():
     """beta |e|^2 + gamma (|B^T B - I| + |A A^T - I|), summed over the targets, on top of the model's."""
     batch = models.inputs("llama")
@@ -227,7 +246,7 @@ def test_kasas_loss():
     for weights in ({}, dict(beta=0.3, gamma=0.02), dict(beta=0.0, gamma=0.0)):
         config = veneer.KasaLoraConfig(r=3, target_modules=["q_proj", "down_proj"], kasa_config=weights)
         model = perturb(get_peft_model(models.build("llama"), config))
-        losses.append(float(model(**batch, labels=batch["input_ids"]).loss))
+        losses.append(model(**batch, labels=batch["input_ids"]).loss.item())
     e2 = distance = 0.0
     for adapter in state(model).adapters("default").values():
         A, B, e = arr(adapter.lora_A.weight), arr(adapter.lora_B.weight), arr(adapter.lora_diag)
@@ -555,7 +574,7 @@ def test_every_variant_is_paired():
     assert set(LoraConfig.files) <= set(ASKS)
 
 
-@pytest.mark.parametrize(("one", "two"), itertools.combinations(ASKS, 2), ids=str)
+@pytest.mark.parametrize(("one", "two"), list(itertools.combinations(ASKS, 2)), ids=str)
 def test_any_two_variants_combine_or_say_why_not(one: str, two: str, tmp_path):
     """Merged equals active, the file brings all of it back, a copy lives on, and all that is to learn does."""
     settings = dict(r=10, lora_alpha=5, target_modules=["q_proj", "o_proj"]) | ASKS[one] | ASKS[two]
