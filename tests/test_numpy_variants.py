@@ -603,6 +603,29 @@ def test_any_two_variants_combine_or_say_why_not(one: str, two: str, tmp_path):
         assert torch.equal(output(model, batch), active)
 
 
+SWAPPED = {name: asked for name, asked in ASKS.items() if name not in ("arrow_config", "pissa")}
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_a_variant_swapped_in_is_the_same_or_refused(name: str, tmp_path):
+    """Of a lower rank and with another scaling, and on fewer modules."""
+    settings = dict(target_modules=["q_proj", "o_proj"]) | SWAPPED[name]
+    batch = models.inputs("llama")
+    there = perturb(get_peft_model(models.build("llama"), LoraConfig(r=10, lora_alpha=16, **settings)).eval())
+    file = perturb(get_peft_model(models.build("llama"), LoraConfig(r=5, lora_alpha=5, **settings)).eval(), seed=3)
+    file.save_pretrained(tmp_path)
+    before = output(there, batch)
+    if name in ("kasa_config", "use_bdlora", "mica"):
+        with pytest.raises(veneer.CheckpointError, match="cannot take the place"):
+            veneer.hotswap_adapter(there, tmp_path)
+        assert torch.equal(output(there, batch), before)
+        with pytest.raises(VeneerError, match="target_rank"):
+            veneer.prepare_model_for_compiled_hotswap(there, target_rank=20)
+        return
+    veneer.hotswap_adapter(there, tmp_path)
+    torch.testing.assert_close(output(there, batch), output(file, batch), **TOLERANCE)
+
+
 def learns(model, batch) -> None:
     model.train()(**batch, labels=batch["input_ids"]).loss.backward()
     for name, p in model.named_parameters():

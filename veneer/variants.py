@@ -23,6 +23,8 @@ class Aspect:
     """What a variant may tell the config it is composed for."""
 
     settings: ClassVar[type[Settings] | None] = None
+    pads: ClassVar[bool] = True
+    """Further ranks of zeros change nothing."""
 
     @classmethod
     def check(cls, config: Any) -> None:

@@ -39,6 +39,7 @@ class KasaConfig(Settings):
 class KaSA(LoRA):
     kinds = frozenset({"linear"})
     settings = KasaConfig
+    pads = False
     apart = False
 
     def __init__(self, config: LoraConfig, target: Target, shared: nn.Module | None = None) -> None:
