@@ -661,6 +661,23 @@ def test_three_variants_compile_in_one_graph():
     torch.testing.assert_close(output(compiled, batch), expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("names", [("velora_config", "use_dora"), ("monteclora_config", "kasa_config")], ids=str)
+def test_training_compiles_in_one_graph(names):
+    """The same loss, terms of the variants included, and the same gradients."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], **ASKS[names[0]] | ASKS[names[1]])
+    model = perturb(get_peft_model(models.build("llama"), config)).train()
+    torch._dynamo.reset()
+    batch, found = models.inputs("llama"), []
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(0)
+        loss = run(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+        model.zero_grad()
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain, **TOLERANCE)
+
+
 def test_a_plain_config_says_nothing_of_variants(tmp_path):
     content = LoraConfig().to_dict()
     assert not {*LoraConfig.files, "qalora_group_size"} - {"use_dora"} & content.keys()
