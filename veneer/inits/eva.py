@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,7 @@ from ..core.target import is_conv1d
 from ..errors import ConfigError, VeneerError, listing
 from ..fields import Settings
 from ..maths.svd import randomised_svd
-from .gather import evaluating, linear_targets
+from .gather import alone, evaluating, linear_targets
 
 if TYPE_CHECKING:
     from ..core.model import PeftModel
@@ -270,7 +269,7 @@ def get_eva_state_dict(
     read = Reader(
         model, config, forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn, gather_distributed_inputs
     )
-    with model.disable_adapter() if adapted else nullcontext(), evaluating(model):  # type: ignore[operator]
+    with alone(model), evaluating(model):
         return find(read, modules, dataloader, show_progress_bar)
 
 
