@@ -34,6 +34,7 @@ from veneer.inits.loftq import nf4, normal_float
 
 from . import models
 from .models import output
+from .test_distributed import both
 from .test_numpy import adapt, arr, base_of, linear_places, places, state
 
 peft = pytest.importorskip("peft")
@@ -723,6 +724,23 @@ def test_eva_from_what_was_found_before(tmp_path):
     del found["model.layers.0.mlp.down_proj"]
     with pytest.raises(VeneerError, match="down_proj"):
         initialize_lora_eva_weights(model, eva_state_dict=found, adapter_name="eva")
+
+
+def eva_on_one_half(rank: int) -> None:
+    halves = [{k: v[2 * rank : 2 * rank + 2] for k, v in batch.items()} for batch in batches()]
+    for found, reference in zip(eva_alone(halves), eva_alone(batches(), gather_distributed_inputs=False), strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-3, atol=1e-3)
+
+
+def eva_alone(loader, **more) -> list[torch.Tensor]:
+    config = LoraConfig(r=3, target_modules=TARGETS, init_lora_weights="eva")
+    base = uneven(models.build("llama"))
+    return list(veneer.get_eva_state_dict(base, loader, config, show_progress_bar=False, **more).values())
+
+
+def test_eva_gathers_the_rows_of_all_processes():
+    """Two processes with half of each batch find what one finds with the whole."""
+    both(eva_on_one_half)
 
 
 def test_eva_refuses_what_cannot_converge():
