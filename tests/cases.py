@@ -13,6 +13,7 @@ from veneer.core.config import Config, PromptConfig, all_methods
 from . import models
 
 LINEARS = ["q_proj", "k_proj", "down_proj"]
+BLOCKS = dict(target_modules_bd_a=["o_proj", "down_proj"], target_modules_bd_b=["q_proj"], nblocks=5)
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ class Case:
 
     def config(self, **more: Any) -> Config:
         settings = dict(self.settings) | more
-        if self.needs_experts:
+        if self.needs_experts and self.method == "arrow":
+            settings["arrow_config"] = dict(task_adapter_names=list(experts(self.model).values()), top_k=2)
+        elif self.needs_experts:
             settings["adapters"] = experts(self.model)
         return self.config_class(**settings)
 
@@ -331,6 +334,10 @@ CASES = [
     Case(
         "unilora", "llama", dict(r=3, theta_d_length=23, target_modules=LINEARS, save_indices=True), "fat", noop=False
     ),
+    Case("frod", "llama", dict(sparse_rate=0.1, target_modules=LINEARS)),
+    Case(
+        "frod", "gpt2", dict(sparse_rate=0.1, target_modules=["c_attn", "mlp.c_proj"], save_projection=False), "unsaved"
+    ),
     Case("lily", "llama", dict(r=5, num_B=3, scaling=3.0, target_modules=LINEARS)),
     Case("lily", "llama", dict(r=5, num_B=3, stride_A=2, scaling=3.0, target_modules=LINEARS), "stride"),
     Case("lily", "gpt2", dict(r=5, num_B=3, stride_A=2, scaling=3.0, target_modules=["c_attn", "mlp.c_proj"])),
@@ -540,6 +547,94 @@ CASES = [
         "decay",
         noop=False,
     ),
+    Case(
+        "alora",
+        "llama",
+        dict(r=4, lora_alpha=7, target_modules=LINEARS, alora_invocation_tokens=[15], task_type="CAUSAL_LM"),
+    ),
+    Case(
+        "alora",
+        "gpt2",
+        dict(
+            r=4,
+            target_modules=["c_attn", "mlp.c_proj"],
+            alora_invocation_tokens=[15, 11],
+            task_type="CAUSAL_LM",
+        ),
+    ),
+    Case(
+        "alora",
+        "llama",
+        dict(
+            r=4,
+            target_modules=["q_proj", "k_proj"],
+            alora_invocation_tokens=[15],
+            use_dora=True,
+            lora_bias=True,
+            use_rslora=True,
+        ),
+        "dora-bias-rslora",
+    ),
+    Case("lora_bias", "llama", dict(r=4, lora_alpha=7, target_modules=["q_proj", "k_proj"])),
+    Case("lora_bias", "conv", dict(r=4, lora_alpha=7, target_modules=["first", "third", "head"])),
+    Case("lora_bias", "gpt2", dict(r=4, target_modules=["c_attn", "mlp.c_proj"], use_dora=True), "dora"),
+    Case("qalora", "llama", dict(r=4, qalora_group_size=5, target_modules=LINEARS)),
+    Case("qalora", "gpt2", dict(r=4, qalora_group_size=3, target_modules=["c_attn", "mlp.c_proj"])),
+    Case("bdlora", "llama", dict(r=10, use_bdlora=BLOCKS, target_modules=["q_proj", "o_proj", "down_proj"])),
+    Case(
+        "bdlora",
+        "llama",
+        dict(
+            r=10,
+            use_bdlora=BLOCKS,
+            target_modules=["q_proj", "o_proj", "down_proj"],
+            use_dora=True,
+            velora_config=dict(num_groups=7),
+            lora_dropout=0.1,
+        ),
+        "dora-velora",
+    ),
+    Case("velora", "llama", dict(r=4, lora_alpha=7, velora_config=dict(num_groups=7), target_modules=LINEARS)),
+    Case("velora", "gpt2", dict(r=4, velora_config=dict(num_groups=4, init_type="random"), target_modules=["c_attn"])),
+    Case("kasa", "llama", dict(r=4, lora_alpha=3, target_modules=LINEARS), noop=False),
+    Case("kasa", "gpt2", dict(r=4, target_modules=["c_attn", "mlp.c_proj"]), noop=False),
+    Case(
+        "kasa",
+        "llama",
+        dict(r=4, target_modules=LINEARS, use_dora=True, monteclora_config={}, velora_config=dict(num_groups=7)),
+        "dora-monteclora-velora",
+        noop=False,
+    ),
+    Case("monteclora", "llama", dict(r=4, lora_alpha=7, target_modules=LINEARS)),
+    Case(
+        "monteclora",
+        "gpt2",
+        dict(r=4, target_modules=["c_attn", "mlp.c_proj"], monteclora_config=dict(num_samples=3, sample_scaler=0.1)),
+    ),
+    Case("monteclora", "llama", dict(r=4, target_modules=LINEARS, init_lora_weights="pissa"), "pissa"),
+    Case("mica", "llama", dict(r=4, lora_alpha=7, target_modules=LINEARS)),
+    Case("mica", "gpt2", dict(r=4, target_modules=["wte", "mlp.c_proj"])),
+    Case("mica", "conv", dict(r=3, lora_alpha=40, target_modules=["first", "second", "third", "head"])),
+    Case("mica", "llama", dict(r=4, target_modules=LINEARS, use_qalora=True, qalora_group_size=5), "qalora"),
+    Case("arrow", "llama", dict(), noop=False, needs_experts=True),
+    Case("glora", "llama", dict(r=3, target_modules=LINEARS)),
+    Case(
+        "glora",
+        "llama",
+        dict(config_A_B="vector", config_C="vector", config_D_E="vector", target_modules=LINEARS),
+        "vectors",
+    ),
+    Case("glora", "llama", dict(config_A_B="constant", config_C="none", target_modules=LINEARS), "numbers"),
+    Case("glora", "llama", dict(r=3, config_A_B="none", target_modules=["q_proj", "k_proj"]), "bias-only"),
+    Case(
+        "glora",
+        "llama",
+        dict(r=3, config_D_E="none", target_modules=["q_proj"], init_weights=False),
+        "random",
+        noop=False,
+    ),
+    Case("glora", "llama", dict(r=3, target_modules=LINEARS, bias="glora_only"), "biases"),
+    Case("glora", "gpt2", dict(r=3, config_D_E="vector", target_modules=["c_attn", "mlp.c_proj"])),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

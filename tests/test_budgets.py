@@ -17,6 +17,7 @@ HOUSE = Path(veneer.__file__).parent
 METHODS = sorted(p for p in (HOUSE / "methods").glob("*.py") if p.stem != "__init__")
 CORE = sorted((HOUSE / "core").glob("*.py"))
 LONGER = {
+    "lora": "its config holds the fields of all its variants, and composes them",
     "adalora": "a method and a schedule: the allocation of ranks is an algorithm of its own",
     "adamss": "a method and a schedule: which subspaces go on learning is an algorithm of its own",
     "bottleneck": "the common ground of eight methods: places, starts and scalings of their small networks",

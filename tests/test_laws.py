@@ -62,6 +62,7 @@ def test_activations_and_weight_agree(case: Case):
 
 
 DROPOUTS = {(c.method, f.name) for c in ONE_EACH for f in fields(c.config_class) if f.name.endswith("dropout")}
+DROPOUTS -= {("arrow", "lora_dropout")}  # its experts are trained and stay as they are
 
 
 @pytest.mark.parametrize(("method", "name"), sorted(DROPOUTS), ids=str)

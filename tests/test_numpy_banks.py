@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import veneer
 from veneer import CheckpointError, NotMergeable, PeftModel, TargetError, get_peft_model
+from veneer.maths.joint import left_vectors
 
 from . import models
 from .models import output
@@ -315,3 +316,100 @@ def test_lily_groups_by_the_longest_entry_and_by_shape():
     layers = state(attach("llama", veneer.LilyConfig(r=3, target_modules=".*[qk]_proj"))).layers
     owners = [path for path, layer in layers.items() if hasattr(layer.adapters["default"], "lily_B")]
     assert owners == [f"model.layers.0.self_attn.{name}_proj" for name in "qk"]
+
+
+def frod_of(p: dict, shared: dict, W: np.ndarray, name: str) -> np.ndarray:
+    """U (diag(l) + S) V^T, where W = U diag(s) V^T with columns of length one in U."""
+    V, places = shared[f"frod_V.{name}"], shared[f"frod_s_indices.{name}"].astype(int)
+    U = W @ np.linalg.inv(V).T
+    middle = np.diag(p["frod_lambda_l"])
+    for (row, column), value in zip(places.T, p["frod_lambda_s_values"], strict=True):
+        assert row != column and middle[row, column] == 0
+        middle[row, column] = value
+    return U / np.linalg.norm(U, axis=0) @ middle @ V.T
+
+
+CATEGORIES = {"q_proj": "self_attn_q_proj", "k_proj": "self_attn_k_proj", "down_proj": "mlp_down_proj"}
+CATEGORIES |= {"c_attn": "attn_c_attn", "c_proj": "mlp_c_proj"}
+
+
+@models_of_both_kinds
+def test_frod(name: str):
+    config = veneer.FrodConfig(sparse_rate=0.2, target_modules=PLACES[name])
+    for layer, p, shared, W, b in layers_of(name, config):
+        n, category = W.shape[1], CATEGORIES[layer.path.rpartition(".")[2]]
+        assert len(p["frod_lambda_s_values"]) == int(0.2 * n * n)
+        assert shared[f"frod_s_size.{category}"].tolist() == [n, n]
+        agree(layer, frod_of(p, shared, W, category), b)
+
+
+def test_frods_basis_decomposes_all_layers():
+    """V V^T = sum_i W_i^T W_i, and E makes the mean of (Q_i^T Q_i + ridge)^-1 diagonal; of few rows, orthogonal."""
+    config = veneer.FrodConfig(target_modules=PLACES["llama"], regularization_alpha=0.3)
+    found = list(layers_of("llama", config, scale=0.0))
+    for end, name in list(CATEGORIES.items())[:3]:
+        weights = [W for layer, _, _, W, _ in found if layer.path.endswith(end)]
+        V = found[0][2][f"frod_V.{name}"]
+        if end == "k_proj":
+            np.testing.assert_allclose(V.T @ V, np.eye(30), atol=1e-5)
+            continue
+        total = sum(W.T @ W for W in weights)
+        np.testing.assert_allclose(V @ V.T, total, rtol=1e-4, atol=1e-4)
+        R = np.linalg.cholesky(total).T
+        E = np.linalg.inv(R).T @ V
+        Q = [W @ np.linalg.inv(R) for W in weights]
+        D = E.T @ sum(np.linalg.inv(q.T @ q + 0.3 * np.eye(len(total))) for q in Q) @ E
+        np.testing.assert_allclose(D, np.diag(np.diag(D)), atol=1e-3)
+
+
+def test_frod_starts_exactly_as_the_base():
+    batch = models.inputs("llama")
+    model = get_peft_model(models.build("llama"), veneer.FrodConfig(target_modules=PLACES["llama"])).eval()
+    assert torch.equal(output(model, batch), output(models.build("llama"), batch))
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_frod_takes_the_basis_of_its_file(resume: bool, tmp_path):
+    """Another machine may have found other eigenvectors: U follows from the V that is in the file."""
+    config = veneer.FrodConfig(sparse_rate=0.2, target_modules=["q_proj"])
+    attach("llama", config).save_pretrained(tmp_path)
+    found = load_file(tmp_path / "adapter_model.safetensors")
+    V = found["base_model.frod_V.self_attn_q_proj"]
+    V.copy_(V.flip(1) * torch.linspace(-1, 2, 30))
+    save_file(found, tmp_path / "adapter_model.safetensors")
+    if resume:
+        model = get_peft_model(models.build("llama"), config).eval()
+        model.load_adapter(tmp_path, "default", is_trainable=True)
+    else:
+        model = PeftModel.from_pretrained(models.build("llama"), tmp_path)
+    shared = {name: arr(t) for name, t in state(model).shared["default"].named_buffers()}
+    np.testing.assert_array_equal(shared["frod_V.self_attn_q_proj"], arr(V))
+    for layer in state(model).layers.values():
+        p = {name: arr(t) for name, t in layer.adapters["default"].named_parameters()}
+        W, b = base_of(layer.base_layer)
+        agree(layer, frod_of(p, shared, W, "self_attn_q_proj"), b)
+
+
+def test_a_frod_file_with_its_basis_is_not_decomposed_again(tmp_path, monkeypatch):
+    attach("llama", veneer.FrodConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.linalg, "qr", None)
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    PeftModel.from_pretrained(models.build("llama"), tmp_path)
+
+
+def test_frods_file_without_basis_is_what_is_trained(tmp_path):
+    model = attach("llama", veneer.FrodConfig(target_modules=PLACES["llama"], save_projection=False))
+    model.save_pretrained(tmp_path)
+    found = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(t.numel() for t in found.values()) == model.get_nb_trainable_parameters()[0]
+
+
+def test_left_vectors_of_a_singular_basis():
+    """Directions the basis lacks, or that W does not use, have no vector; the rest still gives W."""
+    V = torch.eye(5)
+    V[4, 4] = 0
+    W = torch.arange(20.0).view(4, 5) + 1
+    W[:, 4] = W[:, 2] = 0
+    U, s = left_vectors(W, V)
+    np.testing.assert_allclose(arr(U) * arr(s) @ arr(V).T, arr(W), atol=1e-5)
+    assert s[2] == s[4] == 0 and not U[:, [2, 4]].any()

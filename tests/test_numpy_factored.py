@@ -15,7 +15,7 @@ from veneer.maths.activations import ACTIVATIONS
 from veneer.maths.kronecker import two_factors
 
 from . import models
-from .test_numpy import adapt, agree, arr, attach, linear_places, places, relu, silu, state
+from .test_numpy import adapt, agree, arr, attach, base_of, linear_places, places, relu, sample, silu, state
 
 
 def product(A: np.ndarray, B: np.ndarray) -> np.ndarray:
@@ -289,3 +289,71 @@ def test_peanuts_limits():
     for settings in (dict(act_fn="xielu"), dict(r=0), dict(depth=-1)):
         with pytest.raises(ConfigError):
             veneer.PeanutConfig(**settings)
+
+
+def glora_path(p: dict, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """One path of a GLoRA as an array of its full shape."""
+    if f"glora_{name}.Xd" in p:
+        return p[f"glora_{name}.Xd"] @ p[f"glora_{name}.Xu"]
+    X = p.get(f"glora_{name}.X", np.zeros(1))
+    return np.broadcast_to(X, shape)
+
+
+@linear_places
+@pytest.mark.parametrize("A_B", ["lora", "vector", "constant", "none"])
+@pytest.mark.parametrize(("C", "D_E"), [("lora", "vector"), ("vector", "constant"), ("none", "none")])
+def test_glora(place: str, A_B: str, C: str, D_E: str):
+    """W + W * A + B and b + b * D + E + W C; no C, D and E where there is no bias."""
+    if A_B == "none" and (D_E == "none" or place == "narrowing"):
+        pytest.skip("nothing would train")
+    layer, p, W, b = adapt(veneer.GloraConfig, place, r=3, config_A_B=A_B, config_C=C, config_D_E=D_E)
+    (out, in_), has_bias = W.shape, layer.base_layer.bias is not None
+    A, B = (glora_path(p, name, W.shape) for name in "AB")
+    D, E = (glora_path(p, name, (out,)) for name in "DE")
+    moved_b = b + b * D + E + (W @ glora_path(p, "C", (in_, 1)))[:, 0]
+    assert has_bias == any(f"glora_{name}" in key for name in "CDE" for key in p) or D_E == "none"
+    assert np.abs(moved_b - b).max() > 0.05 or not has_bias or D_E == "none"
+    if A_B == "none":
+        x = sample(layer.base_layer)
+        np.testing.assert_allclose(arr(layer(x)), arr(x) @ W.T + moved_b, rtol=1e-5, atol=2e-5)
+    else:
+        agree(layer, W + W * A + B, moved_b)
+
+
+def test_glora_reads_the_pretrained_weights_under_merged_adapters():
+    """So that two may be merged in either order."""
+    model = attach("llama", veneer.GloraConfig(r=3, target_modules=["q_proj"]))
+    model.add_adapter("two", veneer.GloraConfig(r=2, target_modules=["q_proj"]))
+    models.perturb(model, "two", scale=0.3)
+    model.set_adapter(["default", "two"])
+    batch = models.inputs("llama")
+    active = models.output(model, batch)
+    for name in ("two", "default"):
+        model.merge_adapter([name])
+        torch.testing.assert_close(models.output(model, batch), active, rtol=1e-4, atol=1e-5)
+
+
+def test_glora_scales_the_bias_that_trains_beside_it():
+    model = attach("llama", veneer.GloraConfig(r=3, target_modules=["q_proj"], bias="glora_only"))
+    layer = state(model).layers["model.layers.0.self_attn.q_proj"]
+    glora, trained = layer.adapters["default"].parts
+    p = {name: arr(v) for name, v in glora.named_parameters()}
+    (W, b), trained_b = base_of(layer.base_layer), arr(trained.bias)
+    W_moved = W + W * glora_path(p, "A", W.shape) + glora_path(p, "B", W.shape)
+    shift = trained_b * p["glora_D.X"] + p["glora_E.X"] + (W @ glora_path(p, "C", (30, 1)))[:, 0]
+    assert np.abs(trained_b - b).max() > 0.05
+    agree(layer, W_moved, trained_b + shift)
+
+
+def test_gloras_limits():
+    with pytest.raises(TargetError, match="down_proj.* has no bias"):
+        get_peft_model(models.build("llama"), veneer.GloraConfig(config_A_B="none", target_modules=["down_proj"]))
+    for settings in (
+        dict(r=0),
+        dict(config_A_B="matrix"),
+        dict(config_C="constant"),
+        dict(config_D_E="lora"),
+        dict(config_A_B="none", config_C="none", config_D_E="none"),
+    ):
+        with pytest.raises(ConfigError):
+            veneer.GloraConfig(**settings)

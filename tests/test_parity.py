@@ -8,12 +8,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from veneer import CheckpointError, PeftModel, all_methods, get_peft_model
+import veneer
+from veneer import CheckpointError, LoraConfig, PeftModel, all_methods, get_peft_model
+from veneer.core.context import state_of
 
 from . import models
 from .cases import CASES, Case
@@ -24,6 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 
 NOT_COMPARED = {
+    "arrow": "PEFT cannot load the routers it saves; see test_arrow_routes_as_pefts",
+    "qalora": "PEFT has QA-LoRA on GPTQ layers alone; see test_pefts_qalora",
     "xlora": "PEFT 0.21 writes X-LoRA files without the gate; see test_xlora_with_pefts_gate",
 }
 for method, config in all_methods().items():
@@ -53,6 +58,7 @@ FAULTS = {
     "lora-llama-loftq": "PEFT quantises with bitsandbytes on a GPU only",
     "lora-gpt2-loftq": "PEFT quantises with bitsandbytes on a GPU only",
     "loha-gpt2": "PEFT has no LoHa on GPT-2's Conv1D",
+    "glora-gpt2": "PEFT has no GLoRA on GPT-2's Conv1D",
     "peanut-gpt2": "PEFT has no PEANuT on GPT-2's Conv1D",
     "lokr-gpt2": "PEFT has no LoKr on GPT-2's Conv1D",
     "lokr-conv-conv1d-core": "PEFT's LoKr with the core of a Conv1d ends in an error of torch.kron",
@@ -69,6 +75,18 @@ FAULTS = {
     "supertuning-grouped": "PEFT has Super-Tuning on linear layers alone",
     "adamss-gpt2": "PEFT has no AdaMSS on GPT-2's Conv1D",
     "poly-gpt2-multi-head": "PEFT has no Poly on GPT-2's Conv1D",
+    "kasa-gpt2": "PEFT has no KaSA on GPT-2's Conv1D",
+    "mica-conv": "PEFT has no MiCA on convolutions",
+    **dict.fromkeys(
+        (
+            "alora-llama-dora-bias-rslora",
+            "lora_bias-gpt2-dora",
+            "bdlora-llama-dora-velora",
+            "kasa-llama-dora-monteclora-velora",
+            "mica-llama-qalora",
+        ),
+        "PEFT refuses every pair of variants",
+    ),
 }
 MERGED = {
     "oft-square": "PEFT's OFT convolution sums overlapping patches, so even the identity changes; its merge is right",
@@ -89,8 +107,8 @@ COMPARED = [c for c in CASES if c.method not in NOT_COMPARED and str(c) not in F
 def pefts_config(case: Case):
     settings = dict(case.settings)
     kind = case.config_class.peft_type
-    if case.method == "dora":
-        settings["use_dora"] = True
+    if kind == "LORA":  # a preset, which PEFT lacks, sets fields that it has
+        settings |= {name: value for name, value in case.config().to_dict().items() if name in LoraConfig.files}
     return peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(str(kind))](**settings)
 
 
@@ -336,12 +354,98 @@ def test_xlora_with_pefts_gate(tmp_path):
         PeftModel.from_pretrained(models.build(case.model), tmp_path / "theirs")
 
 
+def test_arrow_routes_as_pefts(tmp_path):
+    """PEFT looks for each expert's first direction by 15 steps from a random start, so each has one that stands out."""
+    sources = []
+    for i in range(3):
+        config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        model = models.perturb(get_peft_model(models.build("llama"), config), seed=i)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_A" in name:
+                    p[1:] *= 0.03
+        model.save_pretrained(tmp_path / str(i))
+        sources.append(str(tmp_path / str(i)))
+    batch = models.inputs("llama")
+    for settings in (dict(top_k=1), dict(top_k=2, router_temperature=3.0), dict(top_k=2, use_gks=True)):
+        general = sources[2:] if settings.get("use_gks") else None
+        tasks = sources[: 2 if general else 3]
+        theirs, ours = (
+            library.create_arrow_model(models.build("llama"), tasks, library.ArrowConfig(**settings), general).eval()
+            for library in (peft, veneer)
+        )
+        torch.testing.assert_close(output(ours, batch), output(theirs, batch), **TOLERANCE)
+
+
+def test_pefts_qalora():
+    """PEFT's formula, called on a stand-in for the GPTQ layer it wants."""
+    from peft.tuners.lora.variants import QALoraLinearVariant
+
+    path = "model.layers.0.mlp.down_proj"
+    model = models.perturb(
+        get_peft_model(models.build("llama"), veneer.QALoraConfig(r=4, qalora_group_size=9, target_modules=[path]))
+    )
+    layer = model.get_base_model().get_submodule(path).eval()
+    stand_in = SimpleNamespace(
+        **{name: getattr(layer, name) for name in ("lora_A", "lora_B", "scaling", "in_features")},
+        lora_dropout={"default": torch.nn.Identity()},
+        qalora_group_size={"default": 9},
+        training=False,
+    )
+    x = torch.randn(2, 3, 45)
+    theirs = QALoraLinearVariant.forward(stand_in, "default", x, layer.base_layer(x))
+    torch.testing.assert_close(layer(x), theirs, **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["batch_average", "batch_average_once", "random"])
+def test_velora_trains_as_pefts(kind: str, tmp_path):
+    """The approximate gradients of two batches, too."""
+    settings = dict(num_groups=7, scale=1.5, init_type=kind)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], velora_config=peft.VeloraConfig(**settings))
+    theirs = moved(peft.get_peft_model(models.build("llama"), config))
+    theirs.save_pretrained(tmp_path)
+    ours = PeftModel.from_pretrained(models.build("llama"), tmp_path, is_trainable=True)
+    case = next(c for c in CASES if c.method == "velora")
+    exact = {key: grad.clone() for key, grad in gradients(ours, case).items()}
+    for model in (ours, theirs):
+        model.zero_grad()
+        model.train()(**models.inputs("llama", seed=4)).logits.square().mean().backward()
+    mine, reference = gradients(ours, case), gradients(theirs, case)
+    for key in mine:
+        scale = reference[key].abs().max()
+        torch.testing.assert_close(mine[key] / scale, reference[key] / scale, rtol=1e-3, atol=2e-5)
+    key = next(key for key in exact if key.endswith("down_proj.lora_A"))
+    assert (exact[key] - mine[key]).abs().max() > 0.1 * exact[key].abs().max()
+
+
+def test_kasas_loss_is_pefts(tmp_path):
+    config = dict(r=4, target_modules=["q_proj", "down_proj"], kasa_config=dict(beta=0.2, gamma=0.03))
+    theirs = moved(peft.get_peft_model(models.build("llama"), peft.LoraConfig(**config)))
+    theirs.save_pretrained(tmp_path)
+    ours = PeftModel.from_pretrained(models.build("llama"), tmp_path)
+    state = state_of(ours.get_base_model())
+    term = state.configs["default"].loss(list(state.adapters("default").values()))
+    torch.testing.assert_close(term, theirs.base_model._get_kasa_loss(), **TOLERANCE)
+
+
+def test_alora_generates_as_pefts(tmp_path):
+    settings = dict(r=4, lora_alpha=40, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    theirs = moved(
+        peft.get_peft_model(models.build("llama"), peft.LoraConfig(alora_invocation_tokens=[15, 11], **settings))
+    )
+    theirs.save_pretrained(tmp_path)
+    ours = PeftModel.from_pretrained(models.build("llama"), tmp_path)
+    ids = torch.tensor([[9, 20, 15, 11, 30, 31], [15, 11, 40, 15, 11, 41], [9, 15, 12, 11, 33, 34]])
+    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+    assert torch.equal(ours.generate(**inputs), theirs.generate(**inputs))
+
+
 def gradients(model, case: Case) -> dict[str, torch.Tensor]:
     """Gradients of the mean squared logits by the parameter's place, whatever the library calls it."""
     output(model, case.inputs()).square().mean().backward()
     found = {}
     for name, p in model.named_parameters():
-        if p.requires_grad:
+        if p.grad is not None:
             name = name.removeprefix("base_model.model.").replace(".adapters.default.", ".").replace(".default", "")
             name = name.replace(".members.0.", ".base_layer.").replace(".members.1.", ".")  # two parameters of a module
             found[name.replace(".modules_to_save.", ".").replace(".module.", ".").removesuffix(".weight")] = p.grad
@@ -377,3 +481,27 @@ def test_gradients_agree(case: Case, tmp_path):
     for key in mine:
         scale = reference[key].abs().max().clamp_min(1e-6)
         torch.testing.assert_close(mine[key] / scale, reference[key].view_as(mine[key]) / scale, rtol=1e-3, atol=2e-5)
+
+
+def test_categories_are_pefts():
+    from peft.tuners.frod import model as frod
+
+    from veneer.interop.categories import by_category, category, layer_number
+
+    paths = [
+        "lm_head",
+        "model.layers.3.self_attn.q_proj",
+        "encoder.layer.11.attention.self.query",
+        "encoder.layer.1.attention.output.dense",
+        "encoder.layer.1.output.dense",
+        "encoder.block.0.layer.1.DenseReluDense.wi",
+        "transformer.h.5.mlp.c_fc",
+        "blocks.2.fc",
+        "vision.7.tower.layers.4.mlp.fc1",
+        "a.layers.proj.2.fc",
+        "head.dense",
+    ]
+    for path in paths:
+        assert category(path) == frod._category_from_key(path)
+        assert layer_number(path, 99) == frod._layer_index_from_key(path, 99)
+    assert by_category(["b.1.x", "b.0.x", "c.1.x"]) == {"x": ["b.0.x", "c.1.x"]}

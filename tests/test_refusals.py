@@ -114,6 +114,8 @@ B1 = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
 
 REQUIRED = {
     "adalora": dict(total_step=9),
+    "arrow": dict(arrow_config=dict(task_adapter_names=["somewhere"], top_k=1)),
+    "alora": dict(alora_invocation_tokens=[5]),
     "trainable_tokens": dict(token_indices=[1]),
     "xlora": dict(adapters={"0": "somewhere"}),
     "prefix_tuning": dict(num_virtual_tokens=2),

@@ -141,6 +141,9 @@ class Config(Checked):
     def before(self, shared: nn.Module | None, facts: dict[Any, Any], model: nn.Module, kwargs: dict[str, Any]) -> None:
         """Compute facts once for a model call and put them into `facts`, under `shared` if they are this adapter's."""
 
+    def after(self, facts: dict[Any, Any], output: Any) -> None:
+        """Look at what a model call gave (leave a note on its cache, for the calls that go on from it)."""
+
     def loss(self, adapters: Sequence[Adapter]) -> Tensor | None:
         """A term added to the model's loss."""
         return None
@@ -312,7 +315,7 @@ def compile_pattern(pattern: str, name: str) -> re.Pattern[str]:
         raise ConfigError(f"{name} = {pattern!r} is not a regular expression: {error}") from None
 
 
-def check_range(config: Config, low: float, below: float, *names: str) -> None:
+def check_range(config: Any, low: float, below: float, *names: str) -> None:
     """Raise ConfigError unless low <= field < below; of a `rank_pattern`-like mapping, each value."""
     limit = f" and below {below:g}" if below < math.inf else ""
     for name in names:

@@ -66,9 +66,13 @@ def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 
 def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """The root hook: a prompt's own loss instead of the model's, and in training the methods' terms added to it."""
+    """The root hook: show the methods the output; a prompt's own loss instead of the model's, and loss terms added."""
     state = state_of(model)
-    if state is None or state.busy or getattr(output, "loss", None) is None:
+    if state is None or state.busy:
+        return output
+    for name in called(state):
+        state.configs[name].after(state.facts, output)
+    if getattr(output, "loss", None) is None:
         return output
     for prompt in live_prompts(state):
         own = prompt.loss(output.logits, state.facts)
@@ -82,8 +86,8 @@ def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 
 def called(state: State) -> list[str]:
     """The adapters that take part in the call under way."""
-    names = state.live() if "adapter_names" not in state.facts else tuple(dict.fromkeys(state.facts["adapter_names"]))
-    return [name for name in names if name in state.configs]
+    names = state.facts.get("adapter_names", state.live())
+    return [name for name in dict.fromkeys(names) if name in state.configs]
 
 
 def check_names(state: State) -> None:

@@ -30,7 +30,7 @@ from .orthogonal import orthogonal
 from .pissa import pissa
 from .plain import joined, parted, plain
 
-NAMES = "gaussian|orthogonal|olora|eva|corda|lora_ga|loftq|pissa"
+NAMES = "gaussian|orthogonal|olora|eva|corda|lora_ga|loftq|pissa|mica"
 FROM_DATA = ("corda", "lora_ga")
 """Starts that cannot be found again at load."""
 SETTINGS = {"eva": EvaConfig, "corda": CordaConfig, "lora_ga": LoraGAConfig, "loftq": LoftQConfig}

@@ -143,8 +143,8 @@ class AdaLoraConfig(LoraConfig):
         pattern, self.rank_pattern = self.rank_pattern, None
         super().__post_init__()
         self.rank_pattern = pattern
-        if self.use_dora or isinstance(self.init_lora_weights, str):
-            raise ConfigError("AdaLoRA has its own form and start: use_dora and named initialisations do not apply")
+        if self.variants() or isinstance(self.init_lora_weights, str):
+            raise ConfigError("AdaLoRA has its own form and start: neither use_dora and its like nor init names apply")
         if self.total_step is None:
             raise ConfigError("total_step must be the number of optimizer steps of the whole training, not None")
         check_range(self, 1, math.inf, "total_step", "init_r", "deltaT")

@@ -5,9 +5,9 @@
 V (r, in + 1) is frozen; its last column, where there is a bias, moves that. A_k (r_k, r) starts at the main directions
 of U_k, B_k at zero. With `use_asa` the subspaces of least importance are frozen one after another. Zheng et al., 2025,
 NeurIPS, on low-rank representation: Liu et al., 2010, arXiv:1010.2955. Trainable: sum_k r_k (r + rows of k) per target.
-Mergeable. Starts as a no-op. The file holds V; the clusters are found again in the base model, as PEFT does. Unlike in
-PEFT, GPT-2's Conv1D is a target too, r must be below out (the rows of a whole U are all equally far apart), as many
-subspaces learn on as asked (there one fewer), and the last are frozen at `final_warmup` whatever the interval.
+Mergeable. Starts as a no-op. The file holds V, not the clusters: those are found again in the base model, always on the
+CPU; PEFT finds others on a GPU, and files from there are refused. Unlike in PEFT, GPT-2's Conv1D is a target, r must be
+below out (the rows of a whole U are equally far apart), as many subspaces learn on as asked (there one fewer).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..core.target import Target
-from ..errors import ConfigError
+from ..variants import Composition
 from .lora import LoRA, LoraConfig
 
 
@@ -54,9 +54,4 @@ class DoraConfig(LoraConfig):
 
     use_dora: bool = True
 
-    adapter = DoRA
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.use_dora:
-            raise ConfigError("DoraConfig with use_dora=False is plain LoRA; use LoraConfig")
+    adapter = Composition(DoRA)  # type: ignore[assignment]

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.adapter import Matrix
 from ..core.config import Name, at, check_range, mapping
 from ..core.target import Target
 from ..errors import ConfigError
 from ..inits.start import StartConfig, Started
+from ..variants import Aspect, Composition, Settings, Variants
 
 
-class LoRA(Started):
+class LoRA(Aspect, Started):
     kinds = frozenset({"linear", "conv", "embedding", "param"})
 
     def __init__(self, config: LoraConfig, target: Target, shared: nn.Module | None = None) -> None:
@@ -33,9 +35,13 @@ class LoRA(Started):
             self.lora_embedding_A = nn.Parameter(torch.empty(self.r, target.in_features))
             self.lora_embedding_B = nn.Parameter(torch.empty(target.out_features, self.r))
         else:
-            self.lora_A, self.lora_B = target.factors(self.r)
+            self.lora_A, self.lora_B = self.make()
             self.set_dropout(config.lora_dropout)
         self.initialise(config.init_lora_weights)
+
+    def make(self) -> tuple[Matrix, Matrix]:
+        """What the file holds as lora_A and lora_B, empty."""
+        return self.target.factors(self.r)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """The trained A (r, in) and B (out, r), without the scaling."""
@@ -49,16 +55,19 @@ class LoRA(Started):
             return A, B * self.scaling
         return torch.cat([A, self.start_A]), torch.cat([B, -self.start_B], dim=1) * self.scaling
 
+    def sizes(self) -> tuple[int, int]:
+        """How many numbers are learned for a rank, of A and of B."""
+        return self.target.in_features * self.target.groups, self.target.out_features // self.target.groups
+
     def expected_parameters(self) -> int:
-        r, target = self.r, self.target
-        return target.copies * (r * target.in_features * target.groups + r * target.out_features // target.groups)
+        return self.target.copies * self.r * sum(self.sizes())
 
     def describe(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}, {self.target.in_features} -> {self.target.out_features}"
 
 
 @dataclass(kw_only=True)
-class LoraConfig(StartConfig):
+class LoraConfig(Variants, StartConfig):
     r: int = 8
     """Rank of the update."""
     lora_alpha: int | float = 8
@@ -75,21 +84,54 @@ class LoraConfig(StartConfig):
     """Bare parameters to adapt, by name ending ("experts.gate_up_proj"): matrices, or stacks of them, one an expert."""
     use_dora: bool = False
     """Learn magnitude and direction apart (DoRA)."""
+    lora_bias: bool = False
+    """Learn a bias too."""
+    alora_invocation_tokens: list[int] | None = None
+    """Act from the last occurrence of these tokens on, and leave what stands before to the base model (aLoRA)."""
+    use_qalora: bool = False
+    """A reads sums over groups of inputs, as a group-wise quantised weight can take up (QA-LoRA)."""
+    qalora_group_size: int = 16
+    """Inputs of a group, for QA-LoRA."""
+    use_bdlora: Settings | dict[str, Any] | None = None
+    """`BdLoraConfig`: one factor of each target is block-diagonal (BD-LoRA)."""
+    velora_config: Settings | dict[str, Any] | None = None
+    """`VeloraConfig`: keep compressed inputs for the backward pass (VeLoRA)."""
+    kasa_config: Settings | dict[str, Any] | None = None
+    """`KasaConfig`: learn singular values, in the place of the weight's smallest ones (KaSA)."""
+    monteclora_config: Settings | dict[str, Any] | None = None
+    """`MontecloraConfig`: sample A around its mean in training (MonteCLoRA)."""
+    arrow_config: Settings | dict[str, Any] | None = None
+    """`ArrowConfig`: route each token among trained LoRA adapters (Arrow)."""
 
-    peft_type, adapter = Name("LORA"), LoRA
-    foreign = {"megatron_core": "megatron.core", "qalora_group_size": 16}
+    files = {
+        "alora_invocation_tokens": "alora",
+        "lora_bias": "lora_bias",
+        "use_dora": "dora",
+        "kasa_config": "kasa",
+        "monteclora_config": "monteclora",
+        "velora_config": "velora",
+        "use_qalora": "qalora",
+        "use_bdlora": "bdlora",
+        "mica": "mica",
+        "arrow_config": "arrow",
+    }
+    details, starts, plain = {"qalora_group_size": "use_qalora"}, "init_lora_weights", LoRA
+    peft_type, adapter = Name("LORA"), Composition(LoRA)  # type: ignore[assignment]
+    facts = ("alora_offsets",)
+    foreign = {"megatron_core": "megatron.core", "loftq_config": {}}
     patterns = ("rank_pattern", "alpha_pattern")
 
     def __post_init__(self) -> None:
+        self.complete_settings()
         super().__post_init__()
         check_range(self, 1, math.inf, "r", "rank_pattern")
         check_range(self, 0, 1, "lora_dropout")
-        if self.use_dora and self.init_lora_weights == "loftq":
-            raise ConfigError("use_dora needs the norms of a whole weight, which LoftQ does not have")
+        if self.init_lora_weights == "loftq" and self.variants():
+            raise ConfigError(f"{self.variants()[0]} needs the whole weight, which LoftQ replaces by a quantised one")
+        self.check_variants()
 
     def build(self, target: Target, shared: nn.Module | None = None, **kwargs: Any) -> LoRA:
         from ..inits.quantised import LoftQ
-        from .dora import DoRA
 
         self.check_settings()
-        return (DoRA if self.use_dora else LoftQ if self.init_lora_weights == "loftq" else LoRA)(self, target, shared)
+        return (LoftQ if self.init_lora_weights == "loftq" else self.adapter)(self, target, shared)  # type: ignore

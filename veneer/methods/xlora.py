@@ -17,14 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import checkpoint
 from ..core.adapter import Adapter, Tensors
-from ..core.config import Config, LayerConfig, Name, check_range
+from ..core.config import LayerConfig, Name, check_range
 from ..core.context import state_of
-from ..core.inject import try_on
 from ..core.target import Target
 from ..errors import ConfigError, VeneerError
-from .lora import LoRA, LoraConfig
+from ..experts import Expert, build_expert, common_targets, read_expert
 
 INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 """What the first pass takes from a model call."""
@@ -63,11 +61,8 @@ class XLoRA(Adapter):
         super().__init__(config, target, shared)
         self.experts = nn.ModuleDict()
         for i, (expert, tensors, _) in enumerate(config.experts):
-            prefix = f"base_model.model.{target.path}."
-            own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-            if own:
-                lora = expert.build(target)
-                lora.absorb(own)
+            lora = build_expert(expert, tensors, target)
+            if lora is not None:
                 self.experts[str(i)] = lora.requires_grad_(config.use_trainable_adapters)
 
     def learned(self) -> Iterator[nn.Parameter]:
@@ -141,24 +136,12 @@ class XLoraConfig(LayerConfig):
             check_range(self, 1, len(self.adapters) + 1, "top_k_lora")
 
     @cached_property
-    def experts(self) -> list[tuple[LoraConfig, Tensors, dict[str, Any]]]:
-        found = []
-        for name, source in self.adapters.items():
-            config = Config.from_pretrained(source)
-            if not isinstance(config, LoraConfig) or config.adapter is not LoRA:
-                raise ConfigError(f"X-LoRA mixes LoRA adapters; {name!r} at {source!r} is {config.peft_type}")
-            if config.use_dora or config.modules_to_save or config.bias != "none":
-                given = "use_dora" if config.use_dora else "modules_to_save or bias"
-                raise ConfigError(f"X-LoRA mixes plain LoRA adapters; {name!r} at {source!r} is LORA with {given}")
-            found.append((config, *checkpoint.read(source)))
-        return found
+    def experts(self) -> list[Expert]:
+        return [read_expert(name, source, "X-LoRA") for name, source in self.adapters.items()]
 
     def fill_targets(self, model: nn.Module) -> None:
-        paths: dict[str, None] = {}
-        for i, (config, tensors, notes) in enumerate(self.experts):
-            notes = {} if self.from_file else notes  # the X-LoRA file's own notes cover the same layers
-            paths |= dict.fromkeys(try_on(model, config, f"expert {i}", tensors, notes))
-        self.target_modules = list(paths)
+        # the X-LoRA file's own notes on the base model cover the same layers
+        self.target_modules = common_targets(model, self.experts, check_base=not self.from_file)
         self.hidden_size = self.hidden_size or model.config.get_text_config().hidden_size
 
     def build_shared(self, targets: Sequence[Target]) -> Gate:
