@@ -28,6 +28,7 @@ from .inits.loftq import LoftQConfig as LoftQConfig
 from .inits.lora_ga import LoraGAConfig as LoraGAConfig
 from .inits.lora_ga import preprocess_loraga as preprocess_loraga
 from .inits.plain import to_plain_lora_ as to_plain_lora_
+from .inits.quantised import quantise_base_ as quantise_base_
 from .inits.quantised import replace_lora_weights_loftq as replace_lora_weights_loftq
 from .interop.arrow import create_arrow_model as create_arrow_model
 from .interop.auto import AutoPeftModel as AutoPeftModel
