@@ -46,7 +46,7 @@ def test_a_method_is_a_small_file(path: Path):
 
 
 def test_the_core_is_small():
-    assert sum(code_lines(path) for path in CORE) <= 2020
+    assert sum(code_lines(path) for path in CORE) <= 2040
 
 
 def test_functions_are_short():
