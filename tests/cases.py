@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from veneer import DoubleSeqBnConfig, LoraConfig, ParBnConfig, PrefixTuningConfig, SeqBnConfig
 from veneer.core.config import Config, PromptConfig, all_methods
 
 from . import models
@@ -36,10 +38,13 @@ class Case:
 
     @property
     def is_prompt(self) -> bool:
-        return issubclass(self.config_class, PromptConfig)
+        """It, or a method that it unites, is a prompt."""
+        return any(isinstance(member, PromptConfig) for member in self.settings.get("configs", ())) or issubclass(
+            self.config_class, PromptConfig
+        )
 
     def config(self, **more: Any) -> Config:
-        settings = dict(self.settings) | more
+        settings = copy.deepcopy(self.settings) | more
         if self.needs_experts:
             settings["adapters"] = experts(self.model)
         return self.config_class(**settings)
@@ -64,7 +69,7 @@ def experts(model: str) -> dict[str, str]:
     """Directories of two trained LoRA adapters for a model."""
     import tempfile
 
-    from veneer import LoraConfig, get_peft_model
+    from veneer import get_peft_model
 
     if model not in _EXPERTS:
         root = Path(tempfile.mkdtemp(prefix="veneer-experts-"))
@@ -77,6 +82,9 @@ def experts(model: str) -> dict[str, str]:
         _EXPERTS[model] = {"0": str(root / "0"), "1": str(root / "1")}
     return _EXPERTS[model]
 
+
+DOWN_BN = DoubleSeqBnConfig(reduction_factor=7, target_modules=["down_proj"])
+PREFIX = PrefixTuningConfig(num_virtual_tokens=3)
 
 CASES = [
     Case("lora", "llama", dict(r=4, lora_alpha=7, target_modules=LINEARS)),
@@ -192,7 +200,7 @@ CASES = [
     Case("double_seq_bn", "t5", dict(reduction_factor=7, non_linearity="tanh")),
     Case("par_bn", "llama", dict(scaling="learned")),
     Case("par_bn", "gpt2", dict(target_modules=["c_fc", "mlp.c_proj"], input_modules=["c_fc"]), "tapped"),
-    Case("adapter_plus", "llama", dict(), noop=False),
+    Case("adapter_plus", "llama", dict(stochastic_depth=0.0), noop=False),
     Case("compacter", "llama", dict(phm_dim=5, phm_rank=2, reduction_factor=3, phm_init_range=0.5)),
     Case(
         "compacter",
@@ -206,7 +214,9 @@ CASES = [
     Case("seq_bn_inv", "gpt2", dict(reduction_factor=7, inv_adapter="glow"), "glow"),
     Case("seq_bn_inv", "t5", dict(reduction_factor=7, inv_adapter="glow")),
     Case("double_seq_bn_inv", "llama", dict(reduction_factor=7, inv_adapter_reduction_factor=3)),
-    Case("loreft", "llama", dict(r=4)),
+    Case("union", "llama", dict(configs=[LoraConfig(r=4, target_modules=LINEARS), SeqBnConfig(), DOWN_BN])),
+    Case("union", "t5", dict(configs=[dict(peft_type="LORA", r=3), dict(peft_type="COMPACTER", phm_dim=5)])),
+    Case("loreft", "llama", dict(r=4, dropout=0.0)),
     Case(
         "loreft",
         "gpt2",
@@ -223,7 +233,12 @@ CASES = [
         noop=False,
     ),
     Case("loreft", "t5", dict(r=3, prefix_positions=2, suffix_positions=2, tied_weights=True)),
-    Case("noreft", "llama", dict(r=4, prefix_positions=1, suffix_positions=2, init_weights=False), noop=False),
+    Case(
+        "noreft",
+        "llama",
+        dict(r=4, dropout=0.0, prefix_positions=1, suffix_positions=2, init_weights=False),
+        noop=False,
+    ),
     Case("direft", "gpt2", dict(r=4, prefix_positions="all")),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
@@ -234,6 +249,12 @@ CASES = [
         noop=False,
     ),
     Case("prefix_tuning", "t5", dict(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM"), noop=False),
+    Case("mam", "llama", dict(configs=[PREFIX, ParBnConfig(reduction_factor=5)]), noop=False),
+    Case("mam", "gpt2", dict(configs=[PREFIX, ParBnConfig(reduction_factor=5)]), noop=False),
+    Case("mam", "t5", dict(configs=[PREFIX, ParBnConfig(reduction_factor=5)]), noop=False),
+    Case("unipelt", "llama", dict(configs=[LoraConfig(r=4), PREFIX, SeqBnConfig(reduction_factor=5)]), noop=False),
+    Case("unipelt", "gpt2", dict(configs=[LoraConfig(r=4), PREFIX, DoubleSeqBnConfig(reduction_factor=5)]), noop=False),
+    Case("unipelt", "t5", dict(configs=[LoraConfig(r=4), PREFIX]), noop=False),
     Case("prompt_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prompt_tuning",

@@ -236,7 +236,7 @@ def test_survives_deepcopy_and_pickle(case: Case):
         assert torch.equal(output(model, batch), expected)
 
 
-@every([c for c in ONE_EACH if c.method != "prefix_tuning"])
+@every([c for c in ONE_EACH if c.method not in ("prefix_tuning", "mam", "unipelt")])
 def test_gradient_checkpointing_gives_the_same_gradients(case: Case):
     grads = []
     for checkpointing in (False, True):

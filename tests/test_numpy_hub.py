@@ -359,3 +359,136 @@ def test_invertible_with_an_odd_width_and_what_it_refuses():
         attach("llama", veneer.SeqBnInvConfig(target_modules=["down_proj"]))
     with pytest.raises(TargetError, match="output_modules: 'head'"):
         attach("llama", veneer.SeqBnInvConfig(target_modules=["embed_tokens", "lm_head"], output_modules=["head"]))
+
+
+# Unions
+
+PREFIX = dict(num_virtual_tokens=3)
+
+
+def test_a_union_computes_its_methods_one_after_the_other():
+    """LoRA inside, a bottleneck around it: y = W x + 2 B A x, then y + up(relu(down(y)))."""
+    lora = veneer.LoraConfig(r=4, lora_alpha=8, target_modules=["down_proj"])
+    bottleneck = veneer.BottleneckConfig(reduction_factor=5, target_modules=["down_proj"])
+    model = attach("llama", veneer.UnionConfig(configs=[lora, bottleneck]))
+    path = "model.layers.1.mlp.down_proj"
+    x, y, out = called(model, "llama", path)
+    low_rank, small = (values(part) for part in state(model).layers[path].adapters["default"].parts)
+    y = y + 2 * x @ low_rank["lora_A"].T @ low_rank["lora_B"].T
+    hidden = np.maximum(y @ small["adapter_down"].T + small["adapter_down.bias"], 0)
+    np.testing.assert_allclose(out, y + hidden @ small["adapter_up"].T + small["adapter_up.bias"], **TOLERANCE)
+
+
+def test_a_union_of_mergeable_methods_merges_and_unmerges():
+    configs = [veneer.LoraConfig(r=4), veneer.IA3Config(), veneer.LNTuningConfig()]
+    model, batch = attach("llama", veneer.UnionConfig(configs=configs)), models.inputs("llama")
+    active = models.output(model, batch)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model.merge_adapter()
+    torch.testing.assert_close(models.output(model, batch), active, rtol=2e-4, atol=2e-5)
+    model.unmerge_adapter()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_union_keeps_the_callers_configs_and_every_fact_of_its_members():
+    reft, lora = veneer.LoReftConfig(r=2, prefix_positions=1, suffix_positions=1), veneer.LoraConfig(r=3)
+    model = attach("llama", veneer.UnionConfig(configs=[lora, reft]))
+    assert reft.target_modules is None and lora.target_modules is None
+    ids = models.inputs("llama")["input_ids"]
+    layer = state(model).layers["model.layers.0"]
+    with watching(layer.base_layer) as inner, watching(layer) as outer, torch.no_grad():
+        model(input_ids=ids, prompt_lengths=[2, 3, 4])
+    changed = np.abs(outer[0][1] - inner[0][1]).max(-1) > 1e-6
+    assert [np.flatnonzero(row).tolist() for row in changed] == [[0, 1], [0, 2], [0, 3]]
+    model.generate(input_ids=ids, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("configs", "said"),
+    [
+        ([], "name the methods"),
+        ([3], "not 3"),
+        ([dict(peft_type="LORE")], "LORA"),
+        ([veneer.AdaLoraConfig(total_step=9)], "schedule"),
+        ([veneer.LoraConfig(modules_to_save=["lm_head"])], "modules_to_save"),
+        ([veneer.LoraConfig(), veneer.LoraConfig()], "same keys"),
+        ([veneer.VeraConfig(r=3), veneer.CompacterConfig(phm_dim=5)], "shared module"),
+        ([veneer.PrefixTuningConfig(**PREFIX), veneer.PromptTuningConfig(**PREFIX)], "prompt"),
+        ([veneer.LoraConfig(target_modules=["q_porj"])], "q_proj"),
+    ],
+)
+def test_a_union_refuses_what_it_cannot_hold(configs, said: str):
+    model = models.build("llama")
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(veneer.VeneerError, match=said):
+        get_peft_model(model, veneer.UnionConfig(configs=configs))
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_defaults_of_mam_and_unipelt():
+    mam, unipelt = veneer.MAMConfig(), veneer.UniPELTConfig()
+    assert [c.peft_type for c in mam.configs] == ["PREFIX_TUNING", "PAR_BN"]
+    assert [c.peft_type for c in unipelt.configs] == ["LORA", "PREFIX_TUNING", "SEQ_BN"]
+    assert mam.configs[0].num_virtual_tokens == 30 and unipelt.configs[0].lora_alpha == 2
+    for config in (mam, unipelt):
+        model = get_peft_model(models.build("llama"), config).train()
+        batch = models.inputs("llama")
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        assert all(p.grad is not None for p in state(model).parameters("default"))
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_mam_is_its_two_methods(name: str):
+    """The prefix by PrefixTuning's own test, the parallel adapter by its formula: here that both act, and no more."""
+    parts = [veneer.PrefixTuningConfig(**PREFIX), veneer.ParBnConfig(reduction_factor=5)]
+    model, batch = attach(name, veneer.MAMConfig(configs=parts)), models.inputs(name)
+    apart = get_peft_model(models.build(name), parts[0], "prefix").eval()
+    apart.add_adapter("parallel", parts[1])
+    apart.set_adapter(["prefix", "parallel"])
+    with torch.no_grad():
+        for mine, theirs in zip(state(model).parameters("default"), both(state(apart)), strict=True):
+            theirs.copy_(mine)
+    torch.testing.assert_close(models.output(model, batch), models.output(apart, batch))
+    apart.set_adapter("prefix")
+    assert (models.output(model, batch) - models.output(apart, batch)).abs().max() > 0.01
+
+
+def both(found):
+    yield from found.parameters("parallel")
+    yield from found.parameters("prefix")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_unipelts_gates(name: str):
+    """y + g (2 / r B A x) with g of x; y + g up(..) with g of y; the prefix's keys and values times a row's g."""
+    parts = [veneer.LoraConfig(r=4, lora_alpha=2), veneer.PrefixTuningConfig(**PREFIX)]
+    parts += [veneer.DoubleSeqBnConfig(reduction_factor=5, non_linearity="relu")]
+    model = attach(name, veneer.UniPELTConfig(configs=parts))
+    layer, _, mlp, _ = PLACES[name]
+    path = f"{layer}.{mlp}".format(1)
+    _, y, out = called(model, name, path)
+    p = values(state(model).layers[path].adapters["default"])
+    hidden = np.maximum(y @ p["inner.adapter_down"].T + p["inner.adapter_down.bias"], 0)
+    update = hidden @ p["inner.adapter_up"].T + p["inner.adapter_up.bias"]
+    np.testing.assert_allclose(out, y + sigmoid(y @ p["gate"].T + p["gate.bias"]) * update, **TOLERANCE)
+
+    path = {"llama": "model.layers.1.self_attn.q_proj", "gpt2": "transformer.h.1.attn.c_attn"}[name]
+    x, y, out = called(model, name, path)
+    p = values(state(model).layers[path].adapters["default"])
+    update = 2 / 4 * x @ p["inner.lora_A"].T @ p["inner.lora_B"].T
+    np.testing.assert_allclose(out, y + sigmoid(x @ p["gate"].T + p["gate.bias"]) * update, **TOLERANCE)
+
+    path = {"llama": "model.layers.1.self_attn", "gpt2": "transformer.h.1.attn"}[name]
+    p = values(state(model).layers[path].adapters["default"])
+    ids, mask = models.inputs(name)["input_ids"], torch.tensor([[1] * 7, [0, 0] + [1] * 5, [1] * 7])
+    with watching(state(model).layers[path]) as seen, torch.no_grad():
+        cache = model(input_ids=ids, attention_mask=mask, prompt_lengths=[7, 4, 2], use_cache=True).past_key_values
+    pair, g = state(model).prompts["default"].key_values({})[1], seen[0][0] @ p["prefix_gate"].T
+    g = sigmoid(g + p["prefix_gate.bias"])
+    for row, prompt in enumerate([slice(0, 7), slice(2, 6), slice(0, 2)]):
+        for learned, found in zip(pair, (cache.layers[1].keys, cache.layers[1].values), strict=True):
+            np.testing.assert_allclose(arr(found[row, :, :3]), arr(learned) * g[row, prompt].mean(), **TOLERANCE)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,7 @@ REQUIRED = {
     "xlora": dict(adapters={"0": "somewhere"}),
     "prefix_tuning": dict(num_virtual_tokens=2),
     "prompt_tuning": dict(num_virtual_tokens=2),
+    "union": dict(configs=[LoraConfig()]),
 }
 
 
@@ -125,8 +127,9 @@ REQUIRED = {
 def test_an_unknown_field_is_refused(method: str):
     """From Python and from a file, with the nearest real name; a file's null or false says nothing and passes."""
     config_class, given = all_methods()[method], REQUIRED.get(method, {})
-    field = "num_virtual_tokens" if method.startswith("pr") else "target_modules"
-    wrong = field.replace("u", "o")
+    own = {f.name for f in fields(config_class)}
+    field = next(name for name in ("target_modules", "num_virtual_tokens", "configs") if name in own)
+    wrong = field.replace("o", "oo")
     with pytest.raises(ConfigError) as caught:
         config_class(**given, **{wrong: 3})
     assert repr(wrong) in str(caught.value) and f"nearest: {field}" in str(caught.value)

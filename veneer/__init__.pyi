@@ -43,6 +43,7 @@ from .methods.ln_tuning import LNTuningConfig as LNTuningConfig
 from .methods.loha import LoHaConfig as LoHaConfig
 from .methods.lora import LoraConfig as LoraConfig
 from .methods.loreft import LoReftConfig as LoReftConfig
+from .methods.mam import MAMConfig as MAMConfig
 from .methods.noreft import NoReftConfig as NoReftConfig
 from .methods.oft import OFTConfig as OFTConfig
 from .methods.par_bn import ParBnConfig as ParBnConfig
@@ -53,6 +54,8 @@ from .methods.road import RoadConfig as RoadConfig
 from .methods.seq_bn import SeqBnConfig as SeqBnConfig
 from .methods.seq_bn_inv import SeqBnInvConfig as SeqBnInvConfig
 from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from .methods.union import UnionConfig as UnionConfig
+from .methods.unipelt import UniPELTConfig as UniPELTConfig
 from .methods.vera import VeraConfig as VeraConfig
 from .methods.xlora import XLoraConfig as XLoraConfig
 
