@@ -188,7 +188,7 @@ def test_parallel(name: str, scaling):
         x = called(model, name, f"{layer}.intermediate.dense".format(1))[0]
     s = p["adapter_scaling"] if isinstance(scaling, str) else 4
     hidden = np.maximum(x @ p["adapter_down"].T + p["adapter_down.bias"], 0)
-    assert p["adapter_down"].shape == (6, 30) and np.shape(s) == ((30,) if scaling == "channel" else ())
+    assert p["adapter_down"].shape == (6, 30) and np.shape(s) == {"channel": (30,), "learned": (1,)}.get(scaling, ())
     expected = y + s * (hidden @ p["adapter_up"].T + p["adapter_up.bias"])
     assert np.abs(expected - y).max() > 0.1
     np.testing.assert_allclose(out, expected, **TOLERANCE)
