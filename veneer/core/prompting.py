@@ -74,6 +74,7 @@ def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     for name in state.live():
         term = state.configs[name].loss(list(state.adapters(name).values())) if name in state.trainable else None
         if term is not None:
+            term = term.full_tensor() if hasattr(term, "full_tensor") else term
             output.loss = output.loss + term.to(output.loss)
     return output
 
