@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from veneer import DoubleSeqBnConfig, LoraConfig, ParBnConfig, PrefixTuningConfig, SeqBnConfig
+from veneer import BottleneckConfig, DoubleSeqBnConfig, LoraConfig, ParBnConfig, PrefixTuningConfig, SeqBnConfig
 from veneer.core.config import Config, PromptConfig, all_methods
 
 from . import models
@@ -28,6 +28,8 @@ class Case:
     noop: bool = True
     """It starts as a no-op with these settings."""
     needs_experts: bool = False
+    siblings: dict[str, Config] = field(default_factory=dict)
+    """Adapters that it reads, by name: on the model before it."""
 
     def __str__(self) -> str:
         return "-".join(filter(None, (self.method, self.model, self.label)))
@@ -54,9 +56,40 @@ class Case:
         from veneer import get_peft_model
 
         base, config = models.build(self.model, seed, dtype), self.config()
+        model = self.with_siblings(base)
         torch.manual_seed(seed + 7)
-        model = get_peft_model(base, config, name).eval()
-        return models.perturb(model, name) if moved else model
+        if model is not None:
+            model.add_adapter(name, config)
+            model.set_adapter(name)
+        else:
+            model = get_peft_model(base, config, name)
+        return models.perturb(model.eval(), name) if moved else model.eval()
+
+    def with_siblings(self, base):
+        """`base` with the adapters that it reads, None if there are none."""
+        from veneer import get_peft_model
+
+        model = None
+        torch.manual_seed(5)
+        for i, (name, config) in enumerate(self.siblings.items()):
+            if model is None:
+                model = get_peft_model(base, config, name)
+            else:
+                model.add_adapter(name, config)
+            models.perturb(model, name, 20 + i, 0.3)
+        return model
+
+    def load(self, directory, name: str = "default", base=None, **kwargs):
+        """The case's model with a saved adapter on."""
+        from veneer import PeftModel
+
+        base = models.build(self.model) if base is None else base
+        model = self.with_siblings(base)
+        if model is None:
+            return PeftModel.from_pretrained(base, directory, name, **kwargs)
+        model.load_adapter(directory, name, **kwargs)
+        model.set_adapter(name)
+        return model.eval()
 
     def inputs(self, **kwargs: Any) -> dict:
         return models.inputs(self.model, **kwargs)
@@ -84,6 +117,7 @@ def experts(model: str) -> dict[str, str]:
 
 
 DOWN_BN = DoubleSeqBnConfig(reduction_factor=7, target_modules=["down_proj"])
+GPT2_BN = BottleneckConfig(reduction_factor=7, target_modules=["c_fc"])
 PREFIX = PrefixTuningConfig(num_virtual_tokens=3)
 
 CASES = [
@@ -216,6 +250,24 @@ CASES = [
     Case("double_seq_bn_inv", "llama", dict(reduction_factor=7, inv_adapter_reduction_factor=3)),
     Case("union", "llama", dict(configs=[LoraConfig(r=4, target_modules=LINEARS), SeqBnConfig(), DOWN_BN])),
     Case("union", "t5", dict(configs=[dict(peft_type="LORA", r=3), dict(peft_type="COMPACTER", phm_dim=5)])),
+    Case(
+        "fusion",
+        "llama",
+        dict(adapter_names=["one", "two"]),
+        noop=False,
+        siblings=dict(one=SeqBnConfig(), two=SeqBnConfig(reduction_factor=7)),
+    ),
+    Case(
+        "fusion",
+        "gpt2",
+        dict(adapter_names=["one", "two", "three"], value=False),
+        noop=False,
+        siblings=dict(
+            one=LoraConfig(r=3, target_modules=["c_fc"]),
+            two=LoraConfig(r=3, target_modules=["mlp.c_proj", "c_fc"]),
+            three=GPT2_BN,
+        ),
+    ),
     Case("loreft", "llama", dict(r=4, dropout=0.0)),
     Case(
         "loreft",

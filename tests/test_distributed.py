@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from veneer import LoraConfig, PeftModel, get_peft_model
+from veneer import LoraConfig, get_peft_model
 from veneer.core.context import state_of
 
 from . import models
@@ -88,7 +88,7 @@ def with_fsdp(rank: int, where: str) -> None:
         model.save_pretrained(f"{where}/{case}", selected_adapters=["default"], is_main_process=rank == 0)
         dist.barrier()
         if rank == 0:
-            loaded = PeftModel.from_pretrained(models.build(case.model), f"{where}/{case}")
+            loaded = case.load(f"{where}/{case}")
             for a, b in zip(state_of(loaded.get_base_model()).parameters("default"), found, strict=True):
                 assert torch.equal(a, b), case
 

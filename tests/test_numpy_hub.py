@@ -492,3 +492,97 @@ def test_unipelts_gates(name: str):
     for row, prompt in enumerate([slice(0, 7), slice(2, 6), slice(0, 2)]):
         for learned, found in zip(pair, (cache.layers[1].keys, cache.layers[1].values), strict=True):
             np.testing.assert_allclose(arr(found[row, :, :3]), arr(learned) * g[row, prompt].mean(), **TOLERANCE)
+
+
+# AdapterFusion
+
+
+def fused(name: str, config=None, **settings):
+    """A model with three adapters and a fusion of them, which alone is active."""
+    model = attach(name, config or veneer.DoubleSeqBnConfig(reduction_factor=3))
+    for i, (other, factor) in enumerate((("two", 5), ("three", 7))):
+        model.add_adapter(other, config or veneer.DoubleSeqBnConfig(reduction_factor=factor))
+        models.perturb(model, other, 30 + i, 0.3)
+    model.add_adapter("fusion", veneer.AdapterFusionConfig(adapter_names=["default", "two", "three"], **settings))
+    model.set_adapter("fusion")
+    return models.perturb(model, "fusion", 40, 0.3)
+
+
+@pytest.mark.parametrize("value", [True, False])
+@ends_of
+def test_fusion(name: str, value: bool):
+    """y + sum_i a_i V u_i, a = softmax_i((Q y + q) . (K u_i + k)), u_i = up(f(down(y)))."""
+    model = fused(name, value=value)
+    layer, attention, mlp, _ = PLACES[name]
+    for path in (f"{layer}.{attention}".format(0), f"{layer}.{mlp}".format(1)):
+        _, y, out = called(model, name, path)
+        adapters = state(model).layers[path].adapters
+        updates = []
+        for other in ("default", "two", "three"):
+            p = values(adapters[other])
+            h = y @ p["adapter_down"].T + p["adapter_down.bias"]
+            updates.append(h * sigmoid(h) @ p["adapter_up"].T + p["adapter_up.bias"])
+        u, p = np.stack(updates), values(adapters["fusion"])
+        q, k = y @ p["fusion_query"].T + p["fusion_query.bias"], u @ p["fusion_key"].T + p["fusion_key.bias"]
+        a = np.exp(np.einsum("brd,nbrd->nbr", q, k) - 50)
+        a /= a.sum(0)
+        assert a.std() > 0.01
+        V = p["fusion_value"] if value else np.eye(30)
+        np.testing.assert_allclose(out, y + np.einsum("nbr,nbrd->brd", a, u @ V.T), rtol=1e-4, atol=1e-4)
+
+
+def test_a_fusions_start_and_loss():
+    """Nearly the mean of what the adapters add; |V - I|^2 / 100 is part of the loss."""
+    model = fused("llama")
+    batch = models.inputs("llama")
+    batch["labels"] = batch["input_ids"]
+    with torch.enable_grad():
+        whole = model(**batch).loss.item()
+    with torch.no_grad():
+        plain = model(**batch).loss.item()
+    V = [values(a)["fusion_value"] for a in state(model).adapters("fusion").values()]
+    assert whole - plain == pytest.approx(0.01 * sum(((v - np.eye(30)) ** 2).sum() for v in V), rel=1e-4)
+    fresh = fused("llama")
+    fresh.add_adapter("start", veneer.AdapterFusionConfig(adapter_names=["default", "two"]))
+    for adapter in state(fresh).adapters("start").values():
+        np.testing.assert_array_equal(values(adapter)["fusion_value"], np.eye(30))
+        y = torch.randn(2, 3, 30)
+        u = adapter.updates(y, y)
+        torch.testing.assert_close(adapter.post(y, y) - y, u.mean(-2), rtol=0.3, atol=0.3)
+
+
+def test_a_fusion_leaves_its_adapters_alone():
+    model, batch = fused("llama"), models.inputs("llama")
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    for name in ("default", "two", "three"):
+        assert all(p.grad is None and not p.requires_grad for p in state(model).parameters(name))
+    assert all(p.grad is not None for p in state(model).parameters("fusion"))
+
+
+def test_a_fusion_needs_its_adapters(tmp_path):
+    model = fused("llama")
+    model.save_pretrained(tmp_path, selected_adapters=["fusion"])
+    with pytest.raises(TargetError, match="reads adapter 'default'"):
+        get_peft_model(models.build("llama"), veneer.AdapterFusionConfig(adapter_names=["default", "two"]))
+    other = get_peft_model(models.build("llama"), veneer.DoubleSeqBnConfig(reduction_factor=3))
+    with pytest.raises(veneer.VeneerError, match="reads adapter 'two'"):
+        other.load_adapter(tmp_path / "fusion", "fusion")
+    assert list(other.peft_config) == ["default"]
+    model.delete_adapter("two")
+    with pytest.raises(veneer.VeneerError, match="reads adapter 'two'"):
+        model(**models.inputs("llama"))
+    other.add_adapter("ia3", veneer.IA3Config(target_modules=["o_proj", "down_proj"], feedforward_modules=["o_proj"]))
+    with pytest.raises(TargetError, match="acts elsewhere"):
+        other.add_adapter("fusion", veneer.AdapterFusionConfig(adapter_names=["default", "ia3"]))
+    other.add_adapter("lora", veneer.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(TargetError, match="no module in common"):
+        other.add_adapter("fusion", veneer.AdapterFusionConfig(adapter_names=["default", "lora"]))
+    with pytest.raises(ConfigError, match="two or more"):
+        veneer.AdapterFusionConfig(adapter_names=["one", "one"])
+
+
+def test_a_fusion_of_edits_knows_the_prompt():
+    model = fused("llama", veneer.LoReftConfig(r=2, prefix_positions=1, suffix_positions=1), value=False)
+    ids = models.inputs("llama")["input_ids"]
+    assert edited(model, input_ids=ids) == [[0, 6]] * 3
+    assert edited(model, input_ids=ids, prompt_lengths=[2, 3, 4]) == [[0, 1], [0, 2], [0, 3]]

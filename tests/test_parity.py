@@ -24,7 +24,7 @@ TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 
 HUB = (
     *("seq_bn", "double_seq_bn", "par_bn", "adapter_plus", "seq_bn_inv", "double_seq_bn_inv", "compacter"),
-    *("compacter_plus_plus", "loreft", "noreft", "direft", "union", "mam", "unipelt"),
+    *("compacter_plus_plus", "loreft", "noreft", "direft", "union", "mam", "unipelt", "fusion"),
 )
 """Methods of AdapterHub's library."""
 NOT_COMPARED = {

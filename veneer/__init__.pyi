@@ -37,6 +37,7 @@ from .methods.dora import DoraConfig as DoraConfig
 from .methods.double_seq_bn import DoubleSeqBnConfig as DoubleSeqBnConfig
 from .methods.double_seq_bn_inv import DoubleSeqBnInvConfig as DoubleSeqBnInvConfig
 from .methods.fourierft import FourierFTConfig as FourierFTConfig
+from .methods.fusion import AdapterFusionConfig as AdapterFusionConfig
 from .methods.hra import HRAConfig as HRAConfig
 from .methods.ia3 import IA3Config as IA3Config
 from .methods.ln_tuning import LNTuningConfig as LNTuningConfig
