@@ -2,6 +2,7 @@
 
     python -m bench.methods --data train.jsonl                         # all methods, veneer and PEFT
     python -m bench.methods ... --only hira --only vera                # some of them, into the same table
+    python -m bench.methods ... --no-timing                            # losses alone, on a busy machine
 
 Each method runs in a process of its own: SmolLM2-135M, 60 steps of 2 short rows, the loss on 64 held-out rows, the same
 rows, order and seed for all. Step times are taken in alternation with LoRA's in that process. Results go to
@@ -69,7 +70,9 @@ def load(data: Path) -> tuple[Any, Task]:
 # One method in one library
 
 
-def measure(name: str, library: str, data: Path, rate: float | None, settings: dict[str, Any]) -> dict[str, Any]:
+def measure(
+    name: str, library: str, data: Path, rate: float | None, settings: dict[str, Any], timing: bool
+) -> dict[str, Any]:
     torch.manual_seed(0)
     base, task = load(data)
     own = settings_for(name, task, base)
@@ -87,7 +90,7 @@ def measure(name: str, library: str, data: Path, rate: float | None, settings: d
         "trainable": learned,
         "peak_bytes": peak,
         "file_bytes": size_on_disk(model),
-        "step_over_lora": relative_step(model, library, task),
+        "step_over_lora": relative_step(model, library, task) if timing else None,
     }
 
 
@@ -191,7 +194,7 @@ def _cells(result: dict[str, Any], before: float, lora: dict[str, Any]) -> list[
         f"{result['after']:.3f}",
         f"{gain:.0%}",
         f"{result['trainable']:,}",
-        f"{result['step_over_lora']:.2f}",
+        _ratio(result),
         f"{result['peak_bytes'] / 1e9:.1f}",
         f"{result['file_bytes'] / 1e6:.2f}",
     ]
@@ -202,7 +205,11 @@ def _pefts(result: dict[str, Any] | None) -> list[str]:
         return ["-", "-", "-"]
     if "error" in result:
         return [result["error"].split(":")[0][:40], "-", "-"]
-    return [f"{result['after']:.3f}", f"{result['step_over_lora']:.2f}", f"{result['file_bytes'] / 1e6:.2f}"]
+    return [f"{result['after']:.3f}", _ratio(result), f"{result['file_bytes'] / 1e6:.2f}"]
+
+
+def _ratio(result: dict[str, Any]) -> str:
+    return "-" if result["step_over_lora"] is None else f"{result['step_over_lora']:.2f}"
 
 
 def has(library: str, name: str) -> bool:
@@ -219,13 +226,15 @@ def main(
     library: Annotated[str, typer.Option(hidden=True)] = "veneer",
     rate: Annotated[float | None, typer.Option(help="Another learning rate.")] = None,
     settings: Annotated[str, typer.Option(help="Settings over the defaults, as JSON.")] = "{}",
+    timing: Annotated[bool, typer.Option(help="Also time steps against LoRA's.")] = True,
     out: Annotated[Path, typer.Option(help="Where the table goes.")] = DOCS,
 ) -> None:
     if one:
-        print(json.dumps(measure(one, library, data, rate, json.loads(settings))))
+        print(json.dumps(measure(one, library, data, rate, json.loads(settings), timing)))
         return
     arguments = ["--data", str(data), "--settings", settings]
     arguments += ["--rate", str(rate)] if rate else []
+    arguments += [] if timing else ["--no-timing"]
     store = out / "methods.json"
     results = json.loads(store.read_text()) if store.exists() else {"before": untrained(data), "veneer": {}, "peft": {}}
     for name in only or list(pages()):
