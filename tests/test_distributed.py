@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from veneer import LoraConfig, PeftModel, get_peft_model
+from veneer import LoraConfig, get_peft_model
 from veneer.core import checkpoint
 from veneer.core.context import state_of
 
@@ -101,7 +101,7 @@ def with_fsdp(rank: int, where: str) -> None:
         model.save_pretrained(f"{where}/{case}", selected_adapters=["default"], is_main_process=rank == 0)
         dist.barrier()
         if rank == 0:
-            loaded = PeftModel.from_pretrained(models.build(case.model), f"{where}/{case}")
+            loaded = case.load(f"{where}/{case}")
             for a, b in zip(of_file(loaded), of_file(single), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, c=case: f"{c}: {m}")
             if case.method != "p_tuning":  # its file holds what the encoder made of them

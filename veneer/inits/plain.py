@@ -63,8 +63,8 @@ def to_plain_lora_(model: PeftModel, adapter_name: str = "default") -> None:
 
     state, config = model._state, cast("LoraConfig", model.peft_config[adapter_name])
     loras = [p for a in state.adapters(adapter_name).values() for p in a.parts if isinstance(p, LoRA)]
-    if any(hasattr(lora, "error") for lora in loras):
-        raise NotMergeable("LoftQ's update stands on a quantised weight; merge it, or save that base")
+    if any(getattr(lora, "error", None) is not None for lora in loras):
+        raise NotMergeable("LoftQ's update stands on a quantised weight; give the base that with quantise_base_(model)")
     doubled = any(lora.start_A is not None for lora in loras)
     new = plain(config) if doubled else copy.copy(config)
     new.init_lora_weights = True
