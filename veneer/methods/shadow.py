@@ -149,7 +149,7 @@ class ShadowConfig(LayerConfig):
     """How much the shadow's own loss counts."""
 
     peft_type, adapter = Name("SHADOW"), Shadow
-    learning_rate = 2e-4
+    learning_rate = 5e-4
 
     def __post_init__(self) -> None:
         super().__post_init__()
