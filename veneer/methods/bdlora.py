@@ -104,3 +104,4 @@ class BlockDiagonalLoraConfig(LoraConfig):
     """`BdLoraConfig`: which factor of which target, and in how many blocks."""
 
     adapter = Composition(BDLoRA)  # type: ignore[assignment]
+    example = {"use_bdlora": {"target_modules_bd_b": ["attn", "attention"], "nblocks": 2}}
