@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import TargetError, VeneerError
+from ..errors import TargetError, VeneerError, listing
 from . import checkpoint
 from .adapter import Adapter, Bias, Replace, Tensors
 from .config import Config, LayerConfig, PromptConfig
@@ -43,23 +43,19 @@ def attach(
     state = state_of(model) or State()
     _check_name(name, state)
     saved = saved_modules(model, config)
-    paths, bare = _places(model, config, saved)
+    places = [(member, *_places(model, member, saved)) for member in config.members()]
     state.configs[name] = config
     try:
         layers = Wrapper(model, state)
         with torch.device("meta") if on_meta else nullcontext():
-            adapted = [layers.wrap(path) for path in paths]
-            _build_shared(config, name, state, adapted)
-            for layer in adapted:
-                layer.add(name, config.build(layer.target, state.shared.get(name)))
-            _add_to_parameters(config, name, layers, bare)
-            _follow_ties(model, config, name, layers, adapted)
-            _add_biases(model, config, name, layers, paths)
+            for member, paths, bare in places:
+                _add_member(model, config, member, name, layers, paths)
+                _add_to_parameters(member, name, layers, bare)
             for path in saved:
                 layer = layers.wrap(path)
                 layer.add(name, Replace(layer.target))
-            if isinstance(config, PromptConfig):
-                state.prompts[name] = config.build_prompt(spec_for(model, config), model.get_input_embeddings().weight)
+        if len(places) > 1:
+            _check_keys(state, name)
     except BaseException:
         detach(model, name, state)
         raise
@@ -188,10 +184,24 @@ def _check_name(name: str, state: State) -> None:
         raise VeneerError(f"the model already has an adapter called {name!r}; choose another name or delete it first")
 
 
-def _build_shared(config: Config, name: str, state: State, layers: Sequence[AdapterLayer]) -> None:
-    shared = config.build_shared([layer.target for layer in layers])
-    if shared is not None:
-        state.shared[name] = shared
+def _add_member(model: nn.Module, config: Config, member: Config, name: str, layers: Wrapper, paths: list[str]) -> None:
+    """The adapters, the shared module and the prompt of one of the methods under a name."""
+    state, adapted = layers.state, [layers.wrap(path) for path in paths]
+    shared = member.build_shared([layer.target for layer in adapted])
+    prompt = None
+    if isinstance(member, PromptConfig):
+        prompt = member.build_prompt(spec_for(model, member), model.get_input_embeddings().weight)
+    kind = member.peft_type
+    for group, module in ((state.shared, shared), (state.prompts, prompt)):
+        if module is not None and name in group:
+            raise VeneerError(f"{name!r} would unite two methods with a shared module or a prompt, the second {kind}")
+        if module is not None:
+            group[name] = module
+    built = [member.build(layer.target, shared) for layer in adapted]
+    for layer, adapter in zip(adapted, built, strict=True):
+        layer.add(name, config.join(adapter))
+    _follow_ties(model, member, name, layers, built)
+    _add_biases(model, member, name, layers, paths)
 
 
 def _add_to_parameters(config: Config, name: str, layers: Wrapper, places: Sequence[tuple[str, str]]) -> None:
@@ -209,15 +219,22 @@ def _add_to_parameters(config: Config, name: str, layers: Wrapper, places: Seque
         layer.add(name, adapter)
 
 
-def _follow_ties(model: nn.Module, config: Config, name: str, layers: Wrapper, adapted: list[AdapterLayer]) -> None:
+def _check_keys(state: State, name: str) -> None:
+    """Raise unless each tensor has a key of its own in the file."""
+    keys = Counter(prefix + key for prefix, part in checkpoint.parts(state, name) for key in checkpoint.export(part))
+    twice = [key for key, count in keys.items() if count > 1]
+    if twice:
+        raise VeneerError(f"two methods united under {name!r} would save under the same keys:{listing(twice)}")
+
+
+def _follow_ties(model: nn.Module, config: Config, name: str, layers: Wrapper, built: list[Adapter]) -> None:
     """Adapters that follow ties also go on the modules whose weight is the same Parameter."""
-    for layer in adapted:
-        adapter = layer.adapters[name]
+    for adapter in built:
         if not adapter.follows_ties:
             continue
-        weight = layer.base_layer.weight
+        base = adapter.target.base
         for path, module in layers.modules.items():
-            if module is not layer.base_layer and module._parameters.get("weight") is weight:
+            if module is not base and module._parameters.get("weight") is base.weight:
                 twin = layers.wrap(path)
                 twin.add(name, config.build(twin.target, None, twin=adapter))
 

@@ -57,6 +57,7 @@ class BdLoraConfig(Settings):
 class BDLoRA(LoRA):
     kinds = frozenset({"linear"})
     settings = BdLoraConfig
+    pads = False
 
     @classmethod
     def check(cls, config: Any) -> None:
