@@ -198,6 +198,14 @@ def test_any_start_becomes_plain_lora(start: Start, more: dict, tmp_path):
         torch.testing.assert_close(output(loaded, batch), before, **TOLERANCE)
 
 
+@pytest.mark.parametrize("how", ["pissa", "corda"])
+def test_what_has_other_tensors_of_its_rank_has_no_plain_form(how: str):
+    """A start from data could not be saved then, so it is refused before anything is trained."""
+    start = Start(how, {}, before="corda" if how == "corda" else None)
+    with pytest.raises(ConfigError, match="MonteCLoRA"):
+        to_plain_lora_(started(start, monteclora_config=veneer.MontecloraConfig()))
+
+
 @every_start
 def test_a_start_learns(start: Start):
     model = started(start).train()

@@ -28,7 +28,7 @@ from .lora_ga import LoraGAConfig, lora_ga_start
 from .olora import olora
 from .orthogonal import orthogonal
 from .pissa import pissa
-from .plain import joined, parted, plain
+from .plain import check_joined, joined, parted, plain
 
 NAMES = "gaussian|orthogonal|olora|eva|corda|lora_ga|loftq|pissa|mica"
 FROM_DATA = ("corda", "lora_ga")
@@ -69,6 +69,11 @@ class StartConfig(LayerConfig):
         for name in () if self.from_file else SETTINGS:
             if name != self.init_lora_weights and getattr(self, f"{name}_config") is not None:
                 raise ConfigError(f"{name}_config has no effect without init_lora_weights={name!r}")
+
+    def check_start(self, lora: Any) -> None:
+        """Raise ConfigError for an adapter whose file could not hold its start."""
+        if self.init_lora_weights in FROM_DATA and len(list(lora.state_dict())) > 2:
+            check_joined(lora)
 
     def saved(self) -> Config:
         return plain(self) if self.init_lora_weights in FROM_DATA else copy.copy(self)

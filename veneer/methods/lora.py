@@ -134,4 +134,6 @@ class LoraConfig(Variants, StartConfig):
         from ..inits.quantised import LoftQ
 
         self.check_settings()
-        return (LoftQ if self.init_lora_weights == "loftq" else self.adapter)(self, target, shared)  # type: ignore
+        made = (LoftQ if self.init_lora_weights == "loftq" else self.adapter)(self, target, shared)
+        self.check_start(made)
+        return made  # type: ignore
