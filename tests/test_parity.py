@@ -37,6 +37,8 @@ for method, config in all_methods().items():
 if importlib.util.find_spec("sklearn") is None:
     NOT_COMPARED["adamss"] = "PEFT's AdaMSS needs scikit-learn, which is not here"
 FAULTS = {
+    "lora-gpt2-tied": "PEFT ties adapters on embeddings called embed_tokens alone; lora-tied is compared",
+    "lora-gpt2-tied-copy": "the same; lora-tied-copy is compared",
     "lora-dilated": "PEFT's LoRA convolutions drop the module's dilation, so that shapes do not meet",
     "hra-conv": "PEFT sizes HRA on convolutions by kernel_size[0] twice; hra-square is compared",
     "oft-conv": "PEFT sizes OFT on convolutions by kernel_size[0] twice; oft-square is compared",
@@ -93,6 +95,7 @@ MERGED = {
     "hira-dilated": "PEFT's HiRA convolutions pad with zeros whatever the padding mode; its merge is right",
 }
 WRONG_GRADIENTS = {
+    "lora-tied": "PEFT lists the tied adapter twice, and its gradient under both names",
     "c3a-llama": "PEFT's C3A turns the gradient of its input the other way; test_c3as_gradients has the right one",
     "c3a-llama-gaussian": "as for c3a-llama",
     "loha-conv-effective": "PEFT's backward of LoHa with a core takes the gradient of A1 through the core of the other "
@@ -507,6 +510,7 @@ def gradients(model, case: Case) -> dict[str, torch.Tensor]:
         if p.grad is not None:
             name = name.removeprefix("base_model.model.").replace(".adapters.default.", ".").replace(".default", "")
             name = name.replace(".members.0.", ".base_layer.").replace(".members.1.", ".")  # two parameters of a module
+            name = name.replace(".token_adapter.", ".")
             found[name.replace(".modules_to_save.", ".").replace(".module.", ".").removesuffix(".weight")] = p.grad
     return found
 

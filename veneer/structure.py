@@ -112,6 +112,20 @@ def endings(paths: list[str], modules: dict[str, nn.Module]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def layer_list(model: nn.Module) -> str:
+    """The path of the list of a model's layers.
+
+    Raises:
+        TargetError: there is none, or more than one.
+    """
+    lists = {path.rpartition(".")[0] for path in _layers(dict(walk(model)))}
+    if len(lists) != 1:
+        raise TargetError(
+            f"{type(model).__name__} shows {len(lists)} lists of layers, not one: {', '.join(sorted(lists))}"
+        )
+    return lists.pop()
+
+
 def _layers(modules: dict[str, nn.Module]) -> list[str]:
     """Paths of the repeated layers: members of a ModuleList that hold an attention module."""
     lists = [path for path, module in modules.items() if isinstance(module, nn.ModuleList)]

@@ -134,6 +134,10 @@ class Config(Checked):
         """The configs of the methods under this name: itself, unless it unites several."""
         return (self,)
 
+    def reshape(self, model: nn.Module) -> Any:
+        """Change the model's layers before adapters go on. An object with `.undo()`, or None if nothing changed."""
+        return None
+
     def join(self, adapter: Adapter) -> Adapter:
         """What a union makes of the adapter that a member has built."""
         return adapter

@@ -34,6 +34,7 @@ class State:
         self.active: tuple[str, ...] = ()
         self.trainable: set[str] = set()
         self.schedules: dict[str, Any] = {}
+        self.reshaped: list[Any] = []
         self.enabled = True
         self.facts: dict[Any, Any] = {}
         self.sticky: dict[str, Any] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,14 +12,14 @@ from torch import nn
 
 from ..errors import TargetError, VeneerError, listing
 from . import checkpoint
-from .adapter import Adapter, Bias, Replace, Tensors
+from .adapter import Adapter, Bias, Replace, Tensors, TiedReplace
 from .config import Config, LayerConfig, PromptConfig
 from .context import BASE, State, state_of
 from .layer import AdapterLayer, walk
 from .prompt import spec_for
 from .prompting import install, uninstall
 from .select import parameters, saved_modules, targets
-from .target import ParamTarget
+from .target import ParamTarget, Target
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -42,23 +42,33 @@ def attach(
     """
     state = state_of(model) or State()
     _check_name(name, state)
-    saved = saved_modules(model, config)
-    places = [(member, *_places(model, member, saved)) for member in config.members()]
-    state.configs[name] = config
+    reshaped = config.reshape(model)
+    state.reshaped += [] if reshaped is None else [reshaped]
     try:
-        layers = Wrapper(model, state)
-        with torch.device("meta") if on_meta else nullcontext():
-            for member, paths, bare in places:
-                _add_member(model, config, member, name, layers, paths)
-                _add_to_parameters(member, name, layers, bare)
-            for path in saved:
-                layer = layers.wrap(path)
-                layer.add(name, Replace(layer.target))
-        if len(places) > 1:
-            _check_keys(state, name)
+        return _put_on(model, config, name, state, trainable=trainable, on_meta=on_meta, lift=lift)
     except BaseException:
         detach(model, name, state)
         raise
+
+
+def _put_on(
+    model: nn.Module, config: Config, name: str, state: State, *, trainable: bool, on_meta: bool, lift: bool
+) -> State:
+    saved = saved_modules(model, config)
+    places = [(member, *_places(model, member, saved)) for member in config.members()]
+    state.configs[name] = config
+    layers = Wrapper(model, state)
+    with torch.device("meta") if on_meta else nullcontext():
+        for member, paths, bare in places:
+            _add_member(model, config, member, name, layers, paths)
+            _add_to_parameters(member, name, layers, bare)
+        copies = [(path, Replace(layers.wrap(path).target)) for path in saved]
+        for path, copied in copies:
+            layers.wrap(path).add(name, copied)
+            if getattr(config, "ensure_weight_tying", False) and copied.target.kind in ("linear", "embedding"):
+                _add_twins(copied, name, layers, TiedReplace)
+    if len(places) > 1:
+        _check_keys(state, name)
     install(model, state)
     settle(model, state, name, lift=lift)
     for module in state.modules(name):
@@ -119,6 +129,8 @@ def detach(model: nn.Module, name: str, state: State) -> None:
     state.active = tuple(active for active in state.active if active != name)
     if not state.configs:
         uninstall(model)
+        while state.reshaped:
+            state.reshaped.pop().undo()
     elif state_of(model) is state:
         install(model, state)
 
@@ -200,7 +212,9 @@ def _add_member(model: nn.Module, config: Config, member: Config, name: str, lay
     built = [member.build(layer.target, shared) for layer in adapted]
     for layer, adapter in zip(adapted, built, strict=True):
         layer.add(name, config.join(adapter))
-    _follow_ties(model, member, name, layers, built)
+    for adapter in built:
+        if adapter.follows_ties:
+            _add_twins(adapter, name, layers, lambda target, first: member.build(target, None, twin=first))
     _add_biases(model, member, name, layers, paths)
 
 
@@ -210,9 +224,9 @@ def _add_to_parameters(config: Config, name: str, layers: Wrapper, places: Seque
     for path, parameter in places:
         layer = layers.wrap(path)
         target = ParamTarget(layer, parameter)
-        count[path] -= 1
-        target.key = "base_layer." * count[path]
         adapter = config.build(target)
+        count[path] -= 1
+        adapter.key = "base_layer." * count[path]
         if "param" not in adapter.kinds or getattr(adapter, "dropout", None) is not None:
             what = "dropout" if "param" in adapter.kinds else type(adapter).__name__
             raise TargetError(f"target_parameters: {target.path!r} is a bare parameter, on which there is no {what}")
@@ -227,16 +241,17 @@ def _check_keys(state: State, name: str) -> None:
         raise VeneerError(f"two methods united under {name!r} would save under the same keys:{listing(twice)}")
 
 
-def _follow_ties(model: nn.Module, config: Config, name: str, layers: Wrapper, built: list[Adapter]) -> None:
-    """Adapters that follow ties also go on the modules whose weight is the same Parameter."""
-    for adapter in built:
-        if not adapter.follows_ties:
-            continue
-        base = adapter.target.base
-        for path, module in layers.modules.items():
-            if module is not base and module._parameters.get("weight") is base.weight:
-                twin = layers.wrap(path)
-                twin.add(name, config.build(twin.target, None, twin=adapter))
+def _add_twins(first: Adapter, name: str, layers: Wrapper, build: Callable[[Target, Any], Adapter]) -> None:
+    """What `build` makes of a target and the first adapter, on each other module whose weight is the same Parameter."""
+    base = first.target.base
+    for path, module in layers.modules.items():
+        if module is not base and module._parameters.get("weight") is base.weight:
+            layer = layers.wrap(path)
+            if name in layer.adapters:
+                raise TargetError(
+                    f"{first.target.path!r} and {path!r} share one weight: adapt one of them, the other follows"
+                )
+            layer.add(name, build(layer.target, first))
 
 
 def _add_biases(model: nn.Module, config: Config, name: str, layers: Wrapper, paths: list[str]) -> None:

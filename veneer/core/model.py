@@ -279,6 +279,7 @@ class PeftModel(nn.Module):
         self._merge(adapter_names, safe_merge, progressbar)
         for layer in self._state.layers.values():
             layer.kept, layer.kept_module = {}, None
+        self._state.reshaped.clear()  # the merged weights stand in those layers
         model = self.unload()
         interop.note_untied(model)
         return model

@@ -359,8 +359,6 @@ class ParamTarget(Target):
     def __init__(self, layer: AdapterLayer, name: str) -> None:
         super().__init__(layer)
         self.name = name
-        self.key = ""
-        """What stands before the attribute's name in the file, when several parameters of the module are adapted."""
 
     @property
     def path(self) -> str:
