@@ -49,7 +49,7 @@ def test_a_method_is_a_small_file(path: Path):
 
 
 def test_the_core_is_small():
-    assert sum(code_lines(path) for path in CORE) <= 2200
+    assert sum(code_lines(path) for path in CORE) <= 2250
 
 
 def test_functions_are_short():

@@ -1,8 +1,10 @@
-"""Trainable tokens under another method's name: what `trainable_token_indices` asks for."""
+"""What may stand beside a LoRA under its name: trained tokens, and the same update on a tied module."""
 
 from __future__ import annotations
 
-from .core.adapter import Tensors
+from torch import Tensor
+
+from .core.adapter import LowRank, Tensors, check_tied
 from .methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
 
 
@@ -26,3 +28,25 @@ def beside(indices: list[int] | dict[str, list[int]] | None) -> list[Tokens]:
     if isinstance(indices, dict):
         return [Tokens(token_indices=tokens, target_modules=[module]) for module, tokens in indices.items()]
     return [Tokens(token_indices=indices)] if indices else []
+
+
+class TiedLoRA(LowRank):
+    """The update of an embedding in the output head that shares its weight, or the other way round: its transpose."""
+
+    kinds = frozenset({"linear", "embedding"})
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        A, B = self.shared.factors()
+        return B.T, A.T
+
+    def export(self) -> Tensors:
+        A, B = self.shared.matrices()
+        names = (
+            ("lora_embedding_A", "lora_embedding_B")
+            if self.target.kind == "embedding"
+            else ("lora_A.weight", "lora_B.weight")
+        )
+        return {name: t.detach().T.contiguous() for name, t in zip(names, (B, A), strict=True)}
+
+    def absorb(self, tensors: Tensors) -> None:
+        check_tied(self, tensors)

@@ -16,16 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..beside import beside
-from ..core.adapter import LowRank, Matrix, Tensors, check_tied
+from ..beside import TiedLoRA, beside
+from ..core.adapter import Matrix
 from ..core.config import Config, Name, at, check_range, mapping
 from ..core.target import Target
 from ..errors import ConfigError
 from ..inits.start import StartConfig, Started
 from ..replication import replicate
 from ..variants import Aspect, Composition, Settings, Variants
-
-LINEAR = ("lora_A.weight", "lora_B.weight")
 
 
 class LoRA(Aspect, Started):
@@ -73,24 +71,6 @@ class LoRA(Aspect, Started):
 
     def describe(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}, {self.target.in_features} -> {self.target.out_features}"
-
-
-class TiedLoRA(LowRank):
-    """The update of an embedding in the output head that shares its weight, or the other way round: its transpose."""
-
-    kinds = frozenset({"linear", "embedding"})
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        A, B = self.shared.factors()
-        return B.T, A.T
-
-    def export(self) -> Tensors:
-        A, B = self.shared.matrices()
-        names = ("lora_embedding_A", "lora_embedding_B") if self.target.kind == "embedding" else LINEAR
-        return {name: t.detach().T.contiguous() for name, t in zip(names, (B, A), strict=True)}
-
-    def absorb(self, tensors: Tensors) -> None:
-        check_tied(self, tensors)
 
 
 @dataclass(kw_only=True)
