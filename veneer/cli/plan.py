@@ -122,7 +122,8 @@ def folded(paths: tuple[str, ...]) -> list[str]:
     groups: dict[tuple[str, str], list[int]] = {}
     for path in paths:
         parts = re.match(r"(.*?\.)(\d+)(\..*)", path)
-        groups.setdefault(parts.group(1, 3) if parts else (path, ""), []).extend([int(parts[2])] if parts else [])
+        place = (parts[1], parts[3]) if parts else (path, "")
+        groups.setdefault(place, []).extend([int(parts[2])] if parts else [])
     return [f"{before}{_range(numbers)}{after}" for (before, after), numbers in groups.items()]
 
 
