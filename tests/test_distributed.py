@@ -17,9 +17,9 @@ from veneer.core.context import state_of
 from . import models
 from .cases import ONE_EACH, without_dropout
 
-DRAWS = ("poly",)
-"""Methods that draw at random for each row in training, so that two processes cannot agree with one."""
-CASES = [without_dropout(c) for c in ONE_EACH if c.model == "llama" and c.method not in ("xlora", *DRAWS)]
+OF_THE_BATCH = ("poly", "pvera", "lily", "velora", "monteclora")
+"""Methods that draw at random in training, or look at all rows together: two processes cannot agree with one."""
+CASES = [without_dropout(c) for c in ONE_EACH if c.model == "llama" and c.method not in ("xlora", *OF_THE_BATCH)]
 
 
 def free_port() -> int:
@@ -86,8 +86,8 @@ def with_fsdp(rank: int, where: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
     for case in CASES:
-        if case.method == "adalora":
-            continue  # its loss and its allocation compare whole factors of all targets, which are sharded here
+        if case.method in ("adalora", "kasa"):
+            continue  # their losses, and AdaLoRA's allocation, look at whole factors, which are sharded here
         model = case.build().train()
         model.add_adapter("idle", LoraConfig(r=3))
         base = model.get_base_model()
