@@ -39,7 +39,7 @@ def config_dir(path, content: dict) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("case", [c for c in ONE_EACH if c.method != "adamss"], ids=str)
+@pytest.mark.parametrize("case", [c for c in ONE_EACH if c.method not in ("adamss", "fusion")], ids=str)
 def test_planned_parameters_and_bytes_are_those_of_the_adapter(case: Case, tmp_path):
     real = case.build(moved=False)
     real.save_pretrained(tmp_path)
@@ -79,7 +79,7 @@ def llama():
 
 def test_a_70b_model_is_planned_in_two_seconds_and_one_gigabyte(tmp_path):
     script = f"""
-import resource, time
+import time
 from veneer.catalogue import config_for
 from veneer.report.forecast import forecast
 from veneer.skeleton import skeleton
@@ -88,7 +88,8 @@ start = time.process_time()
 found = forecast(skeleton({config_dir(tmp_path / "big", BIG)!r}), config_for("lora", r=16), 1, 512)
 assert found.trainable == 80 * 16 * (8192 + 8192 + 8192 + 1024), found.trainable
 assert found.memory.base == 2 * (found.total - found.trainable) and found.memory.total
-print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))  # ru_maxrss outlives an exec
+print(time.process_time() - start, int(peak.split()[1]) / 1e6)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
     seconds, gigabytes = map(float, done.stdout.split())

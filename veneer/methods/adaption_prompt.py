@@ -97,7 +97,7 @@ class AdaptionPromptConfig(LayerConfig):
     adapter_layers: int | None = None
     """How many attentions to adapt, counted from the top (the paper: 30 of 32)."""
 
-    peft_type, adapter = Name("ADAPTION_PROMPT"), AdaptionPrompt
+    peft_type, adapter, example = Name("ADAPTION_PROMPT"), AdaptionPrompt, {"adapter_len": 10, "adapter_layers": 2}
     default_roles = ("attention",)
     learning_rate = 9e-3
 

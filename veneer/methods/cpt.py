@@ -98,7 +98,7 @@ class CPTConfig(PromptConfig):
     tokenizer_name_or_path: str | None = None
     """Whose tokens these are; kept for the file."""
 
-    peft_type, prompt = Name("CPT"), CPT
+    peft_type, prompt, example = Name("CPT"), CPT, {"cpt_token_ids": [0, 1], "cpt_tokens_type_mask": [1, 4]}
     facts = ("input_type_mask",)
     learning_rate = 1e-4
 
