@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from veneer import BottleneckConfig, DoubleSeqBnConfig, LoraConfig, ParBnConfig, PrefixTuningConfig, SeqBnConfig
 from veneer.core.config import Config, PromptConfig, all_methods
 
 from . import models
@@ -29,6 +31,8 @@ class Case:
     facts: dict[str, list[int]] = field(default_factory=dict)
     """Arguments of a call that belong to the adapter: an entry for each row, over and over."""
     needs_experts: bool = False
+    siblings: dict[str, Config] = field(default_factory=dict)
+    """Adapters that it reads, by name: on the model before it."""
 
     def __str__(self) -> str:
         return "-".join(filter(None, (self.method, self.model, self.label)))
@@ -39,10 +43,13 @@ class Case:
 
     @property
     def is_prompt(self) -> bool:
-        return issubclass(self.config_class, PromptConfig)
+        """It, or a method that it unites, is a prompt."""
+        return any(isinstance(member, PromptConfig) for member in self.settings.get("configs", ())) or issubclass(
+            self.config_class, PromptConfig
+        )
 
     def config(self, **more: Any) -> Config:
-        settings = dict(self.settings) | more
+        settings = copy.deepcopy(self.settings) | more
         if self.needs_experts and self.method == "arrow":
             settings["arrow_config"] = dict(task_adapter_names=list(experts(self.model).values()), top_k=2)
         elif self.needs_experts:
@@ -54,9 +61,40 @@ class Case:
         from veneer import get_peft_model
 
         base, config = models.build(self.model, seed, dtype), self.config()
+        model = self.with_siblings(base)
         torch.manual_seed(seed + 7)
-        model = get_peft_model(base, config, name).eval()
-        return models.perturb(model, name) if moved else model
+        if model is not None:
+            model.add_adapter(name, config)
+            model.set_adapter(name)
+        else:
+            model = get_peft_model(base, config, name)
+        return models.perturb(model.eval(), name) if moved else model.eval()
+
+    def with_siblings(self, base):
+        """`base` with the adapters that it reads, None if there are none."""
+        from veneer import get_peft_model
+
+        model = None
+        torch.manual_seed(5)
+        for i, (name, config) in enumerate(self.siblings.items()):
+            if model is None:
+                model = get_peft_model(base, config, name)
+            else:
+                model.add_adapter(name, config)
+            models.perturb(model, name, 20 + i, 0.3)
+        return model
+
+    def load(self, directory, name: str = "default", base=None, **kwargs):
+        """The case's model with a saved adapter on."""
+        from veneer import PeftModel
+
+        base = models.build(self.model) if base is None else base
+        model = self.with_siblings(base)
+        if model is None:
+            return PeftModel.from_pretrained(base, directory, name, **kwargs)
+        model.load_adapter(directory, name, **kwargs)
+        model.set_adapter(name)
+        return model.eval()
 
     def inputs(self, rows: int = 3, **kwargs: Any) -> dict:
         return models.inputs(self.model, rows=rows, **kwargs) | self.facts_of(rows)
@@ -73,7 +111,7 @@ def experts(model: str) -> dict[str, str]:
     """Directories of two trained LoRA adapters for a model."""
     import tempfile
 
-    from veneer import LoraConfig, get_peft_model
+    from veneer import get_peft_model
 
     if model not in _EXPERTS:
         root = Path(tempfile.mkdtemp(prefix="veneer-experts-"))
@@ -86,6 +124,10 @@ def experts(model: str) -> dict[str, str]:
         _EXPERTS[model] = {"0": str(root / "0"), "1": str(root / "1")}
     return _EXPERTS[model]
 
+
+DOWN_BN = DoubleSeqBnConfig(reduction_factor=7, target_modules=["down_proj"])
+GPT2_BN = BottleneckConfig(reduction_factor=7, target_modules=["c_fc"])
+PREFIX = PrefixTuningConfig(num_virtual_tokens=3)
 
 CASES = [
     Case("lora", "llama", dict(r=4, lora_alpha=7, target_modules=LINEARS)),
@@ -105,6 +147,22 @@ CASES = [
     ),
     Case("lora", "gpt2", dict(r=4, target_modules=["c_attn"], bias="all"), "all-biases"),
     Case("lora", "t5", dict(r=4, task_type="SEQ_2_SEQ_LM")),
+    Case("lora", "llama", dict(r=4, target_modules=LINEARS, trainable_token_indices=[3, 11]), "tokens"),
+    Case("lora", "gpt2", dict(r=4, target_modules=["c_attn"], trainable_token_indices={"wte": [5, 4]}), "tied-tokens"),
+    Case("lora", "gpt2", dict(r=4, target_modules=["wte", "c_attn"], ensure_weight_tying=True), "tied"),
+    Case("lora", "tied", dict(r=4, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)),
+    Case(
+        "lora",
+        "tied",
+        dict(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+        "copy",
+    ),
+    Case(
+        "lora",
+        "gpt2",
+        dict(r=4, target_modules=["c_attn"], modules_to_save=["wte"], ensure_weight_tying=True),
+        "tied-copy",
+    ),
     Case("dora", "llama", dict(r=4, lora_alpha=7, target_modules=LINEARS)),
     Case("dora", "conv", dict(r=4, target_modules=["first", "third", "head"])),
     Case("dora", "gpt2", dict(r=4, target_modules=["wte", "c_attn"]), "embedding"),
@@ -255,7 +313,7 @@ CASES = [
         dict(r=2, target_modules=["q_proj"], target_parameters=["gate.weight"], rank_pattern={"gate.weight": 3}),
         "router",
     ),
-    Case("loreft", "llama", dict(r=4)),
+    Case("loreft", "llama", dict(r=4, dropout=0.0)),
     Case(
         "loreft",
         "gpt2",
@@ -272,7 +330,12 @@ CASES = [
         noop=False,
     ),
     Case("loreft", "t5", dict(r=3, prefix_positions=2, suffix_positions=2, tied_weights=True)),
-    Case("noreft", "llama", dict(r=4, prefix_positions=1, suffix_positions=2, init_weights=False), noop=False),
+    Case(
+        "noreft",
+        "llama",
+        dict(r=4, dropout=0.0, prefix_positions=1, suffix_positions=2, init_weights=False),
+        noop=False,
+    ),
     Case("direft", "gpt2", dict(r=4, prefix_positions="all")),
     Case("hira", "llama", dict(r=5, target_modules=LINEARS)),
     Case("hira", "llama", dict(r=5, target_modules=LINEARS, rank_pattern={"k_proj": 3}), "patterns"),
@@ -511,7 +574,6 @@ CASES = [
     Case("double_seq_bn", "t5", dict(reduction_factor=7, non_linearity="tanh")),
     Case("par_bn", "llama", dict(scaling="learned")),
     Case("par_bn", "gpt2", dict(target_modules=["c_fc", "mlp.c_proj"], input_modules=["c_fc"]), "tapped"),
-    Case("adapter_plus", "llama", dict(), noop=False),
     Case("compacter", "llama", dict(phm_dim=5, phm_rank=2, reduction_factor=3, phm_init_range=0.5)),
     Case(
         "compacter",
@@ -546,6 +608,18 @@ CASES = [
         ),
         "decay",
         noop=False,
+    ),
+    Case(
+        "shadow",
+        "llama",
+        dict(r=3, shadow_alpha=0.9, update_hidden_size=7, shadow_dropout=0.0, task_type="CAUSAL_LM"),
+    ),
+    Case("shadow", "gpt2", dict(r=3, shadow_alpha=0.9, shadow_num_hidden_layers=2, shadow_intermediate_size=17)),
+    Case(
+        "shadow",
+        "llama",
+        dict(r=3, shadow_alpha=0.9, shadow_hidden_size=18, target_modules=["model.layers.0"], share_embeddings=False),
+        "narrow",
     ),
     Case(
         "alora",
@@ -635,6 +709,33 @@ CASES = [
     ),
     Case("glora", "llama", dict(r=3, target_modules=LINEARS, bias="glora_only"), "biases"),
     Case("glora", "gpt2", dict(r=3, config_D_E="vector", target_modules=["c_attn", "mlp.c_proj"])),
+    Case("adapter_plus", "llama", dict(stochastic_depth=0.0), noop=False),
+    Case("union", "llama", dict(configs=[LoraConfig(r=4, target_modules=LINEARS), SeqBnConfig(), DOWN_BN])),
+    Case("union", "t5", dict(configs=[dict(peft_type="LORA", r=3), dict(peft_type="COMPACTER", phm_dim=5)])),
+    Case(
+        "fusion",
+        "llama",
+        dict(adapter_names=["one", "two"]),
+        noop=False,
+        siblings=dict(one=SeqBnConfig(), two=SeqBnConfig(reduction_factor=7)),
+    ),
+    Case(
+        "fusion",
+        "gpt2",
+        dict(adapter_names=["one", "two", "three"], value=False),
+        noop=False,
+        siblings=dict(
+            one=LoraConfig(r=3, target_modules=["c_fc"]),
+            two=LoraConfig(r=3, target_modules=["mlp.c_proj", "c_fc"]),
+            three=GPT2_BN,
+        ),
+    ),
+    Case("mam", "llama", dict(configs=[PREFIX, ParBnConfig(reduction_factor=5)]), noop=False),
+    Case("mam", "gpt2", dict(configs=[PREFIX, ParBnConfig(reduction_factor=5)]), noop=False),
+    Case("mam", "t5", dict(configs=[PREFIX, ParBnConfig(reduction_factor=5)]), noop=False),
+    Case("unipelt", "llama", dict(configs=[LoraConfig(r=4), PREFIX, SeqBnConfig(reduction_factor=5)]), noop=False),
+    Case("unipelt", "gpt2", dict(configs=[LoraConfig(r=4), PREFIX, DoubleSeqBnConfig(reduction_factor=5)]), noop=False),
+    Case("unipelt", "t5", dict(configs=[LoraConfig(r=4), PREFIX]), noop=False),
     Case("prefix_tuning", "llama", dict(num_virtual_tokens=3, task_type="CAUSAL_LM"), noop=False),
     Case(
         "prefix_tuning",

@@ -30,6 +30,11 @@ LLAMA = dict(
 )
 
 
+def tied(**kwargs):
+    """A Llama whose head is its embedding."""
+    return llama(tie_word_embeddings=True, **kwargs)
+
+
 def gpt2(**kwargs):
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -133,7 +138,16 @@ class Volume(nn.Module):
 
 
 CONVS = {"conv": ConvNet, "grouped": Grouped, "dilated": Dilated, "square": Square, "volume": Volume}
-BUILDERS = {"llama": llama, "gpt2": gpt2, "mistral": mistral, "mixtral": mixtral, "t5": t5, "bert": bert, **CONVS}
+BUILDERS = {
+    "llama": llama,
+    "tied": tied,
+    "gpt2": gpt2,
+    "mistral": mistral,
+    "mixtral": mixtral,
+    "t5": t5,
+    "bert": bert,
+    **CONVS,
+}
 SHAPES = {
     "conv": (3, 3, 9, 8),
     "grouped": (3, 6, 7, 8),

@@ -167,7 +167,7 @@ def test_a_prompt_is_no_weight_update():
 # Conversion
 
 
-CHANGES_BIAS = ("adamss", "beft", "bitfit", "glora", "ia3", "ln_tuning", "road")
+CHANGES_BIAS = ("adamss", "beft", "bitfit", "glora", "ia3", "ln_tuning", "lora_bias", "road")
 
 
 @pytest.mark.parametrize("case", [c for c in ONE_EACH if c in MERGEABLE], ids=str)

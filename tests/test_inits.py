@@ -34,6 +34,7 @@ from veneer.inits.loftq import nf4, normal_float
 
 from . import models
 from .models import output
+from .test_distributed import both
 from .test_numpy import adapt, arr, base_of, linear_places, places, state
 
 peft = pytest.importorskip("peft")
@@ -197,6 +198,14 @@ def test_any_start_becomes_plain_lora(start: Start, more: dict, tmp_path):
         torch.testing.assert_close(output(loaded, batch), before, **TOLERANCE)
 
 
+@pytest.mark.parametrize("how", ["pissa", "corda"])
+def test_what_has_other_tensors_of_its_rank_has_no_plain_form(how: str):
+    """A start from data could not be saved then, so it is refused before anything is trained."""
+    start = Start(how, {}, before="corda" if how == "corda" else None)
+    with pytest.raises(ConfigError, match="MonteCLoRA"):
+        to_plain_lora_(started(start, monteclora_config=veneer.MontecloraConfig()))
+
+
 @every_start
 def test_a_start_learns(start: Start):
     model = started(start).train()
@@ -353,6 +362,25 @@ def test_more_turns_of_loftq_come_nearer():
         with torch.no_grad():
             errors.append(np.linalg.norm(arr(layer.fold(layer.stack(("default",)))[0]) - W))
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_quantised_base_may_be_had(base: str, tmp_path):
+    """Then the adapter is plain LoRA on it, for any reader, and `unload` gives the quantised base."""
+    model, batch = models.perturb(started(Start("loftq", {}), base)), models.inputs(base)
+    expected, whole = output(model, batch), models.build(base)
+    veneer.quantise_base_(model)
+    torch.testing.assert_close(output(model, batch), expected, **TOLERANCE)
+    model.save_pretrained(tmp_path / "adapter")
+    quantised = model.unload()
+    quantised.save_pretrained(tmp_path / "base")
+    for name, p in quantised.named_parameters():
+        assert torch.equal(p, whole.get_parameter(name)) != name.endswith(tuple(f"{t}.weight" for t in BASES[base]))
+    for library in (veneer, peft):
+        again = library.PeftModel.from_pretrained(type(whole).from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+        torch.testing.assert_close(output(again.eval(), batch), expected, **TOLERANCE)
+    with pytest.raises(VeneerError, match="loftq"):
+        veneer.quantise_base_(started(Start("olora", {}), base))
 
 
 def quantised_base():
@@ -706,6 +734,23 @@ def test_eva_from_what_was_found_before(tmp_path):
         initialize_lora_eva_weights(model, eva_state_dict=found, adapter_name="eva")
 
 
+def eva_on_one_half(rank: int) -> None:
+    halves = [{k: v[2 * rank : 2 * rank + 2] for k, v in batch.items()} for batch in batches()]
+    for found, reference in zip(eva_alone(halves), eva_alone(batches(), gather_distributed_inputs=False), strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-3, atol=1e-3)
+
+
+def eva_alone(loader, **more) -> list[torch.Tensor]:
+    config = LoraConfig(r=3, target_modules=TARGETS, init_lora_weights="eva")
+    base = uneven(models.build("llama"))
+    return list(veneer.get_eva_state_dict(base, loader, config, show_progress_bar=False, **more).values())
+
+
+def test_eva_gathers_the_rows_of_all_processes():
+    """Two processes with half of each batch find what one finds with the whole."""
+    both(eva_on_one_half)
+
+
 def test_eva_refuses_what_cannot_converge():
     config = LoraConfig(r=8, target_modules=TARGETS, init_lora_weights="eva")
     few = [{"input_ids": torch.randint(3, 67, (1, 7))}]
@@ -803,9 +848,30 @@ def test_data_starts_are_for_linear_layers():
             prepare(base, config, lambda: None)
 
 
-def test_a_grouped_convolution_has_no_matrix_to_start_from():
+@pytest.mark.parametrize("how", ["pissa", "olora", "orthogonal", "loftq"])
+def test_a_grouped_convolution_has_no_matrix_to_start_from(how: str):
     with pytest.raises(TargetError, match="groups"):
-        get_peft_model(models.build("grouped"), LoraConfig(r=4, target_modules=["conv"], init_lora_weights="pissa"))
+        get_peft_model(models.build("grouped"), LoraConfig(r=4, target_modules=["conv"], init_lora_weights=how))
+
+
+@pytest.mark.parametrize("how", ["corda", "lora_ga"])
+def test_a_second_adapter_starts_from_data_too(how: str):
+    """The data run through the base alone, whatever is on it."""
+    config = LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=how)
+    model, alone = models.perturb(get_peft_model(models.build("llama"), LoraConfig(r=2))), models.build("llama")
+    for target in (model, alone):
+        if how == "corda":
+            preprocess_corda(target, config, run_on_samples(target))
+        else:
+            preprocess_loraga(target, config, train_step(target))
+    model.add_adapter("second", config)
+    expected = state(get_peft_model(alone, config)).adapters("default")
+    for path, adapter in state(model).adapters("second").items():
+        for mine, theirs in zip(adapter.parameters(), expected[path].parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == [
+        n for n, _ in model.named_parameters() if "adapters.default" in n
+    ]
 
 
 def test_settings_come_back_from_a_file(tmp_path):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import veneer
 from veneer import CheckpointError, NotMergeable, PeftModel, TargetError, get_peft_model
+from veneer.convert import factors_of
 from veneer.maths.joint import left_vectors
 
 from . import models
@@ -413,3 +414,30 @@ def test_left_vectors_of_a_singular_basis():
     U, s = left_vectors(W, V)
     np.testing.assert_allclose(arr(U) * arr(s) @ arr(V).T, arr(W), atol=1e-5)
     assert s[2] == s[4] == 0 and not U[:, [2, 4]].any()
+
+
+@pytest.mark.parametrize("method", ["Pvera", "TinyLora", "VBLoRA", "UniLora"])
+def test_banks_are_low_rank_to_the_tools(method: str):
+    """Conversion to a plain LoRA takes their factors as they are."""
+    more = dict(vector_length=5, num_vectors=9) if method == "VBLoRA" else {}
+    config = getattr(veneer, f"{method}Config")(r=3, target_modules=["q_proj", "down_proj"], **more)
+    for layer in state(attach("llama", config)).layers.values():
+        A, B = factors_of(layer, "default")
+        assert A.shape[0] == B.shape[1] == 3
+        np.testing.assert_allclose(arr(B @ A), arr(layer.adapters["default"].delta()), atol=1e-6)
+
+
+@pytest.mark.parametrize("place", [-1, 40])
+@pytest.mark.parametrize("method", ["VBLoRA", "UniLora"])
+def test_places_outside_a_bank_are_refused(method: str, place: int, tmp_path):
+    more = dict(num_vectors=40, vector_length=5, save_only_topk_weights=True)
+    more = more if method == "VBLoRA" else dict(theta_d_length=40, save_indices=True)
+    config = getattr(veneer, f"{method}Config")(target_modules=["q_proj", "down_proj"], **more)
+    attach("llama", config).save_pretrained(tmp_path)
+    found = load_file(tmp_path / "adapter_model.safetensors")
+    key = next(key for key in found if "indices" in key)
+    found[key] = found[key].long()
+    found[key].view(-1)[0] = place
+    save_file(found, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="points outside the"):
+        PeftModel.from_pretrained(models.build("llama"), tmp_path)

@@ -188,7 +188,7 @@ def test_parallel(name: str, scaling):
         x = called(model, name, f"{layer}.intermediate.dense".format(1))[0]
     s = p["adapter_scaling"] if isinstance(scaling, str) else 4
     hidden = np.maximum(x @ p["adapter_down"].T + p["adapter_down.bias"], 0)
-    assert p["adapter_down"].shape == (6, 30) and np.shape(s) == ((30,) if scaling == "channel" else ())
+    assert p["adapter_down"].shape == (6, 30) and np.shape(s) == {"channel": (30,), "learned": (1,)}.get(scaling, ())
     expected = y + s * (hidden @ p["adapter_up"].T + p["adapter_up.bias"])
     assert np.abs(expected - y).max() > 0.1
     np.testing.assert_allclose(out, expected, **TOLERANCE)
@@ -359,3 +359,230 @@ def test_invertible_with_an_odd_width_and_what_it_refuses():
         attach("llama", veneer.SeqBnInvConfig(target_modules=["down_proj"]))
     with pytest.raises(TargetError, match="output_modules: 'head'"):
         attach("llama", veneer.SeqBnInvConfig(target_modules=["embed_tokens", "lm_head"], output_modules=["head"]))
+
+
+# Unions
+
+PREFIX = dict(num_virtual_tokens=3)
+
+
+def test_a_union_computes_its_methods_one_after_the_other():
+    """LoRA inside, a bottleneck around it: y = W x + 2 B A x, then y + up(relu(down(y)))."""
+    lora = veneer.LoraConfig(r=4, lora_alpha=8, target_modules=["down_proj"])
+    bottleneck = veneer.BottleneckConfig(reduction_factor=5, target_modules=["down_proj"])
+    model = attach("llama", veneer.UnionConfig(configs=[lora, bottleneck]))
+    path = "model.layers.1.mlp.down_proj"
+    x, y, out = called(model, "llama", path)
+    low_rank, small = (values(part) for part in state(model).layers[path].adapters["default"].parts)
+    y = y + 2 * x @ low_rank["lora_A"].T @ low_rank["lora_B"].T
+    hidden = np.maximum(y @ small["adapter_down"].T + small["adapter_down.bias"], 0)
+    np.testing.assert_allclose(out, y + hidden @ small["adapter_up"].T + small["adapter_up.bias"], **TOLERANCE)
+
+
+def test_a_union_of_mergeable_methods_merges_and_unmerges():
+    configs = [veneer.LoraConfig(r=4), veneer.IA3Config(), veneer.LNTuningConfig()]
+    model, batch = attach("llama", veneer.UnionConfig(configs=configs)), models.inputs("llama")
+    active = models.output(model, batch)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model.merge_adapter()
+    torch.testing.assert_close(models.output(model, batch), active, rtol=2e-4, atol=2e-5)
+    model.unmerge_adapter()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_union_keeps_the_callers_configs_and_every_fact_of_its_members():
+    reft, lora = veneer.LoReftConfig(r=2, prefix_positions=1, suffix_positions=1), veneer.LoraConfig(r=3)
+    model = attach("llama", veneer.UnionConfig(configs=[lora, reft]))
+    assert reft.target_modules is None and lora.target_modules is None
+    ids = models.inputs("llama")["input_ids"]
+    layer = state(model).layers["model.layers.0"]
+    with watching(layer.base_layer) as inner, watching(layer) as outer, torch.no_grad():
+        model(input_ids=ids, prompt_lengths=[2, 3, 4])
+    changed = np.abs(outer[0][1] - inner[0][1]).max(-1) > 1e-6
+    assert [np.flatnonzero(row).tolist() for row in changed] == [[0, 1], [0, 2], [0, 3]]
+    model.generate(input_ids=ids, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("configs", "said"),
+    [
+        ([], "name the methods"),
+        ([3], "not 3"),
+        ([dict(peft_type="LORE")], "LORA"),
+        ([veneer.AdaLoraConfig(total_step=9)], "schedule"),
+        ([veneer.LoraConfig(modules_to_save=["lm_head"])], "modules_to_save"),
+        ([veneer.LoraConfig(), veneer.LoraConfig()], "same keys"),
+        ([veneer.VeraConfig(r=3), veneer.CompacterConfig(phm_dim=5)], "shared module"),
+        ([veneer.PrefixTuningConfig(**PREFIX), veneer.PromptTuningConfig(**PREFIX)], "prompt"),
+        ([veneer.LoraConfig(target_modules=["q_porj"])], "q_proj"),
+    ],
+)
+def test_a_union_refuses_what_it_cannot_hold(configs, said: str):
+    model = models.build("llama")
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(veneer.VeneerError, match=said):
+        get_peft_model(model, veneer.UnionConfig(configs=configs))
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_defaults_of_mam_and_unipelt():
+    mam, unipelt = veneer.MAMConfig(), veneer.UniPELTConfig()
+    assert [c.peft_type for c in mam.configs] == ["PREFIX_TUNING", "PAR_BN"]
+    assert [c.peft_type for c in unipelt.configs] == ["LORA", "PREFIX_TUNING", "SEQ_BN"]
+    assert mam.configs[0].num_virtual_tokens == 30 and unipelt.configs[0].lora_alpha == 2
+    for config in (mam, unipelt):
+        model = get_peft_model(models.build("llama"), config).train()
+        batch = models.inputs("llama")
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        assert all(p.grad is not None for p in state(model).parameters("default"))
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_mam_is_its_two_methods(name: str):
+    """The prefix by PrefixTuning's own test, the parallel adapter by its formula: here that both act, and no more."""
+    parts = [veneer.PrefixTuningConfig(**PREFIX), veneer.ParBnConfig(reduction_factor=5)]
+    model, batch = attach(name, veneer.MAMConfig(configs=parts)), models.inputs(name)
+    apart = get_peft_model(models.build(name), parts[0], "prefix").eval()
+    apart.add_adapter("parallel", parts[1])
+    apart.set_adapter(["prefix", "parallel"])
+    with torch.no_grad():
+        for mine, theirs in zip(state(model).parameters("default"), both(state(apart)), strict=True):
+            theirs.copy_(mine)
+    torch.testing.assert_close(models.output(model, batch), models.output(apart, batch))
+    apart.set_adapter("prefix")
+    assert (models.output(model, batch) - models.output(apart, batch)).abs().max() > 0.01
+
+
+def both(found):
+    yield from found.parameters("parallel")
+    yield from found.parameters("prefix")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_unipelts_gates(name: str):
+    """y + g (2 / r B A x) with g of x; y + g up(..) with g of y; the prefix's keys and values times a row's g."""
+    parts = [veneer.LoraConfig(r=4, lora_alpha=2), veneer.PrefixTuningConfig(**PREFIX)]
+    parts += [veneer.DoubleSeqBnConfig(reduction_factor=5, non_linearity="relu")]
+    model = attach(name, veneer.UniPELTConfig(configs=parts))
+    layer, _, mlp, _ = PLACES[name]
+    path = f"{layer}.{mlp}".format(1)
+    _, y, out = called(model, name, path)
+    p = values(state(model).layers[path].adapters["default"])
+    hidden = np.maximum(y @ p["inner.adapter_down"].T + p["inner.adapter_down.bias"], 0)
+    update = hidden @ p["inner.adapter_up"].T + p["inner.adapter_up.bias"]
+    np.testing.assert_allclose(out, y + sigmoid(y @ p["gate"].T + p["gate.bias"]) * update, **TOLERANCE)
+
+    path = {"llama": "model.layers.1.self_attn.q_proj", "gpt2": "transformer.h.1.attn.c_attn"}[name]
+    x, y, out = called(model, name, path)
+    p = values(state(model).layers[path].adapters["default"])
+    update = 2 / 4 * x @ p["inner.lora_A"].T @ p["inner.lora_B"].T
+    np.testing.assert_allclose(out, y + sigmoid(x @ p["gate"].T + p["gate.bias"]) * update, **TOLERANCE)
+
+    path = {"llama": "model.layers.1.self_attn", "gpt2": "transformer.h.1.attn"}[name]
+    p = values(state(model).layers[path].adapters["default"])
+    ids, mask = models.inputs(name)["input_ids"], torch.tensor([[1] * 7, [0, 0] + [1] * 5, [1] * 7])
+    with watching(state(model).layers[path]) as seen, torch.no_grad():
+        cache = model(input_ids=ids, attention_mask=mask, prompt_lengths=[7, 4, 2], use_cache=True).past_key_values
+    pair, g = state(model).prompts["default"].key_values({})[1], seen[0][0] @ p["prefix_gate"].T
+    g = sigmoid(g + p["prefix_gate.bias"])
+    for row, prompt in enumerate([slice(0, 7), slice(2, 6), slice(0, 2)]):
+        for learned, found in zip(pair, (cache.layers[1].keys, cache.layers[1].values), strict=True):
+            np.testing.assert_allclose(arr(found[row, :, :3]), arr(learned) * g[row, prompt].mean(), **TOLERANCE)
+
+
+# AdapterFusion
+
+
+def fused(name: str, config=None, **settings):
+    """A model with three adapters and a fusion of them, which alone is active."""
+    model = attach(name, config or veneer.DoubleSeqBnConfig(reduction_factor=3))
+    for i, (other, factor) in enumerate((("two", 5), ("three", 7))):
+        model.add_adapter(other, config or veneer.DoubleSeqBnConfig(reduction_factor=factor))
+        models.perturb(model, other, 30 + i, 0.3)
+    model.add_adapter("fusion", veneer.AdapterFusionConfig(adapter_names=["default", "two", "three"], **settings))
+    model.set_adapter("fusion")
+    return models.perturb(model, "fusion", 40, 0.3)
+
+
+@pytest.mark.parametrize("value", [True, False])
+@ends_of
+def test_fusion(name: str, value: bool):
+    """y + sum_i a_i V u_i, a = softmax_i((Q y + q) . (K u_i + k)), u_i = up(f(down(y)))."""
+    model = fused(name, value=value)
+    layer, attention, mlp, _ = PLACES[name]
+    for path in (f"{layer}.{attention}".format(0), f"{layer}.{mlp}".format(1)):
+        _, y, out = called(model, name, path)
+        adapters = state(model).layers[path].adapters
+        updates = []
+        for other in ("default", "two", "three"):
+            p = values(adapters[other])
+            h = y @ p["adapter_down"].T + p["adapter_down.bias"]
+            updates.append(h * sigmoid(h) @ p["adapter_up"].T + p["adapter_up.bias"])
+        u, p = np.stack(updates), values(adapters["fusion"])
+        q, k = y @ p["fusion_query"].T + p["fusion_query.bias"], u @ p["fusion_key"].T + p["fusion_key.bias"]
+        a = np.exp(np.einsum("brd,nbrd->nbr", q, k) - 50)
+        a /= a.sum(0)
+        assert a.std() > 0.01
+        V = p["fusion_value"] if value else np.eye(30)
+        np.testing.assert_allclose(out, y + np.einsum("nbr,nbrd->brd", a, u @ V.T), rtol=1e-4, atol=1e-4)
+
+
+def test_a_fusions_start_and_loss():
+    """Nearly the mean of what the adapters add; |V - I|^2 / 100 is part of the loss."""
+    model = fused("llama")
+    batch = models.inputs("llama")
+    batch["labels"] = batch["input_ids"]
+    with torch.enable_grad():
+        whole = model(**batch).loss.item()
+    with torch.no_grad():
+        plain = model(**batch).loss.item()
+    V = [values(a)["fusion_value"] for a in state(model).adapters("fusion").values()]
+    assert whole - plain == pytest.approx(0.01 * sum(((v - np.eye(30)) ** 2).sum() for v in V), rel=1e-4)
+    fresh = fused("llama")
+    fresh.add_adapter("start", veneer.AdapterFusionConfig(adapter_names=["default", "two"]))
+    for adapter in state(fresh).adapters("start").values():
+        np.testing.assert_array_equal(values(adapter)["fusion_value"], np.eye(30))
+        y = torch.randn(2, 3, 30)
+        u = adapter.updates(y, y)
+        torch.testing.assert_close(adapter.post(y, y) - y, u.mean(-2), rtol=0.3, atol=0.3)
+
+
+def test_a_fusion_leaves_its_adapters_alone():
+    model, batch = fused("llama"), models.inputs("llama")
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    for name in ("default", "two", "three"):
+        assert all(p.grad is None and not p.requires_grad for p in state(model).parameters(name))
+    assert all(p.grad is not None for p in state(model).parameters("fusion"))
+
+
+def test_a_fusion_needs_its_adapters(tmp_path):
+    model = fused("llama")
+    model.save_pretrained(tmp_path, selected_adapters=["fusion"])
+    with pytest.raises(TargetError, match="reads adapter 'default'"):
+        get_peft_model(models.build("llama"), veneer.AdapterFusionConfig(adapter_names=["default", "two"]))
+    other = get_peft_model(models.build("llama"), veneer.DoubleSeqBnConfig(reduction_factor=3))
+    with pytest.raises(veneer.VeneerError, match="reads adapter 'two'"):
+        other.load_adapter(tmp_path / "fusion", "fusion")
+    assert list(other.peft_config) == ["default"]
+    model.delete_adapter("two")
+    with pytest.raises(veneer.VeneerError, match="reads adapter 'two'"):
+        model(**models.inputs("llama"))
+    other.add_adapter("ia3", veneer.IA3Config(target_modules=["o_proj", "down_proj"], feedforward_modules=["o_proj"]))
+    with pytest.raises(TargetError, match="acts elsewhere"):
+        other.add_adapter("fusion", veneer.AdapterFusionConfig(adapter_names=["default", "ia3"]))
+    other.add_adapter("lora", veneer.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(TargetError, match="no module in common"):
+        other.add_adapter("fusion", veneer.AdapterFusionConfig(adapter_names=["default", "lora"]))
+    with pytest.raises(ConfigError, match="two or more"):
+        veneer.AdapterFusionConfig(adapter_names=["one", "one"])
+
+
+def test_a_fusion_of_edits_knows_the_prompt():
+    model = fused("llama", veneer.LoReftConfig(r=2, prefix_positions=1, suffix_positions=1), value=False)
+    ids = models.inputs("llama")["input_ids"]
+    assert edited(model, input_ids=ids) == [[0, 6]] * 3
+    assert edited(model, input_ids=ids, prompt_lengths=[2, 3, 4]) == [[0, 1], [0, 2], [0, 3]]

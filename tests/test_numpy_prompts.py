@@ -359,6 +359,24 @@ def test_adaption_prompts_query_as_the_architecture_does(build, monkeypatch):
     torch.testing.assert_close(seen["ours"], seen[layer.base_layer])
 
 
+def test_a_mixed_batch_of_adaption_prompts_and_adapted_projections():
+    """The rows of one are not projected by the adapters of the others; active together, they are."""
+    model = attach("llama", veneer.AdaptionPromptConfig(adapter_len=4, adapter_layers=2), scale=0.9)
+    model.add_adapter("lora", veneer.LoraConfig(r=3, target_modules=["q_proj", "k_proj", "o_proj"]))
+    models.perturb(model, "lora", 5, 0.9)
+    batch, names = models.inputs("llama", rows=4), ["lora", "default", "__base__", "default"]
+    alone = {}
+    for name in ("lora", "default", ["default", "lora"]):
+        model.set_adapter(name)
+        alone[str(name)] = model(**batch).logits
+    with model.disable_adapter():
+        alone["__base__"] = model(**batch).logits
+    mixed = model(**batch, adapter_names=names).logits
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-4, atol=1e-4)
+    assert (alone["['default', 'lora']"] - alone["lora"]).abs().max() > 0.01
+
+
 def test_adaption_prompts_say_what_they_cannot_adapt():
     with pytest.raises(veneer.ConfigError, match="adapter_len"):
         veneer.AdaptionPromptConfig(adapter_layers=1)
@@ -456,3 +474,150 @@ def test_cpts_settings_are_checked():
         attach("llama", veneer.CPTConfig(cpt_token_ids=[67]))
     with pytest.raises(veneer.ConfigError, match="decoder"):
         attach("t5", veneer.CPTConfig(cpt_token_ids=[3], task_type="CAUSAL_LM"))
+
+
+# ShadowPEFT
+
+SHADOW = dict(r=3, shadow_alpha=0.8, update_hidden_size=7)
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    from math import erf
+
+    return x * (1 + np.vectorize(erf)(x / np.sqrt(2))) / 2
+
+
+def two_layers(p: dict[str, np.ndarray], name: str, x: np.ndarray) -> np.ndarray:
+    W = {i: p[f"{name}.default.{i}.weight"] for i in (0, 2)}
+    b = {i: p[f"{name}.default.{i}.bias"] for i in (0, 2)}
+    return gelu(x @ W[0].T + b[0]) @ W[2].T + b[2]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("width", [None, 18])
+def test_shadow(name: str, width: int | None):
+    """Each block's input corrected by what differs from the shadow's state, which its output moves on."""
+    sizes = dict(shadow_hidden_size=width, shadow_num_attention_heads=3) if width else {}
+    model, batch = attach(name, veneer.ShadowConfig(**SHADOW, **sizes)), models.inputs(name)
+    layers = list(state(model).layers.values())
+    network = state(model).shared["default"]
+    with torch.no_grad(), watching(layers[0]) as first, watching(layers[1]) as second:
+        with watching(layers[0].base_layer) as first_inside, watching(layers[1].base_layer) as second_inside:
+            model(**batch)
+        backbone = network.shadow_backbone["default"]
+        assert len(getattr(backbone, "layers", getattr(backbone, "h", None))) == 1
+        words = model.get_base_model().get_input_embeddings()(batch["input_ids"])
+        inputs = dict(input_ids=batch["input_ids"]) if width else dict(inputs_embeds=words)
+        s = arr(backbone(**inputs).last_hidden_state)
+    s = s @ arr(network.shadow_projection["default"].weight).T if width else s
+    seen = ((first, first_inside), (second, second_inside))
+    for layer, (outside, inside) in zip(layers, seen, strict=True):
+        p = values(layer.adapters["default"])
+        (h, _), (corrected, out) = outside[0], inside[0]
+        step = 0.8 * (h - s) @ p["shadow_down.default.weight"].T @ p["shadow_up.default.weight"].T
+        assert np.abs(step).max() > 0.05
+        np.testing.assert_allclose(corrected, h + step, rtol=1e-4, atol=1e-4)
+        gate = sigmoid(two_layers(p, "shadow_update_gate", out))
+        s = (1 - gate) * s + gate * two_layers(p, "shadow_update_transform", out)
+
+
+def test_shadows_own_loss():
+    """The model's head on s_0, weighed, in training alone."""
+    model, batch = (
+        attach("llama", veneer.ShadowConfig(task_type="CAUSAL_LM", auxiliary_loss_weight=0.3)),
+        models.inputs("llama"),
+    )
+    labels = torch.where(torch.arange(7) == 2, -100, batch["input_ids"])
+    with torch.no_grad():
+        network, base = state(model).shared["default"], model.get_base_model()
+        alone = float(model(**batch, labels=labels).loss)
+        logits = arr(base.lm_head(network(base, batch)))[:, :-1]
+    wanted, target = labels[:, 1:].numpy() != -100, labels[:, 1:].numpy()
+    judged = -np.log(softmax(logits)[wanted][np.arange(wanted.sum()), target[wanted]]).mean()
+    np.testing.assert_allclose(model(**batch, labels=labels).loss.item(), alone + 0.3 * judged, rtol=1e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_shadows_cache_is_reordered_with_the_models(name: str, beams: int):
+    """Rows of two shadows and of none in one batch, with beams, equal each row alone without a cache."""
+    base = models.build(name)
+    model = veneer.get_peft_model(base, veneer.ShadowConfig(**SHADOW), "one").eval()
+    model.add_adapter("two", veneer.ShadowConfig(r=2, shadow_alpha=2.0, shadow_num_hidden_layers=2))
+    models.perturb(models.perturb(model, "one", 3, 0.5), "two", 4, 0.5)
+    ids, names = models.inputs(name, rows=4)["input_ids"], ["one", "two", "__base__", "one"]
+    settings = dict(num_beams=beams, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    mixed = model.generate(input_ids=ids, adapter_names=names, **settings)
+    rows = []
+    for row, adapter in enumerate(names):
+        model.set_adapter("one" if adapter == "__base__" else adapter)
+        with model.disable_adapter() if adapter == "__base__" else torch.no_grad():
+            rows.append(model.generate(input_ids=ids[row : row + 1], use_cache=False, **settings))
+    assert torch.equal(mixed, torch.cat(rows)) and len({tuple(r[0, -5:].tolist()) for r in rows}) > 2
+
+
+def test_a_cache_the_shadow_did_not_see_is_refused():
+    from transformers import DynamicCache
+
+    model, ids = attach("llama", veneer.ShadowConfig(**SHADOW)), models.inputs("llama")["input_ids"]
+    cache = model(input_ids=ids[:, :4], use_cache=True).past_key_values
+    with pytest.raises(veneer.VeneerError, match="filled without"):
+        model(input_ids=ids[:, 4:], past_key_values=cache)
+    for cache in (DynamicCache(), DynamicCache(config=model.get_base_model().config)):
+        first = model(input_ids=ids[:, :4], past_key_values=cache).logits
+        rest = model(input_ids=ids[:, 4:], past_key_values=cache).logits
+        torch.testing.assert_close(torch.cat([first, rest], 1), model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(veneer.VeneerError, match="static cache"):
+        model.generate(input_ids=ids, max_new_tokens=2, cache_implementation="static")
+
+
+def projected(directory, width: int = 18):
+    """A shadow on disk with its projection to the model's width; returns both."""
+    import json
+
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaModel
+
+    torch.manual_seed(4)
+    small = LlamaModel(
+        LlamaConfig(**models.LLAMA | dict(hidden_size=width, num_hidden_layers=1, num_attention_heads=3))
+    )
+    W = torch.randn(30, width)
+    tensors = {f"shadow_model.{k}": t for k, t in small.state_dict().items()} | {"shadow_hidden_projection.weight": W}
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors")
+    inner = {k: v for k, v in small.config.to_dict().items() if k not in ("transformers_version", "architectures")}
+    content = dict(model_type="causal_lm_with_hidden_projection", shadow_model_config=inner)
+    (directory / "config.json").write_text(json.dumps(content))
+    return small, W
+
+
+def test_a_projected_shadow_is_read_from_its_directory(tmp_path):
+    small, W = projected(tmp_path / "shadow")
+    model = veneer.get_peft_model(
+        models.build("llama"), veneer.ShadowConfig(shadow_model=str(tmp_path / "shadow"), task_type="CAUSAL_LM")
+    )
+    network, batch = state(model).shared["default"], models.inputs("llama")
+    with torch.no_grad():
+        expected = small.eval()(**batch).last_hidden_state @ W.T
+        torch.testing.assert_close(network.eval()(model.get_base_model(), batch), expected)
+    trained = {n for n, p in network.named_parameters() if p.requires_grad}
+    assert "shadow_projection.default.weight" in trained and not any("embed_tokens" in n for n in trained)
+    small.save_pretrained(tmp_path / "plain")
+    plain = veneer.ShadowConfig(shadow_model=str(tmp_path / "plain"))
+    network = state(veneer.get_peft_model(models.build("llama"), plain)).shared["default"]
+    assert torch.equal(network.shadow_backbone["default"].norm.weight, small.norm.weight)
+    assert network.shadow_projection["default"].weight.shape == (30, 18)
+
+
+def test_what_a_shadow_cannot_be_is_refused(tmp_path):
+    with pytest.raises(veneer.ConfigError, match="sizes are the mirror's"):
+        veneer.ShadowConfig(shadow_model="somewhere", shadow_hidden_size=3)
+    for name, config, error, match in (
+        ("llama", veneer.ShadowConfig(shadow_model="somewhere"), veneer.CheckpointError, "no directory"),
+        ("t5", veneer.ShadowConfig(), veneer.TargetError, "decoder"),
+        ("conv", veneer.ShadowConfig(), veneer.TargetError, "no list of layers"),
+        ("llama", veneer.ShadowConfig(target_modules=["q_proj"]), veneer.TargetError, "linear"),
+    ):
+        with pytest.raises(error, match=match):
+            veneer.get_peft_model(models.build(name), config)

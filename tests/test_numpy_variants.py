@@ -184,6 +184,18 @@ def test_veloras_direction_outlives_a_file(tmp_path):
     assert torch.equal(dict(other.named_buffers())[key], before)
 
 
+def test_velora_learns_under_autocast():
+    layer, *_ = adapt(veneer.VeloraLoraConfig, "linear", r=4, velora_config=dict(num_groups=4))
+    x = sample(layer.base_layer)
+    exact = trained(layer, x)
+    for p in layer.parameters():
+        p.grad = None
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = trained(layer, x)
+    for one, two in zip(exact, rough, strict=True):
+        assert np.abs(one - two).max() < 0.1 * np.abs(one).max()
+
+
 def test_velora_does_not_keep_its_input():
     kept = []
     layer, *_ = adapt(veneer.VeloraLoraConfig, "linear", velora_config=dict(num_groups=4))
@@ -220,6 +232,13 @@ def test_kasa_starts_at_the_truncated_weight_and_leaves_the_base_whole():
         adapt(veneer.KasaLoraConfig, "linear", r=30)
 
 
+def test_kasas_dropout_falls_on_what_is_learned():
+    """With all of it dropped the layer is the truncated weight, not the whole one."""
+    layer, _, W, b = adapt(veneer.KasaLoraConfig, "linear", r=4, lora_dropout=0.999999)
+    x = sample(layer.base_layer)
+    np.testing.assert_allclose(arr(layer.train()(x)), arr(x) @ truncated(W, 4).T + b, rtol=1e-4, atol=1e-4)
+
+
 def test_kasas_loss():
     """beta |e|^2 + gamma (|B^T B - I| + |A A^T - I|), summed over the targets, on top of the model's."""
     batch = models.inputs("llama")
@@ -227,7 +246,7 @@ def test_kasas_loss():
     for weights in ({}, dict(beta=0.3, gamma=0.02), dict(beta=0.0, gamma=0.0)):
         config = veneer.KasaLoraConfig(r=3, target_modules=["q_proj", "down_proj"], kasa_config=weights)
         model = perturb(get_peft_model(models.build("llama"), config))
-        losses.append(float(model(**batch, labels=batch["input_ids"]).loss))
+        losses.append(model(**batch, labels=batch["input_ids"]).loss.item())
     e2 = distance = 0.0
     for adapter in state(model).adapters("default").values():
         A, B, e = arr(adapter.lora_A.weight), arr(adapter.lora_B.weight), arr(adapter.lora_diag)
@@ -555,7 +574,7 @@ def test_every_variant_is_paired():
     assert set(LoraConfig.files) <= set(ASKS)
 
 
-@pytest.mark.parametrize(("one", "two"), itertools.combinations(ASKS, 2), ids=str)
+@pytest.mark.parametrize(("one", "two"), list(itertools.combinations(ASKS, 2)), ids=str)
 def test_any_two_variants_combine_or_say_why_not(one: str, two: str, tmp_path):
     """Merged equals active, the file brings all of it back, a copy lives on, and all that is to learn does."""
     settings = dict(r=10, lora_alpha=5, target_modules=["q_proj", "o_proj"]) | ASKS[one] | ASKS[two]
@@ -582,6 +601,29 @@ def test_any_two_variants_combine_or_say_why_not(one: str, two: str, tmp_path):
         torch.testing.assert_close(output(model, batch), active, **TOLERANCE)
         model.unmerge_adapter()
         assert torch.equal(output(model, batch), active)
+
+
+SWAPPED = {name: asked for name, asked in ASKS.items() if name not in ("arrow_config", "pissa")}
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_a_variant_swapped_in_is_the_same_or_refused(name: str, tmp_path):
+    """Of a lower rank and with another scaling, and on fewer modules."""
+    settings = dict(target_modules=["q_proj", "o_proj"]) | SWAPPED[name]
+    batch = models.inputs("llama")
+    there = perturb(get_peft_model(models.build("llama"), LoraConfig(r=10, lora_alpha=16, **settings)).eval())
+    file = perturb(get_peft_model(models.build("llama"), LoraConfig(r=5, lora_alpha=5, **settings)).eval(), seed=3)
+    file.save_pretrained(tmp_path)
+    before = output(there, batch)
+    if name in ("kasa_config", "use_bdlora", "mica"):
+        with pytest.raises(veneer.CheckpointError, match="cannot take the place"):
+            veneer.hotswap_adapter(there, tmp_path)
+        assert torch.equal(output(there, batch), before)
+        with pytest.raises(VeneerError, match="target_rank"):
+            veneer.prepare_model_for_compiled_hotswap(there, target_rank=20)
+        return
+    veneer.hotswap_adapter(there, tmp_path)
+    torch.testing.assert_close(output(there, batch), output(file, batch), **TOLERANCE)
 
 
 def learns(model, batch) -> None:
@@ -617,6 +659,23 @@ def test_three_variants_compile_in_one_graph():
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(output(compiled, batch), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("names", [("velora_config", "use_dora"), ("monteclora_config", "kasa_config")], ids=str)
+def test_training_compiles_in_one_graph(names):
+    """The same loss, terms of the variants included, and the same gradients."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], **ASKS[names[0]] | ASKS[names[1]])
+    model = perturb(get_peft_model(models.build("llama"), config)).train()
+    torch._dynamo.reset()
+    batch, found = models.inputs("llama"), []
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(0)
+        loss = run(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+        model.zero_grad()
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain, **TOLERANCE)
 
 
 def test_a_plain_config_says_nothing_of_variants(tmp_path):

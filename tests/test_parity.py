@@ -37,6 +37,8 @@ for method, config in all_methods().items():
 if importlib.util.find_spec("sklearn") is None:
     NOT_COMPARED["adamss"] = "PEFT's AdaMSS needs scikit-learn, which is not here"
 FAULTS = {
+    "lora-gpt2-tied": "PEFT ties adapters on embeddings called embed_tokens alone; lora-tied is compared",
+    "lora-gpt2-tied-copy": "the same; lora-tied-copy is compared",
     "lora-dilated": "PEFT's LoRA convolutions drop the module's dilation, so that shapes do not meet",
     "hra-conv": "PEFT sizes HRA on convolutions by kernel_size[0] twice; hra-square is compared",
     "oft-conv": "PEFT sizes OFT on convolutions by kernel_size[0] twice; oft-square is compared",
@@ -93,6 +95,7 @@ MERGED = {
     "hira-dilated": "PEFT's HiRA convolutions pad with zeros whatever the padding mode; its merge is right",
 }
 WRONG_GRADIENTS = {
+    "lora-tied": "PEFT lists the tied adapter twice, and its gradient under both names",
     "c3a-llama": "PEFT's C3A turns the gradient of its input the other way; test_c3as_gradients has the right one",
     "c3a-llama-gaussian": "as for c3a-llama",
     "loha-conv-effective": "PEFT's backward of LoHa with a core takes the gradient of A1 through the core of the other "
@@ -280,6 +283,65 @@ def test_cpt_trains_as_pefts_does(weighing: str, tmp_path):
     torch.testing.assert_close(mine, reference, **TOLERANCE)
 
 
+SHADOW = dict(r=3, shadow_alpha=0.9, auxiliary_loss_weight=0.4)
+
+
+def test_a_shadows_own_loss_is_pefts(tmp_path):
+    import veneer
+
+    theirs = moved(
+        peft.get_peft_model(models.build("llama"), peft.ShadowConfig(**SHADOW, task_type="CAUSAL_LM")), seed=5
+    )
+    theirs.save_pretrained(tmp_path)
+    ours = veneer.PeftModel.from_pretrained(models.build("llama"), tmp_path, is_trainable=True).eval()
+    batch = models.inputs("llama")
+    labels = torch.where(torch.arange(7) == 2, -100, batch["input_ids"])
+    for mask in (None, torch.tensor([[0, 1, 1, 1, 1, 1, 1]] * 3)):
+        losses = [m(**batch, labels=labels, attention_mask=mask).loss for m in (ours, theirs)]
+        torch.testing.assert_close(*losses)
+    losses[0].backward()
+    losses[1].backward()
+    backbones = (state_of(ours.get_base_model()).shared["default"], theirs.base_model)
+    mine, reference = (m.shadow_backbone["default"].norm.weight.grad for m in backbones)
+    torch.testing.assert_close(mine, reference, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([2, 0, 1]), torch.rand(3, 3)], ids=["one", "several"])
+def test_a_shadow_of_a_classifier(labels: torch.Tensor, tmp_path):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    import veneer
+
+    def build():
+        torch.manual_seed(0)
+        return LlamaForSequenceClassification(LlamaConfig(**models.LLAMA, num_labels=3)).eval()
+
+    settings = dict(SHADOW, task_type="SEQ_CLS")
+    batch = models.inputs("llama") | {
+        "attention_mask": torch.tensor([[1] * 7, [1, 1, 1, 1, 0, 0, 0], [0, 0] + [1] * 5])
+    }
+    both_ways(build, veneer.ShadowConfig(**settings), peft.ShadowConfig(**settings), batch, tmp_path)
+    ours = veneer.PeftModel.from_pretrained(build(), tmp_path / "theirs", is_trainable=True).eval()
+    theirs = peft.PeftModel.from_pretrained(build(), tmp_path / "theirs", is_trainable=True).eval()
+    torch.testing.assert_close(*(m(**batch, labels=labels).loss for m in (ours, theirs)))
+
+
+def test_a_projected_shadow(tmp_path):
+    import veneer
+
+    from .test_numpy_prompts import projected
+
+    projected(tmp_path / "shadow")
+    settings = dict(SHADOW, shadow_model=str(tmp_path / "shadow"))
+    both_ways(
+        lambda: models.build("llama"),
+        veneer.ShadowConfig(**settings),
+        peft.ShadowConfig(**settings),
+        models.inputs("llama"),
+        tmp_path,
+    )
+
+
 def test_a_named_embedding_is_in_the_file_whole(tmp_path):
     from veneer import LoraConfig
 
@@ -448,6 +510,7 @@ def gradients(model, case: Case) -> dict[str, torch.Tensor]:
         if p.grad is not None:
             name = name.removeprefix("base_model.model.").replace(".adapters.default.", ".").replace(".default", "")
             name = name.replace(".members.0.", ".base_layer.").replace(".members.1.", ".")  # two parameters of a module
+            name = name.replace(".token_adapter.", ".")
             found[name.replace(".modules_to_save.", ".").replace(".module.", ".").removesuffix(".weight")] = p.grad
     return found
 

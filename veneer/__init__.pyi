@@ -28,6 +28,7 @@ from .inits.loftq import LoftQConfig as LoftQConfig
 from .inits.lora_ga import LoraGAConfig as LoraGAConfig
 from .inits.lora_ga import preprocess_loraga as preprocess_loraga
 from .inits.plain import to_plain_lora_ as to_plain_lora_
+from .inits.quantised import quantise_base_ as quantise_base_
 from .inits.quantised import replace_lora_weights_loftq as replace_lora_weights_loftq
 from .interop.arrow import create_arrow_model as create_arrow_model
 from .interop.auto import AutoPeftModel as AutoPeftModel
@@ -71,6 +72,7 @@ from .methods.double_seq_bn import DoubleSeqBnConfig as DoubleSeqBnConfig
 from .methods.double_seq_bn_inv import DoubleSeqBnInvConfig as DoubleSeqBnInvConfig
 from .methods.fourierft import FourierFTConfig as FourierFTConfig
 from .methods.frod import FrodConfig as FrodConfig
+from .methods.fusion import AdapterFusionConfig as AdapterFusionConfig
 from .methods.glora import GloraConfig as GloraConfig
 from .methods.gralora import GraloraConfig as GraloraConfig
 from .methods.hira import HiraConfig as HiraConfig
@@ -85,6 +87,7 @@ from .methods.lokr import LoKrConfig as LoKrConfig
 from .methods.lora import LoraConfig as LoraConfig
 from .methods.lora_bias import BiasedLoraConfig as BiasedLoraConfig
 from .methods.loreft import LoReftConfig as LoReftConfig
+from .methods.mam import MAMConfig as MAMConfig
 from .methods.mica import MicaConfig as MicaConfig
 from .methods.miss import MissConfig as MissConfig
 from .methods.monteclora import MontecloraConfig as MontecloraConfig
@@ -107,11 +110,14 @@ from .methods.randlora import RandLoraConfig as RandLoraConfig
 from .methods.road import RoadConfig as RoadConfig
 from .methods.seq_bn import SeqBnConfig as SeqBnConfig
 from .methods.seq_bn_inv import SeqBnInvConfig as SeqBnInvConfig
+from .methods.shadow import ShadowConfig as ShadowConfig
 from .methods.shira import ShiraConfig as ShiraConfig
 from .methods.supertuning import SupertuningConfig as SupertuningConfig
 from .methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from .methods.unilora import UniLoraConfig as UniLoraConfig
+from .methods.union import UnionConfig as UnionConfig
+from .methods.unipelt import UniPELTConfig as UniPELTConfig
 from .methods.vblora import VBLoRAConfig as VBLoRAConfig
 from .methods.velora import VeloraConfig as VeloraConfig
 from .methods.velora import VeloraLoraConfig as VeloraLoraConfig

@@ -107,16 +107,17 @@ def _check_settings(present: Config, new: Config, name: str) -> None:
     """Raise unless the two differ in nothing but what can be fitted."""
     if present.peft_type != new.peft_type:
         raise CheckpointError(f"adapter {name!r} is {present.peft_type}, the file {new.peft_type}")
-    free = FREE if isinstance(present, LoraConfig) and not _moves_start(present, new) else ()
+    free = FREE if isinstance(present, LoraConfig) and not _keeps_rank(present, new) else ()
     pairs = {f: (getattr(present, f), getattr(new, f)) for f in present.meaning() if f not in free}
     other = [f"{field} = {a!r}, in the file {b!r}" for field, (a, b) in pairs.items() if a != b]
     if other:
         raise CheckpointError(f"the file's settings cannot take the place of adapter {name!r}'s:{listing(other)}")
 
 
-def _moves_start(*configs: Any) -> bool:
-    """A start that is subtracted again (PiSSA) belongs to one rank and one scaling."""
-    return any(str(c.init_lora_weights) not in ("True", "False", "gaussian", "orthogonal") for c in configs)
+def _keeps_rank(*configs: Any) -> bool:
+    """A start that is subtracted again (PiSSA) belongs to one rank and one scaling, as some variants do."""
+    moved = any(str(c.init_lora_weights) not in ("True", "False", "gaussian", "orthogonal") for c in configs)
+    return moved or any(not variant.pads for c in configs for variant in c.classes())
 
 
 def _fitted(state: State, name: str, config: Config, tensors: Tensors) -> Tensors:
@@ -127,7 +128,7 @@ def _fitted(state: State, name: str, config: Config, tensors: Tensors) -> Tensor
     for prefix, part in checkpoint.parts(state, name):
         own = part.export()  # type: ignore[operator]
         given = {key: tensors[prefix + key] for key in own if prefix + key in tensors}
-        if not given and isinstance(part, LoRA):
+        if not given and isinstance(part, LoRA) and not state.configs[name].variants():  # type: ignore[attr-defined]
             found |= {prefix + key: t.new_zeros(t.shape) if "lora_" in key else t for key, t in own.items()}
         elif isinstance(part, LoRA):
             found |= {prefix + key: t for key, t in _fit(part, config, given, own).items()}
@@ -147,7 +148,7 @@ def _fit(part: LoRA, config: LoraConfig, given: Tensors, own: Tensors) -> Tensor
     if new.r != part.r and part.target.groups > 1:
         raise CheckpointError(f"{part.target.path!r} is a grouped convolution: its rank {part.r} cannot become {new.r}")
     factor = new.scaling / part.scaling
-    return {key: _padded(t if "_A" in key or factor == 1 else t * factor, own[key].shape) for key, t in given.items()}
+    return {key: _padded(t * factor if "_B" in key else t, own[key].shape) for key, t in given.items()}
 
 
 def _padded(t: Tensor, shape: torch.Size) -> Tensor:
@@ -164,8 +165,9 @@ def _widen(state: State, name: str, rank: int) -> None:
         path: part for path, layer in layers.items() for part in layer.adapters[name].parts if isinstance(part, LoRA)
     }
     too_high = [f"{path}: r={part.r}" for path, part in parts.items() if part.r > rank]
-    if too_high or _moves_start(config):
-        why = f"ranks above it:{listing(too_high)}" if too_high else f"init_lora_weights={config.init_lora_weights!r}"
+    if too_high or _keeps_rank(config):
+        kind = f"init_lora_weights={config.init_lora_weights!r} and variants {config.variants()}"
+        why = f"ranks above it:{listing(too_high)}" if too_high else kind
         raise VeneerError(f"target_rank = {rank} cannot be given to adapter {name!r}, which has {why}")
     full = math.sqrt(rank) if config.use_rslora else rank
     for path, part in parts.items():

@@ -55,12 +55,24 @@ def layers(model: Any, of_encoder: bool = False) -> list[str]:
     """
     modules = dict(walk(model))
     found = _layers(modules)
-    if of_encoder and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if of_encoder and _is_encoder_decoder(model):
         encoder = {id(bare(module)) for module in model.get_encoder().modules()}
         found = [path for path in found if id(modules[path]) in encoder]
     if not found:
         raise TargetError(f"{type(model).__name__} shows no repeated layers with attention; give target_modules")
     return found
+
+
+def self_attention(model: nn.Module) -> list[str]:
+    """Paths of the attention blocks that fill the cache, one a layer: of an encoder-decoder, the decoder's own."""
+    encoders = set(layers(model, of_encoder=True)) if _is_encoder_decoder(model) else set()
+    blocks = [path for path, role in roles(model).items() if role == "attention"]
+    owners = [layer for layer in layers(model) if layer not in encoders]
+    return [next(path for path in blocks if path.startswith(owner + ".")) for owner in owners]
+
+
+def _is_encoder_decoder(model: Any) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def default_targets(model: nn.Module, wanted: Iterable[str]) -> list[str]:
@@ -75,6 +87,18 @@ def default_targets(model: nn.Module, wanted: Iterable[str]) -> list[str]:
     return endings(paths, dict(walk(model)))
 
 
+def blocks(model: nn.Module) -> list[str]:
+    """Paths of the transformer's layers, in order.
+
+    Raises:
+        TargetError: there is no list of modules that hold attention.
+    """
+    found = _layers(dict(walk(model)))
+    if not found:
+        raise TargetError(f"{type(model).__name__} shows no list of layers with attention; give target_modules")
+    return found
+
+
 def endings(paths: list[str], modules: dict[str, nn.Module]) -> list[str]:
     """The shortest name endings that match all of `paths` and no other module."""
     wanted, names = set(paths), []
@@ -86,6 +110,20 @@ def endings(paths: list[str], modules: dict[str, nn.Module]) -> list[str]:
                 break
         names.append(ending)
     return list(dict.fromkeys(names))
+
+
+def layer_list(model: nn.Module) -> str:
+    """The path of the list of a model's layers.
+
+    Raises:
+        TargetError: there is none, or more than one.
+    """
+    lists = {path.rpartition(".")[0] for path in _layers(dict(walk(model)))}
+    if len(lists) != 1:
+        raise TargetError(
+            f"{type(model).__name__} shows {len(lists)} lists of layers, not one: {', '.join(sorted(lists))}"
+        )
+    return lists.pop()
 
 
 def _layers(modules: dict[str, nn.Module]) -> list[str]:

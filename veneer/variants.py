@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .core.adapter import Adapter
-from .core.config import METHODS, Config, all_methods
+from .core.config import Config, all_methods
 from .errors import ConfigError
 from .fields import Settings
 
@@ -23,6 +23,8 @@ class Aspect:
     """What a variant may tell the config it is composed for."""
 
     settings: ClassVar[type[Settings] | None] = None
+    pads: ClassVar[bool] = True
+    """Further ranks of zeros change nothing."""
 
     @classmethod
     def check(cls, config: Any) -> None:
@@ -42,11 +44,18 @@ class Aspect:
         return None
 
 
+CLASSES: dict[str, type[Adapter]] = {}
+"""A variant's class by its file's name."""
+
+
 class Composition:
     """`Config.adapter` of a method in variants: on a config composed of its `classes()`, on the class the own one."""
 
     def __init__(self, own: type[Adapter]) -> None:
         self.own = own
+
+    def __set_name__(self, owner: type[Config], name: str) -> None:
+        CLASSES[owner.__module__.rpartition(".")[2]] = self.own
 
     def __get__(self, config: Any, owner: type[Config]) -> type[Adapter]:
         return self.own if config is None else compose(*config.classes())
@@ -93,9 +102,9 @@ class Variants(Config):
     def classes(self) -> list[Any]:
         """The classes to compose, outermost first."""
         files = [self.files[name] for name in self.variants()]
-        if any(file not in METHODS for file in files):
+        if any(file not in CLASSES for file in files):
             all_methods()
-        return [vars(METHODS[file])["adapter"].own for file in files] or [self.plain]
+        return [CLASSES[file] for file in files] or [self.plain]
 
     def complete_settings(self) -> None:
         """A mapping, as the file has it, becomes the variant's own class."""

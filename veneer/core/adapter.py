@@ -6,13 +6,15 @@ the two together.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from ..errors import NotMergeable
+from ..errors import CheckpointError, NotMergeable
 
 if TYPE_CHECKING:
     from .config import Config
@@ -72,6 +74,8 @@ class Adapter(nn.Module):
     """`post` looks at the weight below it, so adapters below it must be folded first (it divides by a norm, say)."""
     follows_ties: ClassVar[bool] = False
     """Also adapts the module whose weight is the same Parameter; built there with `twin=` the first adapter."""
+    key: str = ""
+    """What stands before the names of its tensors in the file."""
     has_pre: bool = False
     has_post: bool = False
     has_fold: bool = False
@@ -268,6 +272,9 @@ class Replace(Adapter):
         super().__init__(None, target)
         self.module = target.copy()
 
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.target.matrix_of(self.module)
         return weight.to(W.dtype), None if bias is None else bias.to(W.dtype)
@@ -277,3 +284,36 @@ class Replace(Adapter):
 
     def absorb(self, tensors: Tensors) -> None:
         super().absorb({f"module.{key}": tensor for key, tensor in tensors.items()})
+
+
+class TiedReplace(Replace):
+    """On a module that shares its weight with one of which a copy is trained: it runs with the copy's weight."""
+
+    def __init__(self, target: Target, first: Replace) -> None:
+        Adapter.__init__(self, None, target, first)
+
+    @property
+    def module(self) -> nn.Module:  # type: ignore[override]
+        twin = copy.copy(self.target.base)
+        twin._parameters = {**twin._parameters, "weight": self.shared.module.weight}
+        return twin
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.target.base, {"weight": self.shared.module.weight}, args, kwargs)
+
+    def export(self) -> Tensors:
+        return {"weight": self.shared.module.weight.detach()}
+
+    def absorb(self, tensors: Tensors) -> None:
+        check_tied(self, tensors)
+
+
+def check_tied(twin: Adapter, tensors: Tensors) -> None:
+    """Raise CheckpointError unless a file holds for a twin what it holds for the first."""
+    own = twin.export()
+    unlike = [key for key, t in tensors.items() if not torch.equal(t.to(own[key]), own[key])]
+    if unlike:
+        raise CheckpointError(
+            f"{twin.target.path!r} shares its weight with {twin.shared.target.path!r}, but the file holds other values "
+            f"of {', '.join(unlike)} for it; load it without ensure_weight_tying"
+        )

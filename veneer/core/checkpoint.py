@@ -34,8 +34,7 @@ def parts(state: State, name: str) -> Iterator[tuple[str, Adapter | Prompt | nn.
     below = "base_model." if isinstance(state.configs[name], PromptConfig) else "base_model.model."
     for path, adapter in state.adapters(name).items():
         for part in adapter.parts:
-            key = getattr(part.target, "key", "")
-            yield f"{below if isinstance(part, Replace) else 'base_model.model.'}{path}.{key}", part
+            yield f"{below if isinstance(part, Replace) else 'base_model.model.'}{path}.{part.key}", part
     if name in state.shared:
         yield "base_model.", state.shared[name]
     if name in state.prompts:
@@ -85,7 +84,7 @@ def base_embeddings(model: Any, state: State, config: Config, wanted: bool | Non
     named = [n for n in EMBEDDING_NAMES if isinstance(targets, list) and n in targets]
     if not config.file_holds_embedding or wanted is False or not (named or wanted):
         return {}
-    names = EMBEDDING_NAMES if wanted else tuple(named)
+    names = EMBEDDING_NAMES if wanted or getattr(config, "ensure_weight_tying", False) else tuple(named)
     found: Tensors = {}
     for path, module in walk(model):
         if path.rpartition(".")[2] in names and isinstance(getattr(module, "weight", None), Tensor):

@@ -130,6 +130,18 @@ class Config(Checked):
         """The method's own fields: those that say what its tensors mean."""
         return [f.name for f in fields(self) if f.name not in COMMON and "dropout" not in f.name]
 
+    def members(self) -> Sequence[Config]:
+        """The configs of the methods under this name: itself, unless it unites several."""
+        return (self,)
+
+    def reshape(self, model: nn.Module) -> Any:
+        """Change the model's layers before adapters go on. An object with `.undo()`, or None if nothing changed."""
+        return None
+
+    def join(self, adapter: Adapter) -> Adapter:
+        """What a union makes of the adapter that a member has built."""
+        return adapter
+
     def build(self, target: Target, shared: nn.Module | None = None, **kwargs: Any) -> Adapter:
         """The adapter for one target."""
         return self.adapter(self, target, shared, **kwargs)

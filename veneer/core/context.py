@@ -34,6 +34,7 @@ class State:
         self.active: tuple[str, ...] = ()
         self.trainable: set[str] = set()
         self.schedules: dict[str, Any] = {}
+        self.reshaped: list[Any] = []
         self.enabled = True
         self.facts: dict[Any, Any] = {}
         self.sticky: dict[str, Any] = {}
@@ -45,7 +46,8 @@ class State:
 
     def fact_names(self) -> set[str]:
         """The keyword arguments of a model call that belong to adapters."""
-        return {"adapter_names"}.union(*(config.facts for config in self.configs.values()))
+        members = (member for config in self.configs.values() for member in config.members())
+        return {"adapter_names"}.union(*(member.facts for member in members))
 
     def adapters(self, name: str) -> dict[str, Adapter]:
         """The adapters called `name`, by path."""

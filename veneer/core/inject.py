@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import TargetError, VeneerError
+from ..errors import TargetError, VeneerError, listing
 from . import checkpoint
-from .adapter import Adapter, Bias, Replace, Tensors
+from .adapter import Adapter, Bias, Replace, Tensors, TiedReplace
 from .config import Config, LayerConfig, PromptConfig
 from .context import BASE, State, state_of
 from .layer import AdapterLayer, walk
 from .prompt import spec_for
 from .prompting import install, uninstall
 from .select import parameters, saved_modules, targets
-from .target import ParamTarget
+from .target import ParamTarget, Target
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -42,27 +42,33 @@ def attach(
     """
     state = state_of(model) or State()
     _check_name(name, state)
-    saved = saved_modules(model, config)
-    paths, bare = _places(model, config, saved)
-    state.configs[name] = config
+    reshaped = config.reshape(model)
+    state.reshaped += [] if reshaped is None else [reshaped]
     try:
-        layers = Wrapper(model, state)
-        with torch.device("meta") if on_meta else nullcontext():
-            adapted = [layers.wrap(path) for path in paths]
-            _build_shared(config, name, state, adapted)
-            for layer in adapted:
-                layer.add(name, config.build(layer.target, state.shared.get(name)))
-            _add_to_parameters(config, name, layers, bare)
-            _follow_ties(model, config, name, layers, adapted)
-            _add_biases(model, config, name, layers, paths)
-            for path in saved:
-                layer = layers.wrap(path)
-                layer.add(name, Replace(layer.target))
-            if isinstance(config, PromptConfig):
-                state.prompts[name] = config.build_prompt(spec_for(model, config), model.get_input_embeddings().weight)
+        return _put_on(model, config, name, state, trainable=trainable, on_meta=on_meta, lift=lift)
     except BaseException:
         detach(model, name, state)
         raise
+
+
+def _put_on(
+    model: nn.Module, config: Config, name: str, state: State, *, trainable: bool, on_meta: bool, lift: bool
+) -> State:
+    saved = saved_modules(model, config)
+    places = [(member, *_places(model, member, saved)) for member in config.members()]
+    state.configs[name] = config
+    layers = Wrapper(model, state)
+    with torch.device("meta") if on_meta else nullcontext():
+        for member, paths, bare in places:
+            _add_member(model, config, member, name, layers, paths)
+            _add_to_parameters(member, name, layers, bare)
+        copies = [(path, Replace(layers.wrap(path).target)) for path in saved]
+        for path, copied in copies:
+            layers.wrap(path).add(name, copied)
+            if getattr(config, "ensure_weight_tying", False) and copied.target.kind in ("linear", "embedding"):
+                _add_twins(copied, name, layers, TiedReplace)
+    if len(places) > 1:
+        _check_keys(state, name)
     install(model, state)
     settle(model, state, name, lift=lift)
     for module in state.modules(name):
@@ -123,6 +129,8 @@ def detach(model: nn.Module, name: str, state: State) -> None:
     state.active = tuple(active for active in state.active if active != name)
     if not state.configs:
         uninstall(model)
+        while state.reshaped:
+            state.reshaped.pop().undo()
     elif state_of(model) is state:
         install(model, state)
 
@@ -188,10 +196,26 @@ def _check_name(name: str, state: State) -> None:
         raise VeneerError(f"the model already has an adapter called {name!r}; choose another name or delete it first")
 
 
-def _build_shared(config: Config, name: str, state: State, layers: Sequence[AdapterLayer]) -> None:
-    shared = config.build_shared([layer.target for layer in layers])
-    if shared is not None:
-        state.shared[name] = shared
+def _add_member(model: nn.Module, config: Config, member: Config, name: str, layers: Wrapper, paths: list[str]) -> None:
+    """The adapters, the shared module and the prompt of one of the methods under a name."""
+    state, adapted = layers.state, [layers.wrap(path) for path in paths]
+    shared = member.build_shared([layer.target for layer in adapted])
+    prompt = None
+    if isinstance(member, PromptConfig):
+        prompt = member.build_prompt(spec_for(model, member), model.get_input_embeddings().weight)
+    kind = member.peft_type
+    for group, module in ((state.shared, shared), (state.prompts, prompt)):
+        if module is not None and name in group:
+            raise VeneerError(f"{name!r} would unite two methods with a shared module or a prompt, the second {kind}")
+        if module is not None:
+            group[name] = module
+    built = [member.build(layer.target, shared) for layer in adapted]
+    for layer, adapter in zip(adapted, built, strict=True):
+        layer.add(name, config.join(adapter))
+    for adapter in built:
+        if adapter.follows_ties:
+            _add_twins(adapter, name, layers, lambda target, first: member.build(target, None, twin=first))
+    _add_biases(model, member, name, layers, paths)
 
 
 def _add_to_parameters(config: Config, name: str, layers: Wrapper, places: Sequence[tuple[str, str]]) -> None:
@@ -200,26 +224,34 @@ def _add_to_parameters(config: Config, name: str, layers: Wrapper, places: Seque
     for path, parameter in places:
         layer = layers.wrap(path)
         target = ParamTarget(layer, parameter)
-        count[path] -= 1
-        target.key = "base_layer." * count[path]
         adapter = config.build(target)
+        count[path] -= 1
+        adapter.key = "base_layer." * count[path]
         if "param" not in adapter.kinds or getattr(adapter, "dropout", None) is not None:
             what = "dropout" if "param" in adapter.kinds else type(adapter).__name__
             raise TargetError(f"target_parameters: {target.path!r} is a bare parameter, on which there is no {what}")
         layer.add(name, adapter)
 
 
-def _follow_ties(model: nn.Module, config: Config, name: str, layers: Wrapper, adapted: list[AdapterLayer]) -> None:
-    """Adapters that follow ties also go on the modules whose weight is the same Parameter."""
-    for layer in adapted:
-        adapter = layer.adapters[name]
-        if not adapter.follows_ties:
-            continue
-        weight = layer.base_layer.weight
-        for path, module in layers.modules.items():
-            if module is not layer.base_layer and module._parameters.get("weight") is weight:
-                twin = layers.wrap(path)
-                twin.add(name, config.build(twin.target, None, twin=adapter))
+def _check_keys(state: State, name: str) -> None:
+    """Raise unless each tensor has a key of its own in the file."""
+    keys = Counter(prefix + key for prefix, part in checkpoint.parts(state, name) for key in checkpoint.export(part))
+    twice = [key for key, count in keys.items() if count > 1]
+    if twice:
+        raise VeneerError(f"two methods united under {name!r} would save under the same keys:{listing(twice)}")
+
+
+def _add_twins(first: Adapter, name: str, layers: Wrapper, build: Callable[[Target, Any], Adapter]) -> None:
+    """What `build` makes of a target and the first adapter, on each other module whose weight is the same Parameter."""
+    base = first.target.base
+    for path, module in layers.modules.items():
+        if module is not base and module._parameters.get("weight") is base.weight:
+            layer = layers.wrap(path)
+            if name in layer.adapters:
+                raise TargetError(
+                    f"{first.target.path!r} and {path!r} share one weight: adapt one of them, the other follows"
+                )
+            layer.add(name, build(layer.target, first))
 
 
 def _add_biases(model: nn.Module, config: Config, name: str, layers: Wrapper, paths: list[str]) -> None:

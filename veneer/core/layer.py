@@ -113,7 +113,7 @@ class AdapterLayer(nn.Module):
         """The module's output through the weight that the adapters `below` fold into."""
         if isinstance(below[-1], Replace):
             args, kwargs = _with_first(_cast(_first(args, kwargs), below[-1].dtype), args, kwargs)
-            out = below[-1].module(*args, **kwargs)
+            out = below[-1].run(*args, **kwargs)
             return _with_output(out, _cast(_output(out), self.target.dtype))
         if any(adapter.target.kind == "param" for adapter in below):
             return functional_call(self.base_layer, self.folded(below), args, kwargs)

@@ -154,8 +154,8 @@ class PeftModel(nn.Module):
         """The model's `generate`; also takes `adapter_names` and the methods' own facts."""
         state, model = self._state, self.base_model.model
         facts = {name: kwargs.pop(name) for name in list(kwargs) if name in state.fact_names()}
-        for name in state.live():
-            kwargs = {**kwargs, **state.configs[name].generate_with}
+        for member in (member for name in state.live() for member in state.configs[name].members()):
+            kwargs = {**kwargs, **member.generate_with}
         with state.remembering(facts):
             return model.generate(*args, **kwargs)
 
@@ -279,6 +279,7 @@ class PeftModel(nn.Module):
         self._merge(adapter_names, safe_merge, progressbar)
         for layer in self._state.layers.values():
             layer.kept, layer.kept_module = {}, None
+        self._state.reshaped.clear()  # the merged weights stand in those layers
         model = self.unload()
         interop.note_untied(model)
         return model

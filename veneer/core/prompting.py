@@ -75,11 +75,12 @@ def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     if getattr(output, "loss", None) is None:
         return output
     for prompt in live_prompts(state):
-        own = prompt.loss(output.logits, state.facts)
+        own = prompt.loss(getattr(output, "logits", None), state.facts)
         output.loss = output.loss if own is None else own
     for name in state.live() if torch.is_grad_enabled() else ():
         term = state.configs[name].loss(list(state.adapters(name).values())) if name in state.trainable else None
         if term is not None:
+            term = term.full_tensor() if hasattr(term, "full_tensor") else term
             output.loss = output.loss + term.to(output.loss)
     return output
 
@@ -118,10 +119,12 @@ def live_prompts(state: State) -> Iterator[Prompt]:
                 yield state.prompts[name]
 
 
-def _compute_facts(state: State, name: str, model: nn.Module, kwargs: dict[str, Any]) -> None:
+def _compute_facts(state: State, name: str, model: nn.Module, kwargs: dict[str, Any], of_encoder: bool = False) -> None:
     state.busy = True
     try:
-        state.configs[name].before(state.shared.get(name), state.facts, model, kwargs)
+        for member in state.configs[name].members():
+            if member.reads_encoder or not of_encoder:
+                member.before(state.shared.get(name), state.facts, model, kwargs)
     finally:
         state.busy = False
 
@@ -133,7 +136,7 @@ def splice(model: nn.Module, prompt: Prompt, state: State, args: tuple[Any, ...]
         raise VeneerError("a learned prompt cannot lengthen a static cache; generate with the default dynamic one")
     pairs = prompt.key_values(state.facts)
     if pairs is not None:
-        return args[1:], _with_cache(model, prompt, pairs, kwargs)
+        return args[1:], _with_cache(model, prompt, state, pairs, kwargs)
     if _encoder(model) is not None:
         return args[1:], _lengthen_encoder_mask(prompt, kwargs)
     return args[1:], _with_embeds(model, prompt, state.facts, kwargs)
@@ -146,8 +149,7 @@ def before_encoder(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         return args, kwargs
     state.facts = dict(state.facts)
     for name in called(state):
-        if state.configs[name].reads_encoder:
-            _compute_facts(state, name, encoder, _named(args, kwargs))
+        _compute_facts(state, name, encoder, _named(args, kwargs), of_encoder=True)
     for prompt in live_prompts(state):
         if prompt.key_values(state.facts) is None:
             args, kwargs = args[1:], _with_embeds(encoder, prompt, state.facts, _named(args, kwargs))
@@ -181,8 +183,8 @@ def _with_embeds(model: nn.Module, prompt: Prompt, facts: dict[str, Any], kwargs
     return _given(kwargs)
 
 
-def _with_cache(model: nn.Module, prompt: Prompt, pairs: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keys and values at the start of the cache; the mask and the positions grow with them."""
+def _with_cache(model: nn.Module, prompt: Prompt, state: State, pairs: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keys and values at the start of the cache (the fact "filled"); the mask and the positions grow with them."""
     kwargs = dict(kwargs)
     _refuse_checkpointing(model)
     # without use_cache every call brings the whole sequence, and the cache that an earlier one returned is not meant
@@ -190,7 +192,7 @@ def _with_cache(model: nn.Module, prompt: Prompt, pairs: Any, kwargs: dict[str, 
     rows = batch_size((), kwargs)
     assert rows is not None
     if cache is None or cache.get_seq_length() == 0:
-        kwargs["past_key_values"] = _filled(model, cache, pairs, rows)
+        kwargs["past_key_values"] = state.facts["filled"] = _filled(model, cache, pairs, rows)
     if _encoder(model) is not None:
         kwargs["decoder_attention_mask"] = _longer_mask(kwargs.get("decoder_attention_mask"), prompt.n)
         return _given(kwargs)

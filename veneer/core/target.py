@@ -112,6 +112,11 @@ class Target:
             return tuple(_of_rows(t, rows) for t in value)
         return _of_rows(value, rows)
 
+    def child(self, name: str) -> Any:
+        """A module inside a block, as the rows being computed see it: in a mixed batch they have no other adapter."""
+        module = getattr(self.base, name)
+        return module if self.layer.rows is None else getattr(module, "base_layer", module)
+
     @contextmanager
     def present(self) -> Iterator[nn.Module]:
         """The module with its weights in memory, also where accelerate has offloaded them."""
@@ -354,8 +359,6 @@ class ParamTarget(Target):
     def __init__(self, layer: AdapterLayer, name: str) -> None:
         super().__init__(layer)
         self.name = name
-        self.key = ""
-        """What stands before the attribute's name in the file, when several parameters of the module are adapted."""
 
     @property
     def path(self) -> str:

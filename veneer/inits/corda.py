@@ -21,7 +21,7 @@ from ..core.config import at
 from ..core.target import Target, is_conv1d
 from ..errors import ConfigError, VeneerError, listing
 from ..fields import Settings
-from .gather import cached, evaluating, linear_targets, note, read_cache, taken, write_cache
+from .gather import alone, cached, evaluating, linear_targets, note, read_cache, taken, write_cache
 
 if TYPE_CHECKING:
     from ..methods.lora import LoraConfig
@@ -91,7 +91,7 @@ def covariances(
     hooked = linear_targets(model, config)
     sums = {path: Covariance(settings.use_float16_for_covariance) for path in modules}
     handles = [hooked[path].register_forward_pre_hook(seen) for path, seen in sums.items() if path in hooked]
-    with evaluating(model, handles):
+    with alone(model), evaluating(model, handles):
         run_model()
     idle = [path for path, seen in sums.items() if not seen.samples]
     if idle:

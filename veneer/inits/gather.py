@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,11 @@ def taken(target: Target, name: str, config: Any) -> Any:
         )
     how = {"corda": "preprocess_corda", "lora_ga": "preprocess_loraga"}[name]
     raise ConfigError(f"init_lora_weights {name!r} starts from data; call {how}(model, config, ...) before (see it)")
+
+
+def alone(model: Any) -> AbstractContextManager[None]:
+    """Inside, the base runs without the adapters that are on it."""
+    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
 
 @contextmanager

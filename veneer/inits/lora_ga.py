@@ -22,7 +22,7 @@ from ..core.target import Target
 from ..errors import ConfigError, VeneerError, listing
 from ..fields import Settings
 from ..maths.svd import randomised_svd
-from .gather import cached, linear_targets, note, read_cache, taken, write_cache
+from .gather import alone, cached, linear_targets, note, read_cache, taken, write_cache
 
 if TYPE_CHECKING:
     from ..methods.lora import LoraConfig
@@ -78,7 +78,7 @@ def gradients(model: nn.Module, modules: Mapping[str, Any], train_step: Callable
 
         return once
 
-    with only_learning(model, [module.weight for module in modules.values()]):
+    with alone(model), only_learning(model, [module.weight for module in modules.values()]):
         handles = [m.weight.register_post_accumulate_grad_hook(count(path)) for path, m in modules.items()]
         try:
             train_step()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import NotMergeable
+from ..errors import ConfigError, NotMergeable
 
 if TYPE_CHECKING:
     from ..core.model import PeftModel
@@ -44,6 +44,19 @@ def parted(lora: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors | {a: A, b: B}
 
 
+def check_joined(lora: Any) -> None:
+    """Raise ConfigError where a variant has other tensors of the rank, so that A and B cannot take in a start."""
+    config = plain(lora.config)
+    with torch.device("meta"):
+        expected = {key: t.shape for key, t in config.build(lora.target).state_dict().items()}
+    found = {key: t.shape for key, t in joined(lora, lora.state_dict()).items()}
+    if found != expected:
+        raise ConfigError(
+            f"{type(lora).__name__} has tensors of rank {lora.r} besides A and B, which cannot take in a start "
+            f"({lora.config.init_lora_weights!r}); use an init_lora_weights that takes nothing off"
+        )
+
+
 def _keys(tensors: dict[str, Tensor]) -> tuple[str, str]:
     a, b = (next(key for key in tensors if key.startswith(("lora_" + s, "lora_embedding_" + s))) for s in "AB")
     return a, b
@@ -58,16 +71,19 @@ def to_plain_lora_(model: PeftModel, adapter_name: str = "default") -> None:
 
     Raises:
         NotMergeable: the adapter stands on a quantised weight (LoftQ), which no plain LoRA can.
+        ConfigError: a variant has tensors of its rank besides A and B (MonteCLoRA).
     """
     from ..methods.lora import LoRA
 
     state, config = model._state, cast("LoraConfig", model.peft_config[adapter_name])
     loras = [p for a in state.adapters(adapter_name).values() for p in a.parts if isinstance(p, LoRA)]
-    if any(hasattr(lora, "error") for lora in loras):
-        raise NotMergeable("LoftQ's update stands on a quantised weight; merge it, or save that base")
+    if any(getattr(lora, "error", None) is not None for lora in loras):
+        raise NotMergeable("LoftQ's update stands on a quantised weight; give the base that with quantise_base_(model)")
     doubled = any(lora.start_A is not None for lora in loras)
     new = plain(config) if doubled else copy.copy(config)
     new.init_lora_weights = True
+    for lora in loras if doubled else ():
+        check_joined(lora)
     for lora in loras:
         if doubled:
             for key, tensor in joined(lora, lora.state_dict()).items():

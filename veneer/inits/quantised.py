@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from ..errors import CheckpointError, VeneerError
 from ..hub import resolve
 from ..methods.lora import LoRA
 from .loftq import LoftQConfig, best_fit, loftq
+from .start import check_whole
 
 if TYPE_CHECKING:
     from ..core.model import PeftModel
@@ -26,6 +28,7 @@ class LoftQ(LoRA):
 
     @torch.no_grad()
     def initialise(self, how: bool | str) -> None:
+        check_whole(self.target, "loftq")
         Q, A, B = loftq(self.target, self.r, self.scaling, self.config.loftq_config or LoftQConfig())
         self.register_buffer("error", Q - self.target.original_weight().to(Q), persistent=False)
         for mine, start in zip(self.matrices(), (A, B), strict=True):
@@ -33,10 +36,33 @@ class LoftQ(LoRA):
                 mine.copy_(start)
 
     def delta(self) -> Tensor:
-        return super().delta() + self.error
+        return super().delta() if self.error is None else super().delta() + self.error
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        return super().post(x, y) + self.target.op(x, self.error)
+        y = super().post(x, y)
+        return y if self.error is None else y + self.target.op(x, self.error)
+
+
+@torch.no_grad()
+def quantise_base_(model: PeftModel, adapter_name: str = "default") -> None:
+    """Give the base the quantised weights that a LoftQ adapter stands on; the adapter becomes plain LoRA on that base.
+
+    For bases that are to be saved, or quantised for real, as they are. Other adapters stand on the new base too.
+
+    Raises:
+        VeneerError: the adapter is not LoftQ's, or something is merged.
+    """
+    state = model._state
+    adapters = [part for a in state.adapters(adapter_name).values() for part in a.parts if isinstance(part, LoftQ)]
+    if not any(part.error is not None for part in adapters) or model._merged():
+        raise VeneerError(f'{adapter_name!r} must be a LoRA made with init_lora_weights="loftq", and nothing merged')
+    for part in adapters:
+        W = part.target.weight()
+        part.target.replace(part.target.tensors((W + part.error).to(W.dtype), None))
+        part.error = None  # type: ignore[assignment]
+    config: Any = copy.copy(state.configs[adapter_name])
+    config.init_lora_weights, config.loftq_config = True, None
+    state.configs[adapter_name] = config
 
 
 @torch.no_grad()

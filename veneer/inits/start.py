@@ -28,7 +28,7 @@ from .lora_ga import LoraGAConfig, lora_ga_start
 from .olora import olora
 from .orthogonal import orthogonal
 from .pissa import pissa
-from .plain import joined, parted, plain
+from .plain import check_joined, joined, parted, plain
 
 NAMES = "gaussian|orthogonal|olora|eva|corda|lora_ga|loftq|pissa|mica"
 FROM_DATA = ("corda", "lora_ga")
@@ -69,6 +69,11 @@ class StartConfig(LayerConfig):
         for name in () if self.from_file else SETTINGS:
             if name != self.init_lora_weights and getattr(self, f"{name}_config") is not None:
                 raise ConfigError(f"{name}_config has no effect without init_lora_weights={name!r}")
+
+    def check_start(self, lora: Any) -> None:
+        """Raise ConfigError for an adapter whose file could not hold its start."""
+        if self.init_lora_weights in FROM_DATA and len(list(lora.state_dict())) > 2:
+            check_joined(lora)
 
     def saved(self) -> Config:
         return plain(self) if self.init_lora_weights in FROM_DATA else copy.copy(self)
@@ -131,18 +136,25 @@ class Started(LowRank):
         super().absorb(parted(self, tensors) if self.config.init_lora_weights in FROM_DATA else tensors)
 
 
+def check_whole(target: Target, how: str) -> None:
+    """Raise TargetError unless the update is one product B A."""
+    if target.groups > 1 or target.copies > 1:
+        what = f"{target.groups} groups of channels" if target.groups > 1 else f"{target.copies} matrices"
+        raise TargetError(f"{target.path!r} has {what}; init_lora_weights {how!r} is for a single matrix")
+
+
 def start_of(target: Target, r: int, scaling: float, config: Any) -> tuple[Tensor, Tensor] | None:
     """A0 (r, in) and B0 (out, r) to start at and take off again; None where nothing need be taken off.
 
     Raises:
         ConfigError: the rank is too large, or what the start is made from is missing.
-        TargetError: the target is a grouped convolution.
+        TargetError: the target's weight is not one matrix.
     """
     how = config.init_lora_weights
+    if isinstance(how, str) and how not in ("gaussian", "eva"):
+        check_whole(target, how)
     if not isinstance(how, str) or not how.startswith(("pissa", "olora", *FROM_DATA)):
         return None
-    if target.groups > 1:
-        raise TargetError(f"{target.path!r} has {target.groups} groups of channels; {how} is for whole matrices")
     if how in FROM_DATA:
         return {"corda": corda_start, "lora_ga": lora_ga_start}[how](target, r, scaling, config)
     W = target.original_weight()

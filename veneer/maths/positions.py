@@ -40,3 +40,13 @@ def ends(found: Tensor | None, y: Tensor, p: int | str, s: int) -> tuple[tuple[T
     first = start + torch.arange(p, device=device)
     last = stop - s + torch.arange(s, device=device)
     return (first.clamp(0, n - 1), first < stop), (last.clamp(0, n - 1), last >= start + p)
+
+
+def within(found: Tensor | None, y: Tensor) -> Tensor:
+    """(rows, length): which places of y (rows, length, width) are in the prompt; without `found` the first alone."""
+    n = y.shape[1]
+    places = torch.arange(n, device=y.device).expand(y.shape[:2])
+    if found is None:
+        return places < 1
+    found = found.to(y.device) + n
+    return (places >= found[:, :1]) & (places < found[:, 1:])

@@ -20,13 +20,17 @@ def principal(W: Tensor, r: int, iterations: int | None = None, seed: int = 0) -
     return U[:, :r], S[:r], Vh[:r]
 
 
-def randomised_svd(W: Tensor, q: int, iterations: int, seed: int = 0) -> Svd:
-    """W close to U diag(S) Vh, of rank q; more iterations bring it closer. As `torch.svd_lowrank` does from a seed."""
+def randomised_svd(W: Tensor, q: int, iterations: int, seed: int = 0, draw: torch.dtype | None = None) -> Svd:
+    """W close to U diag(S) Vh, of rank q; more iterations bring it closer. As `torch.svd_lowrank` does from a seed.
+
+    Args:
+        draw: the dtype in which random numbers are drawn, which gives others; None: that of W.
+    """
     if W.shape[0] < W.shape[1]:
-        V, S, Uh = randomised_svd(W.T, q, iterations, seed)
+        V, S, Uh = randomised_svd(W.T, q, iterations, seed, draw)
         return Uh.T, S, V.T
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    probe = torch.randn(W.shape[1], q, generator=generator, dtype=W.dtype, device="cpu").to(W.device)
+    probe = torch.randn(W.shape[1], q, generator=generator, dtype=draw or W.dtype, device="cpu").to(W)
     Q = torch.linalg.qr(W @ probe).Q
     for _ in range(iterations):
         Q = torch.linalg.qr(W.T @ Q).Q

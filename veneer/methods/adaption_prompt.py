@@ -38,20 +38,20 @@ class AdaptionPrompt(Adapter):
         self.adaption_gate = nn.Parameter(torch.zeros(1))
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        base, dtype = self.target.base, self.target.dtype or x.dtype
+        dtype = self.target.dtype or x.dtype
         x, P = x.to(dtype), self.adaption_prompt[0].to(dtype)
         if len(self.names) == 1:
-            fused = getattr(base, self.names[0])
+            fused = self.target.child(self.names[0])
             q, (_, k, v) = fused(x).chunk(3, dim=-1)[0], fused(P).chunk(3, dim=-1)
         else:
-            q, k, v = (getattr(base, name)(t) for name, t in zip(self.names, (x, P, P), strict=False))
+            q, k, v = (self.target.child(name)(t) for name, t in zip(self.names, (x, P, P), strict=False))
         q, k, v = self._turned(self._heads(q, "q_norm")), self._heads(k, "k_norm"), self._heads(v)
         k, v = (t.repeat_interleave(q.shape[1] // len(t), dim=0) for t in (k, v))
         scores = torch.einsum("bhtd,hnd->bhtn", q, k) / math.sqrt(q.shape[-1])
         weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
         seen = torch.einsum("bhtn,hnd->bthd", weights, v).flatten(2)
         if len(self.names) > 1:
-            out = getattr(base, self.names[3])
+            out = self.target.child(self.names[3])
             seen = out(seen) - (0 if out.bias is None else out(torch.zeros_like(seen[:1, :1])))
         return y + self.adaption_gate * seen.to(y.dtype)
 

@@ -109,3 +109,4 @@ class ALoraConfig(LoraConfig):
     """The tokens from whose last occurrence on the adapter acts; required."""
 
     adapter = Composition(ALoRA)  # type: ignore[assignment]
+    example = {"alora_invocation_tokens": [1, 2]}

@@ -4,8 +4,8 @@
 
 v_i is the first right singular vector of B_i A_i. Ostapenko et al., 2024, arXiv:2405.11157. With `use_gks`, the mean A
 and B of general adapters are first taken off each expert's (GenKnowSub: Bagherifard et al., 2025, arXiv:2505.10939).
-Nothing needs training; if trained, the experts learn and the v_i stay. Not mergeable. PEFT puts the experts beside the
-router and cannot load it again; here they are the router's own, and their directories its config's.
+Needs no training; if trained, the experts learn and the v_i stay. Not mergeable. PEFT puts the experts beside a router
+that it cannot load again; here they are the router's own, read from the directories its config names.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class Arrow(Aspect, Adapter):
         self.experts = nn.ModuleList()
         for expert, tensors, _ in self.how.experts:
             lora = build_expert(expert, tensors, target)
-            self.experts.extend([lora] if lora is not None else [])
+            if lora is not None:
+                lora.set_dropout(config.lora_dropout)
+                self.experts.append(lora)
         directions = [first_direction(*lora.factors()) for lora in self.experts]  # type: ignore[operator]
         self.register_buffer("prototypes", torch.stack(directions) if directions else None, persistent=False)
 
@@ -78,9 +80,7 @@ class Arrow(Aspect, Adapter):
     def check(cls, config: Any) -> None:
         how, others = config.arrow_config, [name for name in config.variants() if name != "arrow_config"]
         if others:
-            raise ConfigError(
-                f"arrow_config routes among trained adapters, it learns no update that {others[0]} changes"
-            )
+            raise ConfigError(f"arrow_config mixes trained adapters; it has no update of its own for {others[0]}")
         if not how.task_adapter_names or (how.use_gks and not how.gks_adapter_names):
             missing = "gks_adapter_names" if how.task_adapter_names else "task_adapter_names"
             raise ConfigError(f"ArrowConfig.{missing} must name directories of trained LoRA adapters")

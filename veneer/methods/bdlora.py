@@ -57,6 +57,7 @@ class BdLoraConfig(Settings):
 class BDLoRA(LoRA):
     kinds = frozenset({"linear"})
     settings = BdLoraConfig
+    pads = False
 
     @classmethod
     def check(cls, config: Any) -> None:
@@ -103,3 +104,4 @@ class BlockDiagonalLoraConfig(LoraConfig):
     """`BdLoraConfig`: which factor of which target, and in how many blocks."""
 
     adapter = Composition(BDLoRA)  # type: ignore[assignment]
+    example = {"use_bdlora": {"target_modules_bd_b": ["attn", "attention"], "nblocks": 2}}

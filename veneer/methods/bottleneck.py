@@ -48,7 +48,7 @@ class Bottleneck(Adapter):
         self.adapter_norm_before = nn.LayerNorm(self.width) if config.ln_before else None
         self.adapter_norm_after = nn.LayerNorm(out) if config.ln_after else None
         self.dropout = nn.Dropout(config.dropout)
-        learned = {"learned": (), "channel": (out,)}.get(config.scaling)  # type: ignore[arg-type]
+        learned = {"learned": (1,), "channel": (out,)}.get(config.scaling)  # type: ignore[arg-type]
         fixed = scaling if config.scaling is None else config.scaling
         self.adapter_scaling = fixed if learned is None else nn.Parameter(torch.ones(learned))
 

@@ -22,6 +22,7 @@ from ..core.adapter import Tensors
 from ..core.config import Config, Name, PromptConfig, check_range
 from ..core.prompt import Spec
 from ..errors import ConfigError
+from ..train.sharded import whole
 from .prefix_tuning import Prefix
 
 SIZES = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
@@ -37,7 +38,7 @@ class Cartridge(Prefix):
         self.trainable_embedding = nn.Parameter(rows[config.num_frozen_tokens :].clone())
 
     def prefix(self) -> Tensor:
-        return torch.cat([self.frozen_embedding, self.trainable_embedding])
+        return torch.cat([self.frozen_embedding, whole(self.trainable_embedding)])
 
     def absorb(self, tensors: Tensors) -> None:
         frozen = self.config.num_frozen_tokens

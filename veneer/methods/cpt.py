@@ -3,11 +3,10 @@
     [w_1 + d_1 ... w_n + d_n, E(x_1) ... E(x_T)],  |d_i| <= eps_i,  d_i = 0 at the examples' answers
     loss: the mean over the labels of the input and of the examples, an example k before the last weighing factor^k
 
-Blau et al., 2024, arXiv:2410.17222. Trainable: n x width, of which the answers stay. Not mergeable: it has no weight
-form. Types of tokens: 4k + 1 an example's input format, + 2 its input, + 3 its output format, + 4 its answer; those of
-the input come as `input_type_mask` with the call. PEFT shifts them by the largest of the prompt's, which loses every
-label unless that is a multiple of 4 (in its own default mask it is not); here by the next multiple. What left its ball
-goes back after the optimizer's step. Training goes on from a file around the tokens, not around the file's values.
+Blau et al., 2024, arXiv:2410.17222. Trainable: n x width, of which the answers stay. Not mergeable. Types of tokens:
+4k + 1 an example's input format, + 2 its input, + 3 its output format, + 4 its answer; the input's come with a call as
+`input_type_mask`. PEFT shifts them by the largest of the prompt's, which loses every label unless that is a multiple of
+4 (by default it is not); here by the next multiple. From a file, training goes on around the tokens.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from ..core.config import Name, PromptConfig, TaskType, check_range
 from ..core.prompt import Prompt, Spec
 from ..errors import ConfigError
 from ..maths.answers import decay, is_answer
+from ..train.sharded import whole, write_
 
 
 class CPT(Prompt):
@@ -55,9 +55,9 @@ class CPT(Prompt):
     @torch.no_grad()
     def step(self, n: int) -> None:
         """Project each embedding back into its ball."""
-        moved = self.prompt_embeddings - self.start
-        norm = moved.norm(dim=1)
-        self.prompt_embeddings.copy_(self.start + moved * (self.radius / norm.clamp_min(1e-12)).clamp_max(1)[:, None])
+        moved = whole(self.prompt_embeddings) - self.start
+        share = (self.radius / moved.norm(dim=1).clamp_min(1e-12)).clamp_max(1)
+        write_(self.prompt_embeddings, self.start + moved * share[:, None])
 
     def labels(self, labels: Tensor, facts: dict[str, Any]) -> Tensor:
         rows, own = len(labels), self.types.to(labels.device)
@@ -68,7 +68,7 @@ class CPT(Prompt):
         facts[self] = answers, types
         return answers
 
-    def loss(self, logits: Tensor, facts: dict[str, Any]) -> Tensor | None:
+    def loss(self, logits: Any, facts: dict[str, Any]) -> Tensor | None:
         if self not in facts:
             return None
         labels, types = (t[:, 1:].to(logits.device) for t in facts[self])

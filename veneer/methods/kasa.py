@@ -39,6 +39,8 @@ class KasaConfig(Settings):
 class KaSA(LoRA):
     kinds = frozenset({"linear"})
     settings = KasaConfig
+    pads = False
+    apart = False
 
     def __init__(self, config: LoraConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
@@ -60,7 +62,16 @@ class KaSA(LoRA):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         A, B = super().factors()
-        return torch.cat([A * self.lora_diag[:, None], self.dropped_A]), torch.cat([B, -self.dropped_B], dim=1)
+        A = A * self.lora_diag[:, None]
+        return (A, B) if self.apart else (torch.cat([A, self.dropped_A]), torch.cat([B, -self.dropped_B], dim=1))
+
+    def update(self, x: Tensor) -> Tensor:
+        """Dropout, and whatever else falls on the update's input, is not for what the weight has lost."""
+        self.apart = True
+        try:
+            return super().update(x) - self.target.low_rank(x, self.dropped_A, self.dropped_B)
+        finally:
+            self.apart = False
 
     @classmethod
     def loss(cls, config: Any, adapters: Sequence[KaSA]) -> Tensor | None:

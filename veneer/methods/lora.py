@@ -9,17 +9,20 @@ Mergeable. Starts as a no-op: B is zero (for embeddings A is), or `factors` take
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..beside import TiedLoRA, beside
 from ..core.adapter import Matrix
-from ..core.config import Name, at, check_range, mapping
+from ..core.config import Config, Name, at, check_range, mapping
 from ..core.target import Target
 from ..errors import ConfigError
 from ..inits.start import StartConfig, Started
+from ..replication import replicate
 from ..variants import Aspect, Composition, Settings, Variants
 
 
@@ -38,6 +41,10 @@ class LoRA(Aspect, Started):
             self.lora_A, self.lora_B = self.make()
             self.set_dropout(config.lora_dropout)
         self.initialise(config.init_lora_weights)
+
+    @property
+    def follows_ties(self) -> bool:  # type: ignore[override]
+        return self.config.ensure_weight_tying and self.target.kind in TiedLoRA.kinds
 
     def make(self) -> tuple[Matrix, Matrix]:
         """What the file holds as lora_A and lora_B, empty."""
@@ -82,6 +89,12 @@ class LoraConfig(Variants, StartConfig):
     """Other values of lora_alpha, likewise."""
     target_parameters: list[str] | None = None
     """Bare parameters to adapt, by name ending ("experts.gate_up_proj"): matrices, or stacks of them, one an expert."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Tokens whose embeddings are learned too: of the input embedding, or by module name."""
+    ensure_weight_tying: bool = False
+    """An adapter, or a trained copy, on a tied embedding also acts in the output head."""
+    layer_replication: list[list[int]] | None = None
+    """Build the model from ranges of its layers, [[0, 4], [2, 5]], some more than once, each with its own adapter."""
     use_dora: bool = False
     """Learn magnitude and direction apart (DoRA)."""
     lora_bias: bool = False
@@ -130,8 +143,25 @@ class LoraConfig(Variants, StartConfig):
             raise ConfigError(f"{self.variants()[0]} needs the whole weight, which LoftQ replaces by a quantised one")
         self.check_variants()
 
-    def build(self, target: Target, shared: nn.Module | None = None, **kwargs: Any) -> LoRA:
+    def members(self) -> Sequence[Config]:
+        if not hasattr(self, "_tokens"):
+            self._tokens = beside(self.trainable_token_indices)
+        return (self, *self._tokens)
+
+    def reshape(self, model: nn.Module) -> Any:
+        return replicate(model, self.layer_replication) if self.layer_replication else None
+
+    def __copy__(self) -> LoraConfig:
+        twin = object.__new__(type(self))
+        twin.__dict__.update({name: value for name, value in self.__dict__.items() if name != "_tokens"})
+        return twin
+
+    def build(self, target: Target, shared: nn.Module | None = None, **kwargs: Any) -> Any:
         from ..inits.quantised import LoftQ
 
+        if "twin" in kwargs:
+            return TiedLoRA(self, target, kwargs["twin"])
         self.check_settings()
-        return (LoftQ if self.init_lora_weights == "loftq" else self.adapter)(self, target, shared)  # type: ignore
+        made = (LoftQ if self.init_lora_weights == "loftq" else self.adapter)(self, target, shared)
+        self.check_start(made)
+        return made  # type: ignore

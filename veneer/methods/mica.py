@@ -21,6 +21,7 @@ from .lora import LoRA, LoraConfig
 
 
 class MiCA(LoRA):
+    pads = False
     kinds = frozenset({"linear", "conv", "embedding"})
 
     def __init__(self, config: LoraConfig, target: Target, shared: nn.Module | None = None) -> None:

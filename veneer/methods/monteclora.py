@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Dirichlet, kl_divergence
 
 from ..core.config import check_range
 from ..core.target import Target
@@ -74,10 +73,11 @@ class Sampler(nn.Module):
     def penalty(self) -> Tensor:
         """Divergences of the three distributions from their priors (of the Dirichlet's, PEFT has a sign wrong)."""
         a, e, D = self.expert_weights_prior.exp(), (2 * self.std_prior).exp(), self.variance()
-        prior = Dirichlet(torch.full_like(a, self.config.dirichlet_prior), validate_args=False)
-        total = kl_divergence(Dirichlet(a, validate_args=False), prior) + len(e) / 2 * (e - e.log() - 1).sum()
-        total = self.config.kl_loss_weight * (total + len(a) / 2 * (D - D.log() - 1).sum())
-        return total + self.weights().square().sum() if self.config.use_entropy else total
+        n, p = len(a), self.config.dirichlet_prior
+        kl = a.sum().lgamma() - a.lgamma().sum() - math.lgamma(n * p) + n * math.lgamma(p)
+        kl = kl + ((a - p) * (a.digamma() - a.sum().digamma())).sum()
+        kl = kl + len(e) / 2 * (e - e.log() - 1).sum() + n / 2 * (D - D.log() - 1).sum()
+        return self.config.kl_loss_weight * kl + (self.weights().square().sum() if self.config.use_entropy else 0)
 
 
 class MonteCLoRA(LoRA):

@@ -55,6 +55,8 @@ class PVeRA(LowRank):
         return d * self.shared.pvera_A[:, : self.target.in_features].to(d), b * self.shared.pvera_B[: len(b)].to(b)
 
     def factors(self) -> tuple[Tensor, Tensor]:
+        if self.always:
+            raise NotMergeable(f"PVeRA on {self.target.path!r} samples at inference, which a weight cannot")
         A, B = self.scaled()
         return A[: self.r], B
 
@@ -72,11 +74,6 @@ class PVeRA(LowRank):
         seed = crc32(f"{self.config.generator_seed} {call} {self.target.path}".encode())
         generator = torch.Generator(device="cpu").manual_seed(seed)
         return torch.randn(like.shape, generator=generator, device="cpu").to(like)
-
-    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if self.always:
-            raise NotMergeable(f"PVeRA on {self.target.path!r} samples at inference, which a weight cannot")
-        return super().fold(W, b)
 
     def expected_parameters(self) -> int:
         return 2 * self.r + self.target.out_features

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.adapter import Adapter
+from ..core.adapter import Adapter, Tensors
 from ..core.config import LayerConfig, Name
 from ..core.layer import bare, walk
 from ..core.target import Target
@@ -31,27 +31,38 @@ class TrainableTokens(Adapter):
         shared: nn.Module | None = None,
         twin: TrainableTokens | None = None,
     ) -> None:
-        super().__init__(config, target, shared)
+        super().__init__(config, target, twin)
         rows = self.rows(target.weight())
         top = max(config.token_indices)
         if top >= len(rows):
             raise ConfigError(f"token_indices: {top} is outside the vocabulary of {len(rows)} of {target.path!r}")
         index = torch.tensor(config.token_indices, device=rows.device)
-        if twin is not None:
-            self.trainable_tokens_delta: nn.Parameter = twin.trainable_tokens_delta
-        else:
+        if twin is None:
             start = rows[index] if config.init_weights else torch.randn_like(rows[index])
             self.trainable_tokens_delta = nn.Parameter(start.detach().clone())
         place = torch.full((len(rows),), -1, device=rows.device)
         self.register_buffer("index", index, persistent=False)
         self.register_buffer("place", place.index_copy(0, index, torch.arange(len(index), device=rows.device)), False)
 
+    @property
+    def delta(self) -> Tensor:
+        """The learned rows, (tokens, width): a tied module's are those of the first."""
+        first = self if self.shared is None else self.shared
+        return first.trainable_tokens_delta
+
+    def export(self) -> Tensors:
+        return {"trainable_tokens_delta": self.delta.detach()}
+
+    def absorb(self, tensors: Tensors) -> None:
+        if self.shared is None:
+            super().absorb(tensors)
+
     def rows(self, W: Tensor) -> Tensor:
         """W with a row for each token, whether the module is the embedding or the head."""
         return W.T if self.target.kind == "embedding" else W
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        delta = self.trainable_tokens_delta
+        delta = self.delta
         if self.target.kind == "embedding":
             place = self.place[x]
             learned = F.embedding(place.clamp_min(0), delta) * self.target.scale
@@ -60,7 +71,7 @@ class TrainableTokens(Adapter):
         return y.index_copy(-1, self.index, F.linear(x, delta, None if b is None else b[self.index].to(delta.dtype)))
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        learned = self.rows(W).index_copy(0, self.index, self.trainable_tokens_delta.to(W.dtype))
+        learned = self.rows(W).index_copy(0, self.index, self.delta.to(W.dtype))
         return self.rows(learned), b
 
     def describe(self) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..core.adapter import LowRank, Tensors
 from ..core.config import LayerConfig, Name, check_range
 from ..core.target import Target
+from ..errors import CheckpointError
 
 
 class Vector(nn.Module):
@@ -69,6 +70,9 @@ class UniLoRA(LowRank):
         return places | {key.replace("indices", "scales"): self.shared.scale[j] for key, j in places.items()}
 
     def absorb(self, tensors: Tensors) -> None:
+        for key, t in tensors.items():
+            if "indices" in key and not 0 <= t.min() <= t.max() < len(self.shared.scale):
+                raise CheckpointError(f"{key} on {self.target.path!r} points outside the vector")
         super().absorb({key: t for key, t in tensors.items() if "indices" in key})
         for key, places in self.state_dict().items():
             self.shared.scale[places] = tensors[key.replace("indices", "scales")].to(self.shared.scale)

@@ -73,6 +73,9 @@ class VBLoRA(LowRank):
                 "the file holds only the chosen vectors, from which the logits cannot be recovered: load it with "
                 "is_trainable=False, or train with save_only_topk_weights=False to be able to resume"
             )
+        for key, t in tensors.items():
+            if "indices" in key and not 0 <= t.min() <= t.max() < self.config.num_vectors:
+                raise CheckpointError(f"{key} on {self.target.path!r} points outside the bank")
         super().absorb(tensors)
 
     def expected_parameters(self) -> int:

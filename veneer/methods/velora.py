@@ -63,6 +63,7 @@ class Compressed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, A, v = ctx.saved_tensors
+        grad, kept = grad.to(A.dtype), kept.to(A.dtype)  # under autocast they have another
         x = (kept[..., None] * v).flatten(-2)[..., : A.shape[1]] * ctx.scale
         grad_A = grad.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
         return grad @ A if ctx.needs_input_grad[0] else None, grad_A, None, None, None

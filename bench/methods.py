@@ -1,0 +1,252 @@
+"""Every method on one small task with nothing but its name: what it learns, what it costs.
+
+    python -m bench.methods --data train.jsonl                         # all methods, veneer and PEFT
+    python -m bench.methods ... --only hira --only vera                # some of them, into the same table
+    python -m bench.methods ... --no-timing                            # losses alone, on a busy machine
+
+Each method runs in a process of its own: SmolLM2-135M, 60 steps of 2 short rows, the loss on 64 held-out rows, the same
+rows, order and seed for all. Step times are taken in alternation with LoRA's in that process. Results go to
+docs/methods.json, the table to docs/methods.md. JSONL rows have `question` and `answer` (GSM8K).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import veneer
+from veneer.catalogue import config_for, page, pages
+
+from .common import Batch, Rows, load_base, mean_loss, peak_bytes, read_rows, steps
+
+STEPS, ROWS, HELD_OUT, LONGEST = 60, 2, 64, 136
+DOCS = Path(__file__).parent.parent / "docs"
+TIMED = 5
+"""Steps of the method and of LoRA that are timed in turn."""
+
+
+@dataclass
+class Task:
+    """The model, the rows to learn and the rows to judge by."""
+
+    tokenizer: Any
+    learn: Rows
+    judge: list[Batch]
+    facts: tuple[str, ...] = ()
+
+    def batches(self, seed: int = 0) -> Iterator[Batch]:
+        order = list(range(len(self.learn.ids)))
+        random.Random(seed).shuffle(order)
+        for i in itertools.count(0, ROWS):
+            yield self.call(self.learn.batch([order[(i + j) % len(order)] for j in range(ROWS)], 0))
+
+    def call(self, batch: Batch) -> Batch:
+        """With what belongs to the adapter: one task for all rows."""
+        return batch | ({"task_ids": torch.zeros(len(batch["labels"]), dtype=torch.long)} if self.facts else {})
+
+
+def load(data: Path) -> tuple[Any, Task]:
+    """The first short rows are held out, the next ones are learned, each once."""
+    base, tokenizer = load_base()
+    rows = read_rows(data, tokenizer, HELD_OUT + STEPS * ROWS, LONGEST)
+    held = sorted(range(HELD_OUT), key=lambda i: len(rows.ids[i]))
+    learn = Rows(rows.ids[HELD_OUT:], rows.prompts[HELD_OUT:])
+    return base, Task(tokenizer, learn, [rows.batch(held[i : i + 8], 0) for i in range(0, HELD_OUT, 8)])
+
+
+# One method in one library
+
+
+def measure(
+    name: str, library: str, data: Path, rate: float | None, settings: dict[str, Any], timing: bool
+) -> dict[str, Any]:
+    torch.manual_seed(0)
+    base, task = load(data)
+    own = settings_for(name, task, base)
+    model = build(name, library, base, own | settings)
+    task.facts = tuple(f for f in config_for(name, **own).facts if f == "task_ids")
+    after = model.base_model.update_and_allocate if library == "peft" and name == "adalora" else bool
+    model.train()
+    steps(model, task.batches(), rate or page(name).learning_rate, STEPS, after)
+    model.eval()
+    loss = mean_loss(model, [task.call(batch) for batch in task.judge])
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    peak = peak_bytes()
+    return {
+        "after": loss,
+        "trainable": learned,
+        "peak_bytes": peak,
+        "file_bytes": size_on_disk(model),
+        "step_over_lora": relative_step(model, library, task) if timing else None,
+    }
+
+
+def settings_for(name: str, task: Task, base: Any) -> dict[str, Any]:
+    """What a method cannot do without on this task."""
+    config = veneer.all_methods()[name]
+    if name == "adalora":
+        return {"total_step": STEPS}
+    if "adapters" in config.__dataclass_fields__ and name == "xlora":
+        return {"adapters": {str(i): path for i, path in enumerate(experts(task, base))}}
+    return {}
+
+
+def experts(task: Task, base: Any) -> list[str]:
+    """Two LoRA adapters, each trained for a third of the steps on rows of its own."""
+    found = []
+    for seed in (1, 2):
+        model = veneer.get_peft_model(base, veneer.LoraConfig(task_type="CAUSAL_LM"))
+        steps(model, task.batches(seed), page("lora").learning_rate, STEPS // 3, bool)
+        found.append(tempfile.mkdtemp())
+        model.save_pretrained(found[-1])
+        base = model.unload()
+    return found
+
+
+def build(name: str, library: str, base: Any, settings: dict[str, Any]) -> Any:
+    base.requires_grad_(False)
+    if library == "veneer":
+        return veneer.get_peft_model(base, config_for(name, **settings, task_type="CAUSAL_LM"))
+    import peft
+
+    base.config.use_cache = name != "xlora"
+    found = config_for(name)
+    given = {**found.example, "task_type": "CAUSAL_LM", **settings}
+    kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(str(found.peft_type))]
+    return peft.get_peft_model(base, kind(**given))
+
+
+def size_on_disk(model: Any) -> int:
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        return sum(f.stat().st_size for f in Path(directory).rglob("*.safetensors"))
+
+
+def relative_step(model: Any, library: str, task: Task) -> float:
+    """The median step of this method over LoRA's, in alternation."""
+    base, _ = load_base()
+    lora = build("lora", library, base, {}).train()
+    model.train()
+    pairs = []
+    for seed in range(TIMED):
+        taken = []
+        for one in (model, lora):
+            batches = task.batches(seed) if one is model else Task.batches(_plain(task), seed)
+            taken.append(steps(one, batches, 1e-6, 1, bool)[0])
+        pairs.append(taken[0] / taken[1])
+    return statistics.median(pairs[1:])
+
+
+def _plain(task: Task) -> Task:
+    return Task(task.tokenizer, task.learn, task.judge)
+
+
+# All of them
+
+
+def run(name: str, library: str, arguments: list[str]) -> dict[str, Any]:
+    """One measurement in a process of its own; an error is a result too."""
+    command = [sys.executable, "-m", "bench.methods", *arguments, "--one", name, "--library", library]
+    environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def untrained(data: Path) -> float:
+    base, task = load(data)
+    return mean_loss(base.eval(), task.judge)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: a row a method, PEFT's beside veneer's."""
+    before, lora = results["before"], results["veneer"]["lora"]
+    lines = [
+        "| method | loss | of LoRA's gain | trainable | step / LoRA | peak GB | file MB | PEFT: loss | step | file |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name in sorted(results["veneer"]):
+        ours, theirs = results["veneer"][name], results["peft"].get(name)
+        cells = [name, *_cells(ours, before, lora), *_pefts(theirs)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(result: dict[str, Any], before: float, lora: dict[str, Any]) -> list[str]:
+    if "error" in result:
+        return [result["error"].replace("|", "/"), *[""] * 5]
+    gain = (before - result["after"]) / (before - lora["after"])
+    return [
+        f"{result['after']:.3f}",
+        f"{gain:.0%}",
+        f"{result['trainable']:,}",
+        _ratio(result),
+        f"{result['peak_bytes'] / 1e9:.1f}",
+        f"{result['file_bytes'] / 1e6:.2f}",
+    ]
+
+
+def _pefts(result: dict[str, Any] | None) -> list[str]:
+    if result is None:
+        return ["-", "-", "-"]
+    if "error" in result:
+        return [result["error"].split(":")[0][:40], "-", "-"]
+    return [f"{result['after']:.3f}", _ratio(result), f"{result['file_bytes'] / 1e6:.2f}"]
+
+
+def _ratio(result: dict[str, Any]) -> str:
+    return "-" if result["step_over_lora"] is None else f"{result['step_over_lora']:.2f}"
+
+
+def has(library: str, name: str) -> bool:
+    import peft
+
+    return library == "veneer" or str(veneer.all_methods()[name].peft_type) == name.upper() in peft.PeftType.__members__
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="JSONL of question and answer.")],
+    only: Annotated[list[str] | None, typer.Option(help="Just these methods.")] = None,
+    libraries: Annotated[str, typer.Option(help="veneer, peft or both, by a comma.")] = "veneer,peft",
+    one: Annotated[str | None, typer.Option(hidden=True)] = None,
+    library: Annotated[str, typer.Option(hidden=True)] = "veneer",
+    rate: Annotated[float | None, typer.Option(help="Another learning rate.")] = None,
+    settings: Annotated[str, typer.Option(help="Settings over the defaults, as JSON.")] = "{}",
+    timing: Annotated[bool, typer.Option(help="Also time steps against LoRA's.")] = True,
+    out: Annotated[Path, typer.Option(help="Where the table goes.")] = DOCS,
+) -> None:
+    if one:
+        print(json.dumps(measure(one, library, data, rate, json.loads(settings), timing)))
+        return
+    arguments = ["--data", str(data), "--settings", settings]
+    arguments += ["--rate", str(rate)] if rate else []
+    arguments += [] if timing else ["--no-timing"]
+    store = out / "methods.json"
+    results = json.loads(store.read_text()) if store.exists() else {"before": untrained(data), "veneer": {}, "peft": {}}
+    for name in only or list(pages()):
+        for which in libraries.split(","):
+            if has(which, name):
+                results[which][name] = run(name, which, arguments)
+                print(which, name, json.dumps(results[which][name]), flush=True)
+                store.parent.mkdir(exist_ok=True)
+                store.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    if "lora" in results["veneer"]:
+        (out / "methods-table.md").write_text(table(results))
+
+
+if __name__ == "__main__":
+    typer.run(main)

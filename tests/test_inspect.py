@@ -1,0 +1,195 @@
+"""`inspect` and `diff`: what they say is true, and no file makes them fall."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from veneer import LoraConfig, get_peft_model
+from veneer.comparison import diff
+from veneer.errors import CheckpointError
+from veneer.inspection import effective_rank, inspect, printable
+
+from . import models
+from .cases import ONE_EACH, Case
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.fixture
+def adapter(tmp_path) -> Path:
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 2})
+    model = models.perturb(get_peft_model(models.build("llama"), config))
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_a_lora_is_described(adapter):
+    found = inspect(adapter)
+    tensors = load_file(adapter / WEIGHTS)
+    assert found.method == "LORA" and found.settings["r"] == 3
+    assert found.count == sum(t.numel() for t in tensors.values())
+    assert found.file_bytes == (adapter / WEIGHTS).stat().st_size
+    layer = next(x for x in found.layers if x.path == "model.layers.1.mlp.down_proj")
+    A, B = (tensors[f"base_model.model.{layer.path}.lora_{side}.weight"].double() for side in "AB")
+    S = torch.linalg.svdvals(5 / 2 * B @ A)
+    assert layer.rank == 2 and layer.norm == pytest.approx(float(S.norm()), rel=1e-5)
+    p = S[:2] / S[:2].sum()
+    assert layer.effective_rank == pytest.approx(float(torch.exp(-(p * p.log()).sum())), rel=1e-5)
+    assert found.problems == ["the config does not name the base model"]
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=str)
+def test_every_method_is_described(case: Case, tmp_path):
+    case.build().save_pretrained(tmp_path)
+    found = inspect(tmp_path)
+    assert found.method == case.config().peft_type and found.count > 0
+    assert not [p for p in found.problems if "cannot" in p or "finite" in p or "PEFT's" in p]
+
+
+def test_effective_rank():
+    assert effective_rank(torch.ones(4)) == pytest.approx(4)
+    assert effective_rank(torch.tensor([2.0, 0.0])) == pytest.approx(1)
+    assert effective_rank(torch.zeros(3)) == 0
+
+
+def rewrite(adapter: Path, change) -> None:
+    tensors = load_file(adapter / WEIGHTS)
+    change(tensors)
+    save_file(tensors, adapter / WEIGHTS)
+
+
+def first(tensors: dict) -> str:
+    return next(key for key in sorted(tensors) if "lora_B" in key)
+
+
+FAULTS = {
+    "not finite": lambda t: t[first(t)].__setitem__((0, 0), float("nan")),
+    "all zero": lambda t: t[first(t)].zero_(),
+    "other half": lambda t: t.pop(first(t)),
+    "rank 1 in the file": lambda t: [t.update({k: v[:1] if "_A" in k else v[:, :1].clone()}) for k, v in t.items()],
+    "keys are not PEFT's": lambda t: t.update({"strange": torch.ones(2)}),
+    "holds nothing for q_proj": lambda t: [t.pop(k) for k in list(t) if "q_proj" in k],
+}
+
+
+@pytest.mark.parametrize("told", FAULTS)
+def test_faults_are_told(adapter, told):
+    rewrite(adapter, FAULTS[told])
+    assert any(told in problem for problem in inspect(adapter).problems)
+
+
+def header(content: bytes) -> bytes:
+    return struct.pack("<Q", len(content)) + content
+
+
+HOSTILE = {
+    "empty": b"",
+    "short": b"\x01\x02",
+    "endless header": struct.pack("<Q", 2**62) + b"{}",
+    "deep header": header(b"[" * 100_000),
+    "no json": header(b"\xff" * 64),
+    "beyond the end": header(b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}') + b"\0" * 8,
+    "overlap": header(
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    ) + b"\0" * 4,
+    "overflow": header(b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,4]}}') + b"\0" * 4,
+    "negative": header(b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}') + b"\0" * 4,
+    "unknown dtype": header(b'{"a":{"dtype":"Q7","shape":[1],"data_offsets":[0,4]}}') + b"\0" * 4,
+    "pickle": b"\x80\x04cos\nsystem\n(S'true'\ntR.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_tensor_files_are_survived(adapter, name):
+    (adapter / WEIGHTS).write_bytes(HOSTILE[name])
+    assert any(problem.startswith(f"{WEIGHTS} cannot be read") for problem in inspect(adapter).problems)
+
+
+@pytest.mark.parametrize("size", range(0, 2000, 97))
+def test_a_file_cut_anywhere_is_survived(adapter, size):
+    (adapter / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:size])
+    assert inspect(adapter).problems
+
+
+CONFIGS = {
+    "no json": b"{",
+    "a list": b"[]",
+    "deep": b"[" * 100_000,
+    "bytes": b"\xff\xfe",
+    "unhashable method": b'{"peft_type": ["LORA"]}',
+    "no method": b'{"peft_type": "../../etc"}',
+    "wrong types": b'{"peft_type": "LORA", "r": {"a": 1}, "target_modules": 7}',
+    "huge rank": b'{"peft_type": "LORA", "r": 1e400}',
+    "bad pattern": b'{"peft_type": "LORA", "target_modules": "(((("}',
+    "endless": b'{"peft_type": "' + b"A" * 11_000_000 + b'"}',
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_hostile_configs_are_survived(adapter, name):
+    (adapter / CONFIG).write_bytes(CONFIGS[name])
+    found = inspect(adapter)
+    assert any(problem.startswith(f"{CONFIG} cannot be used") for problem in found.problems)
+    assert found.tensors and all(len(problem) < 500 for problem in found.problems)
+
+
+def test_nothing_from_a_file_steers_the_terminal(adapter):
+    rewrite(adapter, lambda t: t.update({"\x1b[2J\x07[red]x[/nope]": torch.ones(2)}))
+    done = subprocess.run(
+        [sys.executable, "-m", "veneer", "inspect", str(adapter), "--tensors"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout and "\\x1b[2J\\x07[red]x[/nope]" in done.stdout
+    assert printable("a\nb\x9b\u202e") == "a\\nb\\x9b\\u202e"
+
+
+def test_a_pickle_is_named_and_left_alone(adapter):
+    os.rename(adapter / WEIGHTS, adapter / "adapter_model.bin")
+    assert "is a pickle and was not read" in inspect(adapter).problems[-1]
+
+
+def test_a_directory_without_an_adapter_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no adapter"):
+        inspect(tmp_path)
+
+
+def test_the_command(adapter):
+    command = [sys.executable, "-m", "veneer", "inspect", str(adapter)]
+    shown = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "140"})
+    assert "LORA" in shown.stdout and "model.layers.0.self_attn.q_proj" in shown.stdout
+    found = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True).stdout)
+    assert len(found["layers"]) == 4 and found["count"]
+
+
+def test_diff_of_the_same_is_none_and_of_others_tells(adapter, tmp_path):
+    assert diff(adapter, adapter).is_none
+    config = LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "o_proj"])
+    models.perturb(get_peft_model(models.build("llama"), config)).save_pretrained(tmp_path / "other")
+    found = diff(adapter, tmp_path / "other")
+    assert found.fields["lora_alpha"] == (5, 7)
+    assert len(found.only_first) == 4 and all("down_proj" in key for key in found.only_first)
+    assert len(found.only_second) == 4 and len(found.angles) == 2
+
+
+def test_the_angle_between_updates(adapter, tmp_path):
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other)
+    rewrite(other, lambda t: t.update({k: -2 * v if "lora_B" in k else v for k, v in t.items()}))
+    found = diff(adapter, other)
+    assert all(a.cosine == pytest.approx(-1) and a.norms[1] == pytest.approx(2 * a.norms[0]) for a in found.angles)
+    assert len(found.angles) == 4 and all(t.relative == pytest.approx(3) for t in found.changed) and found.same == 4
+    command = [sys.executable, "-m", "veneer", "diff", str(adapter)]
+    done = subprocess.run([*command, str(other)], capture_output=True, text=True)
+    assert done.returncode == 1 and "cosine -1.000" in done.stdout
+    assert subprocess.run([*command, str(adapter)], capture_output=True).returncode == 0

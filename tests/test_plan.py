@@ -1,0 +1,164 @@
+"""`veneer plan`: what it says before training is what is there in training."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from veneer import LoraConfig, TargetError, VeneerError
+from veneer.catalogue import config_for
+from veneer.cli.plan import folded, size
+from veneer.core.config import all_methods
+from veneer.errors import ConfigError
+from veneer.report.forecast import forecast, settings_of
+from veneer.skeleton import skeleton
+
+from . import models
+from .cases import ONE_EACH, Case
+from .models import LLAMA
+
+BIG = dict(
+    model_type="llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+    num_key_value_heads=8, vocab_size=128256, dtype="bfloat16", tie_word_embeddings=False,
+)  # fmt: skip
+SMALL = BIG | dict(
+    hidden_size=256, intermediate_size=704, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
+    vocab_size=6000, dtype="float32",
+)  # fmt: skip
+
+
+def config_dir(path, content: dict) -> str:
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(content))
+    return str(path)
+
+
+@pytest.mark.parametrize("case", [c for c in ONE_EACH if c.method != "adamss"], ids=str)
+def test_planned_parameters_and_bytes_are_those_of_the_adapter(case: Case, tmp_path):
+    real = case.build(moved=False)
+    real.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        base = models.BUILDERS[case.model]()
+    found = forecast(base, case.config(), 2, 8)
+    assert found.trainable == real.get_nb_trainable_parameters()[0]
+    assert found.trainable == sum(row.added for row in found.rows) + found.outside or case.method in SUBSET
+    file = (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert found.file_bytes == pytest.approx(file, rel=0.05, abs=3000)  # the notes on the base are not counted
+
+
+SUBSET = {"xlora"}
+"""X-LoRA holds trained adapters that it does not train."""
+
+
+def test_a_method_that_is_sized_by_values_says_so():
+    with pytest.raises(VeneerError, match="by the values of the base weights"):
+        forecast(llama(), config_for("adamss"), 1, 8)
+
+
+def test_each_entry_says_what_it_hits():
+    found = forecast(llama(), LoraConfig(r=3, target_modules=["q_proj", "mlp.down_proj"]), 1, 8)
+    assert [(hit.entry, len(hit.paths)) for hit in found.hits] == [("q_proj", 2), ("mlp.down_proj", 2)]
+    assert found.hits[1].parameters == 2 * 3 * (45 + 30)
+    assert sum(hit.parameters for hit in found.hits) == found.trainable
+    with pytest.raises(TargetError, match="nearest: q_proj"):
+        forecast(llama(), LoraConfig(target_modules=["q_prj"]), 1, 8)
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**LLAMA))
+
+
+def test_a_70b_model_is_planned_in_two_seconds_and_one_gigabyte(tmp_path):
+    script = f"""
+import resource, time
+from veneer.catalogue import config_for
+from veneer.report.forecast import forecast
+from veneer.skeleton import skeleton
+skeleton(None, "llama")  # the imports, which are not the plan's
+start = time.process_time()
+found = forecast(skeleton({config_dir(tmp_path / "big", BIG)!r}), config_for("lora", r=16), 1, 512)
+assert found.trainable == 80 * 16 * (8192 + 8192 + 8192 + 1024), found.trainable
+assert found.memory.base == 2 * (found.total - found.trainable) and found.memory.total
+print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
+    seconds, gigabytes = map(float, done.stdout.split())
+    assert seconds < 2 and gigabytes < 1
+
+
+MEASURE = """
+import sys, torch, transformers
+from veneer import get_peft_model
+from veneer.catalogue import config_for
+torch.set_num_threads(1)
+config = transformers.AutoConfig.from_pretrained(sys.argv[1])
+model = get_peft_model(transformers.AutoModelForCausalLM.from_config(config), config_for(sys.argv[2])).train()
+def step(rows, length):
+    ids = torch.randint(3, 100, (rows, length))
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    model.zero_grad()
+def bytes_of(name):
+    return int(open("/proc/self/status").read().split(name + ":")[1].split()[0]) * 1024
+step(1, 8)
+open("/proc/self/clear_refs", "w").write("5")
+before = bytes_of("VmRSS")
+step(4, 256)
+print(bytes_of("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is measured as Linux tells it")
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_the_memory_of_a_step_is_what_is_measured(tmp_path, method: str):
+    home = config_dir(tmp_path / "small", SMALL)
+    planned = forecast(skeleton(home), config_for(method), 4, 256).memory.step
+    # glibc otherwise keeps freed blocks of a few MB in its heap, and the peak is its own
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", MEASURE, home, method]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=300)
+    assert planned == pytest.approx(int(done.stdout), rel=0.2)
+
+
+def test_checkpointing_and_short_rows_take_less():
+    plain = forecast(llama(), config_for("lora"), 4, 32).memory.step
+    assert forecast(llama(), config_for("lora"), 4, 32, checkpointing=True).memory.step < plain
+    assert forecast(llama(), config_for("lora"), 4, 16).memory.step < plain
+
+
+def test_words_of_the_command_line_become_fields():
+    lora = all_methods()["lora"]
+    given = settings_of(lora, 3, "q_proj,v_proj", ["lora_alpha=5", "init_lora_weights=pissa", "use_dora=true"])
+    assert given == {
+        "lora_alpha": 5, "init_lora_weights": "pissa", "use_dora": True, "r": 3, "target_modules": ["q_proj", "v_proj"],
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="nearest: lora_alpha"):
+        settings_of(lora, None, None, ["lora_alhpa=5"])
+    with pytest.raises(ConfigError, match="field=value"):
+        settings_of(lora, None, None, ["lora_alpha"])
+
+
+def test_paths_and_sizes_are_written_short():
+    paths = tuple(f"model.layers.{i}.mlp.up_proj" for i in range(4)) + ("lm_head",)
+    assert folded(paths) == ["model.layers.{0-3}.mlp.up_proj", "lm_head"]
+    assert folded(("h.0.x", "h.2.x")) == ["h.{0,2}.x"]
+    assert [size(n) for n in (12, 1500, 2_000_000, 141_500_000_000)] == ["12 bytes", "1.5 kB", "2 MB", "142 GB"]
+
+
+def test_the_command_shows_and_prints_json():
+    command = [sys.executable, "-m", "veneer", "plan", "--model-type", "gpt2", "--rank", "8"]
+    start = time.monotonic()
+    shown = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "120"}, timeout=120)
+    assert "294,912" in shown.stdout and "transformer.h.{0-11}.attn.c_attn" in shown.stdout, time.monotonic() - start
+    found = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120).stdout)
+    assert found["trainable"] == 294_912 and found["memory"]["total"] > found["memory"]["step"] > 0
+    wrong = subprocess.run([*command, "--targets", "c_atn"], capture_output=True, text=True, timeout=120)
+    assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1 and "c_attn" in wrong.stderr

@@ -1,0 +1,52 @@
+"""What may stand beside a LoRA under its name: trained tokens, and the same update on a tied module."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .core.adapter import LowRank, Tensors, check_tied
+from .methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
+
+
+class TokenAdapter(TrainableTokens):
+    """The same beside another method, under its name."""
+
+    key = "token_adapter."
+
+    def export(self) -> Tensors:
+        return super().export() if self.shared is None else {}
+
+
+class Tokens(TrainableTokensConfig):
+    """`trainable_token_indices` of another method's config."""
+
+    adapter = TokenAdapter
+
+
+def beside(indices: list[int] | dict[str, list[int]] | None) -> list[Tokens]:
+    """Configs for the tokens that another method also trains: of the embedding, or of the modules it names."""
+    if isinstance(indices, dict):
+        return [Tokens(token_indices=tokens, target_modules=[module]) for module, tokens in indices.items()]
+    return [Tokens(token_indices=indices)] if indices else []
+
+
+class TiedLoRA(LowRank):
+    """The update of an embedding in the output head that shares its weight, or the other way round: its transpose."""
+
+    kinds = frozenset({"linear", "embedding"})
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        A, B = self.shared.factors()
+        return B.T, A.T
+
+    def export(self) -> Tensors:
+        A, B = self.shared.matrices()
+        names = (
+            ("lora_embedding_A", "lora_embedding_B")
+            if self.target.kind == "embedding"
+            else ("lora_A.weight", "lora_B.weight")
+        )
+        return {name: t.detach().T.contiguous() for name, t in zip(names, (B, A), strict=True)}
+
+    def absorb(self, tensors: Tensors) -> None:
+        check_tied(self, tensors)

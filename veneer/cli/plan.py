@@ -1,0 +1,142 @@
+"""`veneer plan`: what a fine-tune would train and take, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from veneer.report.forecast import Forecast
+
+EXAMPLES = """
+Examples:
+
+  veneer plan --model smollm2-135m-instruct                    LoRA at its defaults
+
+  veneer plan --model-type llama --method dora --rank 16       an architecture at its default sizes, no download
+
+  veneer plan --model DIR --targets q_proj,v_proj --layers     with every layer
+
+  veneer plan --model DIR --batch-size 8 --max-length 1024 --gradient-checkpointing
+
+  veneer plan --model DIR --method fourierft --set n_frequency=500 --json
+"""
+
+
+def plan(
+    model: Annotated[str | None, typer.Option(help="Directory, name or hub id; only its config is read.")] = None,
+    model_type: Annotated[str | None, typer.Option(help='An architecture instead, "gpt2" or "llama".')] = None,
+    method: Annotated[str, typer.Option(help="What to train; `veneer methods` lists them.")] = "lora",
+    rank: Annotated[int | None, typer.Option(help="Rank of the update.")] = None,
+    targets: Annotated[str | None, typer.Option(help='Modules, as "q_proj,v_proj", or "all-linear".')] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Another setting, field=value.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 1,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 512,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Plan with recomputation.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Show every adapted module.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a fine-tune would train, and the memory it takes, from the model's config alone."""
+    from veneer.catalogue import config_for, page
+    from veneer.core.config import all_methods
+    from veneer.report.forecast import forecast, settings_of
+    from veneer.skeleton import skeleton
+
+    given = settings_of(all_methods()[page(method).name], rank, targets, settings or [])
+    found = forecast(
+        skeleton(model, model_type), config_for(method, **given), batch_size, max_length, gradient_checkpointing
+    )
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2, default=str))
+    else:
+        _show(found, layers)
+
+
+plan.__doc__ = (plan.__doc__ or "") + "\n" + EXAMPLES
+
+
+def _show(found: Forecast, layers: bool) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    shown = ", ".join(f"{name}={value}" for name, value in found.settings.items())
+    console.print(f"[bold]{found.method}[/bold] on {found.model}" + (f": {shown}" if shown else ""))
+    if found.hits:
+        console.print(_hits(found))
+    if layers:
+        console.print(_rows(found))
+    if found.outside:
+        console.print(f"outside the layers  {found.outside:,}")
+    share = found.trainable / found.total
+    console.print(f"trainable           {found.trainable:,} of {found.total:,} ({share:.4%})")
+    console.print(f"adapter file        {size(found.file_bytes)}")
+    _show_memory(console, found)
+
+
+def _show_memory(console: object, found: Forecast) -> None:
+    memory = found.memory
+    step = "unknown for this method" if memory.step is None else size(memory.step)
+    lines = {
+        "base weights": size(memory.base),
+        "adapter": size(memory.adapter),
+        "optimizer (AdamW)": size(memory.optimizer),
+        "activations, grads": f"{step}  ({found.batch_size} x {found.length} tokens)",
+        "memory in all": "unknown" if memory.total is None else size(memory.total),
+    }
+    for name, text in lines.items():
+        console.print(f"{name:<20}{text}")  # type: ignore[attr-defined]
+
+
+def _hits(found: Forecast) -> Table:
+    table = _table("target", "modules", "trainable", "where")
+    for hit in found.hits:
+        table.add_row(hit.entry, str(len(hit.paths)), f"{hit.parameters:,}", "\n".join(folded(hit.paths)))
+    return table
+
+
+def _rows(found: Forecast) -> Table:
+    table = _table("module", "in", "out", "trainable")
+    for row in found.rows:
+        sizes = [str(n) if n else "-" for n in (row.in_features, row.out_features)]
+        table.add_row(row.path, *sizes, f"{row.added:,}")
+    return table
+
+
+def _table(*columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        is_number = name in ("modules", "trainable", "in", "out")
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
+    return table
+
+
+def folded(paths: tuple[str, ...]) -> list[str]:
+    """Paths that differ in their first index only, as one: model.layers.{0-29}.self_attn.q_proj."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for path in paths:
+        parts = re.match(r"(.*?\.)(\d+)(\..*)", path)
+        place = (parts[1], parts[3]) if parts else (path, "")
+        groups.setdefault(place, []).extend([int(parts[2])] if parts else [])
+    return [f"{before}{_range(numbers)}{after}" for (before, after), numbers in groups.items()]
+
+
+def _range(numbers: list[int]) -> str:
+    if len(numbers) < 2:
+        return "".join(map(str, numbers))
+    whole = numbers == list(range(numbers[0], numbers[-1] + 1))
+    return f"{{{numbers[0]}-{numbers[-1]}}}" if whole else f"{{{','.join(map(str, numbers))}}}"
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}" if count < 1000 * scale else f"{count / scale:,.0f} {unit}"
+    return f"{count} bytes"

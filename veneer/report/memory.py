@@ -1,0 +1,97 @@
+"""The memory a training step takes, found by running it on the meta device: tensors have sizes there, but no values.
+
+Every storage that an operation makes is counted while it lives, so the result holds for any architecture and any
+method: saved activations, gradients, and the logits and their gradients, which are often the peak.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive, but for those of a module's own tensors."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = WeakIdKeyDictionary()
+        for tensor in (*module.parameters(), *module.buffers()):
+            self._known[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return True if args[0].dtype == torch.bool else 1  # "is nothing packed?" and the like: the usual answer
+        out = func(*args, **kwargs or {})
+        tree_map_only(Tensor, self._note, out)
+        return out
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage not in self._known:
+            self._known[storage] = True
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._free, storage.nbytes())
+        return tensor
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+class Flash(TorchFunctionMode):
+    """On the meta device torch would form whole attention matrices, which no real device does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return _attention(*args, **kwargs)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    mask = attn_mask.to(q.dtype) if attn_mask is not None and attn_mask.dtype == torch.bool else attn_mask
+    if enable_gqa:
+        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return flash(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)[0]
+
+
+def step_peak(model: Any, batch_size: int, length: int) -> int:
+    """Bytes at the peak of one forward and backward pass of an adapted model on the meta device.
+
+    The model's own weights are not among them; activations and gradients are. The loss is the model's over all tokens.
+
+    Raises:
+        RuntimeError: the model or the method looks at values, which the meta device does not have.
+    """
+    model.train()
+    ids = torch.empty(batch_size, length, dtype=torch.long, device="meta")
+    with Live(model) as live, Flash():
+        _loss(model, ids).backward()
+    model.zero_grad(set_to_none=True)
+    return live.peak
+
+
+def _loss(model: Any, ids: Tensor) -> Tensor:
+    if model.get_base_model().can_generate():
+        more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {"use_cache": False}
+        return model(input_ids=ids, labels=ids, **more).loss
+    return model(input_ids=ids)[0].float().mean()
