@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -168,7 +166,12 @@ def test_weights_and_files_of_all_kinds(base, data, tmp_path):
 
     (tmp_path / "rows.json").write_text(json.dumps({"rows": ROWS[:3]}))
     (tmp_path / "rows.tsv").write_text("q\ta\n007\t8\n")
-    parquet.write_table(pyarrow.Table.from_pylist([{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}]), tmp_path / "m.parquet")
+    parquet.write_table(
+        pyarrow.Table.from_pylist(
+            [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}]
+        ),
+        tmp_path / "m.parquet",
+    )
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "train-0.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (tmp_path / "d" / "test.jsonl").write_text('{"prompt": "no", "completion": "no"}\n' * 50)
@@ -263,7 +266,7 @@ def test_untrustworthy_runs_end_with_the_reason(base, data, tmp_path, monkeypatc
     failing(DataError, "too long for max_length", base, data, tmp_path / "b", max_length=8, long_rows="drop")
     settings = dict(learning_rate=1e30, warmup=0, max_grad_norm=0, schedule="constant", max_steps=8)
     failing(TrainingError, "at step [2-8].*lower learning_rate", base, data, tmp_path / "c", **settings)
-    failing(TrainingError, "did not change", base, data, tmp_path / "d", learning_rate=1e-30, max_steps=1)
+    failing(TrainingError, "did not change", base, data, tmp_path / "d", learning_rate=1e-50, max_steps=1)
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n")
     failing(DataError, "holds no rows", base, str(empty), tmp_path / "e")

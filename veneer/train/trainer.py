@@ -71,6 +71,14 @@ class ExactTrainer(Trainer):
             logs = logs | {"tokens_per_second": self.meter.speed(), "rss_bytes": rss()}
         super().log(logs, start_time)
 
+    def _load_callback_state(self) -> None:
+        """Trainer puts a new Meter in the place of ours; ours, which others hold too, takes its counts over."""
+        super()._load_callback_state()
+        handler = self.callback_handler
+        for restored in [callback for callback in handler.callbacks if isinstance(callback, Meter)]:
+            self.meter.__dict__.update(restored.__dict__)
+            handler.callbacks[handler.callbacks.index(restored)] = self.meter
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         output = super().evaluation_loop(*args, **kwargs)
         exact = output.metrics.pop("eval_exact_loss", None)
