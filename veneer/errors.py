@@ -26,6 +26,14 @@ class BaseMismatch(CheckpointError):
     """The adapter was trained on another base model."""
 
 
+class DataError(VeneerError):
+    """Training data is missing, damaged, or of no shape that can be trained on."""
+
+
+class TrainingError(VeneerError):
+    """A run cannot start, go on, or be trusted: its loss is not finite, or its adapter did not change."""
+
+
 class NotMergeable(VeneerError):
     """The adapter has no form as a new weight, or merging it would change the result."""
 

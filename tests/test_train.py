@@ -1,0 +1,324 @@
+"""`veneer train`: from a data file and a recipe to an adapter that can be trusted, or an error that says why not."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+
+from veneer.errors import ConfigError, DataError, TrainingError, VeneerError
+from veneer.train.recipe import make
+from veneer.train.run import train
+
+from . import models
+from .chat_templates import TEMPLATES
+from .test_train_chat import tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ROWS = [{"question": f"{a} + {b}?", "answer": str(a + b)} for a in range(3, 9) for b in range(2, 6)]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> str:
+    """A tiny Llama on disk, with a byte-level tokenizer and ChatML."""
+    where = tmp_path_factory.mktemp("base")
+    words = tokenizer(TEMPLATES[0])
+    words.pad_token = "<|im_end|>"
+    words.save_pretrained(where)
+    torch.manual_seed(0)
+    ids = dict(pad_token_id=None, bos_token_id=None, eos_token_id=words.eos_token_id)
+    models.llama(vocab_size=len(words), max_position_embeddings=256, **ids).save_pretrained(where)
+    return str(where)
+
+
+@pytest.fixture
+def data(tmp_path) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(path)
+
+
+def recipe(base: str, data, output, **settings):
+    own = dict(model=base, data=data, output=str(output), batch_size=4, rank=4, learning_rate=1e-2)
+    return make(own | settings)
+
+
+def run(*args, **kwargs) -> dict:
+    return train(recipe(*args, **kwargs), console=Console(quiet=True))
+
+
+def tensors(where) -> dict[str, torch.Tensor]:
+    return load_file(Path(where) / "adapter_model.safetensors")
+
+
+def same(one, other) -> bool:
+    a, b = tensors(one), tensors(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_leaves_an_adapter_a_recipe_and_a_report(base, data, tmp_path):
+    from transformers import AutoTokenizer
+
+    from veneer import AutoPeftModelForCausalLM
+    from veneer.train.encode import Encoder
+    from veneer.train.shapes import understand
+
+    report = run(base, data, tmp_path / "out", epochs=3, eval_split=4)
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    assert report["steps"] == len(report["losses"]) == 15
+    assert report["losses"][-1] < report["losses"][0] and report["eval"]["loss"] < report["eval"]["before"]["loss"]
+    encoder = Encoder(AutoTokenizer.from_pretrained(base), 1024)
+    rows = [encoder.tokens(understand("", row, "question")) for row in ROWS]
+    assert report["data"]["tokens"] == sum(len(row["input_ids"]) for row in rows)
+    assert report["data"]["supervised_tokens"] == sum(len(row["answer"]) + 1 for row in ROWS)
+    assert 0 < report["supervised_tokens"] < report["real_tokens"] < 3 * report["data"]["tokens"]
+    assert report["tokens_per_second"] == pytest.approx(report["real_tokens"] / report["train_seconds"])
+    assert report["peak_rss_bytes"] > 1e8 and report["verified"] is None
+    assert list((tmp_path / "out" / "logs").glob("events*"))
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.peft_config["default"].r == 4
+
+
+def test_evaluation_is_the_mean_over_all_learned_tokens(base, data, tmp_path):
+    """Computed again, row by row, from the saved adapter."""
+    from transformers import AutoTokenizer
+
+    from veneer import AutoPeftModelForCausalLM
+    from veneer.train.encode import Encoder
+    from veneer.train.shapes import understand
+
+    report = run(base, data, tmp_path / "out", eval_data=data, max_steps=4, eval_batch_size=5)
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    total, count, hits = 0.0, 0, 0
+    for row in ROWS:
+        encoded = Encoder(AutoTokenizer.from_pretrained(base), 1024).tokens(understand("", row, "question"))
+        logits = model(input_ids=torch.tensor([encoded["input_ids"]])).logits[0, :-1].log_softmax(-1)
+        for scores, label in zip(logits, encoded["labels"][1:], strict=True):
+            if label != -100:
+                total, count, hits = total - float(scores[label]), count + 1, hits + int(scores.argmax() == label)
+    assert report["eval"]["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert report["eval"]["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert report["eval"]["accuracy"] == pytest.approx(hits / count)
+
+
+def test_the_saved_recipe_runs_again_to_the_same_bits(base, data, tmp_path):
+    run(base, data, tmp_path / "one", max_steps=4, options={"lora_dropout": 0.1})
+    again = make(yaml.safe_load((tmp_path / "one" / "recipe.yaml").read_text()) | {"output": str(tmp_path / "two")})
+    train(again, console=Console(quiet=True))
+    assert same(tmp_path / "one", tmp_path / "two")
+    run(base, data, tmp_path / "three", max_steps=4, options={"lora_dropout": 0.1}, seed=1)
+    assert not same(tmp_path / "one", tmp_path / "three")
+
+
+def test_accumulation_and_checkpointing_change_nothing(base, data, tmp_path):
+    plain = run(base, data, tmp_path / "one", epochs=2)
+    settings = dict(batch_size=1, accumulate=4, gradient_checkpointing=True)
+    other = run(base, data, tmp_path / "two", epochs=2, **settings)
+    assert plain["losses"] == pytest.approx(other["losses"], rel=1e-3)
+
+
+def test_packing_learns_the_same_tokens_in_fewer_sequences(base, data, tmp_path):
+    packed = run(base, data, tmp_path / "one", packing=True, max_length=200, batch_size=1)
+    plain = run(base, data, tmp_path / "two")
+    assert packed["supervised_tokens"] == plain["supervised_tokens"]
+    assert packed["real_tokens"] == plain["real_tokens"] and packed["steps"] < len(ROWS) / 4
+    whole = run(base, data, tmp_path / "three", packing=True, max_length=200, batch_size=100)
+    alone = run(base, data, tmp_path / "four", batch_size=100)
+    assert whole["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+
+
+def test_packing_is_refused_where_rows_would_see_each_other(base, data, tmp_path):
+    from veneer.train.packing import check
+
+    model = models.gpt2()
+    model.forward = lambda *a, position_ids=None, _forward=model.forward, **k: _forward(
+        *a, attention_mask=torch.ones_like(k["input_ids"]), **k
+    )
+    rows = [{"input_ids": list(range(3, 9)), "labels": list(range(3, 9))}] * 2
+    check(models.gpt2(), rows)
+    with pytest.raises(TrainingError, match="see each other; set packing off"):
+        check(model, rows)
+
+
+def test_classification_trains_a_head(base, tmp_path):
+    rows = [{"text": f"{word} {i}", "label": word} for i in range(12) for word in ("oak", "ash")]
+    data = tmp_path / "rows.csv"
+    data.write_text("text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in rows))
+    report = run(base, str(data), tmp_path / "out", epochs=4, eval_data=str(data), accumulate=2)
+    assert report["labels"] == ["ash", "oak"] and report["recipe"]["task"] == "classification"
+    assert report["eval"]["accuracy"] == 1.0 and report["eval"]["before"]["accuracy"] < 1.0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_CLS" and any("score" in name for name in tensors(tmp_path / "out"))
+
+
+def test_weights_and_files_of_all_kinds(base, data, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": ROWS[:3]}))
+    (tmp_path / "rows.tsv").write_text("q\ta\n007\t8\n")
+    parquet.write_table(
+        pyarrow.Table.from_pylist(
+            [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}]
+        ),
+        tmp_path / "m.parquet",
+    )
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "train-0.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "d" / "test.jsonl").write_text('{"prompt": "no", "completion": "no"}\n' * 50)
+    sources = [
+        {"path": data, "weight": 1.5},
+        {"path": str(tmp_path / "rows.json"), "weight": 2},
+        {"path": str(tmp_path / "rows.tsv"), "columns": {"question": "q", "answer": "a"}},
+        str(tmp_path / "m.parquet"),
+        str(tmp_path / "d"),
+    ]
+    report = run(base, sources, tmp_path / "out", batch_size=1)
+    assert report["steps"] == 36 + 6 + 1 + 1 + 1 and report["data"]["rows"] == 24 + 3 + 1 + 1 + 1
+
+
+def test_streaming_trains_without_holding_the_rows(base, data, tmp_path):
+    settings = dict(streaming=True, max_steps=8, save_every=4)
+    report = run(base, [{"path": data, "weight": 3}, data], tmp_path / "one", **settings)
+    assert report["steps"] == 8 and report["losses"][-1] < report["losses"][0]
+    run(base, [{"path": data, "weight": 3}, data], tmp_path / "two", **settings)
+    assert same(tmp_path / "one", tmp_path / "two")
+
+
+def test_early_stopping_and_the_best_checkpoint(base, data, tmp_path):
+    settings = dict(eval_data=data, eval_every=1, early_stopping=2, learning_rate=3.0, schedule="constant", warmup=0)
+    report = run(base, data, tmp_path / "out", epochs=20, **settings)
+    steps = [entry["step"] for entry in report["eval"]["history"] if entry["step"]]
+    losses = [entry["loss"] for entry in report["eval"]["history"] if entry["step"]]
+    best = losses.index(min(losses))
+    assert len(losses) == best + 3 and report["eval"]["step"] == steps[best]
+    assert same(tmp_path / "out", tmp_path / "out" / "checkpoints" / f"checkpoint-{steps[best]}")
+
+
+KILLED = dict(epochs=4, save_every=5, options={"lora_dropout": 0.1}, eval_split=4, eval_every=5)
+
+
+@pytest.mark.parametrize("step", [3, 7, 11])
+def test_killed_and_resumed_is_as_never_killed(base, data, tmp_path, step: int):
+    whole = run(base, data, tmp_path / "whole", **KILLED)
+    script = f"""
+import os, signal
+from transformers import TrainerCallback
+from rich.console import Console
+from veneer.train import run, trainer
+from veneer.train.recipe import make
+def on_step_end(self, args, state, control, **kwargs):
+    if state.global_step == {step}: os.kill(os.getpid(), signal.SIGKILL)
+trainer._Epochs.on_step_end = on_step_end
+run.train(make({recipe(base, data, tmp_path / "killed", **KILLED).model_dump()!r}), console=Console(quiet=True))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    half = tmp_path / "killed" / "checkpoints" / "checkpoint-19"  # a checkpoint the kill left half-written
+    half.mkdir(parents=True)
+    (half / "trainer_state.json").write_text("{")
+    again = train(recipe(base, data, tmp_path / "killed", **KILLED), resume=True, console=Console(quiet=True))
+    assert same(tmp_path / "whole", tmp_path / "killed")
+    for key in ("losses", "steps", "real_tokens", "supervised_tokens"):
+        assert again[key] == whole[key], key
+    assert again["eval"]["loss"] == whole["eval"]["loss"]
+
+
+def test_resuming_with_another_recipe_or_other_data_is_refused(base, data, tmp_path):
+    run(base, data, tmp_path / "out", max_steps=4, save_every=2)
+    with pytest.raises(ConfigError, match="learning_rate: 0.01, now 0.5"):
+        train(recipe(base, data, tmp_path / "out", max_steps=4, learning_rate=0.5), resume=True)
+    Path(data).write_text("".join(json.dumps(row) + "\n" for row in ROWS[1:]))
+    with pytest.raises(ConfigError, match="the data is not what the run began with"):
+        train(recipe(base, data, tmp_path / "out", max_steps=4, save_every=2), resume=True)
+
+
+def test_nothing_of_an_earlier_run_is_lost_unless_asked(base, data, tmp_path):
+    run(base, data, tmp_path / "out", max_steps=2)
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="already holds adapter_model.safetensors.*--resume.*--overwrite"):
+        run(base, data, tmp_path / "out", max_steps=2)
+    train(recipe(base, data, tmp_path / "out", max_steps=1), overwrite=True, console=Console(quiet=True))
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["steps"] == 1
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+# What cannot be trusted
+
+
+def failing(error, words: str, base, data, output, **settings):
+    with pytest.raises(error, match=words):
+        run(base, data, output, **settings)
+    assert not (Path(output) / "report.json").exists() and not (Path(output) / "adapter_model.safetensors").exists()
+
+
+def test_untrustworthy_runs_end_with_the_reason(base, data, tmp_path, monkeypatch):
+    failing(DataError, "all labels are masked", base, data, tmp_path / "a", max_length=8)
+    failing(DataError, "too long for max_length", base, data, tmp_path / "b", max_length=8, long_rows="drop")
+    settings = dict(learning_rate=1e30, warmup=0, max_grad_norm=0, schedule="constant", max_steps=8)
+    failing(TrainingError, "at step [2-8].*lower learning_rate", base, data, tmp_path / "c", **settings)
+    failing(TrainingError, "did not change", base, data, tmp_path / "d", learning_rate=1e-50, max_steps=1)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    failing(DataError, "holds no rows", base, str(empty), tmp_path / "e")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"question": "x", "answer": 5}', r"rows.jsonl:1: answer must be text, not 5"),
+        ('{"questions": "x", "answer": "y"}', r"columns questions, answer \(questions; nearest: question\)"),
+        ('{"question": "x"', "rows.jsonl:1 is not JSON"),
+        ('["x"]', "rows.jsonl:1 holds a list"),
+        ('{"messages": [{"content": "x"}]}', "a message is {role, content}"),
+        ('{"text": "x", "label": "a"}', "a classifier needs two classes"),
+        ('{"text": "x", "label": null}', "label must be a name or a whole number"),
+    ],
+)
+def test_damaged_rows_are_named(base, tmp_path, content: str, words: str):
+    (tmp_path / "rows.jsonl").write_text(content + "\n")
+    failing(DataError, words, base, str(tmp_path / "rows.jsonl"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lerning_rate": 1}, "no key 'lerning_rate'; nearest: learning_rate"),
+        ({"data": {"path": "x", "wieght": 2}}, "no key 'data.0.wieght'; nearest: weight"),
+        ({"batch_size": 0}, "batch_size = 0: "),
+        ({"epochs": "many"}, "epochs = 'many'"),
+        ({"streaming": True}, "give max_steps"),
+        ({"early_stopping": 2}, "give eval_data or eval_split"),
+        ({"schedule": "cosin"}, "schedule = 'cosin'"),
+    ],
+)
+def test_a_typo_in_a_recipe_names_the_nearest(settings: dict, words: str):
+    with pytest.raises(ConfigError, match=words):
+        make(dict(model="m", data="d", output="o") | settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"method": "lorra"}, "no method 'lorra'; nearest: lora"),
+        ({"targets": "q_prj"}, "q_prj.*q_proj"),
+        ({"options": {"lora_alfa": 3}}, "lora_alfa.*lora_alpha"),
+        ({"method": "ia3"}, "ia3 has no rank"),
+        ({"options": {"r": 3}}, "options set r, and so does rank"),
+        ({"method": "prompt_tuning", "rank": None, "targets": "q_proj"}, "has no targets"),
+        ({"save_every": 3, "eval_every": 2, "eval_split": 2}, "save_every = 3 must be a multiple of eval_every = 2"),
+        ({"eval_split": 24}, "both parts need some"),
+        ({"packing": True, "method": "prompt_tuning", "rank": None}, "packing off"),
+    ],
+)
+def test_what_a_method_or_run_cannot_do_is_refused(base, data, tmp_path, settings: dict, words: str):
+    failing(VeneerError, words, base, data, tmp_path / "out", **settings)

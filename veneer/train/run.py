@@ -1,0 +1,238 @@
+"""One training run, from a recipe to a directory: the adapter, recipe.yaml, report.json, checkpoints, logs."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+from ..core.config import CONFIG_NAME, TaskType
+from ..errors import ConfigError, TrainingError, listing
+from ..files import WEIGHTS_NAME
+from .collate import Collator, Rows, Shuffled
+from .data import Data, prepare
+from .display import Display
+from .meter import Meter
+from .packing import check as check_packing
+from .recipe import RECIPE_NAME, Recipe, make, read
+from .report import REPORT_NAME, write_report
+from .setup import adapt, facts_of, load_base, load_tokenizer
+from .trainer import ExactTrainer, arguments, last_checkpoint, metrics, token_sums
+
+OURS = (WEIGHTS_NAME, CONFIG_NAME, RECIPE_NAME, REPORT_NAME, "checkpoints", "logs")
+"""What a run writes into its output directory."""
+FREE = {"output", "batch_size", "accumulate", "eval_batch_size", "keep", "log_every", "save_every", "wandb"}
+"""Keys that may differ when a run is resumed; of the batch, the global size must stay."""
+
+
+def train(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+) -> dict[str, Any]:
+    """Run a recipe; returns the content of report.json.
+
+    Args:
+        resume: go on from the last checkpoint in the output directory, if there is one.
+        overwrite: throw away what an earlier run left there.
+
+    Raises:
+        VeneerError: the recipe cannot be run, or its result cannot be trusted; says why.
+    """
+    console = console or Console(stderr=True, highlight=False)
+    _quiet()
+    output = Path(recipe.output)
+    _check_output(output, recipe, resume, overwrite)
+    tokenizer = load_tokenizer(recipe)
+    data = prepare(recipe, tokenizer, facts_of(recipe))
+    recipe, steps = _resolved(recipe, data)
+    _check_resumed(output, recipe, resume)
+    trainer, meter = _build(recipe, tokenizer, data, steps, output)
+    start = {name: p.detach().clone().cpu() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    _announce(console, recipe, trainer, data, steps)
+    if trainer.is_world_process_zero():
+        recipe.save(output)
+    display = Display(meter, console)
+    trainer.add_callback(display)
+    try:
+        _run(trainer, meter, data, output, resume)
+    finally:
+        display.close()
+    unchanged = _check_changed(start, trainer.model)
+    trainer.save_model(str(output))
+    return write_report(output, recipe, trainer, meter, data, unchanged)
+
+
+def _quiet() -> None:
+    """The display speaks; the libraries keep quiet."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", module=r"torch\.|transformers\.|accelerate\.")
+
+
+def _check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+    """Nothing of an earlier run is lost unless that is asked for."""
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output {str(output)!r} is a file; give a directory")
+    present = [name for name in OURS if (output / name).exists()]
+    if present and not resume and not overwrite:
+        raise ConfigError(
+            f"output {str(output)!r} already holds {', '.join(present)}; go on with --resume, "
+            "begin afresh with --overwrite, or give another directory"
+        )
+    if os.environ.get("RANK", "0") != "0":
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    for name in present if overwrite and not resume else []:
+        path = output / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _check_resumed(output: Path, recipe: Recipe, resume: bool) -> None:
+    """A run goes on as it began, or not at all."""
+    if not resume or not (output / RECIPE_NAME).is_file():
+        return
+    before, now = make(read(output / RECIPE_NAME)).model_dump(), recipe.model_dump()
+    other = [f"{k}: {before[k]!r}, now {now[k]!r}" for k in now if k not in FREE and before[k] != now[k]]
+    if other:
+        raise ConfigError(f"cannot resume with another recipe than {output / RECIPE_NAME}:{listing(other)}")
+
+
+def _resolved(recipe: Recipe, data: Data) -> tuple[Recipe, int]:
+    """The recipe with every default filled in, and the number of optimizer steps."""
+    from ..catalogue import page
+
+    batch = recipe.batch_size * recipe.accumulate * _processes()
+    an_epoch = None if recipe.streaming else math.ceil(len(data.train) / batch)
+    steps = recipe.max_steps or math.ceil(recipe.epochs * (an_epoch or 0))
+    evaluates = data.evaluation is not None
+    eval_every = (recipe.eval_every or min(an_epoch or steps, steps)) if evaluates else None
+    save_every = recipe.save_every or eval_every or min(100, an_epoch or steps, steps)
+    if evaluates and recipe.best and save_every % (eval_every or 1):
+        raise ConfigError(
+            f"save_every = {save_every} must be a multiple of eval_every = {eval_every}: the best checkpoint is one "
+            "that was evaluated (or set best: false)"
+        )
+    filled = recipe.changed(
+        learning_rate=recipe.learning_rate or page(recipe.method).learning_rate,
+        task="text" if data.labels is None else "classification",
+        labels=data.labels,
+        eval_every=eval_every,
+        save_every=save_every,
+    )
+    return filled, steps
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _build(recipe: Recipe, tokenizer: Any, data: Data, steps: int, output: Path) -> tuple[ExactTrainer, Meter]:
+    """Model, adapter and trainer, the same for the same seed."""
+    from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
+
+    warmup = round(recipe.warmup * steps) if recipe.warmup < 1 else int(recipe.warmup)
+    settings = arguments(recipe, output, steps, warmup, recipe.eval_every, recipe.save_every or steps)
+    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    set_seed(recipe.seed)
+    base = load_base(recipe, data.labels, pad)
+    model = adapt(base, recipe, TaskType.CAUSAL_LM if data.labels is None else TaskType.SEQ_CLS, steps)
+    if recipe.packing:
+        check_packing(model, data.train)
+    meter = Meter(data=data.fingerprint)
+    trainer = ExactTrainer(
+        model,
+        settings,
+        train_dataset=data.train if recipe.streaming else Rows(data.train),
+        eval_dataset=None if data.evaluation is None else Rows(data.evaluation),
+        data_collator=Collator(pad),
+        compute_metrics=metrics,
+        preprocess_logits_for_metrics=token_sums,
+        sampler=None if recipe.streaming else Shuffled(len(data.train), recipe.seed, recipe.batch_size * _processes()),
+        meter=meter,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if recipe.early_stopping is not None:
+        trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping))
+    if trainer.is_world_process_zero():
+        trainer.add_callback(_tensorboard(output))
+    return trainer, meter
+
+
+def _tensorboard(output: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(str(output / "logs")))
+
+
+def _announce(console: Console, recipe: Recipe, trainer: ExactTrainer, data: Data, steps: int) -> None:
+    if not trainer.is_world_process_zero():
+        return
+    learned, total = trainer.model.get_nb_trainable_parameters()
+    console.print(f"{recipe.method} on {recipe.model}: {learned:,} of {total:,} parameters learn")
+    account = data.account
+    if not recipe.streaming:
+        share = account.supervised_tokens / account.tokens
+        console.print(f"{account.kept:,} rows, {account.tokens:,} tokens, {share:.0%} of them learned; {steps:,} steps")
+    for line in _losses_of_data(recipe, data):
+        console.print(line, style="yellow")
+
+
+def _losses_of_data(recipe: Recipe, data: Data) -> list[str]:
+    """What was cut and dropped, in words."""
+    account, lines = data.account, []
+    where = f" (the first: {account.examples[0]})" if account.examples else ""
+    if account.cut_rows:
+        lines.append(
+            f"{account.cut_rows} rows cut to {recipe.max_length} tokens, {account.cut_tokens} tokens lost{where}"
+        )
+    if account.too_long_rows:
+        lines.append(f"{account.too_long_rows} rows dropped, longer than {recipe.max_length} tokens{where}")
+    if account.unlearned_rows:
+        lines.append(f"{account.unlearned_rows} rows dropped without a token to learn{where}")
+    return lines
+
+
+def _run(trainer: ExactTrainer, meter: Meter, data: Data, output: Path, resume: bool) -> None:
+    checkpoint = last_checkpoint(output) if resume else None
+    trainer.accelerator.wait_for_everyone()
+    if checkpoint is not None:
+        _check_same_data(checkpoint, data)
+        trainer.args.eval_on_start = False
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def _check_same_data(checkpoint: Path, data: Data) -> None:
+    import json
+
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    before = state["stateful_callbacks"]["Meter"]["args"]["data"]
+    if before != data.fingerprint:
+        raise ConfigError(
+            "cannot resume: the data is not what the run began with; put it back, or begin with --overwrite"
+        )
+
+
+def _check_changed(start: dict[str, Tensor], model: Any) -> list[str]:
+    """Names of trained tensors that are as they were; all of them is an error."""
+    now = dict(model.named_parameters())
+    same = [name for name, before in start.items() if before.equal(_whole(now[name]))]
+    if len(same) == len(start):
+        raise TrainingError("the adapter did not change in training; is the learning rate 0, or no label reached?")
+    return same
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    parameter = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return parameter.detach().cpu()
