@@ -26,6 +26,8 @@ from .files import find_file, write_atomically
 
 PROBE_NAME = "probe.safetensors"
 MOST_COLUMNS = 1024
+FLOOR = 16 * torch.finfo(torch.float32).eps
+"""A difference that says nothing, as a share of the outputs: sums in another order."""
 ROUNDINGS = 3.0
 """How far merged may lie from unmerged, in moves of every merged number by one unit in its last place."""
 
@@ -172,7 +174,7 @@ def _same_outputs(model: PeftModel, batch: dict[str, Tensor], recorded: Tensor |
         bare = _output(model, batch)
     effect = _distance(active[:, -bare.shape[1] :], bare)  # without the positions that a prompt puts in front
     size, eps, found = float(recorded.double().norm()), _eps(model), _distance(active, recorded)
-    is_near = found <= 16 * eps * size or found <= min(eps**0.5 * size, 0.1 * effect)
+    is_near = found <= FLOOR * size or found <= min(eps**0.5 * size, 0.1 * effect)
     return Check("same outputs", is_near, f"differ by {found / max(size, 1e-30):.2g} of their size from the recorded")
 
 
@@ -188,7 +190,7 @@ def _merges(model: PeftModel, batch: dict[str, Tensor]) -> Check:
     rounding = _distance(merged, _output(model, batch))
     model.unmerge_adapter()
     found, size = _distance(merged, active), max(float(active.double().norm()), 1e-30)
-    limit = ROUNDINGS * rounding + 16 * _eps(model) * size
+    limit = ROUNDINGS * rounding + FLOOR * size
     detail = f"merged differs by {found / size:.2g} from unmerged; rounding allows {limit / size:.2g}"
     return Check("merges", found <= limit, detail)
 
