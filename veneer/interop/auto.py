@@ -93,6 +93,23 @@ AUTO_CLASSES = {
 }
 
 
+def load_base(adapter: str | Path, model: str | None = None, **kwargs: Any) -> Any:
+    """The base model of an adapter, without it; on request from another place than the one its config names.
+
+    Raises:
+        ConfigError: neither names a base model.
+    """
+    import transformers
+
+    config = Config.from_pretrained(adapter)
+    name = model or config.base_model_name_or_path
+    if not name:
+        raise ConfigError(f"{str(adapter)!r} does not name its base model; give it with --model")
+    task = config.task_type if isinstance(config.task_type, TaskType) else TaskType.CAUSAL_LM
+    auto = getattr(transformers, AUTO_CLASSES[task])
+    return auto.from_pretrained(resolve(name), **kwargs)
+
+
 def _auto_class(config: Config) -> str:
     if not isinstance(config.task_type, TaskType):
         raise ConfigError("the adapter states no task_type; use the AutoPeftModelFor... class of its task")
