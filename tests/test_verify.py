@@ -41,7 +41,7 @@ def test_what_works_passes(tmp_path, dtype):
     found.check()
 
 
-@pytest.mark.parametrize("case", [c for c in ONE_EACH if c.model in ("llama", "gpt2")], ids=str)
+@pytest.mark.parametrize("case", [c for c in ONE_EACH if not c.siblings and c.model in ("llama", "gpt2")], ids=str)
 def test_every_method_can_be_verified(case: Case, tmp_path):
     model = case.build(moved=False)
     started = digests(model)
