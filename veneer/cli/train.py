@@ -20,8 +20,6 @@ Examples:
 
   veneer train my-adapter/recipe.yaml --output again  the same run once more
 
-  torchrun --nproc-per-node 2 -m veneer train recipe.yaml
-
 The data is JSONL, JSON, CSV, Parquet, a directory or a hub id, with the columns messages; prompt and completion;
 instruction, input and output; question and answer; text and label; or text. A recipe holds the same keys as the flags
 (in YAML, with _ for -), and `set` gives those that have no flag.
