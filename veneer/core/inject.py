@@ -223,14 +223,32 @@ def _add_to_parameters(config: Config, name: str, layers: Wrapper, places: Seque
     count = Counter(path for path, _ in places)
     for path, parameter in places:
         layer = layers.wrap(path)
-        target = ParamTarget(layer, parameter)
+        target = _view_of(layer, parameter, name)
         adapter = config.build(target)
         count[path] -= 1
         adapter.key = "base_layer." * count[path]
-        if "param" not in adapter.kinds or getattr(adapter, "dropout", None) is not None:
+        is_bare = target.kind == "param"
+        if is_bare and ("param" not in adapter.kinds or getattr(adapter, "dropout", None) is not None):
             what = "dropout" if "param" in adapter.kinds else type(adapter).__name__
             raise TargetError(f"target_parameters: {target.path!r} is a bare parameter, on which there is no {what}")
         layer.add(name, adapter)
+
+
+def _view_of(layer: AdapterLayer, parameter: str, name: str) -> Target:
+    """What an adapter sees of a parameter: of a linear layer's own weight the layer, so that no two views of it exist.
+
+    Raises:
+        TargetError: the weight is adapted already, or stored otherwise than as a matrix (out, in).
+    """
+    target, weight = layer.target, getattr(layer.base_layer, parameter)
+    if target.kind == "block" or parameter != "weight":
+        return ParamTarget(layer, parameter)
+    if name in layer.adapters:
+        raise TargetError(f"target_parameters: target_modules has {layer.path!r}, whose weight this is, already")
+    if target.kind != "linear" or target.as_matrix(weight) is not weight:
+        kind = type(layer.base_layer).__name__
+        raise TargetError(f"target_parameters: {layer.path!r} is a {kind}; put the module into target_modules")
+    return target
 
 
 def _check_keys(state: State, name: str) -> None:
