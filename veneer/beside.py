@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .core.adapter import LowRank, Tensors, check_tied
+from .core.adapter import LowRank, Tensors
+from .core.target import Target
 from .methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
 
 
@@ -41,12 +42,18 @@ class TiedLoRA(LowRank):
 
     def export(self) -> Tensors:
         A, B = self.shared.matrices()
-        names = (
-            ("lora_embedding_A", "lora_embedding_B")
-            if self.target.kind == "embedding"
-            else ("lora_A.weight", "lora_B.weight")
-        )
-        return {name: t.detach().T.contiguous() for name, t in zip(names, (B, A), strict=True)}
+        return {name: t.detach().T.contiguous() for name, t in zip(_names(self.target), (B, A), strict=True)}
 
     def absorb(self, tensors: Tensors) -> None:
-        check_tied(self, tensors)
+        pass  # what the first has taken
+
+    def repeats(self) -> dict[str, str]:
+        first = self.shared.target
+        return {own: f"{first.path}.{its}" for own, its in zip(_names(self.target), _names(first)[::-1], strict=True)}
+
+
+def _names(target: Target) -> tuple[str, str]:
+    """What a LoRA's file calls A and B on a target."""
+    if target.kind == "embedding":
+        return "lora_embedding_A", "lora_embedding_B"
+    return "lora_A.weight", "lora_B.weight"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import CheckpointError, NotMergeable
+from ..errors import NotMergeable
 
 if TYPE_CHECKING:
     from .config import Config
@@ -147,7 +147,7 @@ class Adapter(nn.Module):
         self.load_state_dict(tensors, strict=False, assign=on_meta)
 
     def repeats(self) -> dict[str, str]:
-        """Keys under which a file may hold once more what another target's adapter holds: its path and key there."""
+        """Keys under which a file holds again, perhaps transposed, what another target's adapter holds: its key."""
         return {}
 
     def learned(self) -> Iterator[nn.Parameter]:
@@ -305,15 +305,7 @@ class TiedReplace(Replace):
         return {"weight": self.shared.module.weight.detach()}
 
     def absorb(self, tensors: Tensors) -> None:
-        check_tied(self, tensors)
+        pass  # what the first has taken
 
-
-def check_tied(twin: Adapter, tensors: Tensors) -> None:
-    """Raise CheckpointError unless a file holds for a twin what it holds for the first."""
-    own = twin.export()
-    unlike = [key for key, t in tensors.items() if not torch.equal(t.to(own[key]), own[key])]
-    if unlike:
-        raise CheckpointError(
-            f"{twin.target.path!r} shares its weight with {twin.shared.target.path!r}, but the file holds other values "
-            f"of {', '.join(unlike)} for it; load it without ensure_weight_tying"
-        )
+    def repeats(self) -> dict[str, str]:
+        return {"weight": f"{self.shared.target.path}.weight"}

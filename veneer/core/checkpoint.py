@@ -84,7 +84,7 @@ def base_embeddings(model: Any, state: State, config: Config, wanted: bool | Non
     named = [n for n in EMBEDDING_NAMES if isinstance(targets, list) and n in targets]
     if not config.file_holds_embedding or wanted is False or not (named or wanted):
         return {}
-    names = EMBEDDING_NAMES if wanted or getattr(config, "ensure_weight_tying", False) else tuple(named)
+    names = EMBEDDING_NAMES if wanted or config.ties() else tuple(named)
     found: Tensors = {}
     for path, module in walk(model):
         if path.rpartition(".")[2] in names and isinstance(getattr(module, "weight", None), Tensor):
@@ -147,7 +147,7 @@ def check(state: State, name: str, tensors: Tensors) -> None:
     copies = {k: whose for k, whose in repeats(state, name).items() if k in tensors and whose in tensors}
     extra = {k for k in tensors if is_base_embedding(k)} | copies.keys()
     missing = [k for k in expected if k not in tensors]
-    unlike = [k for k, whose in copies.items() if not torch.equal(tensors[k], tensors[whose])]
+    unlike = [k for k, whose in copies.items() if not _repeats(tensors[k], tensors[whose])]
     unexpected = [k for k in tensors if k not in expected and k not in extra]
     shapes = [
         f"{k}: {tuple(tensors[k].shape)} in the file, {tuple(t.shape)} in the model"
@@ -164,6 +164,11 @@ def check(state: State, name: str, tensors: Tensors) -> None:
     found = [f"{len(keys)} {how}:{listing(keys)}" for how, keys in problems.items() if keys]
     if found:
         raise CheckpointError(f"the file does not fit adapter {name!r} on this model; tensors " + "\nand ".join(found))
+
+
+def _repeats(t: Tensor, first: Tensor) -> bool:
+    """They are the same numbers; a tied module may see its weight from the other side."""
+    return torch.equal(t, first) or (first.dim() == 2 and torch.equal(t, first.T))
 
 
 def absorb(state: State, name: str, tensors: Tensors) -> None:

@@ -138,6 +138,10 @@ class Config(Checked):
         """Change the model's layers before adapters go on. An object with `.undo()`, or None if nothing changed."""
         return None
 
+    def ties(self) -> bool:
+        """A trained copy of a module also runs where the module's weight is tied."""
+        return False
+
     def join(self, adapter: Adapter) -> Adapter:
         """What a union makes of the adapter that a member has built."""
         return adapter
@@ -268,6 +272,10 @@ class LayerConfig(Config):
         from ..structure import default_targets
 
         self.target_modules = default_targets(model, self.default_roles)
+
+    def bare_parameters(self) -> Sequence[str]:
+        """Parameters to adapt that are no module's weight, by name ending."""
+        return ()
 
     def choose(self, paths: list[str]) -> list[str]:
         """Which of the modules that the targeting fields match are adapted; all of them, unless the method counts."""

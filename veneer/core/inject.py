@@ -65,7 +65,7 @@ def _put_on(
         copies = [(path, Replace(layers.wrap(path).target)) for path in saved]
         for path, copied in copies:
             layers.wrap(path).add(name, copied)
-            if getattr(config, "ensure_weight_tying", False) and copied.target.kind in ("linear", "embedding"):
+            if config.ties() and copied.target.kind in ("linear", "embedding"):
                 _add_twins(copied, name, layers, TiedReplace)
     if len(places) > 1:
         _check_keys(state, name)
@@ -82,7 +82,7 @@ def _places(model: nn.Module, config: Config, saved: Sequence[str]) -> tuple[lis
     """(paths of the modules, places of the bare parameters) that a config adapts."""
     if not isinstance(config, LayerConfig):
         return [], []
-    wanted = getattr(config, "target_parameters", None)
+    wanted = config.bare_parameters()
     bare = parameters(model, config, wanted) if wanted else []
     if not bare or config.target_modules:
         return targets(model, config, saved, bare), bare

@@ -143,6 +143,12 @@ class LoraConfig(Variants, StartConfig):
             raise ConfigError(f"{self.variants()[0]} needs the whole weight, which LoftQ replaces by a quantised one")
         self.check_variants()
 
+    def bare_parameters(self) -> Sequence[str]:
+        return self.target_parameters or ()
+
+    def ties(self) -> bool:
+        return self.ensure_weight_tying
+
     def members(self) -> Sequence[Config]:
         if not hasattr(self, "_tokens"):
             self._tokens = beside(self.trainable_token_indices)

@@ -57,6 +57,10 @@ class TrainableTokens(Adapter):
         if self.shared is None:
             super().absorb(tensors)
 
+    def repeats(self) -> dict[str, str]:
+        name = "trainable_tokens_delta"
+        return {} if self.shared is None else {name: f"{self.shared.target.path}.{name}"}
+
     def rows(self, W: Tensor) -> Tensor:
         """W with a row for each token, whether the module is the embedding or the head."""
         return W.T if self.target.kind == "embedding" else W
