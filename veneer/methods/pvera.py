@@ -25,18 +25,7 @@ from ..core.adapter import LowRank
 from ..core.config import LayerConfig, Name, check_range
 from ..core.target import Target
 from ..errors import NotMergeable
-from ..maths.bases import kaiming
-
-
-class Projections(nn.Module):
-    """The shared A and B, the same on every machine for the same seed."""
-
-    def __init__(self, config: PveraConfig, in_features: int, out_features: int) -> None:
-        super().__init__()
-        generator = torch.Generator(device="cpu").manual_seed(config.projection_prng_key)
-        for name, shape in (("pvera_A", (2 * config.r, in_features)), ("pvera_B", (out_features, config.r))):
-            self.register_buffer(name, kaiming(*shape, generator=generator), persistent=config.save_projection)
-        self.calls = 0
+from .vera import Projections
 
 
 class PVeRA(LowRank):
@@ -110,7 +99,11 @@ class PveraConfig(LayerConfig):
         check_range(self, 0, 1, "pvera_dropout")
 
     def build_shared(self, targets: Sequence[Target]) -> Projections:
-        return Projections(self, max(t.in_features for t in targets), max(t.out_features for t in targets))
+        widest, tallest = max(t.in_features for t in targets), max(t.out_features for t in targets)
+        shapes = {"pvera_A": (2 * self.r, widest), "pvera_B": (tallest, self.r)}
+        shared = Projections(shapes, self.projection_prng_key, self.save_projection)
+        shared.calls = 0  # type: ignore[assignment]
+        return shared
 
     def before(self, shared: Any, facts: dict[Any, Any], model: nn.Module, kwargs: dict[str, Any]) -> None:
         if self.generator_seed is not None:

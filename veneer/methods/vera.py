@@ -8,7 +8,7 @@ Kopiczko et al., 2023, arXiv:2310.11454. Trainable: r + out per target. Mergeabl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,18 +17,17 @@ from torch import Tensor, nn
 from ..core.adapter import LowRank
 from ..core.config import LayerConfig, Name, check_range
 from ..core.target import Target
+from ..maths.bases import kaiming
 
 
 class Projections(nn.Module):
-    """The shared A and B, the same on every machine for the same seed."""
+    """A pair of random matrices that all layers share, the same on every machine for the same seed."""
 
-    def __init__(self, r: int, in_features: int, out_features: int, seed: int, saved: bool) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], seed: int, saved: bool) -> None:
         super().__init__()
         generator = torch.Generator(device="cpu").manual_seed(seed)
-        for name, shape in (("vera_A", (r, in_features)), ("vera_B", (out_features, r))):
-            bound = math.sqrt(6 / shape[1])  # Kaiming's for a ReLU network
-            values = torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
-            self.register_buffer(name, values, persistent=saved)
+        for name, shape in shapes.items():
+            self.register_buffer(name, kaiming(*shape, generator=generator), persistent=saved)
 
 
 class VeRA(LowRank):
@@ -79,4 +78,5 @@ class VeraConfig(LayerConfig):
     def build_shared(self, targets: Sequence[Target]) -> Projections:
         widest = max(target.in_features for target in targets)
         tallest = max(target.out_features for target in targets)
-        return Projections(self.r, widest, tallest, self.projection_prng_key, self.save_projection)
+        shapes = {"vera_A": (self.r, widest), "vera_B": (tallest, self.r)}
+        return Projections(shapes, self.projection_prng_key, self.save_projection)
