@@ -150,12 +150,19 @@ def test_what_cannot_be_combined_is_refused_and_nothing_changes():
         (dict(adapters=["one"], weights=[1], combination_type="ties"), "density"),
         (dict(adapters=["one", "dora"], weights=[1, 1], combination_type="cat"), "no factors"),
         (dict(adapters=["one"], weights=[1], svd_rank=0), "at least 1"),
-        (dict(adapters=["one"], weights=[1], svd_drive="x"), "svd_drive"),
     ]
     for arguments, message in bad:
         with pytest.raises(VeneerError, match=message):
             model.add_weighted_adapter(**{"adapter_name": "sum", **arguments})
+    with pytest.raises(TypeError, match="svd_drive"):
+        model.add_weighted_adapter(["one"], [1], "sum", svd_drive="x")
     assert list(model.peft_config) == before
+
+
+def test_pefts_arguments_are_taken_in_pefts_order():
+    model = three()
+    model.add_weighted_adapter(["one"], [1.0], "sum", "ties_svd", 2, None, False, None, 0.5, "frequency")
+    assert model.peft_config["sum"].r == 2
 
 
 def test_a_prompt_is_no_weight_update():

@@ -34,6 +34,8 @@ def add_weighted_adapter(
     combination_type: str = "svd",
     svd_rank: int | None = None,
     svd_clamp: float | None = None,
+    svd_full_matrices: bool = True,
+    svd_driver: str | None = None,
     density: float | None = None,
     majority_sign_method: str = "total",
 ) -> None:
@@ -49,6 +51,8 @@ def add_weighted_adapter(
             updates before they are added. The endings "_svd" of PEFT mean the same here.
         svd_rank: None: the highest rank among the adapters.
         svd_clamp: a quantile; larger factor entries are clamped to it.
+        svd_full_matrices: PEFT's; the result does not depend on it.
+        svd_driver: PEFT's; the same.
         density: the share of entries that pruning keeps.
         majority_sign_method: the sign TIES elects for an entry: of the sum ("total") or of most adapters ("frequency").
 

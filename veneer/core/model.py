@@ -223,30 +223,11 @@ class PeftModel(nn.Module):
         if not self._state.active:
             self._state.activate((next(iter(self.peft_config)),))
 
-    def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "svd",
-        svd_rank: int | None = None,
-        svd_clamp: float | None = None,
-        density: float | None = None,
-        majority_sign_method: str = "total",
-        **svd: Any,
-    ) -> None:
-        """Add the weighted sum of adapters as a new one; see `veneer.combine`.
-
-        Args:
-            svd: PEFT's `svd_full_matrices` and `svd_driver`; the result does not depend on them.
-        """
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Add the weighted sum of adapters as a new one: `veneer.add_weighted_adapter` on this model."""
         from ..combine import add_weighted_adapter
 
-        unknown = svd.keys() - {"svd_full_matrices", "svd_driver"}
-        if unknown:
-            raise VeneerError(f"add_weighted_adapter has no argument {', '.join(sorted(unknown))}")
-        settings = (combination_type, svd_rank, svd_clamp, density, majority_sign_method)
-        add_weighted_adapter(self, adapters, weights, adapter_name, *settings)
+        add_weighted_adapter(self, *args, **kwargs)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
