@@ -1,7 +1,6 @@
 """Any adapter that is a change of the weights as a plain LoRA: exact where the method is low-rank, else the nearest.
 
-veneer.save_as_lora("plain", model)            # exact
-veneer.save_as_lora("plain", model, rank=0.99)  # the least ranks that hold 99 % of the squared update
+`veneer.save_as_lora("plain", model)` is exact; `rank=0.99` takes the least ranks that hold 99 % of the squared update.
 """
 
 from __future__ import annotations

@@ -117,7 +117,8 @@ def read(source: str | Path, **hub: Any) -> tuple[Tensors, dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             # cloned into memory of torch's own alignment: in the file's, products can differ in the last bits
-            tensors = {todays(key): file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
+            names = renamed()
+            tensors = {_todays(key, names): file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise CheckpointError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
     broken = [key for key, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
@@ -126,10 +127,13 @@ def read(source: str | Path, **hub: Any) -> tuple[Tensors, dict[str, Any]]:
     return tensors, _notes(metadata)
 
 
-def todays(key: str) -> str:
-    """A key of a file with the attribute's name of today: methods were renamed."""
+def renamed() -> dict[str, str]:
+    """Today's names of attributes that methods' older files call otherwise."""
+    return {old: new for config in METHODS.values() for old, new in config.renamed.items()}
+
+
+def _todays(key: str, names: Mapping[str, str]) -> str:
     path, dot, attribute = key.rpartition(".")
-    names = {old: new for config in METHODS.values() for old, new in config.renamed.items()}
     return path + dot + names.get(attribute, attribute)
 
 
