@@ -6,6 +6,8 @@ import hashlib
 import importlib
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -98,6 +100,22 @@ def test_pip_itself_downloads(shelf: Path, stub: Stub, monkeypatch: pytest.Monke
     assert [path.name for path in to.iterdir()] == [WHEEL]
     printed = capfd.readouterr()
     assert printed.out == "" and "toy" in printed.err
+
+
+def test_looking_for_pip_leaves_setuptools_importable():
+    """setuptools steps aside for good once it sees somebody look for the module pip; torch.compile imports it."""
+    script = """
+from pathlib import Path
+from veneer import hub
+try:
+    hub._pip_download("no-such-model==1.0", Path("nowhere"))
+except OSError:
+    pass
+import setuptools
+"""
+    environment = os.environ | {"PIP_NO_INDEX": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_failing_download_says_what_to_check(shelf: Path, monkeypatch: pytest.MonkeyPatch):

