@@ -102,19 +102,22 @@ def test_pip_itself_downloads(shelf: Path, stub: Stub, monkeypatch: pytest.Monke
     assert printed.out == "" and "toy" in printed.err
 
 
-def test_looking_for_pip_leaves_setuptools_importable():
+def test_looking_for_pip_leaves_setuptools_importable(tmp_path: Path):
     """setuptools steps aside for good once it sees somebody look for the module pip; torch.compile imports it."""
     script = """
+import sys
 from pathlib import Path
 from veneer import hub
 try:
-    hub._pip_download("no-such-model==1.0", Path("nowhere"))
+    hub._pip_download("no-such-model==1.0", Path(sys.argv[1]) / "kept")
 except OSError:
     pass
 import setuptools
 """
     environment = os.environ | {"PIP_NO_INDEX": "1"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
 
 
