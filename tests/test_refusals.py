@@ -127,6 +127,8 @@ REQUIRED = {
     "multitask_prompt_tuning": dict(num_virtual_tokens=2),
     "union": dict(configs=[LoraConfig()]),
     "fusion": dict(adapter_names=["one", "two"]),
+    "average": dict(adapter_names=["one", "two"]),
+    "split": dict(adapter_names=["one", "two"], splits=[3, 4]),
 }
 
 
