@@ -29,7 +29,11 @@ def bases(tmp_path_factory):
     for seed, name in enumerate(("one", "two")):
         torch.manual_seed(seed)
         ids = dict(pad_token_id=None, bos_token_id=None, eos_token_id=words.eos_token_id)
-        models.llama(vocab_size=len(words), max_position_embeddings=256, **ids).save_pretrained(root / name)
+        model = models.llama(vocab_size=len(words), max_position_embeddings=256, **ids)
+        with torch.no_grad():  # large enough for adapters to show in the output
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() == 1 else 0.25))
+        model.save_pretrained(root / name)
         words.save_pretrained(root / name)
     return root
 

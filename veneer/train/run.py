@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.config import CONFIG_NAME, TaskType
 from ..errors import ConfigError, TrainingError, listing
 from ..files import WEIGHTS_NAME
+from ..interop.quiet import quiet
 from .collate import Collator, Rows, Shuffled
 from .data import Data, prepare
 from .display import Display
@@ -68,16 +69,11 @@ def train(
 
 def _quiet() -> None:
     """The display speaks; the libraries keep quiet."""
-    import warnings
-
     import datasets
-    import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", module=r"torch\.|transformers\.|accelerate\.")
 
 
 def _check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
