@@ -20,6 +20,7 @@ from .config import METHODS, Config, PromptConfig
 from .context import State
 from .layer import walk
 from .prompt import Prompt
+from .quant import quantised
 from .target import kind_of
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
@@ -238,11 +239,11 @@ def base_weights(model: Any, state: State, name: str) -> dict[str, Tensor]:
 
 def _pretrained(state: State, path: str) -> Tensor | None:
     """The pretrained weight of a layer; of a block, which has none of its own, that of the first matrix inside."""
-    layer = state.layers[path]
-    if layer.target.kind != "block":
-        return layer.target.original_weight()
-    for below, module in walk(layer.base_layer, path):
-        if kind_of(module).kind == "linear":
+    target = state.layers[path].target
+    if target.kind != "block":
+        return target.original_weight() if target.is_readable else None
+    for below, module in walk(target.base, path):
+        if kind_of(module).kind == "linear" and quantised(module) is None:
             return state.layers[below].target.original_weight() if below in state.layers else module.weight
     return None
 
