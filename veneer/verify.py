@@ -96,7 +96,7 @@ def record(
 # Verifying
 
 
-def verify(directory: str | Path, base: nn.Module) -> Verification:
+def verify(directory: str | Path, base: nn.Module, *, follow_paths: bool = False) -> Verification:
     """Load the adapter in `directory` onto `base`, a fresh model, and look at everything that can be wrong with it.
 
     Without a record of outputs (`record`), outputs and starts have nothing to be held against. `base` is used up.
@@ -105,7 +105,7 @@ def verify(directory: str | Path, base: nn.Module) -> Verification:
     try:
         probe = _read_probe(Path(directory))
         tensors, _ = checkpoint.read(directory)
-        model = PeftModel.from_pretrained(base, directory).eval()
+        model = PeftModel.from_pretrained(base, directory, follow_paths=follow_paths).eval()
     except VeneerError as error:
         found.checks.append(Check("loads", False, " ".join(str(error).split())))
         return found

@@ -29,6 +29,8 @@ class AutoPeftModel:
         config: Config | None = None,
         *,
         check_base: bool = True,
+        allow_pickle: bool = False,
+        follow_paths: bool = False,
         **kwargs: Any,
     ) -> PeftModel:
         """Load base and adapter.
@@ -44,18 +46,26 @@ class AutoPeftModel:
         import transformers
 
         hub = {name: kwargs.pop(name) for name in list(kwargs) if name in HUB_ARGUMENTS}
-        config = config or Config.from_pretrained(adapter, **hub)
-        if not config.base_model_name_or_path:
+        named = config or Config.from_pretrained(adapter, **hub)
+        if not named.base_model_name_or_path:
             raise ConfigError(
                 f"{str(adapter)!r} does not name its base model; load that yourself and use PeftModel.from_pretrained"
             )
-        auto = getattr(transformers, cls.auto_class or _auto_class(config))
+        auto = getattr(transformers, cls.auto_class or _auto_class(named))
         shared = {name: hub[name] for name in ("token", "cache_dir", "local_files_only") if name in hub}
         base = auto.from_pretrained(
-            resolve(config.base_model_name_or_path), revision=config.revision or "main", **shared, **kwargs
+            resolve(named.base_model_name_or_path), revision=named.revision or "main", **shared, **kwargs
         )
         return PeftModel.from_pretrained(
-            base, adapter, adapter_name, is_trainable, config, check_base=check_base, **hub
+            base,
+            adapter,
+            adapter_name,
+            is_trainable,
+            config,
+            check_base=check_base,
+            allow_pickle=allow_pickle,
+            follow_paths=follow_paths,
+            **hub,
         )
 
 
