@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import VeneerError
+from ..ops import cross_entropy
 from .context import BASE, State, batch_size, by_row, state_of
 from .prompt import Prompt
 
@@ -24,6 +25,7 @@ def install(model: nn.Module, state: State) -> None:
     if state_of(model) is None:
         model.__dict__["_veneer"] = state
         hooks = [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
+        hooks += cross_entropy.install(model)
         encoder = _encoder(model)
         if encoder is not None:
             hooks.append(encoder.register_forward_pre_hook(before_encoder, with_kwargs=True))
