@@ -154,7 +154,7 @@ class PeftModel(nn.Module):
         """The model's `generate`; also takes `adapter_names` and the methods' own facts."""
         state, model = self._state, self.get_base_model()
         facts = {name: kwargs.pop(name) for name in list(kwargs) if name in state.fact_names()}
-        for member in (member for name in state.live() for member in state.configs[name].members()):
+        for member in (m for name in state.live() if name in state.configs for m in state.configs[name].members()):
             kwargs = {**kwargs, **member.generate_with}
         with state.remembering(facts):
             return model.generate(*args, **kwargs)

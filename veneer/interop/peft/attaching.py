@@ -17,7 +17,7 @@ from ...interop import transformers as interop
 from ...train.schedule import follow
 from . import table
 from .configs import PeftConfig, as_peft
-from .layers import PeftLayer, agree, names_of
+from .layers import PeftLayer, agree, is_flat, names_of
 from .matching import narrowed
 
 KEPT = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
@@ -53,8 +53,18 @@ def put_on(
     given.__dict__.update({n: v for n, v in found.__dict__.items() if before.get(n) is None})
     config.__dict__.update(given.__dict__)
     state.configs[name] = given if isinstance(given, PeftConfig) else config
+    for parameter in state.prompts[name].parameters() if name in state.prompts else ():
+        parameter.requires_grad_(not config.inference_mode)
     model.peft_config = state.configs  # type: ignore[assignment]
+    _hide(model, state)
     return state
+
+
+def _hide(model: nn.Module, state: State) -> None:
+    """What layers share stands on the layers, and a prompt on the `PeftModel`: not in the model once more."""
+    if all(is_flat(shared) for shared in state.shared.values()):
+        model._modules.pop("veneer_shared", None)
+    model._modules.pop("veneer_prompts", None)
 
 
 def _by_keys(config: Any, state_dict: dict[str, Any]) -> Any:
@@ -72,18 +82,25 @@ def _by_keys(config: Any, state_dict: dict[str, Any]) -> Any:
 def activate(state: State, names: str | Sequence[str], inference_mode: bool = False) -> None:
     """Make adapters the active ones, and, as in PEFT, those that learn."""
     wanted = names_of(names)
+    for layer in state.layers.values():
+        here = [name for name in wanted if name in layer.adapters]
+        if getattr(layer, "is_copy", False) and len(here) > 1:
+            raise VeneerError(f"Only one adapter can be set at a time for {layer.path}, got {len(here)}")
     merged = [layer for layer in state.layers.values() if layer.merged_adapters]
     if merged:
         warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
         for layer in merged:
             layer.unmerge()
     state.trainable = state.trainable - set(wanted) | (set() if inference_mode else set(wanted))
+    prompts = [(p, p.requires_grad) for prompt in state.prompts.values() for p in prompt.parameters()]
     state.activate(tuple(name for name in wanted))
     agree(state)
     for name in state.configs:
         learns = name in wanted and not inference_mode
         for parameter in state.parameters(name):
             parameter.requires_grad_(learns)
+    for parameter, flag in prompts:  # PEFT leaves a prompt learning or not, active or not
+        parameter.requires_grad_(flag)
 
 
 def enable(state: State, enabled: bool) -> None:
@@ -114,6 +131,7 @@ def take_off(model: nn.Module, name: str, state: State) -> list[str]:
         raise VeneerError(f"Cannot delete adapter(s) {merged} while they are merged. Please unmerge them first.")
     was_active = name in state.active
     inject.detach(model, name, state)
+    _hide(model, state)
     model.__dict__.pop("peft_config", None) if not state.configs else None
     agree(state)
     left = sorted(state.configs)

@@ -13,7 +13,7 @@ from ...core.adapter import Adapter, Matrix, Replace
 from ...core.context import State
 from ...core.layer import AdapterLayer
 from . import table
-from .slots import ModuleSlot, TensorSlot, as_factor
+from .slots import HeldSlot, ModuleSlot, SharedSlot, TensorSlot, as_factor
 
 SHOWN = {own: shown for shown, own in table.EVERYWHERE.items()}
 CONVOLUTION = {1: "Conv1d", 2: "Conv2d", 3: "Conv3d"}
@@ -26,6 +26,7 @@ def names_of(names: str | Sequence[str]) -> tuple[str, ...]:
 class PeftLayer(AdapterLayer):
     """Shows an attribute of its adapters as a container by adapter name, and takes PEFT's calls on one layer."""
 
+    _merged: tuple[str, ...] = ()
     fan_in_fan_out = False
     cast_input_dtype_enabled = True
     quantization_backend = None
@@ -38,6 +39,8 @@ class PeftLayer(AdapterLayer):
     # Running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._merged and self.disable_adapters:
+            self.unmerge()
         if self.own is None:
             return super().forward(*args, **kwargs)
         state = self.state
@@ -61,7 +64,10 @@ class PeftLayer(AdapterLayer):
                 self._show(attribute, ModuleSlot)
             for attribute, tensor in (*part._parameters.items(), *part._buffers.items()):
                 if tensor is not None:
-                    self._show(attribute, TensorSlot)
+                    self._show(attribute, HeldSlot if attribute in table.IN_MODULES else TensorSlot)
+            if is_flat(part.shared):
+                for attribute in (*part.shared._parameters, *part.shared._buffers):
+                    self._modules.setdefault(attribute, SharedSlot(self.state, attribute))
         self._rename()
 
     def _show(self, attribute: str, kind: Any) -> None:
@@ -114,6 +120,10 @@ class PeftLayer(AdapterLayer):
             return held[name]
         if name.startswith("__"):
             raise AttributeError(name)
+        if "original_module" in held and name not in ("adapters", "state", "target"):
+            active = next((self.adapters[n] for n in self.active_adapters if n in self.adapters), None)
+            if active is not None and not self.disable_adapters and hasattr(active, "module"):
+                return getattr(active.module, name)
         kind = self.row()
         if kind is not None and name in kind.other:
             return Reading(self, kind.aliases.get(name, table.EVERYWHERE.get(name, name)))
@@ -167,7 +177,7 @@ class PeftLayer(AdapterLayer):
 
     @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]
-        return list(self.__dict__.get("_merged", ()))
+        return list(self._merged)
 
     @merged_adapters.setter
     def merged_adapters(self, names: Sequence[str]) -> None:
@@ -179,7 +189,8 @@ class PeftLayer(AdapterLayer):
 
     @property
     def active_adapters(self) -> list[str]:
-        return list(self.own[0] if self.own is not None else self.state.active)
+        names = list(self.own[0] if self.own is not None else self.state.active)
+        return [name for name in names if name in self.adapters] if self.is_copy else names
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -381,6 +392,11 @@ class Reading(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return repr(dict(self))
+
+
+def is_flat(shared: Any) -> bool:
+    """What layers share is tensors alone, which each of them can show."""
+    return isinstance(shared, nn.Module) and not isinstance(shared, Adapter) and not shared._modules
 
 
 def agree(state: State) -> None:

@@ -78,6 +78,7 @@ def narrowed(model: nn.Module, config: Any) -> Any:
     _narrow_copies(config, paths)
     if not hasattr(config, "target_modules") or getattr(config, "members", None) is None:
         return config
+    _fill_feedforward(model, config)
     if config.target_modules is None and not getattr(config, "target_parameters", None):
         return _with_defaults(model, config)
     if config.target_modules == "all-linear":
@@ -108,6 +109,19 @@ def _with_defaults(model: nn.Module, config: Any) -> Any:
     except TargetError:
         raise TargetError("Please specify `target_modules` in `peft_config`") from None
     return config
+
+
+def _fill_feedforward(model: nn.Module, config: Any) -> None:
+    """(IA)3 takes an MLP's output layer by its input, also where the user names the targets but not which are such."""
+    if getattr(config, "feedforward_modules", ()) is not None or config.target_modules is None:
+        return
+    default = copy.copy(config)
+    default.target_modules = None
+    try:
+        default.fill_targets(model)
+    except TargetError:
+        raise TargetError("Please specify `target_modules` or `feedforward_modules` in `peft_config`") from None
+    config.feedforward_modules = default.feedforward_modules
 
 
 def _check_all_linear(model: nn.Module) -> None:

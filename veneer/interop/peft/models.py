@@ -25,6 +25,7 @@ from .matching import has_adapters
 from .state import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from .status import get_layer_status, get_model_status
 from .strictness import is_strict, settle
+from .slots import PromptEncoders
 from .tuners import TUNERS, BaseTuner, MixedModel
 
 
@@ -41,6 +42,8 @@ class PeftModel(core.PeftModel):
         **ignored: Any,
     ) -> None:
         nn.Module.__init__(self)
+        self.__dict__["_active"] = adapter_name
+        self.__dict__["_kind"] = as_peft(peft_config).peft_type
         self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
         self._adapters_disabled = False
         self._is_prompt_learning = isinstance(peft_config, PromptConfig)
@@ -52,6 +55,8 @@ class PeftModel(core.PeftModel):
                 state = put_on(inner, peft_config, adapter_name, on_meta=low_cpu_mem_usage, lift=autocast_adapter_dtype)
                 self.__dict__["_state_kept"] = state
                 activate(state, adapter_name, peft_config.inference_mode)
+                self.prompt_encoder = PromptEncoders(state)
+                self.word_embeddings = inner.get_input_embeddings()  # type: ignore[operator]
             else:
                 self.base_model = self._tuner(peft_config)(
                     inner, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype
@@ -95,19 +100,21 @@ class PeftModel(core.PeftModel):
 
     @property
     def active_adapter(self) -> Any:  # type: ignore[override]
-        names = self._state.active
-        return names[0] if names else []
+        """The name that was set last on this object; `base_model` may have several active."""
+        return self.__dict__["_active"]
 
     @active_adapter.setter
-    def active_adapter(self, name: str | Sequence[str]) -> None:
-        self._state.activate((name,) if isinstance(name, str) else tuple(name))
+    def active_adapter(self, name: Any) -> None:
+        self.__dict__["_active"] = name
+
+    @property
+    def active_adapters(self) -> list[str]:
+        names = self.active_adapter if self._is_prompt_learning else self._state.active
+        return [names] if isinstance(names, str) else list(names)
 
     @property
     def peft_type(self) -> Any:  # type: ignore[override]
-        configs = self.peft_config
-        found = configs.get(self.active_adapter) if isinstance(self.active_adapter, str) else None
-        found = found or next(iter(configs.values()), None)
-        return None if found is None else found.peft_type
+        return self.__dict__["_kind"]
 
     @property
     def modules_to_save(self) -> set[str] | None:
@@ -121,12 +128,6 @@ class PeftModel(core.PeftModel):
     @property
     def base_model_torch_dtype(self) -> Any:
         return getattr(self.base_model, "dtype", None)
-
-    @property
-    def prompt_encoder(self) -> Any:
-        if not self._is_prompt_learning:
-            raise AttributeError("prompt_encoder")
-        return self._state.prompts
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Any:
         return self._state.prompts[adapter_name].export()["prompt_embeddings"]
@@ -172,7 +173,7 @@ class PeftModel(core.PeftModel):
             return
         active = self._state.active
         state = put_on(self.base_model, peft_config, adapter_name, on_meta=low_cpu_mem_usage)
-        state.activate(active or (adapter_name,))
+        activate(state, active or adapter_name)
 
     def _check_kind(self, config: Any) -> None:
         if self.peft_config and as_peft(config).peft_type != self.peft_type:
@@ -191,6 +192,7 @@ class PeftModel(core.PeftModel):
             missing = [name for name in adapter_name if name not in self.peft_config]
             if missing or not is_strict():
                 raise TypeError(f"set_adapter takes one name, not {adapter_name!r}; base_model.set_adapter takes several")
+        self.active_adapter = adapter_name
         activate(self._state, adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -204,7 +206,9 @@ class PeftModel(core.PeftModel):
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name not in self.peft_config:
             raise VeneerError(f"Adapter {adapter_name} does not exist")
-        take_off(self.get_base_model(), adapter_name, self._state)
+        left = take_off(self.get_base_model(), adapter_name, self._state)
+        if len(left) == 1 or self._is_prompt_learning:
+            self.active_adapter = left[0] if left else []
 
     def _of_tuner(self, name: str) -> Any:
         if self._is_prompt_learning:

@@ -24,12 +24,15 @@ class Live(MutableMapping[str, Any]):
         self.layer, self.attribute, self.kind = layer, attribute, kind
 
     def _owner(self, name: str) -> dict[str, Any]:
-        adapter = self.layer.adapters.get(name)
-        for part in adapter.parts if adapter is not None else ():
-            held = part.__dict__[self.kind]
+        for module in self._holders(name):
+            held = module.__dict__[self.kind]
             if held.get(self.attribute) is not None:
                 return held
         raise KeyError(name)
+
+    def _holders(self, name: str) -> Iterator[nn.Module]:
+        adapter = self.layer.adapters.get(name)
+        yield from adapter.parts if adapter is not None else ()
 
     def __getitem__(self, name: str) -> Any:
         return self._owner(name)[self.attribute]
@@ -64,6 +67,9 @@ class ModuleSlot(Modules):
         super().__init__()
         self.__dict__["_modules"] = Live(layer, attribute, "_modules")
 
+    def _get_name(self) -> str:
+        return "ModuleDict"
+
 
 class TensorSlot(nn.ParameterDict):
     """A parameter or a buffer for each adapter's name: `layer.vera_lambda_b["default"]`."""
@@ -72,7 +78,7 @@ class TensorSlot(nn.ParameterDict):
         super().__init__()
         self.__dict__["_parameters"] = Live(layer, attribute, "_parameters")
         self.__dict__["_buffers"] = Live(layer, attribute, "_buffers")
-        self.__dict__["_non_persistent_buffers_set"] = Passing(layer, attribute)
+        self.__dict__["_non_persistent_buffers_set"] = Passing(self._buffers)
 
     def _tensors(self) -> dict[str, Any]:
         return {**self._buffers, **self._parameters}
@@ -111,16 +117,147 @@ class TensorSlot(nn.ParameterDict):
         return "\n".join(f"({name}): {type(t).__name__} {tuple(t.shape)}" for name, t in self.items())
 
 
+class SharedLive(Live):
+    """The same for the modules that layers share, by adapter name."""
+
+    def _holders(self, name: str) -> Iterator[nn.Module]:
+        shared = self.layer.shared.get(name)
+        yield from () if shared is None else (shared,)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in list(self.layer.shared.keys()) if name in self)
+
+
+class SharedSlot(TensorSlot):
+    """`model.base_model.vera_A["default"]`."""
+
+    def __init__(self, state: Any, attribute: str) -> None:
+        nn.Module.__init__(self)
+        self._keys: dict[str, Any] = {}
+        self.__dict__["_parameters"] = SharedLive(state, attribute, "_parameters")
+        self.__dict__["_buffers"] = SharedLive(state, attribute, "_buffers")
+        self.__dict__["_non_persistent_buffers_set"] = Passing(self._buffers)
+
+
 class Passing:
     """The adapters' names for which a buffer does not go into a state dict."""
 
-    def __init__(self, layer: PeftLayer, attribute: str) -> None:
-        self.layer, self.attribute = layer, attribute
+    def __init__(self, live: Live) -> None:
+        self.live = live
 
     def __contains__(self, name: object) -> bool:
-        adapter = self.layer.adapters.get(str(name))
-        parts = adapter.parts if adapter is not None else ()
-        return any(self.attribute in part._non_persistent_buffers_set for part in parts)
+        return any(self.live.attribute in h._non_persistent_buffers_set for h in self.live._holders(str(name)))
+
+
+class Weight(MutableMapping[str, Any]):
+    """The parameters of a module that has none of its own: a `weight`, which is another module's attribute."""
+
+    def __init__(self, owner: nn.Module, attribute: str) -> None:
+        self.owner, self.attribute = owner, attribute
+
+    def __getitem__(self, name: str) -> Any:
+        if name != "weight":
+            raise KeyError(name)
+        return self.owner._parameters[self.attribute]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.owner._parameters[self.attribute] = value
+
+    def __delitem__(self, name: str) -> None:
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("weight",))
+
+    def __len__(self) -> int:
+        return 1
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self)
+
+
+class Held(nn.Module):
+    """A parameter that PEFT keeps in a module of its own: `lora_magnitude_vector.default.weight`."""
+
+    def __init__(self, owner: nn.Module, attribute: str) -> None:
+        super().__init__()
+        self.__dict__["_parameters"] = Weight(owner, attribute)
+
+
+class Holding(Live):
+    """The modules of a slot, each of which holds a parameter."""
+
+    def __getitem__(self, name: str) -> Any:
+        for module in self._holders(name):
+            if module._parameters.get(self.attribute) is not None:
+                return Held(module, self.attribute)
+        raise KeyError(name)
+
+    def _owner(self, name: str) -> dict[str, Any]:
+        return {self.attribute: self[name]}
+
+
+class HeldSlot(Modules):
+    """`layer.lora_magnitude_vector["default"].weight`."""
+
+    def __init__(self, layer: PeftLayer, attribute: str) -> None:
+        super().__init__()
+        self.__dict__["_modules"] = Holding(layer, attribute, "_parameters")
+
+
+class ShownPrompt(nn.Module):
+    """A prompt as PEFT's encoder: its values are the weight of `embedding`."""
+
+    def __init__(self, prompt: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["prompt"] = prompt
+        self.__dict__["_modules"] = dict(prompt._modules)
+        self.__dict__["_parameters"] = {n: p for n, p in prompt._parameters.items() if n != "prompt_embeddings"}
+        if prompt._parameters.get("prompt_embeddings") is not None:
+            self._modules["embedding"] = Held(prompt, "prompt_embeddings")
+
+    def forward(self, *ignored: Any) -> Any:
+        """The learned positions, (1, n, width)."""
+        return self.prompt.export()["prompt_embeddings"][None]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["prompt"], name)
+
+
+class Prompts(MutableMapping[str, Any]):
+    """The modules of `prompt_encoder`: each prompt of the state, as PEFT shows it."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+    def __getitem__(self, name: str) -> Any:
+        return ShownPrompt(self.state.prompts._modules[name])
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise KeyError(f"{name!r}: a prompt is put on with add_adapter()")
+
+    def __delitem__(self, name: str) -> None:
+        del self.state.prompts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self.state.prompts.keys()))
+
+    def __len__(self) -> int:
+        return len(self.state.prompts)
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self)
+
+
+class PromptEncoders(Modules):
+    """`model.prompt_encoder["default"].embedding.weight`."""
+
+    def __init__(self, state: Any) -> None:
+        super().__init__()
+        self.__dict__["_modules"] = Prompts(state)
 
 
 class Factor(nn.Linear):

@@ -19,6 +19,7 @@ from ...core.inject import settle
 from ...core.layer import walk
 from ...errors import CheckpointError, VeneerError
 from ...files import PICKLE_NAME, WEIGHTS_NAME, find_file
+from . import table
 from .layers import PeftLayer
 from .strictness import is_strict
 
@@ -94,6 +95,7 @@ def named(full: str, name: str, part: Any) -> str:
     if isinstance(part, Replace):
         return f"{before}modules_to_save.{name}.{key}"
     head, dot, rest = key.partition(".")
+    rest, dot = ("weight", ".") if key in table.IN_MODULES else (rest, dot)
     return f"{before}{head}.{name}{dot}{rest}"
 
 

@@ -223,6 +223,9 @@ METHODS: dict[str, Row] = {
 EVERYWHERE = {"lora_dropout": "dropout", "modules_to_save": "module", "original_bias": "bias"}
 """Attributes of an adapter, by the name that PEFT gives them on a layer; those of one method are in its row."""
 
+IN_MODULES = ("lora_magnitude_vector",)
+"""Parameters that PEFT keeps in a module of their own."""
+
 CONSTANTS = {
     "WEIGHTS_NAME": "adapter_model.bin",
     "SAFETENSORS_WEIGHTS_NAME": "adapter_model.safetensors",

@@ -11,12 +11,13 @@ from torch import nn
 from ...core.config import PromptConfig
 from ...core.context import State, state_of
 from ...core.model import Adapted, PeftModel
-from ...errors import VeneerError
+from ...errors import NotMergeable, VeneerError
 from . import table
 from .attaching import activate, enable, put_on, set_requires_grad, take_off
 from .configs import CONFIGS, PeftConfig, PeftType
-from .layers import LAYERS, BaseTunerLayer, agree
+from .layers import LAYERS, BaseTunerLayer, agree, is_flat
 from .matching import check_target_module_exists
+from .slots import SharedSlot
 
 
 class BaseTuner(Adapted):
@@ -69,12 +70,19 @@ class BaseTuner(Adapted):
     def active_adapters(self) -> list[str]:
         return list(self.state.active)
 
+    @active_adapters.setter
+    def active_adapters(self, names: Any) -> None:
+        self.state.activate((names,) if isinstance(names, str) else tuple(names))
+
     @property
     def active_adapter(self) -> str | list[str]:
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
     def note_targets(self) -> None:
+        for shared in self.state.shared.values():
+            for attribute in (*shared._parameters, *shared._buffers) if is_flat(shared) else ():
+                self._modules.setdefault(attribute, SharedSlot(self.state, attribute))
         paths = [p for p, layer in self.state.layers.items() if not getattr(layer, "is_copy", False)]
         self.__dict__["targeted_module_names"] = paths
         self.__dict__["targeted_parameter_names"] = [
@@ -108,6 +116,8 @@ class BaseTuner(Adapted):
     ) -> None:
         """Put on the adapter that `peft_config[adapter_name]` describes; what is active stays so."""
         state, active = self.state, self.state.active
+        if any(layer.merged_adapters for layer in state.layers.values()):
+            activate(state, active)
         config = config if config is not None else self.peft_config[adapter_name]
         flags = [(p, p.requires_grad) for name in state.configs for p in state.parameters(name)]
         state = put_on(model, config, adapter_name, on_meta=low_cpu_mem_usage, lift=autocast_adapter_dtype)
@@ -167,7 +177,11 @@ class BaseTuner(Adapted):
         return finish(self, names, progressbar, safe_merge)
 
     def unload(self) -> nn.Module:
-        """The model without its adapters."""
+        """The model without its adapters; trained copies of whole modules stay in it, as in PEFT."""
+        for layer in self.state.layers.values():
+            if getattr(layer, "is_copy", False):
+                layer.merge([n for n in self.state.active if n in layer.adapters])
+                layer.kept, layer.kept_module, layer.merged_adapters = {}, None, ()
         model = PeftModel.unload(self)  # type: ignore[arg-type]
         model.__dict__.pop("peft_config", None)
         return model
@@ -194,17 +208,23 @@ def merge(state: State, names: Sequence[str] | None, safe: bool, progressbar: bo
 
     if isinstance(names, str):
         raise TypeError(f"adapter_names should be a list of strings, got {names!r}.")
-    layers = list(state.layers.values())
+    layers = [layer for layer in state.layers.values() if not getattr(layer, "is_copy", False)]
     before = [layer.snapshot() for layer in layers]
     try:
         for layer in tqdm(layers, desc="merging", disable=not progressbar):
             wanted = [n for n in to_merge(layer, names) if n in layer.adapters]  # type: ignore[arg-type]
             layer.check_merge(wanted)
             layer.merge(wanted, safe)
-    except BaseException:
+    except BaseException as error:
         for layer, snapshot in zip(layers, before, strict=True):
             layer.revert(snapshot)
+        if isinstance(error, NotMergeable):
+            raise CannotMerge(str(error)) from error
         raise
+
+
+class CannotMerge(NotMergeable, NotImplementedError):
+    """PEFT's methods that cannot be merged raise any of ValueError, RuntimeError and NotImplementedError."""
 
 
 def finish(tuner: BaseTuner, names: list[str], progressbar: bool, safe: bool) -> nn.Module:
