@@ -51,8 +51,16 @@ class Conv(nn.Module):
 
 
 def models() -> dict[str, Any]:
-    from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
-    from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
 
     small = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, vocab_size=40)
     t5 = dict(d_model=16, d_ff=24, num_layers=2, num_heads=4, d_kv=4, vocab_size=40, decoder_start_token_id=0)
@@ -62,7 +70,11 @@ def models() -> dict[str, Any]:
         "llama": (LlamaForCausalLM, (LlamaConfig(**small, num_key_value_heads=2),), tokens),
         "gpt2": (GPT2LMHeadModel, (GPT2Config(n_embd=16, n_layer=2, n_head=4, vocab_size=40, n_positions=64),), tokens),
         "bert": (BertForSequenceClassification, (BertConfig(**small),), tokens),
-        "t5": (T5ForConditionalGeneration, (T5Config(**t5),), lambda: (torch.randint(0, 40, (2, 5)), None, torch.randint(0, 40, (2, 4)))),
+        "t5": (
+            T5ForConditionalGeneration,
+            (T5Config(**t5),),
+            lambda: (torch.randint(0, 40, (2, 5)), None, torch.randint(0, 40, (2, 4))),
+        ),
     }
 
 
@@ -86,12 +98,20 @@ def methods() -> dict[str, tuple[str, Any, tuple[str, ...]]]:
     """(config class, settings drawn at random, models it fits)."""
     everywhere = ("mlp", "llama", "gpt2", "bert", "t5", "conv")
     return {
-        "lora": ("LoraConfig", lambda r: dict(r=r.choice([2, 4]), lora_alpha=r.choice([4, 8]), use_rslora=r.random() < 0.2), everywhere),
+        "lora": (
+            "LoraConfig",
+            lambda r: dict(r=r.choice([2, 4]), lora_alpha=r.choice([4, 8]), use_rslora=r.random() < 0.2),
+            everywhere,
+        ),
         "dora": ("LoraConfig", lambda r: dict(r=2, use_dora=True), ("mlp", "llama", "bert", "t5")),
         "lora_bias": ("LoraConfig", lambda r: dict(r=2, lora_bias=True), ("mlp",)),
         "saved": ("LoraConfig", lambda r: dict(r=2, modules_to_save=["lin2"], target_modules=["lin0"]), ("mlp",)),
         "ia3": ("IA3Config", lambda r: {}, ("llama", "gpt2", "t5", "bert")),
-        "ia3_mlp": ("IA3Config", lambda r: dict(target_modules=["lin0", "lin1"], feedforward_modules=["lin1"]), ("mlp",)),
+        "ia3_mlp": (
+            "IA3Config",
+            lambda r: dict(target_modules=["lin0", "lin1"], feedforward_modules=["lin1"]),
+            ("mlp",),
+        ),
         "loha": ("LoHaConfig", lambda r: dict(r=2, alpha=4), ("mlp", "llama", "bert")),
         "lokr": ("LoKrConfig", lambda r: dict(r=2, alpha=4), ("mlp", "llama", "bert")),
         "vera": ("VeraConfig", lambda r: dict(r=4), LINEAR),
@@ -219,7 +239,9 @@ class Run:
 
     def wrong_type(self) -> Any:
         other = "IA3Config" if self.config_class != "IA3Config" else "LoraConfig"
-        return getattr(self.peft, other)(target_modules=["lin0", "q_proj"], **({"feedforward_modules": []} if other == "IA3Config" else {}))
+        return getattr(self.peft, other)(
+            target_modules=["lin0", "q_proj"], **({"feedforward_modules": []} if other == "IA3Config" else {})
+        )
 
     def disabled(self) -> Any:
         with self.model.disable_adapter():

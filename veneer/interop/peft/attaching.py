@@ -20,7 +20,15 @@ from .configs import PeftConfig, as_peft
 from .layers import PeftLayer, agree, is_flat, names_of
 from .matching import narrowed
 
-KEPT = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
+KEPT = (
+    "modules_to_save",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+)
 
 
 def put_on(
@@ -33,7 +41,7 @@ def put_on(
     if state_dict is not None:
         config = _by_keys(config, state_dict)
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    present = state_of(model)
+    present = _current(model)
     if present is None:
         model.requires_grad_(False)
     elif name in present.configs:
@@ -42,19 +50,21 @@ def put_on(
     if isinstance(found, PromptConfig) and found.task_type is None:
         found.task_type = interop.task_of(model)
     before = {name: getattr(config, name, None) for name in KEPT}
+    task, found.task_type = found.task_type, None  # its heads are for PEFT's model classes to add
     try:
         state = inject.attach(model, found, name, trainable=not config.inference_mode, on_meta=on_meta, lift=lift)
     except BaseException:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise
+    found.task_type = task
     if not config.inference_mode:
         follow(state, name)
     given.__dict__.update({n: v for n, v in found.__dict__.items() if before.get(n) is None})
     config.__dict__.update(given.__dict__)
     state.configs[name] = given if isinstance(given, PeftConfig) else config
     for parameter in state.prompts[name].parameters() if name in state.prompts else ():
-        parameter.requires_grad_(not config.inference_mode)
+        parameter.requires_grad_(True)
     model.peft_config = state.configs  # type: ignore[assignment]
     _hide(model, state)
     return state
@@ -65,6 +75,20 @@ def _hide(model: nn.Module, state: State) -> None:
     if all(is_flat(shared) for shared in state.shared.values()):
         model._modules.pop("veneer_shared", None)
     model._modules.pop("veneer_prompts", None)
+
+
+def _current(model: nn.Module) -> State | None:
+    """A model's state without the layers that a program has taken out of the model by itself (diffusers does)."""
+    state = state_of(model)
+    if state is None:
+        return None
+    there = {id(module) for module in model.modules()}
+    for path, layer in list(state.layers.items()):
+        if id(layer) not in there:
+            del state.layers[path]
+    for name in [n for n in state.configs if not any(True for _ in state.modules(n))]:
+        inject.detach(model, name, state)
+    return state_of(model)
 
 
 def _by_keys(config: Any, state_dict: dict[str, Any]) -> Any:
@@ -132,7 +156,6 @@ def take_off(model: nn.Module, name: str, state: State) -> list[str]:
     was_active = name in state.active
     inject.detach(model, name, state)
     _hide(model, state)
-    model.__dict__.pop("peft_config", None) if not state.configs else None
     agree(state)
     left = sorted(state.configs)
     if was_active and not state.active and left:

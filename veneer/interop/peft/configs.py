@@ -181,7 +181,9 @@ class PeftConfig(Config, metaclass=Called):
         if unknown and is_strict():
             raise ConfigError(f"{found.__name__} has no such fields: {', '.join(unknown)}")
         if unknown and kind is None:
-            raise TypeError(f"The {cls.__name__} config that is trying to be loaded is missing required keys: peft_type.")
+            raise TypeError(
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: peft_type."
+            )
         if unknown:
             warnings.warn(
                 f"Unexpected keyword arguments {sorted(unknown)} for class {found.__name__}, these are ignored. This "
@@ -280,4 +282,3 @@ def as_peft(config: Any) -> Any:
         return config
     found = CONFIGS[PeftType(str(config.peft_type))]
     return found(**{f.name: getattr(config, f.name) for f in fields(config)})
-

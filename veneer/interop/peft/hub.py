@@ -33,7 +33,7 @@ def push_folder(
 
     url = create_repo(repo_id or Path(folder).name, token=token, private=private, exist_ok=True)
     return upload_folder(
-        repo_id=getattr(url, "repo_id", repo_id),
+        repo_id=str(getattr(url, "repo_id", repo_id)),
         folder_path=str(folder),
         commit_message=commit_message or "Upload model",
         commit_description=commit_description,

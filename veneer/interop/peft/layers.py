@@ -41,6 +41,8 @@ class PeftLayer(AdapterLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._merged and self.disable_adapters:
             self.unmerge()
+        if self._merged:  # PEFT's layers then run their weight alone, whatever else is active
+            return self.base_layer(*args, **kwargs)
         if self.own is None:
             return super().forward(*args, **kwargs)
         state = self.state
@@ -139,9 +141,9 @@ class PeftLayer(AdapterLayer):
 
     def kinds(self) -> set[str]:
         """The methods on it, as PEFT calls their types."""
-        return {self.state.configs[n].peft_type.value for n in self.adapters if n in self.state.configs} or self.__dict__.get(
-            "was", set()
-        )
+        return {
+            self.state.configs[n].peft_type.value for n in self.adapters if n in self.state.configs
+        } or self.__dict__.get("was", set())
 
     def row(self) -> table.Row | None:
         kinds = self.kinds() if "state" in self.__dict__ and "adapters" in self.__dict__ else set()
@@ -176,7 +178,7 @@ class PeftLayer(AdapterLayer):
         return row.other if row is not None and not self.is_copy else ()
 
     @property
-    def merged_adapters(self) -> list[str]:  # type: ignore[override]
+    def merged_adapters(self) -> Any:  # type: ignore[override]
         return list(self._merged)
 
     @merged_adapters.setter
@@ -226,7 +228,7 @@ class PeftLayer(AdapterLayer):
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         names = names_of(adapter_names)
-        for name in self.adapters.keys():
+        for name in self.adapters:
             for parameter in self.learned(name):
                 parameter.requires_grad_(name in names and not inference_mode)
         state = self.state
@@ -238,7 +240,7 @@ class PeftLayer(AdapterLayer):
         if enabled:
             self.set_adapter(self.active_adapters)
             return
-        for name in self.adapters.keys():
+        for name in self.adapters:
             for parameter in self.learned(name):
                 parameter.requires_grad_(False)
 
@@ -309,7 +311,7 @@ class PeftLayer(AdapterLayer):
 
     # LoRA's scaling
 
-    def _scalings(self, names: Sequence[str]) -> Iterator[tuple[str, Adapter]]:
+    def _scalings(self, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
         for name in names:
             yield from ((name, part) for part in self.parts(name) if hasattr(part, "lora_alpha"))
 
@@ -483,7 +485,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """The same; PEFT has another one for tokens, which is an adapter here."""
 
 
-class TrainableTokensWrapper(metaclass=type):
+class TrainableTokensWrapper:
     """PEFT's wrapper for trained tokens beside another method; here they are an adapter of the same layer."""
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from ...core.config import TASK_HEADS
 from ...core.layer import bare, walk
 from ...core.select import matches
 from ...core.target import kind_of
 from ...errors import TargetError
+from .defaults import default
 from .strictness import is_strict
 
 EXCLUDED = "excluded"
@@ -78,9 +78,8 @@ def narrowed(model: nn.Module, config: Any) -> Any:
     _narrow_copies(config, paths)
     if not hasattr(config, "target_modules") or getattr(config, "members", None) is None:
         return config
-    _fill_feedforward(model, config)
-    if config.target_modules is None and not getattr(config, "target_parameters", None):
-        return _with_defaults(model, config)
+    if config.target_modules is not None or not getattr(config, "target_parameters", None):
+        fill_defaults(model, config)
     if config.target_modules == "all-linear":
         _check_all_linear(model)
         return config
@@ -96,32 +95,39 @@ def narrowed(model: nn.Module, config: Any) -> Any:
 
 
 def _narrow_copies(config: Any, paths: Sequence[str]) -> None:
-    heads = TASK_HEADS.get(config.task_type, ())
     saved = getattr(config, "modules_to_save", None)
     if saved:
-        kept = [n for n in dict.fromkeys(saved) if n in heads or any(matches(path, n) for path in paths)]
+        kept = [n for n in dict.fromkeys(saved) if any(matches(path, n) for path in paths)]
         config.modules_to_save = kept or None
 
 
-def _with_defaults(model: nn.Module, config: Any) -> Any:
-    try:
-        config.fill_targets(model)
-    except TargetError:
-        raise TargetError("Please specify `target_modules` in `peft_config`") from None
-    return config
+FIELDS = ("target_modules", "feedforward_modules")
 
 
-def _fill_feedforward(model: nn.Module, config: Any) -> None:
-    """(IA)3 takes an MLP's output layer by its input, also where the user names the targets but not which are such."""
-    if getattr(config, "feedforward_modules", ()) is not None or config.target_modules is None:
-        return
-    default = copy.copy(config)
-    default.target_modules = None
-    try:
-        default.fill_targets(model)
-    except TargetError:
-        raise TargetError("Please specify `target_modules` or `feedforward_modules` in `peft_config`") from None
-    config.feedforward_modules = default.feedforward_modules
+def fill_defaults(model: Any, config: Any) -> None:
+    """Choose the fields of targets that are None: as a program wrote it for the model's type, as PEFT, or by role.
+
+    Raises:
+        TargetError: nothing says what to adapt.
+    """
+    kind, model_type = config.peft_type, getattr(getattr(model, "config", None), "model_type", None)
+    missing = [field for field in FIELDS if getattr(config, field, ()) is None]
+    found = {field: WRITTEN.get((kind, field), {}).get(model_type) for field in missing}
+    found = {f: v if v is not None else default(kind.value, f, model_type) for f, v in found.items()}
+    by_role = copy.copy(config)
+    by_role.target_modules = None
+    if any(value is None for value in found.values()):
+        try:
+            by_role.fill_targets(model)
+        except TargetError:
+            fields = " or ".join(f"`{field}`" for field in FIELDS if hasattr(config, field))
+            raise TargetError(f"Please specify {fields} in `peft_config`") from None
+    for field, value in found.items():
+        setattr(config, field, getattr(by_role, field) if value is None else value)
+
+
+WRITTEN: dict[tuple[Any, str], dict[Any, Any]] = {}
+"""What programs write into PEFT's mappings of default targets, by method and field."""
 
 
 def _check_all_linear(model: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,21 +11,20 @@ from typing import Any
 
 from torch import nn
 
-from ...core import checkpoint
 from ...core import model as core
 from ...core.config import TASK_HEADS, PromptConfig, TaskType
 from ...core.context import State, state_of
 from ...errors import CheckpointError, ConfigError, VeneerError
 from ...interop import transformers as interop
 from . import table
-from .attaching import activate, agree, put_on, set_requires_grad, take_off
-from .configs import CONFIGS, PeftConfig, PeftType, as_peft
+from .attaching import activate, put_on, set_requires_grad, take_off
+from .configs import PeftConfig, PeftType, as_peft
 from .matching import has_adapters
+from .slots import PromptEncoders
 from .state import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from .status import get_layer_status, get_model_status
 from .strictness import is_strict, settle
-from .slots import PromptEncoders
-from .tuners import TUNERS, BaseTuner, MixedModel
+from .tuners import TUNERS, MixedModel
 
 
 class PeftModel(core.PeftModel):
@@ -51,7 +49,7 @@ class PeftModel(core.PeftModel):
         inner = model.get_base_model() if isinstance(model, core.PeftModel) else model
         with core._flags_kept_on_error(inner):
             if self._is_prompt_learning:
-                self.base_model = inner
+                self.base_model = inner  # type: ignore[assignment]
                 state = put_on(inner, peft_config, adapter_name, on_meta=low_cpu_mem_usage, lift=autocast_adapter_dtype)
                 self.__dict__["_state_kept"] = state
                 activate(state, adapter_name, peft_config.inference_mode)
@@ -191,15 +189,16 @@ class PeftModel(core.PeftModel):
         if not isinstance(adapter_name, str):
             missing = [name for name in adapter_name if name not in self.peft_config]
             if missing or not is_strict():
-                raise TypeError(f"set_adapter takes one name, not {adapter_name!r}; base_model.set_adapter takes several")
+                raise TypeError(
+                    f"set_adapter takes one name, not {adapter_name!r}; base_model.set_adapter takes several"
+                )
         self.active_adapter = adapter_name
         activate(self._state, adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         if self._is_prompt_learning:
             raise TypeError(
-                "Setting `requires_grad` is not supported for prompt learning methods like "
-                f"{self.peft_type.value}."
+                f"Setting `requires_grad` is not supported for prompt learning methods like {self.peft_type.value}."
             )
         set_requires_grad(self, adapter_names, requires_grad)
 
@@ -302,16 +301,10 @@ class PeftModel(core.PeftModel):
     ) -> Any:
         hub, _ = cls._split_kwargs(settings)
         hub.pop("use_auth_token", None)
-        if config is None:
-            config = PeftConfig.from_pretrained(model_id, **hub)
-        elif not isinstance(as_peft(config), PeftConfig):
-            raise ConfigError(f"The input config must be a PeftConfig, got {type(config)}")
-        config.inference_mode = not is_trainable
+        config = PeftConfig.from_pretrained(model_id, **hub) if config is None else config
         _check_trainable(config, is_trainable)
-        if hasattr(config, "runtime_config"):
-            config.runtime_config.ephemeral_gpu_offload = ephemeral_gpu_offload
-        elif ephemeral_gpu_offload:
-            warnings.warn("Ephemeral GPU offloading is not supported for this model. Ignoring.", stacklevel=2)
+        config.inference_mode = not is_trainable
+        _note_offload(config, ephemeral_gpu_offload)
         if key_mapping is None and not isinstance(config, PromptConfig):
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         adapted = MODELS.get(config.task_type, cls)(
@@ -378,7 +371,16 @@ class PeftModel(core.PeftModel):
         return type(self.get_base_model())
 
 
+def _note_offload(config: Any, wanted: bool) -> None:
+    if hasattr(config, "runtime_config"):
+        config.runtime_config.ephemeral_gpu_offload = wanted
+    elif wanted:
+        warnings.warn("Ephemeral GPU offloading is not supported for this model. Ignoring.", stacklevel=3)
+
+
 def _check_trainable(config: Any, is_trainable: bool) -> None:
+    if not isinstance(as_peft(config), PeftConfig):
+        raise ConfigError(f"The input config must be a PeftConfig, got {type(config)}")
     if isinstance(config, PromptConfig) and is_trainable:
         raise VeneerError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
 
@@ -409,7 +411,7 @@ def settle_kinds(present: Any, new: Any) -> None:
 
 def with_heads(cls: type, config: Any) -> None:
     """The heads that a task's model class trains, in the config's `modules_to_save`."""
-    heads = TASK_HEADS.get(getattr(cls, "task", None), ())  # type: ignore[call-overload]
+    heads = TASK_HEADS.get(getattr(cls, "task", None), ())  # type: ignore[call-overload, arg-type]
     if heads and hasattr(config, "modules_to_save"):
         present = list(config.modules_to_save or ())
         config.modules_to_save = [*present, *(head for head in heads if head not in present)]
@@ -486,18 +488,14 @@ class PeftMixedModel(PeftModel):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         missing = set(names) - set(self.peft_config)
         if missing:
-            raise VeneerError(
-                f"Adapter(s) {sorted(missing)} not found, available adapters: {sorted(self.peft_config)}"
-            )
+            raise VeneerError(f"Adapter(s) {sorted(missing)} not found, available adapters: {sorted(self.peft_config)}")
         activate(self._state, names, inference_mode)
 
     def delete_adapter(self, adapter_name: Any) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         missing = set(names) - set(self.peft_config)
         if missing:
-            raise VeneerError(
-                f"Adapter(s) {sorted(missing)} not found, available adapters: {sorted(self.peft_config)}"
-            )
+            raise VeneerError(f"Adapter(s) {sorted(missing)} not found, available adapters: {sorted(self.peft_config)}")
         for name in names:
             super().delete_adapter(name)
 
@@ -545,7 +543,7 @@ def get_peft_model(
     warn_of_prefix(peft_config, adapter_name)
     if mixed:
         return PeftMixedModel(model, peft_config, adapter_name)
-    found = MODELS.get(peft_config.task_type)
+    found: Any = MODELS.get(peft_config.task_type)
     if found is None and isinstance(peft_config, PromptConfig):
         found = MODELS[interop.task_of(model)]
     return (found or PeftModel)(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
@@ -568,6 +566,3 @@ def _note_base(model: Any, config: Any, revision: str | None) -> None:
                 stacklevel=3,
             )
         config.revision = revision
-
-
-_ = (BaseTuner, CONFIGS, agree, checkpoint, copy)

@@ -10,12 +10,14 @@ import veneer
 
 from ...core.config import TaskType
 from ...errors import TargetError, VeneerError
-from .. import auto
 from . import attaching, configs, conversion, layers, matching, models, state, status, table, tuners, utils
 
+
 def _default_targets() -> dict[str, Any]:
-    found = {
-        f"TRANSFORMERS_MODELS_TO_{kind.replace('_', '')}_TARGET_MODULES_MAPPING": utils.DefaultTargets(configs.PeftType(kind))
+    found: dict[str, Any] = {
+        f"TRANSFORMERS_MODELS_TO_{kind.replace('_', '')}_TARGET_MODULES_MAPPING": utils.DefaultTargets(
+            configs.PeftType(kind)
+        )
         for kind, row in table.METHODS.items()
         if row.layers
     }
@@ -60,7 +62,7 @@ def everything() -> dict[str, Any]:
         "check_adapters_to_merge": layers.to_merge,
         "resolve_quantization_backend": utils.no_backend,
     }
-    found |= {name: _auto(getattr(veneer, name)) for name in veneer.__all__ if name.startswith("AutoPeftModel")}
+    found |= {name: _auto(getattr(veneer, name)) for name in dir(veneer) if name.startswith("AutoPeftModel")}
     found |= {name: _is_there(module) for name, module in AVAILABLE.items()}
     return found
 
@@ -100,8 +102,8 @@ AVAILABLE = {
 MODULES = {
     "peft.auto": "AutoPeftModel*",
     "peft.config": "PeftConfig PeftConfigMixin PromptLearningConfig CONFIG_NAME MIN_EXPECTED_CONFIG_KEYS",
-    "peft.functional": "cast_adapter_dtype delete_adapter get_peft_model_state_dict inject_adapter_in_model set_adapter "
-    "set_peft_model_state_dict set_requires_grad",
+    "peft.functional": "cast_adapter_dtype delete_adapter get_peft_model_state_dict inject_adapter_in_model "
+    "set_adapter set_peft_model_state_dict set_requires_grad",
     "peft.helpers": "DoraCaching check_if_peft_model disable_input_dtype_casting find_kappa_target_modules "
     "rescale_adapter_scale update_forward_signature update_generate_signature update_signature LoraLayer",
     "peft.import_utils": "is_*_available",
@@ -185,5 +187,5 @@ TOP = """
     inject_adapter_in_model load_peft_weights prepare_model_for_kbit_training preprocess_loraga
     prompt_embeddings_from_past_key_values replace_lora_weights_loftq save_as_lora set_base_model_state_dict
     set_peft_model_state_dict shift_tokens_right
-""".split()
+"""
 """What `import peft` itself has."""

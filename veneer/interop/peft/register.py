@@ -91,7 +91,7 @@ def modules() -> dict[str, ModuleType]:
         package = f"peft.tuners.{row.package}"
         for path in (package, f"{package}.config", f"{package}.model", f"{package}.layer"):
             wanted.setdefault(path, []).extend([row.config, row.model])
-    wanted["peft"] = list(names.TOP)
+    wanted["peft"] = names.TOP.split()
     for path in sorted(wanted):
         found[path] = _module(path, {n: v for p in wanted[path] for n, v in _matching(flat, p)})
     _add_layers(found, flat)

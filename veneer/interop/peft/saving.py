@@ -65,14 +65,17 @@ def write_card(model: Any, directory: Path) -> None:
         data["base_model"] = name
         tags.add(f"base_model:adapter:{name}")
     kinds = {c.peft_type.value for c in model.peft_config.values()}
-    tags |= {kind.lower() for kind in kinds if kind == "LORA"} | {"transformers"} if hasattr(model, "generate") else tags
+    tags |= (
+        {kind.lower() for kind in kinds if kind == "LORA"} | {"transformers"} if hasattr(model, "generate") else tags
+    )
     data["tags"] = sorted(tags)
     lines = [line for line in card.text.split("\n") if "PEFT " not in line]
     card.text = "\n".join([*lines, "", f"- PEFT {table.VERSION}"]) if "PEFT" not in card.text else card.text
     card.save(path)
 
 
-CARD = """---
+CARD = (
+    """---
 {{ card_data }}
 ---
 
@@ -82,4 +85,7 @@ An adapter, to be put on its base model with `PeftModel.from_pretrained`.
 
 ### Framework versions
 
-- PEFT """ + table.VERSION + "\n"
+- PEFT """
+    + table.VERSION
+    + "\n"
+)

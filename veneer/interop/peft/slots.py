@@ -77,8 +77,8 @@ class TensorSlot(nn.ParameterDict):
     def __init__(self, layer: PeftLayer, attribute: str) -> None:
         super().__init__()
         self.__dict__["_parameters"] = Live(layer, attribute, "_parameters")
-        self.__dict__["_buffers"] = Live(layer, attribute, "_buffers")
-        self.__dict__["_non_persistent_buffers_set"] = Passing(self._buffers)
+        self.__dict__["_buffers"] = live = Live(layer, attribute, "_buffers")
+        self.__dict__["_non_persistent_buffers_set"] = Passing(live)
 
     def _tensors(self) -> dict[str, Any]:
         return {**self._buffers, **self._parameters}
@@ -135,8 +135,8 @@ class SharedSlot(TensorSlot):
         nn.Module.__init__(self)
         self._keys: dict[str, Any] = {}
         self.__dict__["_parameters"] = SharedLive(state, attribute, "_parameters")
-        self.__dict__["_buffers"] = SharedLive(state, attribute, "_buffers")
-        self.__dict__["_non_persistent_buffers_set"] = Passing(self._buffers)
+        self.__dict__["_buffers"] = live = SharedLive(state, attribute, "_buffers")
+        self.__dict__["_non_persistent_buffers_set"] = Passing(live)
 
 
 class Passing:

@@ -1,4 +1,4 @@
-"""State dicts of adapters and of base models under PEFT's names, and files read without checking them against a model."""
+"""State dicts of adapters and of base models under PEFT's names, and files read as they are."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from ...core.layer import walk
 from ...errors import CheckpointError, VeneerError
 from ...files import PICKLE_NAME, WEIGHTS_NAME, find_file
 from . import table
-from .layers import PeftLayer
 from .strictness import is_strict
 
 PREFIX = "base_model.model."
@@ -220,7 +219,7 @@ def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
 
 def _base_tensors(inner: nn.Module) -> Any:
     for path, module in walk(inner):
-        if path.startswith(tuple(("veneer_shared", "veneer_prompts"))):
+        if path.startswith(("veneer_shared", "veneer_prompts")):
             continue
         kept = set(module._buffers) - module._non_persistent_buffers_set
         yield from ((path, name, p.data) for name, p in module._parameters.items() if p is not None)
@@ -244,7 +243,3 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], stri
             if key in own:
                 own[key].copy_(tensor)
     return LoadResult(missing, unexpected)
-
-
-def is_peft_layer(module: nn.Module) -> bool:
-    return isinstance(module, PeftLayer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -121,6 +120,3 @@ def _merged(layers: list[TunerLayerStatus]) -> list[str] | str:
     partly = any(set(layer.available_adapters) - set(layer.merged_adapters) & merged for layer in layers)
     unmerged = any((set(x.available_adapters) - set(x.merged_adapters)) & merged for x in layers)
     return "irregular" if partly and unmerged else sorted(merged)
-
-
-_Any = Any

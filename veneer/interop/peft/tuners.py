@@ -14,7 +14,7 @@ from ...core.model import Adapted, PeftModel
 from ...errors import NotMergeable, VeneerError
 from . import table
 from .attaching import activate, enable, put_on, set_requires_grad, take_off
-from .configs import CONFIGS, PeftConfig, PeftType
+from .configs import CONFIGS, PeftType
 from .layers import LAYERS, BaseTunerLayer, agree, is_flat
 from .matching import check_target_module_exists
 from .slots import SharedSlot
@@ -177,11 +177,11 @@ class BaseTuner(Adapted):
         return finish(self, names, progressbar, safe_merge)
 
     def unload(self) -> nn.Module:
-        """The model without its adapters; trained copies of whole modules stay in it, as in PEFT."""
+        """The model without its adapters; what is merged, and trained copies of whole modules, stay, as in PEFT."""
         for layer in self.state.layers.values():
             if getattr(layer, "is_copy", False):
                 layer.merge([n for n in self.state.active if n in layer.adapters])
-                layer.kept, layer.kept_module, layer.merged_adapters = {}, None, ()
+            layer.kept, layer.kept_module, layer.merged_adapters = {}, None, ()
         model = PeftModel.unload(self)  # type: ignore[arg-type]
         model.__dict__.pop("peft_config", None)
         return model
@@ -233,9 +233,6 @@ def finish(tuner: BaseTuner, names: list[str], progressbar: bool, safe: bool) ->
 
     state = tuner.state
     merge(state, names, safe, progressbar)
-    for layer in state.layers.values():
-        layer.kept, layer.kept_module = {}, None
-        layer.merged_adapters = ()
     state.reshaped.clear()
     model = tuner.unload()
     interop.note_untied(model)
@@ -281,7 +278,3 @@ class MixedModel(BaseTuner):
     """The tuner of adapters of several methods on one model."""
 
     prefix = ""
-
-
-def is_config(value: Any) -> bool:
-    return isinstance(value, PeftConfig)

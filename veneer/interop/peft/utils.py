@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
-import warnings
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from ...core.config import LayerConfig
 from ...errors import TargetError, VeneerError
 from .configs import CONFIGS
+from .defaults import default
 from .layers import PeftLayer
+from .matching import WRITTEN
 
 HALF = (torch.float16, torch.bfloat16)
 QUANTISED = ("gptq", "aqlm", "eetq", "hqq", "torchao")
@@ -30,12 +32,13 @@ class DefaultTargets(MutableMapping[str, Any]):
 
     def __init__(self, kind: Any, field: str = "target_modules") -> None:
         self.kind, self.field = kind, field
-        self.given: dict[str, Any] = {}
+        self.given: dict[Any, Any] = WRITTEN.setdefault((kind, field), {})
 
     def __getitem__(self, model_type: str) -> Any:
-        if model_type not in self.given:
-            self.given[model_type] = self._found(model_type)
-        return self.given[model_type]
+        if model_type in self.given:
+            return self.given[model_type]
+        own = default(self.kind.value, self.field, model_type)
+        return self._found(model_type) if own is None else own
 
     def _found(self, model_type: str) -> Any:
         from ...skeleton import skeleton
@@ -68,14 +71,7 @@ class DefaultTargets(MutableMapping[str, Any]):
         return sum(1 for _ in self)
 
     def copy(self) -> DefaultTargets:
-        made = DefaultTargets(self.kind, self.field)
-        made.given = dict(self.given)
-        return made
-
-
-def infer_targets(model: Any, mapping: DefaultTargets) -> Any:
-    """What a program has written into the mapping for a model's type, None otherwise."""
-    return mapping.given.get(getattr(getattr(model, "config", None), "model_type", None))  # type: ignore[arg-type]
+        return copy.copy(self)
 
 
 # Preparing a model
@@ -353,15 +349,7 @@ def no_backend(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-def warn(message: str) -> None:
-    warnings.warn(message, PeftWarning, stacklevel=2)
-
-
 def get_quantization_config(model: Any, method: str) -> Any:
     config = getattr(model, "config", None)
     is_such = getattr(model, "quantization_method", None) == method
     return getattr(config, "quantization_config", None) if is_such else None
-
-
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, Sequence)
