@@ -16,6 +16,8 @@ class AutoPeftModel:
     """Loads the base model that an adapter's config names, by the config's task, and the adapter onto it."""
 
     auto_class: ClassVar[str | None] = None
+    peft_model: ClassVar[type[PeftModel]] = PeftModel
+    config_class: ClassVar[type[Config]] = Config
 
     def __init__(self) -> None:
         raise TypeError(f"use {type(self).__name__}.from_pretrained(adapter)")
@@ -46,7 +48,7 @@ class AutoPeftModel:
         import transformers
 
         hub = {name: kwargs.pop(name) for name in list(kwargs) if name in HUB_ARGUMENTS}
-        named = config or Config.from_pretrained(adapter, **hub)
+        named = config or cls.config_class.from_pretrained(adapter, **hub)
         if not named.base_model_name_or_path:
             raise ConfigError(
                 f"{str(adapter)!r} does not name its base model; load that yourself and use PeftModel.from_pretrained"
@@ -56,7 +58,7 @@ class AutoPeftModel:
         base = auto.from_pretrained(
             resolve(named.base_model_name_or_path), revision=named.revision or "main", **shared, **kwargs
         )
-        return PeftModel.from_pretrained(
+        return cls.peft_model.from_pretrained(
             base,
             adapter,
             adapter_name,
