@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import veneer
-from veneer import NotMergeable, get_peft_model
+from veneer import NotMergeable, PeftModel, get_peft_model
 
 from . import models
 
@@ -221,3 +221,19 @@ def test_gptq_is_read_through_its_own_dequantise():
         torch.testing.assert_close(output(model, batch), output(adapted(base(), method), batch), rtol=1e-4, atol=1e-4)
         with pytest.raises(NotMergeable, match="TorchQuantLinear"):
             model.merge_adapter()
+
+
+def test_the_file_goes_between_quantised_and_whole_bases(library: str, tmp_path):
+    """What was trained on one may be used, or merged, on the other; another model is refused as ever."""
+    adapted(base(library), "lora").save_pretrained(tmp_path / "quantised")
+    adapted(base(), "lora").save_pretrained(tmp_path / "whole")
+    torch.manual_seed(5)
+    other = models.llama(**SIZES).requires_grad_(False)
+    for p in other.parameters():
+        p.data.normal_(0, 0.2) if p.dim() > 1 else None
+    for place in ("quantised", "whole"):
+        for model in (base(), base(library)):
+            PeftModel.from_pretrained(model, tmp_path / place)
+        for model in (copy.deepcopy(other), swap(copy.deepcopy(other), LIBRARIES[library])):
+            with pytest.raises(veneer.BaseMismatch):
+                PeftModel.from_pretrained(model, tmp_path / place)

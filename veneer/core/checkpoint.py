@@ -77,7 +77,8 @@ def repeats(state: State, name: str) -> dict[str, str]:
 def collect(model: nn.Module, state: State, name: str, whole: bool | None) -> tuple[Tensors, dict[str, Any]]:
     """(tensors by key, notes) of an adapter, whole and on the CPU. Every process of a sharded run must take part."""
     tensors = slots(state, name) | embeddings.beside(model, state, state.configs[name], whole)
-    notes = {"base": own_notes.fingerprint(base_weights(model, state, name))}
+    notes: dict[str, Any] = {"base": own_notes.fingerprint(base_weights(model, state, name))}
+    notes |= {"rounded": True} if is_rounded(state, name) else {}
     return {key: _whole(t) for key, t in tensors.items()}, notes
 
 
@@ -192,6 +193,11 @@ def check(state: State, name: str, tensors: Tensors) -> None:
         raise CheckpointError(f"the file does not fit adapter {name!r} on this model; tensors " + "\nand ".join(found))
 
 
+def is_rounded(state: State, name: str) -> bool:
+    """Whether an adapter stands on quantised weights, which are near the pretrained ones."""
+    return any(state.layers[path].target.is_quantised for path in state.adapters(name))
+
+
 def check_fit(
     model: Any, state: State, name: str, tensors: Tensors, notes: Mapping[str, Any], check_base: bool = True
 ) -> None:
@@ -199,7 +205,7 @@ def check_fit(
     check(state, name, tensors)
     own_notes.check_whole(notes)
     if check_base:
-        own_notes.check_base(base_weights(model, state, name), notes.get("base", {}))
+        own_notes.check_base(base_weights(model, state, name), notes, is_rounded(state, name))
 
 
 def _repeats(t: Tensor, first: Tensor) -> bool:

@@ -88,7 +88,12 @@ def is_written_out(module: nn.Module) -> bool:
 def _kept(act: nn.Module) -> int:
     """How many tensors an activation keeps for its backward pass."""
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), torch.enable_grad():
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.enable_grad():
         type(act).forward(act, torch.ones(2, requires_grad=True))
     return len(kept)
 
