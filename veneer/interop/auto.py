@@ -15,6 +15,8 @@ class AutoPeftModel:
     """Loads the base model that an adapter's config names, by the config's task, and the adapter onto it."""
 
     auto_class: ClassVar[str | None] = None
+    peft_model: ClassVar[type[PeftModel]] = PeftModel
+    config_class: ClassVar[type[Config]] = Config
 
     def __init__(self) -> None:
         raise TypeError(f"use {type(self).__name__}.from_pretrained(adapter)")
@@ -28,6 +30,8 @@ class AutoPeftModel:
         config: Config | None = None,
         *,
         check_base: bool = True,
+        allow_pickle: bool = False,
+        follow_paths: bool = False,
         **kwargs: Any,
     ) -> PeftModel:
         """Load base and adapter.
@@ -41,10 +45,18 @@ class AutoPeftModel:
             ConfigError: the adapter does not say which base model it is for.
         """
         hub = {name: kwargs.pop(name) for name in list(kwargs) if name in HUB_ARGUMENTS}
-        config = config or Config.from_pretrained(adapter, **hub)
-        base = load_base(adapter, config=config, auto_class=cls.auto_class, hub=hub, **kwargs)
-        return PeftModel.from_pretrained(
-            base, adapter, adapter_name, is_trainable, config, check_base=check_base, **hub
+        named = config or cls.config_class.from_pretrained(adapter, **hub)
+        base = load_base(adapter, config=named, auto_class=cls.auto_class, hub=hub, **kwargs)
+        return cls.peft_model.from_pretrained(
+            base,
+            adapter,
+            adapter_name,
+            is_trainable,
+            config,
+            check_base=check_base,
+            allow_pickle=allow_pickle,
+            follow_paths=follow_paths,
+            **hub,
         )
 
 
