@@ -240,6 +240,7 @@ def test_the_command_prints_lines_json_and_answers(bases, data, tmp_path):  # no
     found = json.loads(command(*given, "--json").stdout)
     assert found["rows"] == 5 and set(found["results"]) == {"base", "one", "two"}
     assert f"loss {found['results']['two']['loss']:.4f}  perplexity" in done.stdout.splitlines()[2]
+    assert "extracted match 0.0%" in done.stdout  # nobody is right, and it says so
     assert math.log(found["results"]["one"]["perplexity"]) == pytest.approx(found["results"]["one"]["loss"])
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
     assert [row["wanted"] for row in rows] == [row["answer"] for row in ROWS[:5]]

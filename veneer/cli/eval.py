@@ -122,7 +122,9 @@ def _show(found: Evaluation) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    measures = [name for name in HEADINGS if any(own.get(name) for own in found.results.values())]
+    measures = [name for name in HEADINGS if any(name in own for own in found.results.values())]
+    if not any(own.get("unfinished") for own in found.results.values()):
+        measures = [name for name in measures if name != "unfinished"]
     if console.is_terminal:
         _table(console, found, measures)
     else:
@@ -162,8 +164,8 @@ def _number_and_change(measure: str, value: float, before: float) -> Any:
 
 
 def _number(measure: str, value: float, sign: str = "") -> str:
-    if measure == "perplexity" and abs(value) >= 100:
-        return f"{value:{sign},.0f}"
+    if measure == "perplexity":
+        return f"{value:{sign},.0f}" if abs(value) >= 100 else f"{value:{sign}.2f}"
     return f"{value:{sign}.4f}" if measure in PLAIN else f"{value:{sign}.1%}"
 
 
