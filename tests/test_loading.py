@@ -120,6 +120,10 @@ def test_a_classifier_has_as_many_classes_as_its_file(bases, tmp_path):
         load([place], labels=["a", "b"])
     (tmp_path / "c" / "recipe.yaml").write_text("labels: [v, w, x, y, z]\n")
     assert load([place]).labels == list("vwxyz")
+    other = adapter(bases, tmp_path / "d", classes=5)
+    (tmp_path / "d" / "recipe.yaml").write_text("labels: [w, v, x, y, z]\n")
+    with pytest.raises(ConfigError, match="or in another order: c v, w, x, y, z; d w, v, x, y, z"):
+        load([place, other])
 
 
 def test_an_encoder_decoder_is_refused(tmp_path, bases):

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from veneer.conversation import Conversation
 
 EXAMPLES = """
-The first adapter answers; /adapter NAME lets another one, or the base. Ctrl-C ends an answer, Ctrl-D or /quit the
-conversation. Questions may also be piped in, one on each line.
+The first adapter answers; /adapter NAME lets another one, or the base.
+Ctrl-C ends an answer, Ctrl-D or /quit the conversation. Questions may
+also be piped in, one on each line.
 
 Examples:
 

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from veneer.evaluation import Evaluation
 
 EXAMPLES = """
-Reads what `veneer train` reads: conversations, prompt and completion, question and answer, text, text and label. Loss,
-perplexity and token accuracy are of the tokens that training would learn. --exact and --extract let each model write
-answers, the likeliest token each time, and count the right ones. Adapters that classify get accuracy and macro F1.
+Reads what `veneer train` reads: conversations, prompt and completion,
+question and answer, text, text and label. Loss, perplexity and token
+accuracy are of the tokens that training would learn. --exact and
+--extract let each model write answers, the likeliest token each time, and
+count the right ones. Adapters that classify get accuracy and macro F1.
 
 Examples:
 

@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from veneer.generation import Answer, Writer
 
 EXAMPLES = """
-The prompt is the argument, or what stands in a file, or what is piped in. It is put as a question of a user into the
-model's chat template, where there is one; --raw leaves it as it stands. Without --temperature the likeliest token is
-taken each time, so that the same command gives the same answer.
+The prompt is the argument, or what stands in a file, or what is piped in.
+It is put as a question of a user into the model's chat template, where
+there is one; --raw leaves it as it stands. Without --temperature the
+likeliest token is taken each time, so that the same command gives the
+same answer.
 
 Examples:
 
