@@ -130,9 +130,10 @@ def _show(found: Evaluation) -> None:
     if console.is_terminal:
         _table(console, found, measures)
     else:
+        width = max(map(len, found.results))
         for name, own in found.results.items():
             cells = [f"{HEADINGS[measure]} {_number(measure, own[measure])}" for measure in measures if measure in own]
-            typer.echo("  ".join([name, *cells]))
+            typer.echo("  ".join([f"{name:<{width}}", *cells]))
     account = found.account
     judged = f", {account.supervised_tokens:,} tokens judged" if account.supervised_tokens != found.rows else ""
     console.print(f"{found.rows:,} rows{judged}", style="dim")
