@@ -111,7 +111,7 @@ def unmoved(directory: str | Path, started: Mapping[str, str]) -> list[str]:
 # Verifying
 
 
-def verify(directory: str | Path, base: nn.Module) -> Verification:
+def verify(directory: str | Path, base: nn.Module, *, follow_paths: bool = False) -> Verification:
     """Load the adapter in `directory` onto `base`, a fresh model, and look at everything that can be wrong with it.
 
     Without a record of outputs (`record`), outputs and starts have nothing to be held against. `base` is used up.
@@ -120,7 +120,8 @@ def verify(directory: str | Path, base: nn.Module) -> Verification:
     try:
         probe = _read_probe(Path(directory))
         tensors, _ = checkpoint.read(directory)
-        model = found.model = PeftModel.from_pretrained(base, directory).eval()
+        found.model = PeftModel.from_pretrained(base, directory, follow_paths=follow_paths).eval()
+        model = found.model
     except VeneerError as error:
         found.checks.append(Check("loads", False, " ".join(str(error).split())))
         return found
