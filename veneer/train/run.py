@@ -70,6 +70,8 @@ def train(
     finally:
         display.close()
         last_checkpoint(output)  # removes what was left half-written
+    if trainer.is_world_process_zero():
+        console.print("verifying: the adapter is loaded from disk onto a fresh base model")
     return finish(Run(recipe, trainer, meter, data, tokenizer, pad_of(tokenizer), started, watch))
 
 
