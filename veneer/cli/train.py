@@ -20,6 +20,11 @@ Examples:
 
   veneer train my-adapter/recipe.yaml --output again  the same run once more
 
+  torchrun --nproc-per-node 2 -m veneer train recipe.yaml                several processes: a step is batch_size x
+accumulate on each of them; --resume goes on with another number where that product over all stays the same
+
+  accelerate launch --use_fsdp --fsdp_version 2 -m veneer train recipe.yaml      the model sharded over them
+
 The data is JSONL, JSON, CSV, Parquet, a directory or a hub id, with the columns messages; prompt and completion;
 instruction, input and output; question and answer; text and label; or text. A recipe holds the same keys as the flags
 (in YAML, with _ for -), and `set` gives those that have no flag.
