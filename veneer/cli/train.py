@@ -105,7 +105,7 @@ def _recipe(
     content = read(path) if path else read(saved) if resume and flags.get("output") and saved.is_file() else {}
     for name in ("data", "eval_data"):
         if name in flags:
-            flags[name] = [_source(value) for value in flags[name]]
+            flags[name] = [source(value) for value in flags[name]]
     content |= flags | {key: _value(text) for key, text in _pairs(others)}
     if options:
         content["options"] = {**(content.get("options") or {}), **{k: _value(text) for k, text in _pairs(options)}}
@@ -127,7 +127,7 @@ def _name_columns(content: dict[str, Any], columns: dict[str, str], split: str |
         content[name] = items
 
 
-def _source(text: str) -> dict[str, Any]:
+def source(text: str) -> dict[str, Any]:
     """PATH or PATH*WEIGHT."""
     path, star, weight = text.rpartition("*")
     try:
