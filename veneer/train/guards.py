@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from ..core import checkpoint
 from ..errors import TrainingError
+from .sharded import whole
 
 NEGLIGIBLE = 1e-7
 """The largest entry of a gradient that need not move a tensor: Adam's eps is of that size."""
@@ -48,7 +49,7 @@ class Watch(TrainerCallback):
     def __init__(self, model: Any) -> None:
         learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
         places = {p.data_ptr(): name for name, p in learned.items()}
-        self.start = {name: _whole(p).clone() for name, p in learned.items()}
+        self.start = {name: _local(p).clone() for name, p in learned.items()}
         self.keys = {k: places.get(t.data_ptr()) for k, t in checkpoint.slots(model._state, "default").items()}
         """Which parameter stands under a key of the file."""
         self.since: dict[str, int] = {}
@@ -93,14 +94,13 @@ class Watch(TrainerCallback):
             )
         for name, p in waiting.items() if learns else ():
             assert p.grad is not None
-            if p.numel() and float(_whole(p.grad).abs().amax()) > NEGLIGIBLE:
+            if p.numel() and float(_local(p.grad).abs().amax()) > NEGLIGIBLE:
                 self.since[name] = step
 
     def _still(self, model: nn.Module) -> list[str]:
         now = {name: p for name, p in model.named_parameters() if name in self.start}
-        return [name for name, before in self.start.items() if before.equal(_whole(now[name]))]
+        return [name for name, before in self.start.items() if before.equal(_local(now[name]))]
 
 
-def _whole(parameter: Tensor) -> Tensor:
-    parameter = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-    return parameter.detach().cpu()
+def _local(t: Tensor) -> Tensor:
+    return whole(t).detach().cpu()

@@ -66,7 +66,7 @@ def train(
     for callback in (watch, display):
         trainer.add_callback(callback)
     try:
-        _run(trainer, meter, data, output, resume)
+        _run(trainer, meter, output, resume)
     finally:
         display.close()
         last_checkpoint(output)  # removes what was left half-written
@@ -162,7 +162,7 @@ def _build(recipe: Recipe, tokenizer: Any, data: Data, steps: int, output: Path)
     model = adapt(base, recipe, TaskType.CAUSAL_LM if data.labels is None else TaskType.SEQ_CLS, steps)
     if recipe.packing:
         check_packing(model, data.train)
-    meter = Meter(data=data.fingerprint)
+    meter = Meter(data=data.fingerprint, batch=recipe.batch_size * recipe.accumulate * _processes())
     trainer = ExactTrainer(
         model,
         settings,
@@ -240,21 +240,27 @@ def _rows(count: int) -> str:
     return f"{count:,} row{'s' * (count != 1)}"
 
 
-def _run(trainer: ExactTrainer, meter: Meter, data: Data, output: Path, resume: bool) -> None:
+def _run(trainer: ExactTrainer, meter: Meter, output: Path, resume: bool) -> None:
     last = last_checkpoint(output) if resume else None
     trainer.accelerator.wait_for_everyone()
     if last is not None:
-        _check_same_data(last, data)
+        _check_same(last, meter)
         trainer.args.eval_on_start = False
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
 
 
-def _check_same_data(folder: Path, data: Data) -> None:
+def _check_same(folder: Path, meter: Meter) -> None:
+    """A run goes on with the data and the batches that it began with; on how many processes is free."""
     import json
 
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    before = state["stateful_callbacks"]["Meter"]["args"]["data"]
-    if before != data.fingerprint:
+    before = state["stateful_callbacks"]["Meter"]["args"]
+    if before["data"] != meter.data:
         raise ConfigError(
             "cannot resume: the data is not what the run began with; put it back, or begin with --overwrite"
+        )
+    if before["batch"] != meter.batch:
+        raise ConfigError(
+            f"cannot resume: a step was {before['batch']} sequences, and is now {meter.batch} (batch_size x accumulate "
+            "x processes); set batch_size or accumulate so that it stays the same"
         )
