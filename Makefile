@@ -13,7 +13,8 @@ install: .venv/installed
 
 # PASSIVE: on a busy machine, threads that wait by spinning take the cores from those that work.
 demo: install
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/demo.py
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/veneer train examples/reminders.yaml --overwrite
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/reminders.py
 
 # One torch thread for each pytest worker.
 test: install

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..errors import TrainingError
+from . import sharded
 from .collate import Shuffled
 from .encode import IGNORED
+from .guards import writing
 from .meter import Meter, rss
 from .recipe import Recipe
 
@@ -36,6 +40,18 @@ class ExactTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.sampler
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing, where a run that is resumed had come to its end; Trainer would take one step too many."""
+        if self._is_over():
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _is_over(self) -> bool:
+        stoppers = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        stopped = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in stoppers)
+        return stopped or self.state.global_step >= self.state.max_steps
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         self.meter.start()
@@ -91,10 +107,34 @@ class ExactTrainer(Trainer):
         inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         inner.save_pretrained(output_dir or str(self.args.output_dir), is_main_process=self.args.should_save)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.is_sharded = sharded.shards(self.accelerator)
+        self.is_fsdp_enabled = False  # Trainer would save the whole base with each checkpoint, in FSDP's own layout
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = sharded.gathered(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.is_sharded and checkpoint is not None:
+            sharded.take_shares_(self.optimizer.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_best_model(self) -> None:
+        with sharded.plain_as_shares() if self.is_sharded else nullcontext():
+            super()._load_best_model()
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        with writing(f"the checkpoint of step {self.state.global_step}", folder, RuntimeError):
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             (folder / WHOLE).touch()
 
@@ -164,6 +204,7 @@ def arguments(recipe: Recipe, output: Path, steps: int, warmup: int, eval_every:
         metric_for_best_model="loss" if eval_every else None,
         greater_is_better=False if eval_every else None,
         remove_unused_columns=False,
+        accelerator_config={"dispatch_batches": False},  # rows of several lengths do not fit in one batch to share out
         dataloader_pin_memory=not on_cpu,
         ddp_find_unused_parameters=False,
         ddp_backend="gloo" if on_cpu and several else None,
