@@ -79,12 +79,8 @@ def merge(
         VeneerError: something would be overwritten, or the disk is too small. Nothing is left of `out` in any case.
     """
     check_free(Path(out))
-    configs = [Config.from_pretrained(adapter) for adapter in adapters]
-    base = base_of(configs, model)
-    home = find_base(base, configs[0].revision if model is None else None)
-    shards = Shards(home)
-    mapped = MappedModel(_skeleton(home, configs, adapters), shards)
-    merger = Merger(mapped, _adapted(mapped, configs, adapters, check_base), _embeddings(adapters))
+    base, home, mapped, adapted = on_files(adapters, model, check_base)
+    merger = Merger(mapped, adapted, _embeddings(adapters))
     report = MergeReport(str(out), base, [str(adapter) for adapter in adapters], untied=bool(merger.apart))
     with appearing(Path(out), merger.size) as folder:
         report.tensors = merger.write(folder, progress)
@@ -92,6 +88,21 @@ def merge(
         copy_beside(home, [Path(adapter) for adapter in adapters], folder)
         report.files = sorted(p.name for p in folder.iterdir())
     return report
+
+
+def on_files(
+    adapters: Sequence[str | Path], model: str | None, check_base: bool = True
+) -> tuple[str, Path, MappedModel, PeftModel]:
+    """Adapters on the files of their base, all active, called "1", "2" and so on.
+
+    Returns:
+        (the base's name, its directory, the model whose weights lie in files, that model adapted)
+    """
+    configs = [Config.from_pretrained(adapter) for adapter in adapters]
+    base = base_of(configs, model)
+    home = find_base(base, configs[0].revision if model is None else None)
+    mapped = MappedModel(_skeleton(home, configs, adapters), Shards(home))
+    return base, home, mapped, _adapted(mapped, configs, adapters, check_base)
 
 
 def base_of(configs: Sequence[Config], model: str | None) -> str:
@@ -152,7 +163,7 @@ def _adapted(
     """All adapters on the mapped model, and active."""
     mapped.bind_all()
     mapped.bind_new()
-    names = [f"{i} {str(adapter).translate({47: '_', 92: '_'})}" for i, adapter in enumerate(adapters, 1)]
+    names = [str(i) for i in range(1, len(adapters) + 1)]
     model = PeftModel.from_pretrained(mapped.model, adapters[0], names[0], config=configs[0], check_base=check_base)
     for name, adapter in zip(names[1:], adapters[1:], strict=True):
         model.load_adapter(adapter, name, check_base=check_base)
