@@ -19,8 +19,8 @@ from ..core import checkpoint
 from ..core.adapter import Tensors
 from ..core.config import TASK_HEADS, Config
 from ..core.model import PeftModel
-from ..errors import CheckpointError, ConfigError, NotMergeable
-from ..files import appearing, check_free, find_weights
+from ..errors import ConfigError, NotMergeable
+from ..files import appearing, check_free, find_weights, tensor_shapes
 from . import rounding
 from .base import copy_beside, find_base, model_class
 from .mapped import MappedModel
@@ -118,7 +118,7 @@ def _skeleton(home: Path, configs: Sequence[Config], adapters: Sequence[str | Pa
     """The model on meta, of the adapters' task, with as many labels and words as the adapters' files have."""
     import transformers
 
-    shapes = [_shapes(adapter) for adapter in adapters]
+    shapes = [tensor_shapes(find_weights(adapter)) for adapter in adapters]
     config = transformers.AutoConfig.from_pretrained(home)
     if getattr(config, "quantization_config", None):
         raise NotMergeable(f"the weights of {str(home)!r} are quantised; give the model they were made from (--model)")
@@ -133,18 +133,6 @@ def _skeleton(home: Path, configs: Sequence[Config], adapters: Sequence[str | Pa
     for n in words - {model.get_input_embeddings().weight.shape[0]}:
         model.resize_token_embeddings(n, mean_resizing=False)
     return model
-
-
-def _shapes(adapter: str | Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of an adapter's tensors by key."""
-    from safetensors import SafetensorError, safe_open
-
-    path = find_weights(adapter)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
 
 
 def _labels(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
