@@ -10,6 +10,7 @@ from typing import Any
 from ..core.config import Config, TaskType
 from ..errors import CheckpointError, ConfigError
 from ..hub import resolve
+from ..loading import AUTO_CLASSES
 
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 """What is asked of the hub for a model in safetensors with its tokenizer."""
@@ -61,8 +62,6 @@ def model_class(config: Any, adapters: Sequence[Config]) -> Any:
         ConfigError: the adapters are of several tasks, or nothing says which class it is.
     """
     import transformers
-
-    from ..interop.auto import AUTO_CLASSES
 
     tasks = {adapter.task_type for adapter in adapters if adapter.task_type is not None}
     if len(tasks) > 1:

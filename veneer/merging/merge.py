@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..core import checkpoint
+from .. import embeddings
 from ..core.adapter import Tensors
 from ..core.config import TASK_HEADS, Config
 from ..core.model import PeftModel
@@ -123,7 +123,7 @@ def _skeleton(home: Path, configs: Sequence[Config], adapters: Sequence[str | Pa
     if getattr(config, "quantization_config", None):
         raise NotMergeable(f"the weights of {str(home)!r} are quantised; give the model they were made from (--model)")
     labels = {n for c, s in zip(configs, shapes, strict=True) if (n := _labels(c, s)) is not None}
-    words = {s[key][0] for s in shapes for key in s if checkpoint.is_base_embedding(key)}
+    words = {s[key][0] for s in shapes for key in s if embeddings.is_one(key)}
     if len(labels) > 1 or len(words) > 1:
         raise ConfigError(f"the adapters differ in their number of labels ({labels}) or words ({words}); merge one")
     for n in labels - {config.num_labels}:
@@ -168,7 +168,7 @@ def _embeddings(adapters: Sequence[str | Path]) -> Tensors:
     found = {}
     for path in map(find_weights, adapters):
         with safe_open(path, framework="pt") as file:
-            for key in filter(checkpoint.is_base_embedding, file.keys()):
+            for key in filter(embeddings.is_one, file.keys()):
                 name = key.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer")
                 found[f"{name}.weight"] = file.get_tensor(key)
     return found
