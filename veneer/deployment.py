@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from . import embeddings
 from .catalogue import pages
-from .core import checkpoint
 from .core.config import Config, LayerConfig, at, default_of
 from .errors import ConfigError, nearest
 from .files import find_weights, tensor_shapes
@@ -221,7 +221,7 @@ def _peft(adapter: str, config: Config, shapes: Shapes) -> Iterator[Finding]:
     if unknown:
         what = f"PEFT has no {', '.join(unknown)}, which it would pass over: wrong in silence"
         yield Finding(what, _way_out(adapter, config))
-    twice = isinstance(config, LayerConfig) and any(checkpoint.is_base_embedding(key) for key in shapes)
+    twice = isinstance(config, LayerConfig) and any(embeddings.is_one(key) for key in shapes)
     if twice:
         yield Finding(
             "the file holds base embeddings; PEFT takes them when the model has as many words",

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ... import embeddings
 from ...core import checkpoint
 from ...core.config import CONFIG_NAME, Config, at
 from ...errors import CheckpointError, ConfigError
@@ -66,7 +67,7 @@ def check_plain(config: Config) -> LoraConfig:
 
 def refuse_embeddings(tensors: Any) -> None:
     for key in tensors:
-        if "lora_embedding_" in key or checkpoint.is_base_embedding(key):
+        if "lora_embedding_" in key or embeddings.is_one(key):
             raise ConfigError(f"{key}: an embedding, which the other layouts do not hold as PEFT does")
 
 
