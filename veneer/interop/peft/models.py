@@ -68,7 +68,7 @@ class PeftModel(core.PeftModel):
 
     def _let_inputs_learn(self, model: Any) -> None:
         """Under activation checkpointing that re-enters, something must need a gradient before the first layer."""
-        if getattr(model, "is_gradient_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
+        if getattr(model, "is_activation_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
 
     # Access
