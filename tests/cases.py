@@ -9,7 +9,17 @@ from typing import Any
 
 import torch
 
-from veneer import BottleneckConfig, DoubleSeqBnConfig, LoraConfig, ParBnConfig, PrefixTuningConfig, SeqBnConfig
+from veneer import (
+    BottleneckConfig,
+    DoubleSeqBnConfig,
+    HiraConfig,
+    IA3Config,
+    LoraConfig,
+    OFTConfig,
+    ParBnConfig,
+    PrefixTuningConfig,
+    SeqBnConfig,
+)
 from veneer.core.config import Config, PromptConfig, all_methods
 
 from . import models
@@ -40,6 +50,11 @@ class Case:
     @property
     def config_class(self) -> type[Config]:
         return all_methods()[self.method]
+
+    @property
+    def trust(self) -> dict[str, bool]:
+        """What a load must be told: its file names experts that lie elsewhere."""
+        return {"follow_paths": True} if self.needs_experts else {}
 
     @property
     def is_prompt(self) -> bool:
@@ -88,7 +103,7 @@ class Case:
         """The case's model with a saved adapter on."""
         from veneer import PeftModel
 
-        base = models.build(self.model) if base is None else base
+        base, kwargs = models.build(self.model) if base is None else base, self.trust | kwargs
         model = self.with_siblings(base)
         if model is None:
             return PeftModel.from_pretrained(base, directory, name, **kwargs)
@@ -729,6 +744,44 @@ CASES = [
             two=LoraConfig(r=3, target_modules=["mlp.c_proj", "c_fc"]),
             three=GPT2_BN,
         ),
+    ),
+    Case(
+        "average",
+        "llama",
+        dict(adapter_names=["one", "two"], weights=[0.3, 0.9], learned=True),
+        noop=False,
+        siblings=dict(
+            one=LoraConfig(r=3, target_modules=LINEARS),
+            two=OFTConfig(oft_block_size=5, target_modules=["q_proj", "o_proj"]),
+        ),
+    ),
+    Case(
+        "average",
+        "gpt2",
+        dict(adapter_names=["one", "two", "three"], learned=True),
+        noop=False,
+        siblings=dict(
+            one=LoraConfig(r=3, target_modules=["c_fc"]),
+            two=IA3Config(),
+            three=HiraConfig(r=2, target_modules=["c_attn"]),
+        ),
+    ),
+    Case(
+        "split",
+        "llama",
+        dict(adapter_names=["one", "two"], splits=[2, 3], learned=True),
+        noop=False,
+        siblings=dict(
+            one=LoraConfig(r=3, target_modules=LINEARS),
+            two=OFTConfig(oft_block_size=5, target_modules=["q_proj", "o_proj"]),
+        ),
+    ),
+    Case(
+        "split",
+        "gpt2",
+        dict(adapter_names=["one", "two"], splits=[1, 2], weights=[1.0, 0.5], learned=True),
+        noop=False,
+        siblings=dict(one=LoraConfig(r=3, target_modules=["c_fc"]), two=GPT2_BN),
     ),
     Case("mam", "llama", dict(configs=[PREFIX, ParBnConfig(reduction_factor=5)]), noop=False),
     Case("mam", "gpt2", dict(configs=[PREFIX, ParBnConfig(reduction_factor=5)]), noop=False),

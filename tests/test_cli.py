@@ -130,9 +130,9 @@ def test_methods_counts_on_an_architecture_without_a_download():
     assert uncounted <= UNCOUNTED, "these cannot be put on GPT-2 with example settings"
 
 
-UNCOUNTED = {"xlora", "arrow", "fusion", "union", "beft", "adamss"}
-"""X-LoRA, Arrow and fusion stand on other adapters, a union on its members, BEFT on value projections of their own,
-which GPT-2 lacks, AdaMSS on the weights' values."""
+UNCOUNTED = {"xlora", "arrow", "fusion", "average", "split", "union", "beft", "adamss"}
+"""X-LoRA, Arrow, fusion, average and split stand on other adapters, a union on its members, BEFT on value projections
+of their own, which GPT-2 lacks, AdaMSS on the weights' values."""
 
 
 def test_the_page_of_a_method():

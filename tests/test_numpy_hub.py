@@ -571,13 +571,13 @@ def test_a_fusion_needs_its_adapters(tmp_path):
     model.delete_adapter("two")
     with pytest.raises(veneer.VeneerError, match="reads adapter 'two'"):
         model(**models.inputs("llama"))
-    other.add_adapter("ia3", veneer.IA3Config(target_modules=["o_proj", "down_proj"], feedforward_modules=["o_proj"]))
-    with pytest.raises(TargetError, match="acts elsewhere"):
-        other.add_adapter("fusion", veneer.AdapterFusionConfig(adapter_names=["default", "ia3"]))
+    other.add_adapter("prompt", veneer.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    with pytest.raises(TargetError, match="'prompt' adapts none"):
+        other.add_adapter("fusion", veneer.AdapterFusionConfig(adapter_names=["default", "prompt"]))
     other.add_adapter("lora", veneer.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(TargetError, match="no module in common"):
         other.add_adapter("fusion", veneer.AdapterFusionConfig(adapter_names=["default", "lora"]))
-    with pytest.raises(ConfigError, match="two or more"):
+    with pytest.raises(ConfigError, match="two different adapters"):
         veneer.AdapterFusionConfig(adapter_names=["one", "one"])
 
 

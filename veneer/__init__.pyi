@@ -1,3 +1,4 @@
+__version__: str
 from .combine import add_weighted_adapter as add_weighted_adapter
 from .convert import convert_to_lora as convert_to_lora
 from .convert import save_as_lora as save_as_lora
@@ -53,6 +54,7 @@ from .methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfi
 from .methods.alora import ALoraConfig as ALoraConfig
 from .methods.arrow import ArrowConfig as ArrowConfig
 from .methods.arrow import ArrowLoraConfig as ArrowLoraConfig
+from .methods.average import AverageConfig as AverageConfig
 from .methods.bdlora import BdLoraConfig as BdLoraConfig
 from .methods.bdlora import BlockDiagonalLoraConfig as BlockDiagonalLoraConfig
 from .methods.beft import BeftConfig as BeftConfig
@@ -113,6 +115,7 @@ from .methods.seq_bn import SeqBnConfig as SeqBnConfig
 from .methods.seq_bn_inv import SeqBnInvConfig as SeqBnInvConfig
 from .methods.shadow import ShadowConfig as ShadowConfig
 from .methods.shira import ShiraConfig as ShiraConfig
+from .methods.split import SplitConfig as SplitConfig
 from .methods.supertuning import SupertuningConfig as SupertuningConfig
 from .methods.tinylora import TinyLoraConfig as TinyLoraConfig
 from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
@@ -128,5 +131,4 @@ from .methods.xlora import XLoraConfig as XLoraConfig
 from .optimizers.lorafa import create_lorafa_optimizer as create_lorafa_optimizer
 from .optimizers.loraplus import create_loraplus_optimizer as create_loraplus_optimizer
 from .optimizers.riemannian import create_riemannian_optimizer as create_riemannian_optimizer
-
-__version__: str
+from .siblings import parallel as parallel

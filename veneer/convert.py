@@ -20,6 +20,7 @@ from .core.layer import AdapterLayer
 from .errors import NotMergeable, VeneerError
 from .maths.low_rank import Pair, compress, truncate
 from .methods.lora import LoraConfig
+from .notes import fingerprint
 
 
 @dataclass
@@ -170,7 +171,7 @@ def save_as_lora(
     config.inference_mode = True
     state = adapter_state(model, adapter_name)
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    notes = {"base": checkpoint.fingerprint(checkpoint.base_weights(inner, state, adapter_name))}
+    notes = {"base": fingerprint(checkpoint.base_weights(inner, state, adapter_name))}
     checkpoint.write(Path(path), {key: t.cpu().contiguous() for key, t in tensors.items()}, notes, config)
 
 

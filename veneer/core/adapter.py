@@ -70,7 +70,7 @@ class Adapter(nn.Module):
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     """The kinds of target it adapts: linear, conv, embedding, norm, block."""
-    reads_weight: ClassVar[bool] = False
+    reads_weight: bool = False
     """`post` looks at the weight below it, so adapters below it must be folded first (it divides by a norm, say)."""
     follows_ties: ClassVar[bool] = False
     """Also adapts the module whose weight is the same Parameter; built there with `twin=` the first adapter."""

@@ -94,8 +94,7 @@ def try_on(model: nn.Module, config: Config, name: str, tensors: Tensors, notes:
     """Raise unless a saved adapter fits `model`; returns the paths it adapts and leaves the model as it was."""
     state = attach(model, config, name, trainable=False, on_meta=True)
     try:
-        checkpoint.check(state, name, tensors)
-        checkpoint.check_base(checkpoint.base_weights(model, state, name), notes.get("base", {}))
+        checkpoint.check_fit(model, state, name, tensors, notes)
         return list(state.adapters(name))
     finally:
         detach(model, name, state)

@@ -8,15 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from .. import embeddings
 from ..errors import CheckpointError, ConfigError, NotMergeable, VeneerError, listing, nearest
 from ..files import check_hub_arguments
 from ..interop import transformers as interop
+from ..notes import settings
 from ..report.plan import Plan, count, plan
 from ..report.status import LayerStatus, ModelStatus, layer_status, model_status
 from ..train.schedule import follow
 from . import checkpoint
+from .adapter import Tensors
 from .config import Config, PromptConfig
 from .context import CheckpointContext, State, state_of
 from .inject import attach, detach, settle
@@ -357,12 +360,12 @@ class PeftModel(nn.Module):
             file = next((p for p in (into, *into.parents) if p.is_file()), None)
             if file is not None:
                 raise CheckpointError(f"{str(file)!r} is a file; give a directory to save into")
-        embeddings = None if save_embedding_layers == "auto" else bool(save_embedding_layers)
+        whole = None if save_embedding_layers == "auto" else bool(save_embedding_layers)
         for name in selected_adapters or list(self.peft_config):
             config = self.peft_config[name].saved()
             config.inference_mode = True
             into = directory if name == "default" else directory / name
-            tensors, notes = checkpoint.collect(self.get_base_model(), self._state, name, embeddings)
+            tensors, notes = checkpoint.collect(self.get_base_model(), self._state, name, whole)
             if is_main_process:
                 checkpoint.write(into, tensors, notes, config)
 
@@ -377,6 +380,8 @@ class PeftModel(nn.Module):
         *,
         autocast_adapter_dtype: bool = True,
         check_base: bool = True,
+        allow_pickle: bool = False,
+        follow_paths: bool = False,
         **hub: Any,
     ) -> PeftModel:
         """Put a saved adapter on its base model.
@@ -387,20 +392,23 @@ class PeftModel(nn.Module):
             is_trainable: go on training it.
             config: use this instead of the file's.
             check_base: refuse a base model other than the adapter's own.
+            allow_pickle: where there is no safetensors file, read tensors (and nothing else) from a pickle.
+            follow_paths: paths in the file's config (X-LoRA's experts) may lead out of its directory.
             hub: `subfolder`, `revision`, `token`, `cache_dir` and the like.
 
         Raises:
             CheckpointError: a file is missing, damaged, or does not fit; the model is left as it was.
         """
         check_hub_arguments(hub)
-        config = copy.copy(config or Config.from_pretrained(model_id, **hub))
-        tensors, notes = checkpoint.read(model_id, **hub)
+        config, tensors, notes = checkpoint.load(
+            model_id, config, allow_pickle=allow_pickle, follow_paths=follow_paths, **hub
+        )
         config.inference_mode = not is_trainable
         lift = autocast_adapter_dtype
         with _flags_kept_on_error(model):
             adapted = cls(model, config, adapter_name, autocast_adapter_dtype=lift, low_cpu_mem_usage=True)
             try:
-                adapted._fill(adapter_name, tensors, notes if check_base else {}, lift)
+                adapted._fill(adapter_name, tensors, notes, lift, check_base)
             except BaseException:
                 adapted.unload()
                 raise
@@ -414,21 +422,23 @@ class PeftModel(nn.Module):
         *,
         autocast_adapter_dtype: bool = True,
         check_base: bool = True,
+        allow_pickle: bool = False,
+        follow_paths: bool = False,
         **hub: Any,
     ) -> None:
         """Load a further adapter, or new values for one of that name, whose Parameters stay the same objects."""
         check_hub_arguments(hub)
-        config = Config.from_pretrained(model_id, **hub)
-        tensors, notes = checkpoint.read(model_id, **hub)
-        noted = notes if check_base else {}
-        if adapter_name in self.peft_config:
+        is_present = adapter_name in self.peft_config  # what its config names was followed when it was made
+        follow = follow_paths or is_present
+        config, tensors, notes = checkpoint.load(model_id, allow_pickle=allow_pickle, follow_paths=follow, **hub)
+        if is_present:
             self._check_refill(adapter_name, config)
-            self._fill(adapter_name, tensors, noted, autocast_adapter_dtype)
+            self._fill(adapter_name, tensors, notes, autocast_adapter_dtype, check_base)
             return
         config.inference_mode = not is_trainable
         self._attach(adapter_name, config, on_meta=True, lift=autocast_adapter_dtype)
         try:
-            self._fill(adapter_name, tensors, noted, autocast_adapter_dtype)
+            self._fill(adapter_name, tensors, notes, autocast_adapter_dtype, check_base)
         except BaseException:
             detach(self.get_base_model(), adapter_name, self._state)
             raise
@@ -449,12 +459,12 @@ class PeftModel(nn.Module):
         if not config.inference_mode:
             follow(state, name)
 
-    def _fill(self, name: str, tensors: dict[str, Tensor], notes: dict[str, Any], lift: bool) -> None:
+    def _fill(self, name: str, tensors: Tensors, notes: dict[str, Any], lift: bool, check_base: bool) -> None:
         state, model = self._state, self.get_base_model()
-        embeddings = list(checkpoint.base_embeddings_in(model, state, name, tensors))
-        checkpoint.check(state, name, tensors)
-        checkpoint.check_base(checkpoint.base_weights(model, state, name), notes.get("base", {}))
-        checkpoint.absorb_base_embeddings(embeddings)
+        others = [other for other in state.configs if other != name]
+        brought = embeddings.among(tensors, model, checkpoint.slots(state, name), others)
+        checkpoint.check_fit(model, state, name, tensors, notes, check_base)
+        state.reshaped += [embeddings.Brought(brought)] if brought else []
         checkpoint.absorb(state, name, tensors)
         settle(model, state, name, lift=lift)
         state.mark(name)
@@ -468,8 +478,8 @@ class PeftModel(nn.Module):
             )
         if name in self._merged():
             raise VeneerError(f"{name!r} is merged into the weights; call unmerge_adapter() before loading into it")
-        pairs = {field: (getattr(present, field), getattr(config, field)) for field in config.meaning()}
-        other = [f"{field} = {a!r}, in the file {b!r}" for field, (a, b) in pairs.items() if a != b]
+        own, new = settings(present), settings(config)
+        other = [f"{field} = {own.get(field)!r}, in the file {b!r}" for field, b in new.items() if own.get(field) != b]
         if other:
             raise CheckpointError(
                 f"adapter {name!r} has other settings than the file; load it under another name:{listing(other)}"

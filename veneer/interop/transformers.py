@@ -126,6 +126,21 @@ def prompts_of(model: Any, kwargs: dict[str, Any], lengths: Any = None) -> Tenso
     return prompts(mask, fitting.get("labels") if _is_causal(model) else None, known)
 
 
+def places_of(kwargs: dict[str, Any]) -> Tensor | None:
+    """(rows, length): each token's index in its row, padding in front not counted, what is in the cache counted.
+
+    None for a call without tokens.
+    """
+    tokens = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
+    if tokens is None:
+        return None
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    (rows, n), past = tokens.shape[:2], cache.get_seq_length() if cache is not None else 0
+    fits = getattr(mask, "shape", None) == (rows, past + n)
+    start = (mask != 0).long().argmax(1, keepdim=True) if fits else 0  # type: ignore[union-attr]
+    return (past + torch.arange(n, device=tokens.device)).expand(rows, n) - start
+
+
 def _is_causal(model: Any) -> bool:
     generates = hasattr(model, "can_generate") and model.can_generate()
     return generates and not getattr(model.config, "is_encoder_decoder", False)

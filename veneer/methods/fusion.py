@@ -9,28 +9,27 @@ Q, K, V and the adapters' names: load those first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Matrix
-from ..core.config import LayerConfig, Name, check_range
+from ..core.config import Name, check_range
 from ..core.context import state_of
 from ..core.target import Target
-from ..errors import ConfigError, TargetError, VeneerError
+from ..errors import TargetError
+from ..siblings import Reader, ReaderConfig
 
 
-class Fusion(Adapter):
+class Fusion(Reader):
     kinds = frozenset({"linear", "block"})
 
     def __init__(self, config: AdapterFusionConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
-        if any(part.has_pre or not part.has_post for adapter in self.siblings() for part in adapter.parts):
-            names = ", ".join(config.adapter_names)
-            raise TargetError(f"a fusion reads what adapters add to an output; one of {names} acts elsewhere")
+        for name in config.adapter_names:
+            self.sibling(name)
         d = target.out_features
         self.fusion_query, self.fusion_key = nn.Linear(d, d), nn.Linear(d, d)
         for layer in (self.fusion_query, self.fusion_key):
@@ -41,24 +40,9 @@ class Fusion(Adapter):
             nn.init.eye_(self.fusion_value.weight)
         self.dropout = nn.Dropout(config.dropout_prob)
 
-    def siblings(self) -> Iterator[Adapter]:
-        """The parts of each adapter it reads, as one."""
-        for name in self.config.adapter_names:
-            adapter = self.target.layer.adapters.get(name)
-            if adapter is None:
-                raise VeneerError(f"a fusion reads adapter {name!r}: not on {self.target.path!r}; load or add it first")
-            yield adapter
-
     def updates(self, x: Tensor, y: Tensor) -> Tensor:
         """u: (..., adapters, width)."""
-        found = []
-        for adapter in self.siblings():
-            z = y
-            for part in adapter.parts:
-                dtype = part.dtype or y.dtype
-                z = part.post(x.to(dtype), z.to(dtype))
-            found.append(z.to(y.dtype) - y)
-        return torch.stack(found, dim=-2)
+        return torch.stack([self.update(name, x, y) for name in self.config.adapter_names], dim=-2)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         u = self.updates(x, y)
@@ -75,9 +59,7 @@ class Fusion(Adapter):
 
 
 @dataclass(kw_only=True)
-class AdapterFusionConfig(LayerConfig):
-    adapter_names: list[str] = field(default_factory=list)
-    """The adapters to fuse, by their names on the model."""
+class AdapterFusionConfig(ReaderConfig):
     value: bool = True
     """Learn V; False: V = I."""
     regularization: bool = True
@@ -86,32 +68,21 @@ class AdapterFusionConfig(LayerConfig):
     """Dropout on the scores, in training."""
 
     peft_type, adapter = Name("FUSION"), Fusion
+    title = "a fusion"
     learning_rate = 5e-5
+    example = {"adapter_names": ["one", "two"]}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(set(self.adapter_names)) < 2:
-            raise ConfigError(f"adapter_names must name the adapters to fuse, two or more, not {self.adapter_names}")
         check_range(self, 0, 1, "dropout_prob")
 
-    def fill_targets(self, model: nn.Module) -> None:
-        state = state_of(model)
-        for name in self.adapter_names:
-            if state is None or name not in state.configs:
-                known = ", ".join(state.configs) if state else "none"
-                raise TargetError(f"a fusion reads adapter {name!r}; add or load it first (the model has {known})")
-        paths = [set(state.adapters(name)) for name in self.adapter_names]  # type: ignore[union-attr]
-        shared = set.intersection(*paths)
-        self.target_modules = [path for path in state.layers if path in shared]  # type: ignore[union-attr]
+    def places(self, model: nn.Module) -> list[str]:
+        """Where all of the adapters act."""
+        state, found = state_of(model), super().places(model)
+        shared = [p for p in found if all(n in state.layers[p].adapters for n in self.adapter_names)]  # type: ignore[union-attr]
         if not shared:
             raise TargetError(f"{', '.join(self.adapter_names)} have no module in common that they all adapt")
-
-    def before(self, shared: nn.Module | None, facts: dict[Any, Any], model: nn.Module, kwargs: dict[str, Any]) -> None:
-        """The facts of the adapters it reads, which are not active themselves."""
-        state = state_of(model)
-        for name in self.adapter_names if state is not None else ():
-            for member in state.configs[name].members() if name in state.configs else ():  # type: ignore[union-attr]
-                member.before(state.shared.get(name), facts, model, kwargs)  # type: ignore[union-attr]
+        return shared
 
     def loss(self, adapters: Sequence[Adapter]) -> Tensor | None:
         if not self.value or not self.regularization:

@@ -124,6 +124,7 @@ class XLoraConfig(LayerConfig):
     """g: strength of the whole mixture."""
 
     peft_type, adapter = Name("XLORA"), XLoRA
+    path_fields = ("adapters",)
     generate_with = {"use_cache": False}
 
     def __post_init__(self) -> None:

@@ -132,7 +132,7 @@ class PeftConfig(Config, metaclass=Called):
             found["loftq_config"] = found["loftq_config"] or {}
         return found
 
-    def save_pretrained(self, directory: str | Path, **settings: Any) -> None:
+    def save_pretrained(self, directory: str | Path, name: str = core_config.CONFIG_NAME, **settings: Any) -> None:
         if os.path.isfile(directory):
             raise AssertionError(f"Provided path ({directory}) should be a directory, not a file")
         content = {name: value for name, value in self.to_dict().items() if name not in UNWRITTEN}
@@ -140,7 +140,7 @@ class PeftConfig(Config, metaclass=Called):
         content = {name: list(v) if isinstance(v, (set, tuple)) else v for name, v in content.items()}
         Path(directory).mkdir(parents=True, exist_ok=True)
         text = json.dumps(content, indent=2, sort_keys=True)
-        write_atomically(Path(directory) / core_config.CONFIG_NAME, text.encode())
+        write_atomically(Path(directory) / name, text.encode())
         if settings.get("push_to_hub"):
             from .hub import push_folder
 

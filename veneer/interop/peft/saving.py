@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import notes
 from ...core import checkpoint
 from ...errors import CheckpointError
 from ...files import PICKLE_NAME, WEIGHTS_NAME, write_atomically
@@ -27,8 +28,8 @@ def save_adapter(
     directory.mkdir(parents=True, exist_ok=True)
     if safe:
         weights = checkpoint.base_weights(model.get_base_model(), model._state, name)
-        notes = checkpoint.json.dumps({"base": checkpoint.fingerprint(weights)})
-        write_atomically(directory / WEIGHTS_NAME, serialise(whole, {"format": "pt", "veneer": notes}))
+        about = notes.metadata({"base": notes.fingerprint(weights)}, whole, model.peft_config[name])
+        write_atomically(directory / WEIGHTS_NAME, serialise(whole, about))
     elif is_strict():
         raise CheckpointError("veneer writes safetensors only; pickles can run code when they are loaded")
     else:

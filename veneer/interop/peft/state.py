@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ... import embeddings
 from ...core import checkpoint
 from ...core.config import PromptConfig
 from ...core.context import State, state_of
@@ -52,12 +53,12 @@ def get_peft_model_state_dict(
             "Could not identify embedding layer(s) because the model is not a 🤗 transformers model.", stacklevel=2
         )
         wanted = False
-    embeddings = checkpoint.base_embeddings(inner, state, config, wanted)
-    if wanted is None and embeddings:
+    beside = embeddings.beside(inner, state, config, wanted)
+    if wanted is None and beside:
         warnings.warn(
             "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.", stacklevel=2
         )
-    found = checkpoint.slots(state, adapter_name) | embeddings
+    found = checkpoint.slots(state, adapter_name) | beside
     if state_dict is not None:
         found = _taken_from(state_dict, model, state, adapter_name, found, has_prefix)
     return found if has_prefix else {key.removeprefix(PREFIX): t for key, t in found.items()}
@@ -114,15 +115,15 @@ def set_peft_model_state_dict(
     config = state.configs[adapter_name]
     tensors = _todays(peft_model_state_dict, config, has_prefix)
     own = checkpoint.slots(state, adapter_name)
-    embeddings = {k: t for k, t in tensors.items() if k not in own and checkpoint.is_base_embedding(k)}
+    brought = {k: t for k, t in tensors.items() if k not in own and embeddings.is_one(k)}
     fitting = {k: t for k, t in tensors.items() if k in own}
     _check_shapes(own, fitting, ignore_mismatched_sizes, type(model).__name__)
     names = loaded_names(state, adapter_name, has_prefix)
     again = checkpoint.repeats(state, adapter_name)
     missing = [names[key] for key in own if key not in fitting]
-    unexpected = [k for k in tensors if k not in own and k not in embeddings and k not in again]
+    unexpected = [k for k in tensors if k not in own and k not in brought and k not in again]
     _absorb(state, adapter_name, {**own, **fitting})
-    checkpoint.absorb_base_embeddings(checkpoint.base_embeddings_in(inner, state, adapter_name, embeddings))
+    embeddings.Brought(embeddings.among(brought, inner, own, ()))
     settle(inner, state, adapter_name, lift=_is_lifted(state, adapter_name))
     return LoadResult(missing, unexpected if has_prefix else [k.removeprefix(PREFIX) for k in unexpected])
 
