@@ -23,7 +23,9 @@ def pipeline():
     words = tokenizer()
     words.model_max_length = 16
     parts = dict(text_encoder=text, tokenizer=words, safety_checker=None, feature_extractor=None)
-    made = StableDiffusionPipeline(unet=unet, vae=vae, scheduler=DDIMScheduler(), **parts, requires_safety_checker=False)
+    made = StableDiffusionPipeline(
+        unet=unet, vae=vae, scheduler=DDIMScheduler(), **parts, requires_safety_checker=False
+    )
     made.set_progress_bar_config(disable=True)
     return made
 

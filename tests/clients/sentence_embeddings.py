@@ -20,7 +20,12 @@ model.add_adapter(LoraConfig(task_type=TaskType.FEATURE_EXTRACTION, r=4, lora_al
 assert model.active_adapters() == ["default"]
 data = Dataset.from_list([{"anchor": sentence(i), "positive": sentence(i + 1)} for i in range(16)])
 arguments = SentenceTransformerTrainingArguments(
-    str(folder() / "out"), max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2, report_to="none", use_cpu=True
+    str(folder() / "out"),
+    max_steps=4,
+    per_device_train_batch_size=4,
+    learning_rate=1e-2,
+    report_to="none",
+    use_cpu=True,
 )
 SentenceTransformerTrainer(model, arguments, train_dataset=data, loss=MultipleNegativesRankingLoss(model)).train()
 trained = torch.tensor(model.encode(texts))

@@ -29,7 +29,10 @@ settings = dict(per_device_train_batch_size=4, report_to="none", learning_rate=1
 trainer = Trainer(model, TrainingArguments(str(folder() / "out"), max_steps=3, **settings), train_dataset=rows)
 trainer.train()
 assert moved(before, model)
-assert torch.equal(before["model.layers.0.self_attn.k_proj.lora_A.b.weight"], adapters(model)["model.layers.0.self_attn.k_proj.lora_A.b.weight"])
+assert torch.equal(
+    before["model.layers.0.self_attn.k_proj.lora_A.b.weight"],
+    adapters(model)["model.layers.0.self_attn.k_proj.lora_A.b.weight"],
+)
 wanted = model.eval()(x).logits.detach()
 
 model.save_pretrained(folder() / "adapter")

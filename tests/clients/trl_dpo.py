@@ -10,7 +10,9 @@ from trl import DPOConfig, DPOTrainer
 path = language_model()
 tokenizer = AutoTokenizer.from_pretrained(path)
 rows = [{"prompt": sentence(i), "chosen": sentence(i + 1), "rejected": sentence(i + 2)} for i in range(8)]
-settings = dict(per_device_train_batch_size=4, report_to="none", learning_rate=1e-2, max_steps=3, use_cpu=True, bf16=False)
+settings = dict(
+    per_device_train_batch_size=4, report_to="none", learning_rate=1e-2, max_steps=3, use_cpu=True, bf16=False
+)
 trainer = DPOTrainer(
     model=AutoModelForCausalLM.from_pretrained(path),
     args=DPOConfig(str(folder() / "out"), **settings),

@@ -10,7 +10,9 @@ from trl import SFTConfig, SFTTrainer
 path = language_model()
 tokenizer = AutoTokenizer.from_pretrained(path)
 data = Dataset.from_list([{"text": sentence(i)} for i in range(12)])
-settings = dict(per_device_train_batch_size=4, report_to="none", learning_rate=1e-2, max_steps=3, use_cpu=True, bf16=False)
+settings = dict(
+    per_device_train_batch_size=4, report_to="none", learning_rate=1e-2, max_steps=3, use_cpu=True, bf16=False
+)
 x = torch.randint(3, 40, (2, 7))
 for ready in (False, True):
     out = str(folder() / f"out{ready}")
@@ -18,7 +20,9 @@ for ready in (False, True):
     model = AutoModelForCausalLM.from_pretrained(path)
     model = get_peft_model(model, config) if ready else model
     arguments = SFTConfig(out, **settings)
-    trainer = SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer, peft_config=None if ready else config)
+    trainer = SFTTrainer(
+        model, arguments, train_dataset=data, processing_class=tokenizer, peft_config=None if ready else config
+    )
     assert isinstance(trainer.model, PeftModel)
     before = adapters(trainer.model)
     trainer.train()

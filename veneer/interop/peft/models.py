@@ -176,6 +176,12 @@ class PeftModel(core.PeftModel):
     def _check_kind(self, config: Any) -> None:
         if self.peft_config and as_peft(config).peft_type != self.peft_type:
             settle_kinds(self.peft_type, config.peft_type)
+        learning = [c for c in (*self.peft_config.values(), config) if not c.inference_mode]
+        if self.peft_type.value == "ADALORA" and len(learning) > 1:
+            raise VeneerError(
+                "AdaLoraModel supports only 1 trainable adapter. When using multiple adapters, set inference_mode to "
+                "True for all adapters except the one you want to train."
+            )
         biases = [getattr(c, "bias", "none") for c in (*self.peft_config.values(), config)]
         if sum(bias != "none" for bias in biases) > 1:
             raise VeneerError(
