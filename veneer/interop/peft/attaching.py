@@ -10,15 +10,17 @@ import torch
 from torch import nn
 
 from ...core import inject
+from ...core.adapter import Replace
 from ...core.config import PromptConfig
 from ...core.context import State, state_of
+from ...core.layer import walk
 from ...errors import VeneerError
 from ...interop import transformers as interop
 from ...train.schedule import follow
 from . import table
-from .configs import PeftConfig, as_peft
+from .configs import Names, PeftConfig, as_peft
 from .layers import PeftLayer, agree, is_flat, names_of
-from .matching import narrowed
+from .matching import check_target_module_exists, narrowed
 
 KEPT = (
     "modules_to_save",
@@ -38,8 +40,9 @@ def put_on(
     given, config = config, as_peft(config)
     if not isinstance(config, PeftConfig):
         raise VeneerError(f"The input config must be a PeftConfig, got {type(given)}")
+    check_rank(config)
     if state_dict is not None:
-        config = _by_keys(config, state_dict)
+        config = _by_keys(model, config, state_dict)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     present = _current(model)
     if present is None:
@@ -61,6 +64,8 @@ def put_on(
     if not config.inference_mode:
         follow(state, name)
     given.__dict__.update({n: v for n, v in found.__dict__.items() if before.get(n) is None})
+    if getattr(given, "target_modules", None) == "all-linear":
+        given.target_modules = Names(p for p, a in state.adapters(name).items() if not is_copied(a))
     config.__dict__.update(given.__dict__)
     state.configs[name] = given if isinstance(given, PeftConfig) else config
     for parameter in state.prompts[name].parameters() if name in state.prompts else ():
@@ -68,6 +73,19 @@ def put_on(
     model.peft_config = state.configs  # type: ignore[assignment]
     _hide(model, state)
     return state
+
+
+def check_rank(config: Any) -> None:
+    """Raise what was wrong with a config's settings when it was made."""
+    refused, r = config.__dict__.get("refused"), getattr(config, "r", None)
+    if refused is not None and isinstance(r, int) and r <= 0 and " must be at least 1" in str(refused):
+        raise VeneerError(f"`r` should be a positive integer value but the value passed is {r}")
+    if refused is not None:
+        raise refused
+
+
+def is_copied(adapter: Any) -> bool:
+    return all(isinstance(part, Replace) for part in adapter.parts)
 
 
 def _hide(model: nn.Module, state: State) -> None:
@@ -91,7 +109,7 @@ def _current(model: nn.Module) -> State | None:
     return state_of(model)
 
 
-def _by_keys(config: Any, state_dict: dict[str, Any]) -> Any:
+def _by_keys(model: nn.Module, config: Any, state_dict: dict[str, Any]) -> Any:
     """A config whose targets are the modules that a state dict has keys for."""
     import copy
 
@@ -100,7 +118,22 @@ def _by_keys(config: Any, state_dict: dict[str, Any]) -> Any:
     found = copy.copy(config)
     found.target_modules = sorted(path.removeprefix("base_model.model.") for path in paths)
     found.exclude_modules = found.layers_to_transform = None
+    _warn_unlike(set(found.target_modules), [p for p, _ in walk(model) if p and check_target_module_exists(config, p)])
     return found
+
+
+def _warn_unlike(of_keys: set[str], of_config: Sequence[str]) -> None:
+    more, fewer = sorted(set(of_config) - of_keys), sorted(of_keys - set(of_config))
+    message = f"The PEFT config contained these additional target modules: {more}. " if more else ""
+    message += f"The state_dict contained these additional target modules: {fewer}. " if fewer else ""
+    if message:
+        warnings.warn(
+            "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the "
+            "provided state_dict. This is not necessarily an issue and can be ignored if this was the intent. "
+            + message,
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
 
 def activate(state: State, names: str | Sequence[str], inference_mode: bool = False) -> None:

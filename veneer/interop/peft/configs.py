@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import inspect
 import json
@@ -66,6 +67,23 @@ class Names(list[str]):
         return self.union(other)
 
 
+def check_as_peft(config: Any) -> None:
+    """What PEFT refuses as soon as a config is made, in its words."""
+    targets, numbers = getattr(config, "target_modules", None), getattr(config, "layers_to_transform", None)
+    pattern, inside = getattr(config, "layers_pattern", None), getattr(config, "feedforward_modules", None)
+    if isinstance(targets, str) and targets != "all-linear" and numbers is not None:
+        raise ConfigError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+    if isinstance(targets, str) and targets != "all-linear" and pattern is not None:
+        raise ConfigError("`layers_pattern` cannot be used when `target_modules` is a str.")
+    if pattern and numbers is None:
+        raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+    given = set(targets) if isinstance(targets, (list, set, tuple)) else set()
+    if given and isinstance(inside, (list, set, tuple)) and not set(inside) <= given:
+        raise ConfigError("`feedforward_modules` should be a subset of `target_modules`")
+    if config.peft_type == "ADALORA" and not (config.total_step or 0) > 0:
+        raise ConfigError("AdaLoRA does not work when `total_step` is None, supply a value > 0.")
+
+
 @dataclass
 class LoraRuntimeConfig:
     """How a LoRA is run, which no file holds."""
@@ -107,7 +125,13 @@ class PeftConfig(Config, metaclass=Called):
                 f"Invalid task type: '{self.task_type}'. Must be one of the following task types: "
                 f"{', '.join(t.value for t in TaskType)}."
             )
-        super().__post_init__()
+        check_as_peft(self)
+        try:
+            super().__post_init__()
+        except ConfigError as error:
+            if is_strict():
+                raise
+            self.__dict__["refused"] = error  # PEFT looks at most settings when the adapter is put on
         self.peft_version = self.peft_version or table.VERSION
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name, None), (list, tuple)):
@@ -116,6 +140,9 @@ class PeftConfig(Config, metaclass=Called):
     @property
     def is_prompt_learning(self) -> bool:
         return isinstance(self, PromptConfig)
+
+    def meaning(self) -> list[str]:
+        return as_ours(self).meaning()
 
     # The file
 
@@ -269,6 +296,15 @@ def _config_class(kind: str, row: table.Row) -> Any:
 
 CONFIGS: dict[Any, Any] = {PeftType(kind): _config_class(kind, row) for kind, row in table.METHODS.items()}
 LoraConfig = CONFIGS[PeftType("LORA")]
+
+
+def as_ours(config: Any) -> Config:
+    """The same settings in veneer's own class, without PEFT's further fields."""
+    kind = next(c for c in type(config).__mro__ if c in all_methods().values())
+    made: Config = copy.copy(config)
+    made.__class__ = kind
+    made.__dict__ = {f.name: getattr(config, f.name) for f in fields(kind)}  # type: ignore[arg-type]
+    return made
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> Any:
