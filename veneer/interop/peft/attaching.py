@@ -22,16 +22,6 @@ from .configs import Names, PeftConfig, as_peft
 from .layers import PeftLayer, agree, is_flat, names_of
 from .matching import check_target_module_exists, narrowed
 
-KEPT = (
-    "modules_to_save",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-)
-
 
 def put_on(
     model: nn.Module, config: Any, name: str, *, on_meta: bool = False, lift: bool = True, state_dict: Any = None
@@ -52,7 +42,6 @@ def put_on(
     found = narrowed(model, config)
     if isinstance(found, PromptConfig) and found.task_type is None:
         found.task_type = interop.task_of(model)
-    before = {name: getattr(config, name, None) for name in KEPT}
     task, found.task_type = found.task_type, None  # its heads are for PEFT's model classes to add
     try:
         state = inject.attach(model, found, name, trainable=not config.inference_mode, on_meta=on_meta, lift=lift)
@@ -63,7 +52,8 @@ def put_on(
     found.task_type = task
     if not config.inference_mode:
         follow(state, name)
-    given.__dict__.update({n: v for n, v in found.__dict__.items() if before.get(n) is None})
+    filled = found.__dict__.pop("filled", {})
+    given.__dict__.update({n: filled.get(n, v) for n, v in found.__dict__.items() if getattr(config, n, None) is None})
     if getattr(given, "target_modules", None) == "all-linear":
         given.target_modules = Names(p for p, a in state.adapters(name).items() if not is_copied(a))
     config.__dict__.update(given.__dict__)

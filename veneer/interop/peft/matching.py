@@ -80,6 +80,7 @@ def narrowed(model: nn.Module, config: Any) -> Any:
         return config
     if config.target_modules is not None or not getattr(config, "target_parameters", None):
         fill_defaults(model, config)
+        config.__dict__["filled"] = {field: getattr(config, field) for field in FIELDS if hasattr(config, field)}
     if config.target_modules == "all-linear":
         return config
     found = [path for path in paths if check_target_module_exists(config, path)]
