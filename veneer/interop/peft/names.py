@@ -24,9 +24,7 @@ def _default_targets() -> dict[str, Any]:
     found["TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING"] = utils.DefaultTargets(
         configs.PeftType("IA3"), "feedforward_modules"
     )
-    found["TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING"] = {
-        "bloom": utils.bloom_model_postprocess_past_key_value
-    }
+    found["TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING"] = {}
     return found
 
 
