@@ -21,6 +21,7 @@ from . import table
 from .configs import Names, PeftConfig, as_peft
 from .layers import PeftLayer, agree, is_flat, names_of
 from .matching import check_target_module_exists, narrowed
+from .strictness import is_strict
 
 
 def put_on(
@@ -50,6 +51,7 @@ def put_on(
             parameter.requires_grad_(flag)
         raise
     found.task_type = task
+    warn_of_layout(config, found)
     if not config.inference_mode:
         follow(state, name)
     filled = found.__dict__.pop("filled", {})
@@ -63,6 +65,17 @@ def put_on(
     model.peft_config = state.configs  # type: ignore[assignment]
     _hide(model, state)
     return state
+
+
+def warn_of_layout(given: Any, found: Any) -> None:
+    """PEFT says so when a config is wrong about how weights are stored."""
+    before, after = getattr(given, "fan_in_fan_out", False), getattr(found, "fan_in_fan_out", False)
+    if before != after and not is_strict():
+        kind = "Conv1D" if after else "torch.nn.Linear"
+        warnings.warn(
+            f"fan_in_fan_out is set to {before} but the target module is `{kind}`. Setting fan_in_fan_out to {after}.",
+            stacklevel=4,
+        )
 
 
 def check_rank(config: Any) -> None:

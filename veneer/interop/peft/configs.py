@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...core import config as core_config
-from ...core.config import COMMON, Config, PromptConfig, TaskType, all_methods, default_of
+from ...core.config import Config, PromptConfig, TaskType, all_methods, default_of
 from ...errors import CheckpointError, ConfigError
 from ...files import find_file, read_json, write_atomically
 from . import table
@@ -34,8 +34,6 @@ MultitaskPromptTuningInit = enum.Enum(  # type: ignore[misc]
     module=__name__,
 )
 
-COMPLETE = {"LORA", "ADALORA", "BOFT", "DEFT", "FOURIERFT", "OFT", "VBLORA", "WAVEFT"}
-"""Methods whose configs have every common field in PEFT too."""
 UNWRITTEN = {"runtime_config"}
 
 
@@ -150,10 +148,10 @@ class PeftConfig(Config, metaclass=Called):
         """Every field, as PEFT's configs have them."""
         kind = None if self.peft_type is None else self.peft_type.value
         found: dict[str, Any] = {"peft_type": self.peft_type}
+        absent = table.ABSENT.get(str(kind), "").split()
         for f in fields(self):
             value = getattr(self, f.name)
-            ours_alone = f.name in COMMON and kind not in COMPLETE and f.name not in core_config.ALWAYS_WRITTEN
-            if not ours_alone or value != default_of(f) or f.name in ("auto_mapping", "peft_version"):
+            if f.name not in absent or value != default_of(f):
                 found[f.name] = core_config._plain(value)
         if "loftq_config" in found:
             found["loftq_config"] = found["loftq_config"] or {}
