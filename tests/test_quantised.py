@@ -19,7 +19,7 @@ def output(model, batch):
     return models.output(model, batch)
 
 
-SIZES = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+SIZES = dict(hidden_size=128, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 
 
 def swap(model: nn.Module, make) -> nn.Module:
@@ -78,7 +78,8 @@ def base(library: str | None = None) -> nn.Module:
     model = models.llama(**SIZES).requires_grad_(False).eval()
     torch.manual_seed(0)
     for p in model.parameters():
-        p.data.normal_(0, 0.2) if p.dim() > 1 else None
+        if p.dim() > 1:  # columns of unlike size, so that the blocks of a row differ
+            p.data.normal_(0, 0.15).mul_(torch.linspace(0.2, 1.8, p.shape[1]))
     return model if library is None else swap(model, LIBRARIES[library])
 
 

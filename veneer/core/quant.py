@@ -119,6 +119,8 @@ class BitsAndBytes4(QuantisedTarget):
         data, state = weight.data, weight.quant_state
         if getattr(state, "packing_format_for_cpu", False):  # what running on some CPUs leaves
             data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
+            if not state.nested:  # left as the packed form has it: (blocks of a row, rows) in bfloat16
+                state.absmax = state.absmax.T.reshape(-1).float()
         return functional.dequantize_4bit(data, state)
 
     def quantised(self, W: Tensor) -> Any:
