@@ -2,13 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test check docs clean
+.PHONY: install demo test differential check docs clean
 
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --editable '.[dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --editable '.[clients,dev]' --constraint constraints.txt
 	touch $@
 
 # PASSIVE: on a busy machine, threads that wait by spinning take the cores from those that work.
@@ -19,6 +19,10 @@ demo: install
 # One torch thread for each pytest worker.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# The same 500 random sequences of calls on veneer under the name peft and on the real PEFT.
+differential: install
+	VENEER_DIFFERENTIAL=500 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_differential.py
 
 check: install
 	$(BIN)/ruff check
