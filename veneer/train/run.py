@@ -14,6 +14,7 @@ from ..core import checkpoint
 from ..core.config import CONFIG_NAME, TaskType
 from ..errors import CheckpointError, ConfigError, listing
 from ..files import WEIGHTS_NAME
+from ..interop.quiet import quiet
 from ..verify import PROBE_NAME, digests
 from .collate import Collator, Rows, Shuffled
 from .data import Data, prepare
@@ -78,19 +79,14 @@ def train(
 def _quiet() -> None:
     """The display speaks; the libraries keep quiet, also about what they lack for hardware that is not here."""
     import logging
-    import warnings
 
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
     import datasets
-    import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", module=r"torch\.|transformers\.|accelerate\.")
 
 
 def _check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
