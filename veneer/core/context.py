@@ -42,10 +42,11 @@ class State:
         self.facts: dict[Any, Any] = {}
         self.sticky: dict[str, Any] = {}
         self.busy = False
+        self.memo: dict[Any, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle is made between calls: the facts of the last one stay behind."""
-        return {**self.__dict__, "facts": {}, "sticky": {}, "busy": False}
+        return {**self.__dict__, "facts": {}, "sticky": {}, "busy": False, "memo": None}
 
     def fact_names(self) -> set[str]:
         """The keyword arguments of a model call that belong to adapters."""
@@ -86,14 +87,17 @@ class State:
 
     @contextmanager
     def remembering(self, facts: dict[str, Any]) -> Iterator[None]:
-        """Facts that hold for every model call inside (a `generate`)."""
-        before = self.sticky, self.facts
-        self.sticky = {**self.sticky, **facts}
+        """Facts that hold for every model call inside (a `generate`), in which no adapter changes.
+
+        So `memo` may hold what layers compute from their adapters alone; outside it is None.
+        """
+        before = self.sticky, self.facts, self.memo
+        self.sticky, self.memo = {**self.sticky, **facts}, {}
         self.facts = {**self.facts, **self.sticky}
         try:
             yield
         finally:
-            self.sticky, self.facts = before
+            self.sticky, self.facts, self.memo = before
 
     @contextmanager
     def switched(self, *, enabled: bool) -> Iterator[None]:

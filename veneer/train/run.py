@@ -78,10 +78,6 @@ def train(
 
 def _quiet() -> None:
     """The display speaks; the libraries keep quiet, also about what they lack for hardware that is not here."""
-    import logging
-
-    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     import datasets
 
     quiet()
