@@ -19,6 +19,7 @@ from .data import Data, prepare
 from .display import Display
 from .meter import Meter
 from .packing import check as check_packing
+from .packing import goes_by_sequence
 from .recipe import RECIPE_NAME, Recipe, make, read
 from .report import REPORT_NAME, write_report
 from .setup import adapt, facts_of, load_base, load_tokenizer
@@ -147,8 +148,7 @@ def _build(recipe: Recipe, tokenizer: Any, data: Data, steps: int, output: Path)
     set_seed(recipe.seed)
     base = load_base(recipe, data.labels, pad)
     model = adapt(base, recipe, TaskType.CAUSAL_LM if data.labels is None else TaskType.SEQ_CLS, steps)
-    if recipe.packing:
-        check_packing(model, data.train)
+    flat = _flat(recipe, model, data, pad)
     meter = Meter(data=data.fingerprint)
     trainer = ExactTrainer(
         model,
@@ -160,6 +160,8 @@ def _build(recipe: Recipe, tokenizer: Any, data: Data, steps: int, output: Path)
         preprocess_logits_for_metrics=token_sums,
         sampler=None if recipe.streaming else Shuffled(len(data.train), recipe.seed, recipe.batch_size * _processes()),
         meter=meter,
+        flat=flat,
+        fast=recipe.fast,
     )
     trainer.remove_callback(PrinterCallback)
     if recipe.early_stopping is not None:
@@ -167,6 +169,18 @@ def _build(recipe: Recipe, tokenizer: Any, data: Data, steps: int, output: Path)
     if trainer.is_world_process_zero():
         trainer.add_callback(_tensorboard(output))
     return trainer, meter
+
+
+def _flat(recipe: Recipe, model: Any, data: Data, pad: int) -> Collator | None:
+    """What lays training rows end to end, where the model and the method allow it; packed ones are already.
+
+    Raises:
+        TrainingError: packed rows would see each other.
+    """
+    if recipe.packing:
+        check_packing(model, data.train)
+    apart = recipe.fast and not recipe.streaming and goes_by_sequence(model, data.train)
+    return Collator(pad, flat=True) if apart else None
 
 
 def _tensorboard(output: Path) -> Any:
