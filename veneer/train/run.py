@@ -23,6 +23,7 @@ from .finish import Run, finish
 from .guards import Watch, writing
 from .meter import Meter
 from .packing import check as check_packing
+from .packing import goes_by_sequence
 from .page import PAGE_NAME
 from .recipe import RECIPE_NAME, Recipe, make, read
 from .report import REPORT_NAME
@@ -152,8 +153,7 @@ def _build(recipe: Recipe, tokenizer: Any, data: Data, steps: int, output: Path)
     set_seed(recipe.seed)
     base = load_base(recipe, data.labels, pad)
     model = adapt(base, recipe, TaskType.CAUSAL_LM if data.labels is None else TaskType.SEQ_CLS, steps)
-    if recipe.packing:
-        check_packing(model, data.train)
+    flat = _flat(recipe, model, data, pad)
     meter = Meter(data=data.fingerprint, batch=recipe.batch_size * recipe.accumulate * _processes())
     trainer = ExactTrainer(
         model,
@@ -165,6 +165,8 @@ def _build(recipe: Recipe, tokenizer: Any, data: Data, steps: int, output: Path)
         preprocess_logits_for_metrics=token_sums,
         sampler=None if recipe.streaming else Shuffled(len(data.train), recipe.seed, recipe.batch_size * _processes()),
         meter=meter,
+        flat=flat,
+        fast=recipe.fast,
     )
     trainer.remove_callback(PrinterCallback)
     if recipe.early_stopping is not None:
@@ -172,10 +174,6 @@ def _build(recipe: Recipe, tokenizer: Any, data: Data, steps: int, output: Path)
     if trainer.is_world_process_zero():
         trainer.add_callback(_tensorboard(output))
     return trainer, meter
-
-
-def pad_of(tokenizer: Any) -> int:
-    return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
 
 
 def _start(model: Any) -> tuple[dict[str, str], Watch]:
@@ -191,6 +189,18 @@ def _check_returns(recipe: Recipe, model: Any) -> None:
         raise ConfigError(
             f"{recipe.method} cannot go on from its file, so that no best checkpoint can come back; set best: false"
         ) from None
+
+
+def _flat(recipe: Recipe, model: Any, data: Data, pad: int) -> Collator | None:
+    """What lays training rows end to end, where the model and the method allow it; packed ones are already.
+
+    Raises:
+        TrainingError: packed rows would see each other.
+    """
+    if recipe.packing:
+        check_packing(model, data.train)
+    apart = recipe.fast and not recipe.streaming and goes_by_sequence(model, data.train)
+    return Collator(pad, flat=True) if apart else None
 
 
 def _tensorboard(output: Path) -> Any:
