@@ -145,7 +145,7 @@ def read(source: str | Path, *, allow_pickle: bool = False, **hub: Any) -> tuple
     """
     path = find_weights(source, allow_pickle=allow_pickle, **hub)
     found, metadata = (read_pickle(path), {}) if path.name == PICKLE_NAME else read_tensors(path)
-    broken = [key for key, t in found.items() if t.is_floating_point() and not t.isfinite().all()]
+    broken = [key for key, t in found.items() if t.is_floating_point() and not _wide(t).isfinite().all()]
     if broken:
         raise CheckpointError(f"{str(path)!r} holds values that are not finite in:{listing(broken)}")
     names = renamed()
@@ -154,6 +154,11 @@ def read(source: str | Path, *, allow_pickle: bool = False, **hub: Any) -> tuple
         twice = [key for key in found if _todays(key, names) != key and _todays(key, names) in found]
         raise CheckpointError(f"{str(path)!r} holds tensors under an old and a new name:{listing(twice)}")
     return tensors, own_notes.read(metadata, found)
+
+
+def _wide(t: Tensor) -> Tensor:
+    """Floats of one byte lack most operations."""
+    return t.float() if t.element_size() == 1 else t
 
 
 def renamed() -> dict[str, str]:

@@ -35,6 +35,10 @@ class State:
         self.trainable: set[str] = set()
         self.schedules: dict[str, Any] = {}
         self.reshaped: list[Any] = []
+        self.watchers: list[Any] = []
+        """Objects that are shown each call of the model: `before(model, kwargs)`, `after(model, output)`."""
+        self.watch: set[str] | None = None
+        """Where given, the paths of layers whose weight is read past them are put in."""
         self.enabled = True
         self.facts: dict[Any, Any] = {}
         self.sticky: dict[str, Any] = {}
@@ -42,7 +46,7 @@ class State:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle is made between calls: the facts of the last one stay behind."""
-        return {**self.__dict__, "facts": {}, "sticky": {}, "busy": False}
+        return {**self.__dict__, "facts": {}, "sticky": {}, "busy": False, "watch": None}
 
     def fact_names(self) -> set[str]:
         """The keyword arguments of a model call that belong to adapters."""

@@ -17,6 +17,7 @@ from ..interop import transformers as interop
 from ..notes import settings
 from ..report.plan import Plan, count, plan
 from ..report.status import LayerStatus, ModelStatus, layer_status, model_status
+from ..train.guard import Guard
 from ..train.schedule import follow
 from . import checkpoint
 from .adapter import Tensors
@@ -456,6 +457,8 @@ class PeftModel(nn.Module):
         if isinstance(config, PromptConfig) and config.task_type is None:
             config.task_type = interop.task_of(model)
         state = attach(model, config, name, trainable=not config.inference_mode, on_meta=on_meta, lift=lift)
+        if not state.watchers:
+            state.watchers.append(Guard(state))
         if not config.inference_mode:
             follow(state, name)
 
