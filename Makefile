@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test check clean
+.PHONY: install demo test fuzz check clean
 
 install: .venv/installed
 
@@ -18,6 +18,10 @@ demo: install
 # One torch thread for each pytest worker.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# Mutants of saved adapters; see docs/guarantees.md.
+fuzz: install
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz --mutants 2500 --seed 0
 
 check: install
 	$(BIN)/ruff check

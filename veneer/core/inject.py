@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..bounds import Bounded
 from ..errors import TargetError, VeneerError, listing
 from . import checkpoint
 from .adapter import Adapter, Bias, Replace, Tensors, TiedReplace
@@ -58,7 +59,7 @@ def _put_on(
     places = [(member, *_places(model, member, saved)) for member in config.members()]
     state.configs[name] = config
     layers = Wrapper(model, state)
-    with torch.device("meta") if on_meta else nullcontext():
+    with torch.device("meta") if on_meta else nullcontext(), Bounded(model) if on_meta else nullcontext():
         for member, paths, bare in places:
             _add_member(model, config, member, name, layers, paths)
             _add_to_parameters(member, name, layers, bare)
