@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test fuzz check clean
+.PHONY: install demo test fuzz check docs clean
 
 install: .venv/installed
 
@@ -27,6 +27,10 @@ check: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# The site, in build/site.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv demo-output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -4,8 +4,8 @@
     python -m bench.methods ... --only hira --only vera                # some of them, into the same table
     python -m bench.methods ... --no-timing                            # losses alone, on a busy machine
 
-Each method runs in a process of its own: SmolLM2-135M, 60 steps of 2 short rows, the loss on 64 held-out rows, the same
-rows, order and seed for all. Step times are taken in alternation with LoRA's in that process. Results go to
+Each method runs in a process of its own: SmolLM2-135M, 60 steps of one short row, the loss on 64 held-out rows, the
+same rows, order and seed for all. Step times are taken in alternation with LoRA's in that process. Results go to
 docs/methods.json, the table to docs/methods-table.md. JSONL rows have `question` and `answer` (GSM8K).
 """
 
@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from veneer.catalogue import config_for, page, pages
 
 from .common import Batch, Rows, load_base, mean_loss, peak_bytes, read_rows, steps
 
-STEPS, ROWS, HELD_OUT, LONGEST = 60, 2, 64, 136
+STEPS, ROWS, HELD_OUT, LONGEST = 60, 1, 64, 104
 DOCS = Path(__file__).parent.parent / "docs"
 TIMED = 5
 """Steps of the method and of LoRA that are timed in turn."""
@@ -76,7 +77,7 @@ def measure(
     torch.manual_seed(0)
     base, task = load(data)
     own = settings_for(name, task, base)
-    model = build(name, library, base, own | settings)
+    model = build(name, library, base, own | settings, task)
     task.facts = tuple(f for f in config_for(name, **own).facts if f == "task_ids")
     after = model.base_model.update_and_allocate if library == "peft" and name == "adalora" else bool
     model.train()
@@ -98,6 +99,16 @@ def settings_for(name: str, task: Task, base: Any) -> dict[str, Any]:
     """What a method cannot do without on this task."""
     if name == "adalora":
         return {"total_step": STEPS}
+    if name == "alora":
+        return {"alora_invocation_tokens": task.tokenizer("<|im_start|>assistant")["input_ids"]}
+    if name == "union":
+        return {"configs": [config_for("lora"), config_for("seq_bn")]}
+    if name in ("average", "split"):
+        return {"learned": True, "adapter_names": ["0", "1"]}
+    if name == "fusion":
+        return {"adapter_names": ["0", "1"]}
+    if name == "arrow":
+        return {"arrow_config": {"task_adapter_names": experts(task, base), "top_k": 2}}
     if name == "xlora":
         return {"adapters": {str(i): path for i, path in enumerate(experts(task, base))}}
     return {}
@@ -115,10 +126,22 @@ def experts(task: Task, base: Any) -> list[str]:
     return found
 
 
-def build(name: str, library: str, base: Any, settings: dict[str, Any]) -> Any:
+def beside_experts(task: Task, base: Any, config: Any) -> Any:
+    """A model with an adapter that reads others, which it finds there."""
+    first, second = experts(task, base)
+    model = veneer.PeftModel.from_pretrained(base, first, "0")
+    model.load_adapter(second, "1")
+    model.add_adapter("default", config)
+    model.set_adapter("default")
+    return model
+
+
+def build(name: str, library: str, base: Any, settings: dict[str, Any], task: Task) -> Any:
     base.requires_grad_(False)
     if library == "veneer":
-        return veneer.get_peft_model(base, config_for(name, **settings, task_type="CAUSAL_LM"))
+        config = config_for(name, **settings, task_type="CAUSAL_LM")
+        reads = getattr(config, "adapter_names", None)
+        return beside_experts(task, base, config) if reads else veneer.get_peft_model(base, config)
     import peft
 
     base.config.use_cache = name != "xlora"
@@ -130,14 +153,14 @@ def build(name: str, library: str, base: Any, settings: dict[str, Any]) -> Any:
 
 def size_on_disk(model: Any) -> int:
     with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, selected_adapters=["default"])
         return sum(f.stat().st_size for f in Path(directory).rglob("*.safetensors"))
 
 
 def relative_step(model: Any, library: str, task: Task) -> float:
     """The median step of this method over LoRA's, in alternation."""
     base, _ = load_base()
-    runs = ((model.train(), task), (build("lora", library, base, {}).train(), replace(task, facts=())))
+    runs = ((model.train(), task), (build("lora", library, base, {}, task).train(), replace(task, facts=())))
     ratios = []
     for seed in range(TIMED + 1):  # the first warms up
         own, loras = (steps(one, its.batches(seed), 1e-6, 1, bool)[0] for one, its in runs)
@@ -154,7 +177,10 @@ def run(name: str, library: str, arguments: list[str]) -> dict[str, Any]:
     environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
+        lines = [
+            line for line in done.stderr.splitlines() if re.match(r"\S*(Error|Exception|Mismatch|Mergeable)\b", line)
+        ]
+        return {"error": (lines or done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

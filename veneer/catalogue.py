@@ -124,7 +124,7 @@ def _field_docs(config: type[Config]) -> dict[str, str]:
     """The string below each field of a config and its method's bases."""
     found: dict[str, str] = {}
     for cls in reversed(config.__mro__):
-        if not cls.__module__.startswith("veneer.methods."):
+        if not cls.__module__.startswith("veneer."):
             continue
         body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
         for field, after in zip(body, body[1:], strict=False):

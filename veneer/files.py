@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -201,6 +203,36 @@ def _settle(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_free(out: Path) -> None:
+    """Raise VeneerError where writing a directory would overwrite something."""
+    if out.is_file() or out.is_dir() and any(out.iterdir()):
+        what = "is a file" if out.is_file() else f"holds {', '.join(sorted(p.name for p in out.iterdir())[:3])}"
+        raise VeneerError(f"{str(out)!r} {what}; give a new directory, nothing is overwritten")
+
+
+@contextmanager
+def appearing(out: Path, size: int = 0) -> Iterator[Path]:
+    """A temporary directory that becomes `out`, new or empty, at the end; after an error nothing is left of it.
+
+    Raises:
+        VeneerError: something would be overwritten, or fewer than `size` bytes are free.
+    """
+    check_free(out)
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if free < size:
+        raise VeneerError(f"{str(out)!r} takes {size / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB left")
+    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        yield folder
+        folder.chmod(0o777 & ~_umask())
+        folder.replace(out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _umask() -> int:

@@ -98,11 +98,11 @@ def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, list[float]]:
     return {path: _sample(weights[path]) for path in list(weights)[:: max(1, len(weights) // 16)][:16]}
 
 
-def check_base(weights: Mapping[str, Tensor], noted: Mapping[str, Any]) -> None:
-    """Raise BaseMismatch when the noted weights are not those of this model."""
+def check_base(weights: Mapping[str, Tensor], notes: Mapping[str, Any], rounded: bool = False) -> None:
+    """Raise BaseMismatch when the noted weights are not those of this model, which may be quantised (`rounded`)."""
     noted = {
         path: values
-        for path, values in noted.items()
+        for path, values in notes.get("base", {}).items()
         if path in weights and isinstance(values, list) and all(isinstance(v, float) for v in values)
     }
     if not noted:
@@ -112,7 +112,7 @@ def check_base(weights: Mapping[str, Tensor], noted: Mapping[str, Any]) -> None:
     if here.shape != there.shape:
         raise BaseMismatch("the file's notes on its base model do not fit this model's layers")
     difference = float((here - there).norm() / there.norm().clamp_min(1e-12))
-    if not difference <= 0.05:
+    if not difference <= (0.3 if rounded or notes.get("rounded") else 0.05):
         raise BaseMismatch(
             f"the adapter was trained on another base model: {len(noted)} of its layers, sampled, differ by "
             f"{difference:.0%} from the weights here. Load the base it was trained on, or pass check_base=False"

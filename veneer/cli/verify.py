@@ -30,11 +30,12 @@ def verify(
     """Reload an adapter onto a fresh base model and check everything about it."""
     from transformers.utils.logging import disable_progress_bar
 
-    from veneer.interop.auto import load_base
+    from veneer.core.config import TaskType
+    from veneer.loading import load_base
     from veneer.verify import verify as check
 
     disable_progress_bar()
-    found = check(adapter, load_base(adapter, model), follow_paths=follow_paths)
+    found = check(adapter, load_base(adapter, model, task=TaskType.CAUSAL_LM), follow_paths=follow_paths)
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
     else:

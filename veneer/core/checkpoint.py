@@ -32,6 +32,7 @@ from .config import CONFIG_NAME, METHODS, Config, PromptConfig
 from .context import State
 from .layer import walk
 from .prompt import Prompt
+from .quant import quantised
 from .target import kind_of
 
 NEXT_NAME = f".{CONFIG_NAME}.next"
@@ -76,7 +77,8 @@ def repeats(state: State, name: str) -> dict[str, str]:
 def collect(model: nn.Module, state: State, name: str, whole: bool | None) -> tuple[Tensors, dict[str, Any]]:
     """(tensors by key, notes) of an adapter, whole and on the CPU. Every process of a sharded run must take part."""
     tensors = slots(state, name) | embeddings.beside(model, state, state.configs[name], whole)
-    notes = {"base": own_notes.fingerprint(base_weights(model, state, name))}
+    notes: dict[str, Any] = {"base": own_notes.fingerprint(base_weights(model, state, name))}
+    notes |= {"rounded": True} if is_rounded(state, name) else {}
     return {key: _whole(t) for key, t in tensors.items()}, notes
 
 
@@ -196,6 +198,11 @@ def check(state: State, name: str, tensors: Tensors) -> None:
         raise CheckpointError(f"the file does not fit adapter {name!r} on this model; tensors " + "\nand ".join(found))
 
 
+def is_rounded(state: State, name: str) -> bool:
+    """Whether an adapter stands on quantised weights, which are near the pretrained ones."""
+    return any(state.layers[path].target.is_quantised for path in state.adapters(name))
+
+
 def check_fit(
     model: Any, state: State, name: str, tensors: Tensors, notes: Mapping[str, Any], check_base: bool = True
 ) -> None:
@@ -203,7 +210,7 @@ def check_fit(
     check(state, name, tensors)
     own_notes.check_whole(notes)
     if check_base:
-        own_notes.check_base(base_weights(model, state, name), notes.get("base", {}))
+        own_notes.check_base(base_weights(model, state, name), notes, is_rounded(state, name))
 
 
 def _repeats(t: Tensor, first: Tensor) -> bool:
@@ -237,10 +244,10 @@ def base_weights(model: Any, state: State, name: str) -> dict[str, Tensor]:
 
 def _pretrained(state: State, path: str) -> Tensor | None:
     """The pretrained weight of a layer; of a block, which has none of its own, that of the first matrix inside."""
-    layer = state.layers[path]
-    if layer.target.kind != "block":
-        return layer.target.original_weight()
-    for below, module in walk(layer.base_layer, path):
-        if kind_of(module).kind == "linear":
+    target = state.layers[path].target
+    if target.kind != "block":
+        return target.original_weight() if target.is_readable else None
+    for below, module in walk(target.base, path):
+        if kind_of(module).kind == "linear" and quantised(module) is None:
             return state.layers[below].target.original_weight() if below in state.layers else module.weight
     return None

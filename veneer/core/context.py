@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -25,6 +25,9 @@ BASE = "__base__"
 
 class State:
     """The adapters of one model and the facts of its current call."""
+
+    layer_class: ClassVar[type[AdapterLayer] | None] = None
+    """What wraps a module where it is not a plain `AdapterLayer`: one that shows itself as other code expects."""
 
     def __init__(self) -> None:
         self.configs: dict[str, Config] = {}

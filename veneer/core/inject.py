@@ -145,7 +145,7 @@ class Wrapper:
     def wrap(self, path: str) -> AdapterLayer:
         if path not in self.state.layers:
             module = self.modules[path]
-            layer = AdapterLayer(module, path, self.state)
+            layer = (self.state.layer_class or AdapterLayer)(module, path, self.state)
             self._put(module, layer)
             self.state.layers[path] = layer
         return self.state.layers[path]

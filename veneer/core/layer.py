@@ -140,7 +140,7 @@ class AdapterLayer(nn.Module):
     def _unadapted(self, *args: Any, **kwargs: Any) -> Any:
         """The pretrained module, also while adapters are merged into its weight."""
         module = self.kept_module or self.base_layer
-        return functional_call(module, self.kept, args, kwargs) if self.kept else module(*args, **kwargs)
+        return self.target.lend(module, self.kept, args, kwargs) if self.kept else module(*args, **kwargs)
 
     # Merging
 
@@ -194,11 +194,11 @@ class AdapterLayer(nn.Module):
     def snapshot(self) -> tuple[Any, ...]:
         """What `merge` changes, for `revert`."""
         base = self.base_layer
-        return base, dict(base._parameters), self.kept_module, self.kept, self.merged_adapters
+        return base, self.target.parameters(), self.kept_module, self.kept, self.merged_adapters
 
     def revert(self, snapshot: tuple[Any, ...]) -> None:
         self.base_layer, parameters, self.kept_module, self.kept, self.merged_adapters = snapshot
-        self.base_layer._parameters.update(parameters)
+        self.target.restore(parameters)
 
     # Holding adapters
 

@@ -116,7 +116,7 @@ class PeftModel(nn.Module):
 
     @property
     def _state(self) -> State:
-        return _state(self.base_model.model)
+        return _state(self.get_base_model())
 
     @property
     def peft_config(self) -> dict[str, Config]:
@@ -152,13 +152,13 @@ class PeftModel(nn.Module):
     # Running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base_model.model(*args, **kwargs)
+        return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's `generate`; also takes `adapter_names` and the methods' own facts."""
-        state, model = self._state, self.base_model.model
+        state, model = self._state, self.get_base_model()
         facts = {name: kwargs.pop(name) for name in list(kwargs) if name in state.fact_names()}
-        for member in (member for name in state.live() for member in state.configs[name].members()):
+        for member in (m for name in state.live() if name in state.configs for m in state.configs[name].members()):
             kwargs = {**kwargs, **member.generate_with}
         with state.remembering(facts):
             return model.generate(*args, **kwargs)
@@ -170,7 +170,7 @@ class PeftModel(nn.Module):
             settings.setdefault("context_fn", CheckpointContext(self._state))
         elif hasattr(self, "enable_input_require_grads"):
             self.enable_input_require_grads()
-        self.base_model.model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **kwargs)
+        self.get_base_model().activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **kwargs)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
@@ -223,7 +223,7 @@ class PeftModel(nn.Module):
             raise VeneerError(f"{adapter_name!r} is merged into the weights; call unmerge_adapter() before deleting it")
         if len(self.peft_config) == 1:
             raise VeneerError(f"{adapter_name!r} is the only adapter; use unload() to get the model without it")
-        detach(self.base_model.model, adapter_name, self._state)
+        detach(self.get_base_model(), adapter_name, self._state)
         if not self._state.active:
             self._state.activate((next(iter(self.peft_config)),))
 
@@ -271,7 +271,7 @@ class PeftModel(nn.Module):
 
     def unload(self) -> nn.Module:
         """The Hugging Face model without its adapters."""
-        state, model = self._state, self.base_model.model
+        state, model = self._state, self.get_base_model()
         for layer in state.layers.values():
             if layer.kept or layer.kept_module is not None:
                 layer.unmerge()
@@ -332,7 +332,7 @@ class PeftModel(nn.Module):
         return layer_status(self._state)
 
     def get_model_status(self) -> ModelStatus:
-        return model_status(self._state, self.base_model.model)
+        return model_status(self._state, self.get_base_model())
 
     # Files
 
@@ -366,7 +366,7 @@ class PeftModel(nn.Module):
             config = self.peft_config[name].saved()
             config.inference_mode = True
             into = directory if name == "default" else directory / name
-            tensors, notes = checkpoint.collect(self.base_model.model, self._state, name, whole)
+            tensors, notes = checkpoint.collect(self.get_base_model(), self._state, name, whole)
             if is_main_process:
                 checkpoint.write(into, tensors, notes, config)
 
@@ -441,13 +441,13 @@ class PeftModel(nn.Module):
         try:
             self._fill(adapter_name, tensors, notes, autocast_adapter_dtype, check_base)
         except BaseException:
-            detach(self.base_model.model, adapter_name, self._state)
+            detach(self.get_base_model(), adapter_name, self._state)
             raise
 
     # Steps
 
     def _attach(self, name: str, config: Config, *, on_meta: bool, lift: bool) -> None:
-        model = self.base_model.model
+        model = self.get_base_model()
         if not isinstance(config, Config):
             raise ConfigError(f"a veneer config describes an adapter, not a {type(config).__name__}")
         config = copy.copy(config)  # what is found for this model is not written into the caller's own
@@ -463,7 +463,7 @@ class PeftModel(nn.Module):
             follow(state, name)
 
     def _fill(self, name: str, tensors: Tensors, notes: dict[str, Any], lift: bool, check_base: bool) -> None:
-        state, model = self._state, self.base_model.model
+        state, model = self._state, self.get_base_model()
         others = [other for other in state.configs if other != name]
         brought = embeddings.among(tensors, model, checkpoint.slots(state, name), others)
         checkpoint.check_fit(model, state, name, tensors, notes, check_base)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import VeneerError
+from ..ops import _patch
 from .context import BASE, State, batch_size, by_row, state_of
 from .prompt import Prompt
 
@@ -24,6 +25,7 @@ def install(model: nn.Module, state: State) -> None:
     if state_of(model) is None:
         model.__dict__["_veneer"] = state
         hooks = [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
+        hooks += _patch.install(model)
         encoder = _encoder(model)
         if encoder is not None:
             hooks.append(encoder.register_forward_pre_hook(before_encoder, with_kwargs=True))
@@ -41,6 +43,7 @@ def uninstall(model: nn.Module) -> None:
     """Leave the model as it was before the first adapter."""
     for hook in model.__dict__.pop("_veneer_hooks", ()):
         hook.remove()
+    _patch.uninstall(model)
     model.__dict__.pop("_veneer", None)
     for child in CHILDREN:
         model._modules.pop(child, None)

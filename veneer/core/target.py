@@ -36,6 +36,10 @@ class Target:
     """
 
     kind: ClassVar[str] = "block"
+    is_quantised: ClassVar[bool] = False
+    """Its weight is kept in other numbers than those it stands for."""
+    is_readable: ClassVar[bool] = True
+    """What its weight stands for can be told."""
 
     def __init__(self, layer: AdapterLayer) -> None:
         self.layer = layer
@@ -66,6 +70,11 @@ class Target:
     def spatial(self) -> int:
         """How many dimensions a convolution slides over; 0 for anything else."""
         return 0
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """A convolution's kernel; () for anything else."""
+        return getattr(self.base, "kernel_size", ()) if self.spatial else ()
 
     @property
     def groups(self) -> int:
@@ -209,6 +218,14 @@ class Target:
 
     def restore(self, old: dict[str, Tensor]) -> None:
         self.base._parameters.update(old)
+
+    def parameters(self) -> dict[str, Any]:
+        """The module's own Parameters, for `restore`."""
+        return dict(self.base._parameters)
+
+    def lend(self, module: nn.Module, tensors: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+        """A call of the module with other Parameters."""
+        return functional_call(module, tensors, args, kwargs)
 
 
 class LinearTarget(Target):
@@ -413,8 +430,12 @@ def _of_rows(value: Any, rows: Tensor | None) -> Any:
 
 def kind_of(module: nn.Module) -> type[Target]:
     """The view that fits a module: the one place that looks at module classes."""
+    from .quant import quantised
+
     if is_conv1d(module):
         return Conv1DTarget
+    if (backend := quantised(module)) is not None:
+        return backend
     if isinstance(module, nn.Linear):
         return LinearTarget
     if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
@@ -430,8 +451,6 @@ def kind_of(module: nn.Module) -> type[Target]:
 def _block_width(module: Any) -> int:
     """The width of a block's stream: what its first linear layer reads."""
     for child in module.modules():
-        if is_conv1d(child):
-            return child.weight.shape[0]
-        if isinstance(child, nn.Linear):
-            return child.in_features
+        if kind_of(child).kind == "linear":
+            return child.weight.shape[0] if is_conv1d(child) else child.in_features
     raise TargetError(f"cannot tell the width of {type(module).__name__}: it holds no linear layer")

@@ -31,7 +31,7 @@ class LoKr(Additive):
         super().__init__(config, target, shared)
         self.r = r = at(target.path, config.rank_pattern, config.r)
         self.scaling = at(target.path, config.alpha_pattern, config.alpha) / r
-        self.kernel = tuple(target.base.weight.shape[2:])
+        self.kernel = target.kernel
         out1, out2 = two_factors(target.out_features, config.decompose_factor)
         in1, in2 = two_factors(target.in_features // math.prod(self.kernel), config.decompose_factor)
         self.sizes = out1, in1, out2, in2

@@ -9,24 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import Tensor
 
 from ..core.config import CONFIG_NAME, TaskType
-from ..errors import ConfigError, TrainingError, listing
+from ..errors import ConfigError, listing
 from ..files import WEIGHTS_NAME
+from ..verify import PROBE_NAME, digests
 from .collate import Collator, Rows, Shuffled
 from .data import Data, prepare
 from .display import Display
+from .finish import Run, finish
+from .guards import Watch
 from .meter import Meter
 from .packing import check as check_packing
+from .page import PAGE_NAME
 from .recipe import RECIPE_NAME, Recipe, make, read
-from .report import REPORT_NAME, write_report
+from .report import REPORT_NAME
 from .setup import adapt, facts_of, load_base, load_tokenizer
 from .trainer import ExactTrainer, arguments, last_checkpoint, metrics, token_sums
 
-OURS = (WEIGHTS_NAME, CONFIG_NAME, RECIPE_NAME, REPORT_NAME, "checkpoints", "logs")
+OURS = (WEIGHTS_NAME, CONFIG_NAME, PROBE_NAME, RECIPE_NAME, REPORT_NAME, PAGE_NAME, "checkpoints", "logs")
 """What a run writes into its output directory."""
-FREE = {"output", "batch_size", "accumulate", "eval_batch_size", "keep", "log_every", "save_every", "wandb"}
+FREE = {"output", "batch_size", "accumulate", "eval_batch_size", "keep", "log_every", "save_every", "samples", "wandb"}
 """Keys that may differ when a run is resumed; of the batch, the global size must stay."""
 
 
@@ -51,19 +54,18 @@ def train(
     recipe, steps = _resolved(recipe, data)
     _check_resumed(output, recipe, resume)
     trainer, meter = _build(recipe, tokenizer, data, steps, output)
-    start = {name: p.detach().clone().cpu() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    started, watch = _start(trainer.model)
     _announce(console, recipe, trainer, data, steps)
     if trainer.is_world_process_zero():
         recipe.save(output)
     display = Display(meter, console)
-    trainer.add_callback(display)
+    for callback in (watch, display):
+        trainer.add_callback(callback)
     try:
         _run(trainer, meter, data, output, resume)
     finally:
         display.close()
-    unchanged = _check_changed(start, trainer.model)
-    trainer.save_model(str(output))
-    return write_report(output, recipe, trainer, meter, data, unchanged)
+    return finish(Run(recipe, trainer, meter, data, tokenizer, pad_of(tokenizer), started))
 
 
 def _quiet() -> None:
@@ -143,7 +145,7 @@ def _build(recipe: Recipe, tokenizer: Any, data: Data, steps: int, output: Path)
 
     warmup = round(recipe.warmup * steps) if recipe.warmup < 1 else int(recipe.warmup)
     settings = arguments(recipe, output, steps, warmup, recipe.eval_every, recipe.save_every or steps)
-    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    pad = pad_of(tokenizer)
     set_seed(recipe.seed)
     base = load_base(recipe, data.labels, pad)
     model = adapt(base, recipe, TaskType.CAUSAL_LM if data.labels is None else TaskType.SEQ_CLS, steps)
@@ -167,6 +169,15 @@ def _build(recipe: Recipe, tokenizer: Any, data: Data, steps: int, output: Path)
     if trainer.is_world_process_zero():
         trainer.add_callback(_tensorboard(output))
     return trainer, meter
+
+
+def pad_of(tokenizer: Any) -> int:
+    return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+
+
+def _start(model: Any) -> tuple[dict[str, str], Watch]:
+    """How the adapter begins: for the files, and for the steps."""
+    return digests(model), Watch(model)
 
 
 def _tensorboard(output: Path) -> Any:
@@ -222,17 +233,3 @@ def _check_same_data(checkpoint: Path, data: Data) -> None:
         raise ConfigError(
             "cannot resume: the data is not what the run began with; put it back, or begin with --overwrite"
         )
-
-
-def _check_changed(start: dict[str, Tensor], model: Any) -> list[str]:
-    """Names of trained tensors that are as they were; all of them is an error."""
-    now = dict(model.named_parameters())
-    same = [name for name, before in start.items() if before.equal(_whole(now[name]))]
-    if len(same) == len(start):
-        raise TrainingError("the adapter did not change in training; is the learning rate 0, or no label reached?")
-    return same
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    parameter = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-    return parameter.detach().cpu()
