@@ -74,7 +74,10 @@ def covers(case: Case, version: str) -> bool:
     """The version has the case's method and all that its settings come to."""
     own = fields_of(version).get(str(case.config_class.peft_type), {})
     config = case.config()
-    return bool(own) and all(f.name in own for f in fields(config) if getattr(config, f.name) != default_of(f))
+    is_own = case.method == config.peft_type.lower()  # not a variant by a config class that PEFT lacks
+    return (
+        is_own and bool(own) and all(f.name in own for f in fields(config) if getattr(config, f.name) != default_of(f))
+    )
 
 
 OLD = [(c, v) for c in ONE_EACH if not c.siblings for v in ("0.3.0", "0.6.0", "0.10.0", "0.15.0") if covers(c, v)]
