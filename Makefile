@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test differential check docs clean
+.PHONY: install demo test differential fuzz check docs clean
 
 install: .venv/installed
 
@@ -23,6 +23,10 @@ test: install
 # The same 500 random sequences of calls on veneer under the name peft and on the real PEFT.
 differential: install
 	VENEER_DIFFERENTIAL=500 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_differential.py
+
+# Mutants of saved adapters; see docs/guarantees.md.
+fuzz: install
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz --mutants 2500 --seed 0
 
 check: install
 	$(BIN)/ruff check

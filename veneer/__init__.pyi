@@ -132,4 +132,5 @@ from .methods.xlora import XLoraConfig as XLoraConfig
 from .optimizers.lorafa import create_lorafa_optimizer as create_lorafa_optimizer
 from .optimizers.loraplus import create_loraplus_optimizer as create_loraplus_optimizer
 from .optimizers.riemannian import create_riemannian_optimizer as create_riemannian_optimizer
+from .report.merge import merge_report as merge_report
 from .siblings import parallel as parallel

@@ -6,8 +6,10 @@ pre-hook on the Hugging Face model fills `facts` on each call, whoever makes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from threading import RLock
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -31,22 +33,33 @@ class State:
 
     def __init__(self) -> None:
         self.configs: dict[str, Config] = {}
-        self.layers: dict[str, AdapterLayer] = {}
+        self.layers: MutableMapping[str, AdapterLayer] = weakref.WeakValueDictionary()  # the model holds them
         self.shared = Modules()
         self.prompts = Modules()
         self.active: tuple[str, ...] = ()
         self.trainable: set[str] = set()
         self.schedules: dict[str, Any] = {}
         self.reshaped: list[Any] = []
+        self.watchers: list[Any] = []
+        """Objects that are shown each call of the model: `before(model, kwargs)`, `after(model, output)`."""
+        self.watch: set[str] | None = None
+        """Where given, the paths of layers whose weight is read past them are put in."""
         self.enabled = True
         self.facts: dict[Any, Any] = {}
         self.sticky: dict[str, Any] = {}
         self.busy = False
         self.memo: dict[Any, Any] | None = None
+        self.lock = RLock()
+        """Held over a call of the model: those of several threads run one after another."""
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle is made between calls: the facts of the last one stay behind."""
-        return {**self.__dict__, "facts": {}, "sticky": {}, "busy": False, "memo": None}
+        of_call = {"facts": {}, "sticky": {}, "busy": False, "memo": None, "watch": None, "lock": None}
+        return {**self.__dict__, "layers": dict(self.layers), **of_call}
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        layers = weakref.WeakValueDictionary(attributes["layers"])
+        self.__dict__.update({**attributes, "layers": layers, "lock": RLock()})
 
     def fact_names(self) -> set[str]:
         """The keyword arguments of a model call that belong to adapters."""

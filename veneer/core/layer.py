@@ -257,6 +257,8 @@ class AdapterLayer(nn.Module):
             base = self.__dict__.get("_modules", {}).get("base_layer")
             if base is None:
                 raise
+        if name == "weight" and self.state.watch is not None:
+            self.state.watch.add(self.path)
         try:
             return getattr(base, name)
         except AttributeError:

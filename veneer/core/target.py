@@ -6,6 +6,7 @@ Methods never ask whether a weight is stored transposed, is a convolution or an 
 from __future__ import annotations
 
 import copy
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -43,7 +44,19 @@ class Target:
     """What its weight stands for can be told."""
 
     def __init__(self, layer: AdapterLayer) -> None:
-        self.layer = layer
+        self._layer = weakref.ref(layer)  # the layer holds the target: a base model must not wait for a cycle's end
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_layer": self.layer}
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        self.__dict__.update(attributes | {"_layer": weakref.ref(attributes["_layer"])})
+
+    @property
+    def layer(self) -> AdapterLayer:
+        layer = self._layer()
+        assert layer is not None, "the target outlived its layer"
+        return layer
 
     @property
     def base(self) -> Any:

@@ -15,6 +15,7 @@ from ..core.config import CONFIG_NAME, TaskType
 from ..errors import CheckpointError, ConfigError, listing
 from ..files import WEIGHTS_NAME
 from ..interop.quiet import quiet
+from ..loading import pad_of
 from ..verify import PROBE_NAME, digests
 from .collate import Collator, Rows, Shuffled
 from .data import Data, prepare
