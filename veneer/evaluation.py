@@ -157,7 +157,9 @@ class _Run:
         """Loss, perplexity and token accuracy of each model over all judged tokens."""
         for name in self.loaded.names:
             total, count, hits, _ = self._sums(name, encoded).sum(0).tolist()
-            self.found.results[name] = _loss(total / count) | {"token_accuracy": hits / count}
+            loss = total / count
+            shown = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": hits / count}
+            self.found.results[name] = shown
 
     def classify(self, pairs: list[tuple[Example, Encoded]], classes: list[str]) -> None:
         """Loss, accuracy and macro F1 of each classifier; of one without classes of its own, of the commonest class."""
@@ -170,7 +172,7 @@ class _Run:
         for name in self.loaded.names if self.loaded.base_is_whole else self.loaded.adapters:
             sums = self._sums(name, encoded)
             said[name] = sums[:, 3].long().tolist()
-            self.found.results[name] = _loss(float(sums[:, 0].mean()))
+            self.found.results[name] = {"loss": float(sums[:, 0].mean())}
         for name, predicted in said.items():
             hits = sum(p == w for p, w in zip(predicted, wanted, strict=True))
             self.found.results[name] |= {"accuracy": hits / len(wanted), "macro_f1": macro_f1(predicted, wanted)}
@@ -227,10 +229,6 @@ def _batches(lengths: list[int], size: int) -> Iterator[list[int]]:
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for start in range(0, len(order), size):
         yield order[start : start + size]
-
-
-def _loss(loss: float) -> dict[str, float]:
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
 def _classes(loaded: Loaded, rows: Sequence[Example]) -> list[str]:
