@@ -110,6 +110,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is none, is too large for a config, or says something twice or with a number that is none.
     """
+    if not path.is_file():  # a device would never end
+        raise CheckpointError(f"{str(path)!r} is no file")
     size = path.stat().st_size
     if size > MOST_CONFIG_BYTES:
         raise CheckpointError(f"{str(path)!r} has {size:,} bytes, which no config has")
