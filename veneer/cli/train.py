@@ -173,4 +173,10 @@ def _summary(output: str, report: dict[str, Any]) -> None:
         f"speed      {report['tokens_per_second'] or 0:,.0f} tokens/s, {report['train_seconds']:.0f} s of training, "
         f"{report['peak_rss_bytes'] / 1e9:.1f} GB"
     )
+    lines.append(f"verified   {_checks(report['verification'])}")
+    lines.append(f"report     {output}/report.html")
     typer.echo("\n".join(lines))
+
+
+def _checks(checks: list[dict[str, Any]]) -> str:
+    return ", ".join(check["name"] for check in checks if check["passed"])

@@ -13,13 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from .. import ops
 from ..errors import TrainingError
+from ..ops.allocator import keep_blocks
+from ..ops.attention import by_sequence
 from . import sharded
 from .collate import Shuffled
 from .encode import IGNORED
+from .guards import writing
 from .meter import Meter, rss
 from .recipe import Recipe
 
@@ -30,8 +34,16 @@ WHOLE = "complete"
 class ExactTrainer(Trainer):
     """Trains on the mean over all learned tokens of an optimizer step, over all its batches and processes."""
 
-    def __init__(self, *args: Any, sampler: Shuffled | None, meter: Meter, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, sampler: Shuffled | None, meter: Meter, flat: Any = None, fast: bool = True, **kwargs: Any
+    ) -> None:
+        """Args beyond those of Trainer.
+
+        flat: the collator of training batches that lays rows end to end; None: they are padded, as in evaluation.
+        fast: take the fast paths.
+        """
         super().__init__(*args, **kwargs)
+        self.flat, self.fast = flat, fast
         self.model_accepts_loss_kwargs = True  # learned tokens are counted; `compute_loss` does the rest itself
         self.sampler, self.meter = sampler, meter
         self.add_callback(meter)
@@ -39,6 +51,34 @@ class ExactTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.sampler
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing, where a run that is resumed had come to its end; Trainer would take one step too many."""
+        if self._is_over():
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _is_over(self) -> bool:
+        stoppers = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        stopped = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in stoppers)
+        return stopped or self.state.global_step >= self.state.max_steps
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with nullcontext() if self.fast else ops.plain():
+            keep_blocks()
+            return super().train(*args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        padded, self.data_collator = self.data_collator, self.flat or self.data_collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = padded
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with nullcontext() if self.flat is None else by_sequence(self.accelerator.unwrap_model(self.model)):
+            return super().training_step(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         self.meter.start()
@@ -118,9 +158,10 @@ class ExactTrainer(Trainer):
             super()._load_best_model()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        with writing(f"the checkpoint of step {self.state.global_step}", folder, RuntimeError):
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             (folder / WHOLE).touch()
 
