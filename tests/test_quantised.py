@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def hqq(layer: nn.Linear) -> nn.Module:
 
 
 LIBRARIES = {"nf4": nf4, "int8": int8, "torchao": torchao, "hqq": hqq}
-CLOSE = {"nf4": 0.05, "int8": 0.05, "torchao": 1e-4, "hqq": 1e-4}
+CLOSE = {"nf4": 0.08, "int8": 0.08, "torchao": 1e-4, "hqq": 1e-4}
 """How far the library's own product may be from that of the numbers it holds: some round activations too."""
 STEP = {"nf4": 0.12, "int8": 0.012, "torchao": 0.012, "hqq": 0.012}
 """How far quantised numbers are from those that were quantised, relative."""
@@ -142,7 +143,9 @@ def test_merging_quantises_again_and_unmerging_is_exact(library: str, method: st
     layers = model._state.layers
     weights = {name: layer.target.weight() for name, layer in layers.items()}
     wanted = {name: layer.fold(layer.stack(["default"]))[0] for name, layer in layers.items()}
-    model.merge_adapter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", veneer.RoundingWarning)
+        model.merge_adapter()
     merged = output(model, batch)
     for name, W in wanted.items():
         assert off(layers[name].target.weight(), W) < STEP[library]
@@ -158,9 +161,19 @@ def test_merging_quantises_again_and_unmerging_is_exact(library: str, method: st
         assert torch.equal(model._state.layers[name].target.weight(), W)
 
 
+def test_a_merge_that_rounding_undoes_says_so(library: str):
+    """What is far smaller than a step of the quantised weights is gone when they are quantised again."""
+    model = get_peft_model(base(library), veneer.LoraConfig(r=4, target_modules=["q_proj"]))
+    models.perturb(model, "default", 3, 0.001)
+    with pytest.warns(veneer.RoundingWarning, match=r"\d+% of what was merged"):
+        model.merge_adapter()
+
+
 def test_merge_and_unload_leaves_a_quantised_model(library: str):
     model, batch = adapted(base(library), "lora"), models.inputs("llama")
-    model.merge_adapter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", veneer.RoundingWarning)
+        model.merge_adapter()
     expected = output(model, batch)
     merged = model.merge_and_unload()
     assert type(merged.model.layers[0].self_attn.q_proj) is type(base(library).model.layers[0].self_attn.q_proj)

@@ -635,16 +635,19 @@ def test_unknown_arguments_are_refused(saved):
 # Names
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "nul\0", "__base__", 3, None], ids=repr)
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "a\\b", "nul\0", "__base__", 3, None, WEIGHTS, CONFIG, "x" * 256], ids=repr
+)
 def test_a_name_that_cannot_be_one_is_refused(name, saved):
     """It is a folder's name, and `__base__` means a row without an adapter."""
     model = base()
-    with refused(model, repr(name)):
+    said = repr(name[:60] if isinstance(name, str) else name)
+    with refused(model, said):
         get_peft_model(model, LoraConfig(target_modules=TARGETS), name)
     model = lora()
-    with refused(model, repr(name)):
+    with refused(model, said):
         model.add_adapter(name, LoraConfig(target_modules=TARGETS))
-    with refused(model, repr(name)):
+    with refused(model, said):
         model.load_adapter(saved, name)
 
 
@@ -762,6 +765,22 @@ def test_an_adapter_without_values_is_not_saved(tmp_path):
     with pytest.raises(CheckpointError, match="meta"):
         model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new" / WEIGHTS).exists()
+
+
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
+    """Values that are not finite; a parameter of which another process holds the rest (ZeRO-3), an empty one here."""
+    model = lora()
+    parameter = next(p for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        parameter.view(-1)[0] = float("nan")
+    with pytest.raises(CheckpointError, match="(?s)not finite.*lora_A"):
+        model.save_pretrained(tmp_path / "new")
+    model = lora()
+    parameter = next(p for p in model.parameters() if p.requires_grad)
+    parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    with pytest.raises(CheckpointError, match="ZeRO-3"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 # Running

@@ -76,10 +76,14 @@ def repeats(state: State, name: str) -> dict[str, str]:
 
 def collect(model: nn.Module, state: State, name: str, whole: bool | None) -> tuple[Tensors, dict[str, Any]]:
     """(tensors by key, notes) of an adapter, whole and on the CPU. Every process of a sharded run must take part."""
+    if any(tuple(getattr(p, "ds_shape", p.shape)) != tuple(p.shape) for p in state.parameters(name)):
+        raise CheckpointError(f"{name!r} is sharded by DeepSpeed's ZeRO-3; save it inside GatheredParameters")
     tensors = slots(state, name) | embeddings.beside(model, state, state.configs[name], whole)
     notes: dict[str, Any] = {"base": own_notes.fingerprint(base_weights(model, state, name))}
     notes |= {"rounded": True} if is_rounded(state, name) else {}
-    return {key: _whole(t) for key, t in tensors.items()}, notes
+    tensors = {key: _whole(t) for key, t in tensors.items()}
+    _check_finite(tensors, f"adapter {name!r}, which is not saved,")
+    return tensors, notes
 
 
 def write(directory: Path, tensors: Tensors, notes: dict[str, Any], config: Config) -> None:
@@ -147,15 +151,20 @@ def read(source: str | Path, *, allow_pickle: bool = False, **hub: Any) -> tuple
     """
     path = find_weights(source, allow_pickle=allow_pickle, **hub)
     found, metadata = (read_pickle(path), {}) if path.name == PICKLE_NAME else read_tensors(path)
-    broken = [key for key, t in found.items() if t.is_floating_point() and not t.isfinite().all()]
-    if broken:
-        raise CheckpointError(f"{str(path)!r} holds values that are not finite in:{listing(broken)}")
+    _check_finite(found, repr(str(path)))
     names = renamed()
     tensors = {_todays(key, names): t for key, t in found.items()}
     if len(tensors) < len(found):
         twice = [key for key in found if _todays(key, names) != key and _todays(key, names) in found]
         raise CheckpointError(f"{str(path)!r} holds tensors under an old and a new name:{listing(twice)}")
     return tensors, own_notes.read(metadata, found)
+
+
+def _check_finite(tensors: Tensors, what: str) -> None:
+    wide = {key: t.float() if t.element_size() == 1 else t for key, t in tensors.items() if t.is_floating_point()}
+    broken = [key for key, t in wide.items() if not t.isfinite().all()]
+    if broken:
+        raise CheckpointError(f"{what} holds values that are not finite in:{listing(broken)}")
 
 
 def renamed() -> dict[str, str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import embeddings
@@ -17,12 +18,14 @@ from ..interop import transformers as interop
 from ..notes import settings
 from ..report.plan import Plan, count, plan
 from ..report.status import LayerStatus, ModelStatus, layer_status, model_status
+from ..train.guard import Guard
 from ..train.schedule import follow
 from . import checkpoint
 from .adapter import Tensors
 from .config import Config, PromptConfig
 from .context import CheckpointContext, State, state_of
 from .inject import attach, detach, settle
+from .quant import warn_of_rounding
 
 
 def get_peft_model(
@@ -151,15 +154,21 @@ class PeftModel(nn.Module):
     # Running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.get_base_model()(*args, **kwargs)
+        model = self.get_base_model()
+        state = None if torch.compiler.is_compiling() else state_of(model)
+        with nullcontext() if state is None else state.lock:
+            return model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's `generate`; also takes `adapter_names` and the methods' own facts."""
+        """The model's `generate`; also takes `adapter_names` and the methods' own facts.
+
+        Calls from several threads run one after another, each with the adapters it names; `set_adapter` is for all.
+        """
         state, model = self._state, self.get_base_model()
         facts = {name: kwargs.pop(name) for name in list(kwargs) if name in state.fact_names()}
         for member in (m for name in state.live() if name in state.configs for m in state.configs[name].members()):
             kwargs = {**kwargs, **member.generate_with}
-        with state.remembering(facts):
+        with state.lock, state.remembering(facts):
             return model.generate(*args, **kwargs)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
@@ -235,7 +244,7 @@ class PeftModel(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside, the model computes what the base model would, merged or not."""
-        with self._state.switched(enabled=False):
+        with self._state.lock, self._state.switched(enabled=False):
             yield
 
     # Merging
@@ -294,6 +303,7 @@ class PeftModel(nn.Module):
             for layer, snapshot in zip(layers, before, strict=True):
                 layer.revert(snapshot)
             raise
+        warn_of_rounding(layers)
 
     def _merge_order(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
         state = self._state
@@ -456,6 +466,8 @@ class PeftModel(nn.Module):
         if isinstance(config, PromptConfig) and config.task_type is None:
             config.task_type = interop.task_of(model)
         state = attach(model, config, name, trainable=not config.inference_mode, on_meta=on_meta, lift=lift)
+        if not state.watchers:
+            state.watchers.append(Guard(state))
         if not config.inference_mode:
             follow(state, name)
 

@@ -36,7 +36,8 @@ class Vector(nn.Module):
         sizes = [math.prod(shape) for shape in shapes]
         rng = np.random.default_rng(config.proj_seed)
         times, rest = divmod(sum(sizes), d)
-        places = np.concatenate([np.repeat(np.arange(d), times), rng.choice(d, rest, replace=False)])
+        places, numbers = (torch.arange(n, device="cpu").numpy() for n in (sum(sizes), d))
+        places[:] = np.concatenate([np.repeat(numbers, times), rng.choice(d, rest, replace=False)])
         rng.shuffle(places)
         counts = torch.from_numpy(np.bincount(places, minlength=d)).clamp_min(1)
         self.register_buffer("scale", counts.float().rsqrt(), persistent=False)
