@@ -392,7 +392,7 @@ class Odd(nn.Module):
         (veneer.BottleneckConfig, "llama", "input_layernorm", "norm"),
         (LoraConfig, Odd, "up", "ConvTranspose2d"),
         (LoraConfig, Odd, "memory", "LSTM"),
-        (LoraConfig, Odd, "attention", "MultiheadAttention"),
+        (veneer.VeraConfig, Odd, "attention", "MultiheadAttention"),
         (LoraConfig, Odd, "attention.out_proj", "MultiheadAttention"),
     ],
 )

@@ -212,13 +212,23 @@ def _add_member(model: nn.Module, config: Config, member: Config, name: str, lay
             raise VeneerError(f"{name!r} would unite two methods with a shared module or a prompt, the second {kind}")
         if module is not None:
             group[name] = module
-    built = [member.build(layer.target, shared) for layer in adapted]
-    for layer, adapter in zip(adapted, built, strict=True):
+    built = [(layer, adapter) for layer in adapted for adapter in _adapters_on(layer, member, shared)]
+    for layer, adapter in built:
         layer.add(name, config.join(adapter))
-    for adapter in built:
+    for _, adapter in built:
         if adapter.follows_ties:
             _add_twins(adapter, name, layers, lambda target, first: member.build(target, None, twin=first))
     _add_biases(model, member, name, layers, paths)
+
+
+def _adapters_on(layer: AdapterLayer, config: Config, shared: Any) -> list[Adapter]:
+    """The adapter of a layer, or one on each parameter that its module reads by itself."""
+    if layer.target.kind in config.adapter.kinds:
+        return [config.build(layer.target, shared)]
+    built = [config.build(ParamTarget(layer, name), shared) for name in layer.target.inside]
+    for adapter, key in zip(built, layer.target.inside.values(), strict=True):
+        adapter.key = key
+    return built
 
 
 def _add_to_parameters(config: Config, name: str, layers: Wrapper, places: Sequence[tuple[str, str]]) -> None:

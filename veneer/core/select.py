@@ -11,7 +11,7 @@ from ..patterns import fits, pattern
 from ..structure import head_paths, is_linear
 from .config import TASK_HEADS, Config, LayerConfig
 from .layer import walk
-from .target import is_conv1d, kind_of
+from .target import adapts, is_conv1d, kind_of
 
 
 def matches(path: str, entry: str) -> bool:
@@ -156,7 +156,7 @@ def _layer_index(path: str, patterns: Sequence[str] | None) -> int | None:
 
 def _check_kinds(found: list[str], modules: dict[str, nn.Module], config: LayerConfig) -> None:
     kinds = config.adapter.kinds
-    wrong = [p for p in found if kind_of(modules[p]).kind not in kinds]
+    wrong = [p for p in found if not adapts(kinds, modules[p])]
     if wrong:
         lines = [f"{p}: {kind_of(modules[p]).kind} ({type(modules[p]).__name__})" for p in wrong]
         raise TargetError(

@@ -21,7 +21,7 @@ from ..ops.low_rank_linear import is_bare
 from .adapter import Matrix
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator, Mapping
 
     from .layer import AdapterLayer
 
@@ -38,6 +38,9 @@ class Target:
     """
 
     kind: ClassVar[str] = "block"
+    inside: ClassVar[Mapping[str, str]] = {}
+    """Parameters that a module reads without calling what holds them, each with what stands before its keys in a file.
+    """
     is_quantised: ClassVar[bool] = False
     """Its weight is kept in other numbers than those it stands for."""
     is_readable: ClassVar[bool] = True
@@ -416,7 +419,7 @@ class ParamTarget(Target):
 
     @property
     def shape(self) -> torch.Size:
-        return self.as_matrix(getattr(self.base, self.name)).shape
+        return self.as_matrix(_parameter(self.base, self.name)).shape
 
     @property
     def in_features(self) -> int:
@@ -431,7 +434,7 @@ class ParamTarget(Target):
         return self.shape[0] if len(self.shape) == 3 else 1
 
     def matrix_of(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
-        return self.as_matrix(getattr(module, self.name)), None
+        return self.as_matrix(_parameter(module, self.name)), None
 
     def original_weight(self) -> Tensor:
         kept = self.layer.kept.get(self.name)
@@ -456,6 +459,39 @@ class ParamTarget(Target):
         return B.unflatten(1, (-1, self.copies)).permute(2, 0, 1) @ A.unflatten(0, (self.copies, -1))
 
 
+class AttentionTarget(Target):
+    """`nn.MultiheadAttention`: a block whose own weights are adapted as bare parameters."""
+
+    inside = {"in_proj_weight": "", "out_proj.weight": "base_layer.out_proj."}
+
+    def parameters(self) -> dict[str, Any]:
+        return {name: _parameter(self.base, name) for name in self.inside}
+
+    def replace(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
+        old = {name: self.parameters()[name] for name in new}
+        lent: dict[str, Tensor] = {
+            n: nn.Parameter(t.to(old[n].dtype).contiguous(), requires_grad=False) for n, t in new.items()
+        }
+        self.restore(lent)
+        return old
+
+    def restore(self, old: dict[str, Tensor]) -> None:
+        for path, parameter in old.items():
+            owner, _, name = path.rpartition(".")
+            self.base.get_submodule(owner)._parameters[name] = parameter
+
+
+def _parameter(module: nn.Module, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(owner), name)
+
+
+def adapts(kinds: Collection[str], module: nn.Module) -> bool:
+    """Whether a method for these kinds of targets can adapt a module, or the parameters inside it."""
+    target = kind_of(module)
+    return target.kind in kinds or ("param" in kinds and bool(target.inside))
+
+
 def _of_rows(value: Any, rows: Tensor | None) -> Any:
     """Entries for some rows of a batch; a tensor whose first dimension is 1 stands for all of them."""
     return value if rows is None or not isinstance(value, Tensor) or len(value) == 1 else value[rows]
@@ -475,6 +511,8 @@ def kind_of(module: nn.Module) -> type[Target]:
         return ConvTarget
     if isinstance(module, nn.Embedding):
         return EmbeddingTarget
+    if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+        return AttentionTarget
     weight = module._parameters.get("weight")
     if "norm" in type(module).__name__.lower() and weight is not None and weight.dim() == 1:
         return NormTarget

@@ -63,7 +63,7 @@ class PeftLayer(AdapterLayer):
             for attribute, child in part._modules.items():
                 if child is None:
                     continue
-                if type(child) is Matrix and self.target.kind in ("linear", "conv", "param"):
+                if type(child) is Matrix and part.target.kind in ("linear", "conv", "param"):
                     as_factor(child, self.base_layer)
                 self._show(attribute, ModuleSlot, part.key)
             for attribute, tensor in (*part._parameters.items(), *part._buffers.items()):

@@ -12,7 +12,7 @@ from torch import nn
 
 from ...core.layer import bare, walk
 from ...core.select import matches
-from ...core.target import kind_of
+from ...core.target import adapts
 from ...errors import TargetError
 from .defaults import default
 from .strictness import is_strict
@@ -133,7 +133,7 @@ WRITTEN: dict[tuple[Any, str], dict[Any, Any]] = {}
 
 def _check_kinds(model: nn.Module, config: Any, found: Sequence[str]) -> None:
     modules, kinds = dict(walk(model)), config.adapter.kinds
-    wrong = next((modules[path] for path in found if kind_of(modules[path]).kind not in kinds), None)
+    wrong = next((modules[path] for path in found if not adapts(kinds, modules[path])), None)
     if wrong is not None:
         raise TargetError(
             f"Target module {wrong} is not supported. Currently, only the following modules are supported: "
