@@ -162,13 +162,7 @@ class Run:
             return
         """Give an adapter values that depend on its keys alone, whatever the library drew."""
         found = self.peft.get_peft_model_state_dict(self.model, adapter_name=name)
-        values = {}
-        for key in sorted(found):
-            if not found[key].is_floating_point() or "embed_tokens" in key or "base_layer" in key:
-                continue
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{name}:{key}".encode()) % 2**31)
-            size = 1.0 if "magnitude" in key or key.endswith("ia3_l") else 0.0
-            values[key] = size + 0.3 * torch.randn(found[key].shape, generator=generator)
+        values = values_for(found, name)
         self.peft.set_peft_model_state_dict(self.model, {**found, **values}, adapter_name=name)
 
     # Seeing
@@ -316,6 +310,18 @@ class Run:
             entry["result"] = [type(plain).__name__, sorted(plain.state_dict()), self.output(plain)]
         except Exception as error:  # noqa: BLE001
             entry["error"], entry["message"] = kinds_of(error), str(error)[:300]
+
+
+def values_for(found: dict[str, Any], name: str) -> dict[str, Any]:
+    """Values for an adapter's tensors that depend on their keys alone, whatever the library drew."""
+    values = {}
+    for key in sorted(found):
+        if not found[key].is_floating_point() or "embed_tokens" in key or "base_layer.weight" in key:
+            continue
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{name}:{key}".encode()) % 2**31)
+        size = 1.0 if "magnitude" in key or key.endswith("ia3_l") else 0.0
+        values[key] = size + 0.3 * torch.randn(found[key].shape, generator=generator)
+    return values
 
 
 def quietly(look: Any) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from veneer import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_peft_model, pull
+from veneer import AutoPeftModelForCausalLM, LoraConfig, PeftModel, RoundingWarning, TaskType, get_peft_model, pull
 
 DATA = Path(__file__).parent.parent / "examples" / "data"
 FRESH = """
@@ -103,6 +103,8 @@ def test_qlora_on_smollm2(tmp_path):
         trained = model(**batch).loss
         for base in (load(quantization_config=how), load()):
             assert abs(PeftModel.from_pretrained(base, tmp_path).eval()(**batch).loss - trained) < 0.3
-        merged = model.merge_and_unload()
-        assert type(merged.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+        with pytest.warns(RoundingWarning, match="Keep the adapter unmerged"):  # eight steps are less than NF4's
+            lost = model.merge_and_unload()
+        assert type(lost.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+        merged = PeftModel.from_pretrained(load(), tmp_path).merge_and_unload()
         assert abs(merged(**batch).loss - trained) < 0.3 < losses[0] - trained

@@ -29,7 +29,11 @@ def bases(tmp_path_factory):
     for seed, name in enumerate(("one", "two")):
         torch.manual_seed(seed)
         ids = dict(pad_token_id=None, bos_token_id=None, eos_token_id=words.eos_token_id)
-        models.llama(vocab_size=len(words), max_position_embeddings=256, **ids).save_pretrained(root / name)
+        model = models.llama(vocab_size=len(words), max_position_embeddings=256, **ids)
+        with torch.no_grad():  # large enough for adapters to show in the output
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() == 1 else 0.25))
+        model.save_pretrained(root / name)
         words.save_pretrained(root / name)
     return root
 
@@ -116,6 +120,10 @@ def test_a_classifier_has_as_many_classes_as_its_file(bases, tmp_path):
         load([place], labels=["a", "b"])
     (tmp_path / "c" / "recipe.yaml").write_text("labels: [v, w, x, y, z]\n")
     assert load([place]).labels == list("vwxyz")
+    other = adapter(bases, tmp_path / "d", classes=5)
+    (tmp_path / "d" / "recipe.yaml").write_text("labels: [w, v, x, y, z]\n")
+    with pytest.raises(ConfigError, match="or in another order: c v, w, x, y, z; d w, v, x, y, z"):
+        load([place, other])
 
 
 def test_an_encoder_decoder_is_refused(tmp_path, bases):

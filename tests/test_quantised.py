@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def output(model, batch):
     return models.output(model, batch)
 
 
-SIZES = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+SIZES = dict(hidden_size=128, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 
 
 def swap(model: nn.Module, make) -> nn.Module:
@@ -63,7 +64,7 @@ def hqq(layer: nn.Linear) -> nn.Module:
 
 
 LIBRARIES = {"nf4": nf4, "int8": int8, "torchao": torchao, "hqq": hqq}
-CLOSE = {"nf4": 0.05, "int8": 0.05, "torchao": 1e-4, "hqq": 1e-4}
+CLOSE = {"nf4": 0.08, "int8": 0.08, "torchao": 1e-4, "hqq": 1e-4}
 """How far the library's own product may be from that of the numbers it holds: some round activations too."""
 STEP = {"nf4": 0.12, "int8": 0.012, "torchao": 0.012, "hqq": 0.012}
 """How far quantised numbers are from those that were quantised, relative."""
@@ -78,7 +79,8 @@ def base(library: str | None = None) -> nn.Module:
     model = models.llama(**SIZES).requires_grad_(False).eval()
     torch.manual_seed(0)
     for p in model.parameters():
-        p.data.normal_(0, 0.2) if p.dim() > 1 else None
+        if p.dim() > 1:  # columns of unlike size, so that the blocks of a row differ
+            p.data.normal_(0, 0.15).mul_(torch.linspace(0.2, 1.8, p.shape[1]))
     return model if library is None else swap(model, LIBRARIES[library])
 
 
@@ -141,7 +143,9 @@ def test_merging_quantises_again_and_unmerging_is_exact(library: str, method: st
     layers = model._state.layers
     weights = {name: layer.target.weight() for name, layer in layers.items()}
     wanted = {name: layer.fold(layer.stack(["default"]))[0] for name, layer in layers.items()}
-    model.merge_adapter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", veneer.RoundingWarning)
+        model.merge_adapter()
     merged = output(model, batch)
     for name, W in wanted.items():
         assert off(layers[name].target.weight(), W) < STEP[library]
@@ -157,9 +161,19 @@ def test_merging_quantises_again_and_unmerging_is_exact(library: str, method: st
         assert torch.equal(model._state.layers[name].target.weight(), W)
 
 
+def test_a_merge_that_rounding_undoes_says_so(library: str):
+    """What is far smaller than a step of the quantised weights is gone when they are quantised again."""
+    model = get_peft_model(base(library), veneer.LoraConfig(r=4, target_modules=["q_proj"]))
+    models.perturb(model, "default", 3, 0.001)
+    with pytest.warns(veneer.RoundingWarning, match=r"\d+% of what was merged"):
+        model.merge_adapter()
+
+
 def test_merge_and_unload_leaves_a_quantised_model(library: str):
     model, batch = adapted(base(library), "lora"), models.inputs("llama")
-    model.merge_adapter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", veneer.RoundingWarning)
+        model.merge_adapter()
     expected = output(model, batch)
     merged = model.merge_and_unload()
     assert type(merged.model.layers[0].self_attn.q_proj) is type(base(library).model.layers[0].self_attn.q_proj)

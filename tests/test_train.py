@@ -322,3 +322,32 @@ def test_a_typo_in_a_recipe_names_the_nearest(settings: dict, words: str):
 )
 def test_what_a_method_or_run_cannot_do_is_refused(base, data, tmp_path, settings: dict, words: str):
     failing(VeneerError, words, base, data, tmp_path / "out", **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"accumulate": 2, "batch_size": 2}, {"packing": True, "batch_size": 2}])
+def test_the_fast_paths_learn_the_same(base, data, tmp_path, monkeypatch, settings: dict):
+    """Rows end to end and by sequence, or padded and all plain: the same losses and the same adapter."""
+    from veneer.ops import attention
+
+    calls, true = [], attention._one_length
+    monkeypatch.setattr(attention, "_one_length", lambda *args: (calls.append(1), true(*args))[1])
+    fast = run(base, data, tmp_path / "fast", options={"lora_dropout": 0.0}, **settings)
+    assert calls
+    calls.clear()
+    plain = run(base, data, tmp_path / "plain", options={"lora_dropout": 0.0}, fast=False, **settings)
+    assert not calls
+    assert fast["losses"] == pytest.approx(plain["losses"], rel=1e-4)
+    assert fast["real_tokens"] == plain["real_tokens"]
+    for name, tensor in tensors(tmp_path / "fast").items():
+        torch.testing.assert_close(tensor, tensors(tmp_path / "plain")[name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "loreft"])
+def test_methods_that_look_at_whole_rows_get_them_padded(base, data, tmp_path, monkeypatch, method: str):
+    from veneer.train import collate
+
+    flat = []
+    monkeypatch.setattr(collate, "joined", lambda rows: flat.append(rows))
+    settings = {"rank": None if method == "prompt_tuning" else 2}
+    run(base, data, tmp_path / "out", method=method, max_steps=1, **settings)
+    assert not flat

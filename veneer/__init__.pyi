@@ -12,6 +12,7 @@ from .errors import BaseMismatch as BaseMismatch
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import NotMergeable as NotMergeable
+from .errors import RoundingWarning as RoundingWarning
 from .errors import TargetError as TargetError
 from .errors import VeneerError as VeneerError
 from .hotswap import hotswap_adapter as hotswap_adapter

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .core import checkpoint
 from .core.adapter import Adapter, Additive, LowRank, Parts, Replace
+from .core.config import Config
 from .core.context import State, state_of
 from .core.layer import AdapterLayer
 from .errors import NotMergeable, VeneerError
@@ -109,10 +110,10 @@ def adapter_state(model: nn.Module, name: str) -> State:
     return state
 
 
-def lora_config(state: State, name: str, pairs: Mapping[str, Pair]) -> LoraConfig:
-    """The config of a plain LoRA with these factors by path; the scaling is one everywhere."""
+def lora_config(config: Config, pairs: Mapping[str, Pair]) -> LoraConfig:
+    """The config of a plain LoRA with these factors by path, for the base of another; the scaling is one everywhere."""
     ranks = {path: A.shape[0] for path, (A, _) in pairs.items()}
-    r, config = max(ranks.values()), state.configs[name]
+    r = max(ranks.values())
     other = {path: rank for path, rank in ranks.items() if rank != r}
     return LoraConfig(
         r=r,
@@ -154,7 +155,7 @@ def convert_to_lora(
             pairs[path] = update.reduced(rank)
             tensors |= _keys(layer, *pairs[path])
         tensors |= _copies(path, adapter)
-    config = lora_config(state, adapter_name, pairs)
+    config = lora_config(state.configs[adapter_name], pairs)
     config.modules_to_save = state.configs[adapter_name].modules_to_save
     return config, tensors
 

@@ -34,6 +34,10 @@ class TrainingError(VeneerError):
     """A run cannot start, go on, or be trusted: its loss is not finite, or its adapter did not change."""
 
 
+class RoundingWarning(UserWarning):
+    """Merging into quantised weights lost much of the update."""
+
+
 class NotMergeable(VeneerError):
     """The adapter has no form as a new weight, or merging it would change the result."""
 

@@ -67,6 +67,21 @@ def find_weights(source: str | Path, *, allow_pickle: bool = False, **hub: Any) 
         raise
 
 
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a safetensors file's tensors by key, from its header alone.
+
+    Raises:
+        CheckpointError: it is none, or not whole.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
+
+
 def _contents(directory: Path) -> str:
     if not directory.is_dir():
         return "there is no such directory"

@@ -284,20 +284,24 @@ def _one_count(counts: dict[str, int | None]) -> int | None:
 
 def _labels(places: dict[str, str], config: Any, given: list[str] | None) -> list[str] | None:
     """The classes by name: as given, as the training recipes say, or as the base model's config does."""
-    from .train.recipe import RECIPE_NAME, read
-
-    said: dict[str, Any] = {
-        name: read(file).get("labels") for name, p in places.items() if (file := Path(p) / RECIPE_NAME).is_file()
-    }
-    said = {name: list(labels) for name, labels in said.items() if labels}
+    trained = {name: labels for name, place in places.items() if (labels := _trained_classes(place))}
+    if given is None and len(set(map(tuple, trained.values()))) > 1:
+        spelled = "; ".join(f"{name} {', '.join(labels)}" for name, labels in trained.items())
+        raise ConfigError(f"the adapters were trained on different classes, or in another order: {spelled}")
     own = [config.id2label[i] for i in range(config.num_labels)]
-    found = given or next(iter(said.values()), None) or (None if own[0] == "LABEL_0" else own)
-    other = next((f"{name}'s: {', '.join(map(str, labels))}" for name, labels in said.items() if labels != found), None)
-    if other and not given:
-        raise ConfigError(f"the adapters were trained on other classes: {', '.join(found or ())}, and {other}")
+    found = given or next(iter(trained.values()), None) or (None if own[0] == "LABEL_0" else own)
     if found and len(found) != config.num_labels:
         raise ConfigError(f"{len(found)} classes are named ({', '.join(found)}), the model has {config.num_labels}")
     return found
+
+
+def _trained_classes(place: str) -> list[str] | None:
+    """The classes that the recipe beside an adapter names."""
+    from .train.recipe import RECIPE_NAME, read
+
+    recipe = Path(place) / RECIPE_NAME
+    labels = read(recipe).get("labels") if recipe.is_file() else None
+    return [str(label) for label in labels] if labels else None
 
 
 def _adapted(bare: Any, places: dict[str, str]) -> Any:

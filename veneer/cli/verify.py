@@ -28,13 +28,12 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Reload an adapter onto a fresh base model and check everything about it."""
-    from transformers.utils.logging import disable_progress_bar
-
     from veneer.core.config import TaskType
+    from veneer.interop.quiet import quiet
     from veneer.loading import load_base
     from veneer.verify import verify as check
 
-    disable_progress_bar()
+    quiet()
     found = check(adapter, load_base(adapter, model, task=TaskType.CAUSAL_LM), follow_paths=follow_paths)
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))

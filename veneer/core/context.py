@@ -48,12 +48,13 @@ class State:
         self.facts: dict[Any, Any] = {}
         self.sticky: dict[str, Any] = {}
         self.busy = False
+        self.memo: dict[Any, Any] | None = None
         self.lock = RLock()
         """Held over a call of the model: those of several threads run one after another."""
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle is made between calls: the facts of the last one stay behind."""
-        of_call = {"facts": {}, "sticky": {}, "busy": False, "watch": None, "lock": None}
+        of_call = {"facts": {}, "sticky": {}, "busy": False, "memo": None, "watch": None, "lock": None}
         return {**self.__dict__, "layers": dict(self.layers), **of_call}
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
@@ -99,14 +100,17 @@ class State:
 
     @contextmanager
     def remembering(self, facts: dict[str, Any]) -> Iterator[None]:
-        """Facts that hold for every model call inside (a `generate`)."""
-        before = self.sticky, self.facts
-        self.sticky = {**self.sticky, **facts}
+        """Facts that hold for every model call inside (a `generate`), in which no adapter changes.
+
+        So `memo` may hold what layers compute from their adapters alone; outside it is None.
+        """
+        before = self.sticky, self.facts, self.memo
+        self.sticky, self.memo = {**self.sticky, **facts}, {}
         self.facts = {**self.facts, **self.sticky}
         try:
             yield
         finally:
-            self.sticky, self.facts = before
+            self.sticky, self.facts, self.memo = before
 
     @contextmanager
     def switched(self, *, enabled: bool) -> Iterator[None]:

@@ -25,6 +25,7 @@ from .adapter import Tensors
 from .config import Config, PromptConfig
 from .context import CheckpointContext, State, state_of
 from .inject import attach, detach, settle
+from .quant import warn_of_rounding
 
 
 def get_peft_model(
@@ -302,6 +303,7 @@ class PeftModel(nn.Module):
             for layer, snapshot in zip(layers, before, strict=True):
                 layer.revert(snapshot)
             raise
+        warn_of_rounding(layers)
 
     def _merge_order(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
         state = self._state

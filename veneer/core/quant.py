@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import NotMergeable
+from ..errors import NotMergeable, RoundingWarning
 from .target import LinearTarget
+
+LARGE = 0.5
+"""The share of a merged update that may be lost before there is a warning."""
 
 
 class QuantisedTarget(LinearTarget):
@@ -22,6 +28,8 @@ class QuantisedTarget(LinearTarget):
 
     is_quantised = True
     is_readable = False
+    rounded: tuple[float, float] | None = None
+    """(size of the change, size of what rounding made of it) when a weight was last merged."""
 
     @staticmethod
     def fits(module: Any) -> bool:
@@ -69,13 +77,15 @@ class QuantisedTarget(LinearTarget):
         return plain
 
     def replace(self, new: dict[str, Tensor]) -> dict[str, Any]:
-        old = {"weight": self.bound(self.base)}
+        old, before = {"weight": self.bound(self.base)}, self.weight()
         weight = self.quantised(new["weight"])
         bound = {"weight": weight}
         if "bias" in new:
             old["bias"] = self.base.bias
             bound["bias"] = nn.Parameter(new["bias"].to(self.base.bias.dtype), requires_grad=False)
         self.restore(bound)
+        W = new["weight"].detach()
+        self.rounded = float((W - before).norm()), float((self.weight() - W).norm())
         return old
 
     def restore(self, old: dict[str, Any]) -> None:
@@ -119,6 +129,8 @@ class BitsAndBytes4(QuantisedTarget):
         data, state = weight.data, weight.quant_state
         if getattr(state, "packing_format_for_cpu", False):  # what running on some CPUs leaves
             data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
+            if not state.nested:  # left as the packed form has it: (blocks of a row, rows) in bfloat16
+                state.absmax = state.absmax.T.reshape(-1).float()
         return functional.dequantize_4bit(data, state)
 
     def quantised(self, W: Tensor) -> Any:
@@ -252,6 +264,20 @@ class GPTQ(QuantisedTarget):
 
 
 BACKENDS = (BitsAndBytes4, BitsAndBytes8, TorchAO, HQQ, GPTQ, QuantisedTarget)
+
+
+def warn_of_rounding(layers: Iterable[Any]) -> None:
+    """Say so where merging into quantised weights lost much: what is smaller than their steps vanishes."""
+    rounded = [layer.target.rounded for layer in layers if layer.target.is_quantised and layer.merged_adapters]
+    change, error = (math.hypot(*sizes) for sizes in zip(*rounded, strict=True)) if rounded else (0.0, 0.0)
+    if error > LARGE * change:
+        warnings.warn(
+            f"the error of quantising the merged weights again is {error / change:.0%} of what was merged: changes "
+            "smaller than the steps of a quantised weight vanish. Keep the adapter unmerged, or load the base model "
+            "unquantised and merge there, which the adapter's file fits",
+            RoundingWarning,
+            stacklevel=4,
+        )
 
 
 def quantised(module: nn.Module) -> type[QuantisedTarget] | None:

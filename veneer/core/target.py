@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..errors import NotMergeable, TargetError
+from ..ops.low_rank_linear import is_bare
 from .adapter import Matrix
 
 if TYPE_CHECKING:
@@ -193,6 +194,10 @@ class Target:
         with self.present() as module:
             return copy.deepcopy(module).requires_grad_(True)
 
+    def direct(self) -> tuple[Tensor, Tensor | None] | None:
+        """W (out, in) and b where calling the module is x W^T + b and nothing more, so that it may be left out."""
+        return None
+
     def op(self, x: Tensor, M: Tensor, b: Tensor | None = None) -> Tensor:
         """The module's operation with M (out, in) for its weight and b for its bias."""
         return functional_call(self.base, self.tensors(M, b), (x,))
@@ -252,6 +257,17 @@ class LinearTarget(Target):
     def out_features(self) -> int:
         return self.base.out_features
 
+    def direct(self) -> tuple[Tensor, Tensor | None] | None:
+        base = self.base
+        if not is_bare(base, self.forward_of(base)):
+            return None
+        return self.as_matrix(base._parameters["weight"]), base._parameters.get("bias")
+
+    @staticmethod
+    def forward_of(base: nn.Module) -> Any:
+        """The forward that is x W^T + b."""
+        return nn.Linear.forward
+
     def op(self, x: Tensor, M: Tensor, b: Tensor | None = None) -> Tensor:
         return F.linear(x, M, b)
 
@@ -269,6 +285,10 @@ class Conv1DTarget(LinearTarget):
     @property
     def out_features(self) -> int:
         return self.base.weight.shape[1]
+
+    @staticmethod
+    def forward_of(base: nn.Module) -> Any:
+        return type(base).forward if type(base).__module__ == "transformers.pytorch_utils" else None
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         return weight.T

@@ -19,8 +19,8 @@ from .. import embeddings
 from ..core.adapter import Tensors
 from ..core.config import TASK_HEADS, Config
 from ..core.model import PeftModel
-from ..errors import CheckpointError, ConfigError, NotMergeable
-from ..files import appearing, check_free, find_weights
+from ..errors import ConfigError, NotMergeable
+from ..files import appearing, check_free, find_weights, tensor_shapes
 from . import rounding
 from .base import copy_beside, find_base, model_class
 from .mapped import MappedModel
@@ -79,12 +79,8 @@ def merge(
         VeneerError: something would be overwritten, or the disk is too small. Nothing is left of `out` in any case.
     """
     check_free(Path(out))
-    configs = [Config.from_pretrained(adapter) for adapter in adapters]
-    base = base_of(configs, model)
-    home = find_base(base, configs[0].revision if model is None else None)
-    shards = Shards(home)
-    mapped = MappedModel(_skeleton(home, configs, adapters), shards)
-    merger = Merger(mapped, _adapted(mapped, configs, adapters, check_base), _embeddings(adapters))
+    base, home, mapped, adapted = on_files(adapters, model, check_base)
+    merger = Merger(mapped, adapted, _embeddings(adapters))
     report = MergeReport(str(out), base, [str(adapter) for adapter in adapters], untied=bool(merger.apart))
     with appearing(Path(out), merger.size) as folder:
         report.tensors = merger.write(folder, progress)
@@ -92,6 +88,21 @@ def merge(
         copy_beside(home, [Path(adapter) for adapter in adapters], folder)
         report.files = sorted(p.name for p in folder.iterdir())
     return report
+
+
+def on_files(
+    adapters: Sequence[str | Path], model: str | None, check_base: bool = True
+) -> tuple[str, Path, MappedModel, PeftModel]:
+    """Adapters on the files of their base, all active, called "1", "2" and so on.
+
+    Returns:
+        (the base's name, its directory, the model whose weights lie in files, that model adapted)
+    """
+    configs = [Config.from_pretrained(adapter) for adapter in adapters]
+    base = base_of(configs, model)
+    home = find_base(base, configs[0].revision if model is None else None)
+    mapped = MappedModel(_skeleton(home, configs, adapters), Shards(home))
+    return base, home, mapped, _adapted(mapped, configs, adapters, check_base)
 
 
 def base_of(configs: Sequence[Config], model: str | None) -> str:
@@ -107,7 +118,7 @@ def _skeleton(home: Path, configs: Sequence[Config], adapters: Sequence[str | Pa
     """The model on meta, of the adapters' task, with as many labels and words as the adapters' files have."""
     import transformers
 
-    shapes = [_shapes(adapter) for adapter in adapters]
+    shapes = [tensor_shapes(find_weights(adapter)) for adapter in adapters]
     config = transformers.AutoConfig.from_pretrained(home)
     if getattr(config, "quantization_config", None):
         raise NotMergeable(f"the weights of {str(home)!r} are quantised; give the model they were made from (--model)")
@@ -122,18 +133,6 @@ def _skeleton(home: Path, configs: Sequence[Config], adapters: Sequence[str | Pa
     for n in words - {model.get_input_embeddings().weight.shape[0]}:
         model.resize_token_embeddings(n, mean_resizing=False)
     return model
-
-
-def _shapes(adapter: str | Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of an adapter's tensors by key."""
-    from safetensors import SafetensorError, safe_open
-
-    path = find_weights(adapter)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
 
 
 def _labels(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -152,7 +151,7 @@ def _adapted(
     """All adapters on the mapped model, and active."""
     mapped.bind_all()
     mapped.bind_new()
-    names = [f"{i} {str(adapter).translate({47: '_', 92: '_'})}" for i, adapter in enumerate(adapters, 1)]
+    names = [str(i) for i in range(1, len(adapters) + 1)]
     model = PeftModel.from_pretrained(mapped.model, adapters[0], names[0], config=configs[0], check_base=check_base)
     for name, adapter in zip(names[1:], adapters[1:], strict=True):
         model.load_adapter(adapter, name, check_base=check_base)

@@ -57,3 +57,5 @@ class FourierFTConfig(LayerConfig):
 
     peft_type, adapter = Name("FOURIERFT"), FourierFT
     patterns = ("n_frequency_pattern",)
+    learning_rate = 0.1
+    recommended = {"init_weights": True}

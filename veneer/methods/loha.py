@@ -102,7 +102,7 @@ class LoHaConfig(LayerConfig):
     """Start as a no-op; False: random."""
 
     peft_type, adapter = Name("LOHA"), LoHa
-    patterns = ("rank_pattern", "alpha_pattern")
+    patterns, learning_rate = ("rank_pattern", "alpha_pattern"), 1e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()

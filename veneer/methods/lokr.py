@@ -109,7 +109,7 @@ class LoKrConfig(LayerConfig):
     """True: W1 starts at zero. "lycoris": W2 does, as in LyCORIS. False: neither (for tests)."""
 
     peft_type, adapter = Name("LOKR"), LoKr
-    patterns, learning_rate = ("rank_pattern", "alpha_pattern"), 5e-3
+    patterns, learning_rate = ("rank_pattern", "alpha_pattern"), 2e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()

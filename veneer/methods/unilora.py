@@ -103,7 +103,8 @@ class UniLoraConfig(LayerConfig):
     """Write the places and the entries of P into the file too; False: regenerated from the seed."""
 
     peft_type, adapter = Name("UNILORA"), UniLoRA
-    learning_rate = 5e-3
+    learning_rate = 2e-2
+    recommended = {"theta_d_length": 8192}
 
     def __post_init__(self) -> None:
         super().__post_init__()

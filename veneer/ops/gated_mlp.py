@@ -89,11 +89,11 @@ def _kept(act: nn.Module) -> int:
     """How many tensors an activation keeps for its backward pass."""
     kept: list[Tensor] = []
 
-    def keep(t: Tensor) -> Tensor:
+    def note(t: Tensor) -> Tensor:
         kept.append(t)
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.enable_grad():
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.enable_grad():
         type(act).forward(act, torch.ones(2, requires_grad=True))
     return len(kept)
 
@@ -107,7 +107,8 @@ def _is_gated(kind: type, module: nn.Module) -> bool:
     """What a class makes of a few small layers tells whether it is the formula."""
     key = kind_of(module)
     if key not in _gated:
-        layers = {"gate_proj": nn.Linear(5, 7), "up_proj": nn.Linear(5, 7), "down_proj": nn.Linear(7, 5)}
+        with torch.random.fork_rng(devices=[]):  # what a run draws must not depend on what was tried before it
+            layers = {"gate_proj": nn.Linear(5, 7), "up_proj": nn.Linear(5, 7), "down_proj": nn.Linear(7, 5)}
         probe: Any = copy.copy(module)
         probe.__dict__["_modules"] = {**layers, "act_fn": module.act_fn}
         x = torch.linspace(-3, 3, 40).reshape(1, 8, 5).sin()

@@ -10,18 +10,21 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from .encode import IGNORED, Encoded
+from .packing import joined
 
 
 class Collator:
-    """Pads rows to the longest of the batch, or lays packed ones end to end.
+    """Pads rows to the longest of the batch, or lays them end to end: packed ones, and all of them if `flat`.
 
     Gives input_ids, attention_mask (or position_ids) and labels, (batch, length) each; labels (batch,) for classes.
     """
 
-    def __init__(self, pad: int) -> None:
-        self.pad = pad
+    def __init__(self, pad: int, flat: bool = False) -> None:
+        self.pad, self.flat = pad, flat
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        if self.flat and "position_ids" not in rows[0]:
+            rows = [joined(rows)]
         if "position_ids" in rows[0]:
             return {name: torch.tensor([[value for row in rows for value in row[name]]]) for name in rows[0]}
         lengths = [len(row["input_ids"]) for row in rows]

@@ -19,6 +19,7 @@ from typing import Any
 from ..errors import TrainingError
 from ..verify import Verification, record, unmoved, verify
 from .data import Data
+from .guards import Watch, writing
 from .meter import Meter
 from .page import PAGE_NAME, render
 from .recipe import Recipe
@@ -27,8 +28,6 @@ from .samples import probe, samples
 from .setup import load_base
 from .trained import layers, outside
 
-EARLY = 3
-"""Steps within which some trained tensors may still stand at their start: LoRA's A gets no gradient while B is zero."""
 STAGING = ".unfinished-"
 LAST = (PAGE_NAME, REPORT_NAME)
 """Files that are put in place last: where they are, everything else is."""
@@ -46,6 +45,7 @@ class Run:
     pad: int
     started: dict[str, str]
     """`veneer.verify.digests` of the adapter before training."""
+    watch: Watch
 
 
 def finish(run: Run) -> dict[str, Any]:
@@ -57,14 +57,16 @@ def finish(run: Run) -> dict[str, Any]:
     is_main, output = run.trainer.is_world_process_zero(), Path(run.recipe.output)
     content = contents(run.recipe, run.trainer, run.meter, run.data)
     with _staging(output, is_main) as folder:
-        run.trainer.save_model(str(folder))
+        with writing("the adapter", output):
+            run.trainer.save_model(str(folder))
         still = unmoved(folder, run.started) if is_main else []
         _record(run, folder, still, is_main)
         if is_main:
             content |= {"unchanged_tensors": still} | _examined(run, folder)
-            write_report(folder, content)
-            (folder / PAGE_NAME).write_text(render(content), encoding="utf-8")
-            _publish(folder, output)
+            with writing("the report", output):
+                write_report(folder, content)
+                (folder / PAGE_NAME).write_text(render(content), encoding="utf-8")
+                _publish(folder, output)
     return content
 
 
@@ -82,12 +84,14 @@ def _staging(output: Path, is_main: bool) -> Iterator[Path]:
 
 
 def _record(run: Run, folder: Path, still: list[str], is_main: bool) -> None:
-    """Outputs of the trained model, and the starts of those tensors that must have moved."""
+    """Outputs of the trained model, and the starts of those tensors that must have moved: a gradient reached them."""
     state = run.trainer.state
     step = state.best_global_step if state.best_model_checkpoint else state.global_step
-    started = {k: d for k, d in run.started.items() if k not in still} if step <= EARLY else run.started
+    excused = run.watch.unreached(step) & set(still)
+    started = {key: digest for key, digest in run.started.items() if key not in excused}
     model = run.trainer.accelerator.unwrap_model(run.trainer.model, keep_torch_compile=False)
-    record(model, folder, probe(run.data, run.pad), started, is_main_process=is_main)
+    with writing("the adapter", Path(run.recipe.output)):
+        record(model, folder, probe(run.data, run.pad), started, is_main_process=is_main)
 
 
 def _examined(run: Run, folder: Path) -> dict[str, Any]:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from ..errors import TrainingError
+from ..ops import is_fast
+from ..ops.attention import by_sequence
 from .encode import IGNORED, Encoded
 
+ONE_ROW = {"input_ids", "labels", "position_ids"}
+"""What a row may hold to be laid behind another; anything else belongs to a row as a whole."""
+BY_TOKEN = {"linear", "embedding", "norm", "param"}
+"""Kinds of module that treat each token by itself."""
 OPEN = 64
 """Sequences that are still being filled."""
 
@@ -46,7 +53,6 @@ def joined(members: Sequence[Encoded]) -> Encoded:
     }
 
 
-@torch.no_grad()
 def check(model: torch.nn.Module, rows: Sequence[Encoded]) -> None:
     """Raise unless the model, adapter on, computes of packed rows what it computes of each alone.
 
@@ -56,6 +62,32 @@ def check(model: torch.nn.Module, rows: Sequence[Encoded]) -> None:
     Raises:
         TrainingError: it lets rows see each other.
     """
+    if not keeps_apart(model, rows):
+        raise TrainingError("with this model and method, rows packed into one sequence see each other; set packing off")
+
+
+def goes_by_sequence(model: Any, rows: Sequence[Encoded]) -> bool:
+    """Whether the model, adapters on, can be given any rows end to end, with attention computed by sequence."""
+    if not is_fast("attention") or not isinstance(rows[0]["labels"], list) or rows[0].keys() - ONE_ROW:
+        return False
+    try:
+        with by_sequence(model):
+            return keeps_apart(model, rows) and adapts_by_token(model)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):  # a model that does not take such a row
+        return False
+
+
+def adapts_by_token(model: Any) -> bool:
+    """Whether the adapters on a model that was just called treat each token by itself: they have learned no facts of
+    its rows, put no prompt before them, and sit on modules of such a kind."""
+    state = model._state
+    prompts = any(name in state.prompts for name in state.active)
+    return not state.facts and not prompts and {layer.target.kind for layer in state.layers.values()} <= BY_TOKEN
+
+
+@torch.no_grad()
+def keeps_apart(model: torch.nn.Module, rows: Sequence[Encoded]) -> bool:
+    """Whether the beginnings of two rows give the same logits in one sequence and each alone."""
     pair = [{name: row[name][:16] for name in ("input_ids", "labels")} for row in (rows[0], rows[-1])]
     training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -65,5 +97,4 @@ def check(model: torch.nn.Module, rows: Sequence[Encoded]) -> None:
     packed = model(input_ids=ids, position_ids=places, use_cache=False).logits[:, -second.shape[1] :]
     alone = model(input_ids=second, use_cache=False).logits[:, -second.shape[1] :]
     model.train(training)
-    if not torch.allclose(packed, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max())):
-        raise TrainingError("with this model and method, rows packed into one sequence see each other; set packing off")
+    return torch.allclose(packed, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max()))

@@ -15,6 +15,8 @@ PAGE_NAME = "report.html"
 MOST_POINTS = 400
 """Of a curve; longer ones are averaged down."""
 MOST_BARS = 32
+MARGIN = 0.06
+"""Room above and below the values, as a share of their range."""
 SMOOTHING = 0.9
 """How much of the running mean stays at each step."""
 
@@ -40,8 +42,6 @@ class Curve:
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
     marks: tuple[Mark, ...] = ()
-    now: str = ""
-    """The last value, in words."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ def render(content: dict[str, Any]) -> str:
     )
     environment.filters |= {"count": _count, "size": _size, "clock": _clock, "share": _share, "short": _short}
     view = {
+        "name": content["model"].rstrip("/").rpartition("/")[2],
         "curves": curves(content),
         "heats": heats(content["layers"]),
         "bars": bars(content["data"]["lengths"], content["recipe"]["max_length"]),
@@ -116,18 +117,27 @@ def curve(
     every = [point for _, line in lines for point in line] + list(marks)
     if not every:
         return Curve(title, (), (), ())
-    xs, ys = [x for x, _ in every], [y for _, y in every]
-    low, high, y_ticks = _axis(min(ys) if floor is None else floor, max(ys), 4)
-    left, right = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
+    (left, right), (low, high) = _span([x for x, _ in every], 0), _span([y for _, y in every], MARGIN, floor)
 
     def place(x: float, y: float) -> tuple[float, float]:
         return (x - left) / (right - left), 1 - (y - low) / (high - low)
 
-    paths = tuple((kind, _path([place(*p) for p in thinned(line)])) for kind, line in lines)
-    named = tuple(Mark(*_percent(place(x, y)), f"step {x:g}: evaluation loss {y:.4f}") for x, y in marks)
-    x_ticks = tuple((100 * (v - left) / (right - left), t) for v, t in _axis(left, right, 6)[2] if left <= v <= right)
-    last = next((line[-1][1] for _, line in reversed(lines) if line), None)
-    return Curve(title, paths, x_ticks, tuple((100 * place(left, v)[1], t) for v, t in y_ticks), named, _short(last))
+    return Curve(
+        title,
+        tuple((kind, _path([place(*p) for p in thinned(line)])) for kind, line in lines),
+        tuple((_percent(place(v, low))[0], text) for v, text in _axis(left, right, 6)),
+        tuple((_percent(place(left, v))[1], text) for v, text in _axis(low, high, 4 if floor is not None else 7)),
+        tuple(Mark(*_percent(place(x, y)), f"step {x:g}: evaluation loss {y:.4f}") for x, y in marks),
+    )
+
+
+def _span(values: Sequence[float], margin: float, floor: float | None = None) -> tuple[float, float]:
+    """(start, end) of an axis."""
+    low, high = min(values) if floor is None else floor, max(values)
+    if high <= low:
+        low, high = (low - 0.5 * abs(low), high + 0.5 * abs(high)) if low else (0.0, 1.0)
+    room = margin * (high - low)
+    return low if floor is not None else low - room, high + room
 
 
 def smooth(line: Points) -> list[tuple[float, float]]:
@@ -156,21 +166,16 @@ def _percent(place: tuple[float, float]) -> tuple[float, float]:
     return round(100 * place[0], 2), round(100 * place[1], 2)
 
 
-def _axis(low: float, high: float, ticks: int) -> tuple[float, float, list[tuple[float, str]]]:
-    """(start, end, ticks) of an axis with round numbers on it."""
+def _axis(low: float, high: float, ticks: int) -> list[tuple[float, str]]:
+    """Round numbers between two values, and how they are written."""
     from matplotlib.ticker import MaxNLocator
 
-    if high <= low:
-        low, high = (low - 0.5 * abs(low), high + 0.5 * abs(high)) if low else (0.0, 1.0)
     values = [float(v) for v in MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
     step = values[1] - values[0]
-    digits = max(0, -math.floor(math.log10(step) + 1e-9)) + (1 if f"{step:e}".startswith("2.5") else 0)
-    small = 0 < max(map(abs, values)) < 1e-3
-    return (
-        values[0],
-        values[-1],
-        [(v, f"{v:.1e}" if small and v else f"{v:,.{0 if not v else digits}f}") for v in values],
-    )
+    digits = max(0, -math.floor(math.log10(step) + 1e-9)) + f"{step:e}".startswith("2.5")
+    small = max(map(abs, values)) < 1e-3
+    texts = [f"{v:.1e}" if small and v else f"{v:,.{digits if v else 0}f}" for v in values]
+    return [(v, text) for v, text in zip(values, texts, strict=True) if low <= v <= high]
 
 
 # Layers
@@ -183,7 +188,7 @@ def heats(layers: list[dict[str, Any]]) -> list[Heat]:
     relative = all(layer["relative_norm"] is not None for layer in layers)
     name = "relative_norm" if relative else "norm"
     title = "How far each weight moved: |ΔW| / |W|" if relative else "Size of each adapter's own numbers"
-    found = [_heat(title, layers, name, lambda v: f"{v:.2%}" if relative else _short(v))]
+    found = [_heat(title, layers, name, _portion if relative else _short)]
     if all(layer["effective_rank"] is not None for layer in layers):
         most = {layer["rank"] for layer in layers}
         of = f" (of {most.pop()})" if len(most) == 1 else ""
@@ -270,6 +275,10 @@ def _clock(seconds: float) -> str:
 
 def _share(value: float) -> str:
     return f"{value:.1%}"
+
+
+def _portion(value: float) -> str:
+    return f"{value:.2%}" if value < 1 else _short(value)
 
 
 def _short(value: float | None) -> str:

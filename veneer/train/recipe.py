@@ -104,6 +104,8 @@ class Recipe(Strict):
     """Gradients are clipped to this norm; 0: not at all."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    fast: bool = True
+    """Take the fast paths, which change no result beyond rounding."""
     seed: int = 0
 
     eval_every: int | None = Field(None, ge=1)

@@ -10,25 +10,18 @@ import torch
 from torch import nn
 
 from ...core import inject
+from ...core.adapter import Replace
 from ...core.config import PromptConfig
 from ...core.context import State, state_of
+from ...core.layer import walk
 from ...errors import VeneerError
 from ...interop import transformers as interop
 from ...train.schedule import follow
 from . import table
-from .configs import PeftConfig, as_peft
+from .configs import Names, PeftConfig, as_peft
 from .layers import PeftLayer, agree, is_flat, names_of
-from .matching import narrowed
-
-KEPT = (
-    "modules_to_save",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-)
+from .matching import check_target_module_exists, narrowed
+from .strictness import is_strict
 
 
 def put_on(
@@ -38,8 +31,9 @@ def put_on(
     given, config = config, as_peft(config)
     if not isinstance(config, PeftConfig):
         raise VeneerError(f"The input config must be a PeftConfig, got {type(given)}")
+    check_rank(config)
     if state_dict is not None:
-        config = _by_keys(config, state_dict)
+        config = _by_keys(model, config, state_dict)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     present = _current(model)
     if present is None:
@@ -49,7 +43,6 @@ def put_on(
     found = narrowed(model, config)
     if isinstance(found, PromptConfig) and found.task_type is None:
         found.task_type = interop.task_of(model)
-    before = {name: getattr(config, name, None) for name in KEPT}
     task, found.task_type = found.task_type, None  # its heads are for PEFT's model classes to add
     try:
         state = inject.attach(model, found, name, trainable=not config.inference_mode, on_meta=on_meta, lift=lift)
@@ -58,9 +51,13 @@ def put_on(
             parameter.requires_grad_(flag)
         raise
     found.task_type = task
+    warn_of_layout(config, found)
     if not config.inference_mode:
         follow(state, name)
-    given.__dict__.update({n: v for n, v in found.__dict__.items() if before.get(n) is None})
+    filled = found.__dict__.pop("filled", {})
+    given.__dict__.update({n: filled.get(n, v) for n, v in found.__dict__.items() if getattr(config, n, None) is None})
+    if getattr(given, "target_modules", None) == "all-linear":
+        given.target_modules = Names(p for p, a in state.adapters(name).items() if not is_copied(a))
     config.__dict__.update(given.__dict__)
     state.configs[name] = given if isinstance(given, PeftConfig) else config
     for parameter in state.prompts[name].parameters() if name in state.prompts else ():
@@ -68,6 +65,30 @@ def put_on(
     model.peft_config = state.configs  # type: ignore[assignment]
     _hide(model, state)
     return state
+
+
+def warn_of_layout(given: Any, found: Any) -> None:
+    """PEFT says so when a config is wrong about how weights are stored."""
+    before, after = getattr(given, "fan_in_fan_out", False), getattr(found, "fan_in_fan_out", False)
+    if before != after and not is_strict():
+        kind = "Conv1D" if after else "torch.nn.Linear"
+        warnings.warn(
+            f"fan_in_fan_out is set to {before} but the target module is `{kind}`. Setting fan_in_fan_out to {after}.",
+            stacklevel=4,
+        )
+
+
+def check_rank(config: Any) -> None:
+    """Raise what was wrong with a config's settings when it was made."""
+    refused, r = config.__dict__.get("refused"), getattr(config, "r", None)
+    if refused is not None and isinstance(r, int) and r <= 0 and " must be at least 1" in str(refused):
+        raise VeneerError(f"`r` should be a positive integer value but the value passed is {r}")
+    if refused is not None:
+        raise refused
+
+
+def is_copied(adapter: Any) -> bool:
+    return all(isinstance(part, Replace) for part in adapter.parts)
 
 
 def _hide(model: nn.Module, state: State) -> None:
@@ -91,7 +112,7 @@ def _current(model: nn.Module) -> State | None:
     return state_of(model)
 
 
-def _by_keys(config: Any, state_dict: dict[str, Any]) -> Any:
+def _by_keys(model: nn.Module, config: Any, state_dict: dict[str, Any]) -> Any:
     """A config whose targets are the modules that a state dict has keys for."""
     import copy
 
@@ -100,7 +121,22 @@ def _by_keys(config: Any, state_dict: dict[str, Any]) -> Any:
     found = copy.copy(config)
     found.target_modules = sorted(path.removeprefix("base_model.model.") for path in paths)
     found.exclude_modules = found.layers_to_transform = None
+    _warn_unlike(set(found.target_modules), [p for p, _ in walk(model) if p and check_target_module_exists(config, p)])
     return found
+
+
+def _warn_unlike(of_keys: set[str], of_config: Sequence[str]) -> None:
+    more, fewer = sorted(set(of_config) - of_keys), sorted(of_keys - set(of_config))
+    message = f"The PEFT config contained these additional target modules: {more}. " if more else ""
+    message += f"The state_dict contained these additional target modules: {fewer}. " if fewer else ""
+    if message:
+        warnings.warn(
+            "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the "
+            "provided state_dict. This is not necessarily an issue and can be ignored if this was the intent. "
+            + message,
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
 
 def activate(state: State, names: str | Sequence[str], inference_mode: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import inspect
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...core import config as core_config
-from ...core.config import COMMON, Config, PromptConfig, TaskType, all_methods, default_of
+from ...core.config import Config, PromptConfig, TaskType, all_methods, default_of
 from ...errors import CheckpointError, ConfigError
 from ...files import find_file, read_json, write_atomically
 from . import table
@@ -33,8 +34,6 @@ MultitaskPromptTuningInit = enum.Enum(  # type: ignore[misc]
     module=__name__,
 )
 
-COMPLETE = {"LORA", "ADALORA", "BOFT", "DEFT", "FOURIERFT", "OFT", "VBLORA", "WAVEFT"}
-"""Methods whose configs have every common field in PEFT too."""
 UNWRITTEN = {"runtime_config"}
 
 
@@ -64,6 +63,23 @@ class Names(list[str]):
 
     def __or__(self, other: Iterable[str]) -> set[str]:
         return self.union(other)
+
+
+def check_as_peft(config: Any) -> None:
+    """What PEFT refuses as soon as a config is made, in its words."""
+    targets, numbers = getattr(config, "target_modules", None), getattr(config, "layers_to_transform", None)
+    pattern, inside = getattr(config, "layers_pattern", None), getattr(config, "feedforward_modules", None)
+    if isinstance(targets, str) and targets != "all-linear" and numbers is not None:
+        raise ConfigError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+    if isinstance(targets, str) and targets != "all-linear" and pattern is not None:
+        raise ConfigError("`layers_pattern` cannot be used when `target_modules` is a str.")
+    if pattern and numbers is None:
+        raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+    given = set(targets) if isinstance(targets, (list, set, tuple)) else set()
+    if given and isinstance(inside, (list, set, tuple)) and not set(inside) <= given:
+        raise ConfigError("`feedforward_modules` should be a subset of `target_modules`")
+    if config.peft_type == "ADALORA" and not (config.total_step or 0) > 0:
+        raise ConfigError("AdaLoRA does not work when `total_step` is None, supply a value > 0.")
 
 
 @dataclass
@@ -107,7 +123,13 @@ class PeftConfig(Config, metaclass=Called):
                 f"Invalid task type: '{self.task_type}'. Must be one of the following task types: "
                 f"{', '.join(t.value for t in TaskType)}."
             )
-        super().__post_init__()
+        check_as_peft(self)
+        try:
+            super().__post_init__()
+        except ConfigError as error:
+            if is_strict():
+                raise
+            self.__dict__["refused"] = error  # PEFT looks at most settings when the adapter is put on
         self.peft_version = self.peft_version or table.VERSION
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name, None), (list, tuple)):
@@ -117,16 +139,19 @@ class PeftConfig(Config, metaclass=Called):
     def is_prompt_learning(self) -> bool:
         return isinstance(self, PromptConfig)
 
+    def meaning(self) -> list[str]:
+        return as_ours(self).meaning()
+
     # The file
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, as PEFT's configs have them."""
         kind = None if self.peft_type is None else self.peft_type.value
         found: dict[str, Any] = {"peft_type": self.peft_type}
+        absent = table.ABSENT.get(str(kind), "").split()
         for f in fields(self):
             value = getattr(self, f.name)
-            ours_alone = f.name in COMMON and kind not in COMPLETE and f.name not in core_config.ALWAYS_WRITTEN
-            if not ours_alone or value != default_of(f) or f.name in ("auto_mapping", "peft_version"):
+            if f.name not in absent or value != default_of(f):
                 found[f.name] = core_config._plain(value)
         if "loftq_config" in found:
             found["loftq_config"] = found["loftq_config"] or {}
@@ -269,6 +294,15 @@ def _config_class(kind: str, row: table.Row) -> Any:
 
 CONFIGS: dict[Any, Any] = {PeftType(kind): _config_class(kind, row) for kind, row in table.METHODS.items()}
 LoraConfig = CONFIGS[PeftType("LORA")]
+
+
+def as_ours(config: Any) -> Config:
+    """The same settings in veneer's own class, without PEFT's further fields."""
+    kind = next(c for c in type(config).__mro__ if c in all_methods().values())
+    made: Config = copy.copy(config)
+    made.__class__ = kind
+    made.__dict__ = {f.name: getattr(config, f.name) for f in fields(kind)}  # type: ignore[arg-type]
+    return made
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> Any:

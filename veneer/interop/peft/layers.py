@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...core.adapter import Adapter, Matrix, Replace
+from ...core.adapter import Adapter, LowRank, Matrix, Replace
 from ...core.context import State
 from ...core.layer import AdapterLayer
 from . import table
-from .slots import HeldSlot, ModuleSlot, SharedSlot, TensorSlot, as_factor
+from .slots import DropoutSlot, HeldSlot, ModuleSlot, SharedSlot, TensorSlot, as_factor
 
 SHOWN = {own: shown for shown, own in table.EVERYWHERE.items()}
 CONVOLUTION = {1: "Conv1d", 2: "Conv2d", 3: "Conv3d"}
@@ -58,26 +58,29 @@ class PeftLayer(AdapterLayer):
     def add(self, name: str, adapter: Adapter) -> None:
         super().add(name, adapter)
         for part in self.adapters[name].parts:
+            if isinstance(part, LowRank) and hasattr(part, "lora_alpha"):
+                self._show("dropout", DropoutSlot, part.key)
             for attribute, child in part._modules.items():
                 if child is None:
                     continue
                 if type(child) is Matrix and self.target.kind in ("linear", "conv", "param"):
                     as_factor(child, self.base_layer)
-                self._show(attribute, ModuleSlot)
+                self._show(attribute, ModuleSlot, part.key)
             for attribute, tensor in (*part._parameters.items(), *part._buffers.items()):
                 if tensor is not None:
-                    self._show(attribute, HeldSlot if attribute in table.IN_MODULES else TensorSlot)
+                    self._show(attribute, HeldSlot if attribute in table.IN_MODULES else TensorSlot, part.key)
             if is_flat(part.shared):
                 for attribute in (*part.shared._parameters, *part.shared._buffers):
                     self._modules.setdefault(attribute, SharedSlot(self.state, attribute))
         self._rename()
 
-    def _show(self, attribute: str, kind: Any) -> None:
+    def _show(self, attribute: str, kind: Any, key: str = "") -> None:
         row = self.row()
         own = {mine: shown for shown, mine in row.aliases.items()} if row is not None else {}
         shown = own.get(attribute, SHOWN.get(attribute, attribute))
-        if shown not in self._modules:
-            self._modules[shown] = kind(self, attribute)
+        slots = self._modules if not key else self._modules.setdefault(group_of(key), nn.Module())._modules
+        if shown not in slots:
+            slots[shown] = kind(self, attribute, key)
 
     def _rename(self) -> None:
         """A module of which whole copies are trained is PEFT's `original_module`, beside `modules_to_save`."""
@@ -118,7 +121,7 @@ class PeftLayer(AdapterLayer):
         held = self.__dict__.get("_modules", {})
         if name == "base_layer" and "original_module" in held:
             return held["original_module"]
-        if name in held and name != "lora_dropout":
+        if name in held:
             return held[name]
         if name.startswith("__"):
             raise AttributeError(name)
@@ -394,6 +397,12 @@ class Reading(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return repr(dict(self))
+
+
+def group_of(key: str) -> str:
+    """Where adapters stand whose tensors have a further part in their names: tokens, or a module's other parameters."""
+    count = key.count("base_layer.")
+    return f"base_layer_{count}" if count else key.strip(".")
 
 
 def is_flat(shared: Any) -> bool:

@@ -80,11 +80,12 @@ def narrowed(model: nn.Module, config: Any) -> Any:
         return config
     if config.target_modules is not None or not getattr(config, "target_parameters", None):
         fill_defaults(model, config)
+        config.__dict__["filled"] = {field: getattr(config, field) for field in FIELDS if hasattr(config, field)}
     if config.target_modules == "all-linear":
-        _check_all_linear(model)
         return config
     found = [path for path in paths if check_target_module_exists(config, path)]
     bare_parameters = _narrow_parameters(model, config)
+    _check_kinds(model, config, found)
     if not found and not bare_parameters:
         raise TargetError(_nothing_found(config, paths))
     _warn_unused(config, paths, found, bare_parameters)
@@ -120,8 +121,8 @@ def fill_defaults(model: Any, config: Any) -> None:
         try:
             by_role.fill_targets(model)
         except TargetError:
-            fields = " or ".join(f"`{field}`" for field in FIELDS if hasattr(config, field))
-            raise TargetError(f"Please specify {fields} in `peft_config`") from None
+            fields = " or ".join(f"`{field}`" for field in (*FIELDS, "target_parameters") if hasattr(config, field))
+            raise TargetError(f"Please specify {fields} in `peft_config`".replace("meters` in", "meters`in")) from None
     for field, value in found.items():
         setattr(config, field, getattr(by_role, field) if value is None else value)
 
@@ -130,12 +131,13 @@ WRITTEN: dict[tuple[Any, str], dict[Any, Any]] = {}
 """What programs write into PEFT's mappings of default targets, by method and field."""
 
 
-def _check_all_linear(model: nn.Module) -> None:
-    if not hasattr(model, "get_output_embeddings"):
+def _check_kinds(model: nn.Module, config: Any, found: Sequence[str]) -> None:
+    modules, kinds = dict(walk(model)), config.adapter.kinds
+    wrong = next((modules[path] for path in found if kind_of(modules[path]).kind not in kinds), None)
+    if wrong is not None:
         raise TargetError(
-            "Only instances of PreTrainedModel support `target_modules='all-linear'`"
-            if not any(kind_of(m).kind == "linear" for _, m in walk(model))
-            else "Only instances of PreTrainedModel support `target_modules='all-linear'`"
+            f"Target module {wrong} is not supported. Currently, only the following modules are supported: "
+            f"{', '.join(sorted(kinds))}."
         )
 
 
@@ -182,6 +184,7 @@ def _nothing_found(config: Any, paths: Sequence[str]) -> str:
 
 def _warn_unused(config: Any, paths: Sequence[str], found: Sequence[str], parameters: Sequence[str]) -> None:
     exclude = getattr(config, "exclude_modules", None)
+    exclude = exclude if exclude is None or isinstance(exclude, str) else set(exclude)
     if exclude and not any(is_excluded(config, path) for path in paths):
         warnings.warn(
             f"You have passed exclude_modules={exclude} but no modules were excluded. "

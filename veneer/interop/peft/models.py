@@ -13,7 +13,7 @@ from torch import nn
 
 from ...core import model as core
 from ...core.config import TASK_HEADS, PromptConfig, TaskType
-from ...core.context import State, state_of
+from ...core.context import BASE, State, batch_size, state_of
 from ...errors import CheckpointError, ConfigError, VeneerError
 from ...interop import transformers as interop
 from . import table
@@ -68,7 +68,7 @@ class PeftModel(core.PeftModel):
 
     def _let_inputs_learn(self, model: Any) -> None:
         """Under activation checkpointing that re-enters, something must need a gradient before the first layer."""
-        if getattr(model, "is_gradient_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
+        if getattr(model, "is_activation_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
 
     # Access
@@ -135,6 +135,35 @@ class PeftModel(core.PeftModel):
 
     # Running
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_names(args, kwargs)
+        return super().forward(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_names(None, kwargs)
+        return super().generate(*args, **kwargs)
+
+    def _check_names(self, args: Any, kwargs: dict[str, Any]) -> None:
+        """What PEFT refuses of a mixed batch, in its words."""
+        names = kwargs.get("adapter_names")
+        if names is None or not isinstance(names, (list, tuple)):
+            return
+        if self.training and not is_strict():
+            raise VeneerError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = sorted({name for name in names if name not in self.peft_config and name != BASE})
+        if unknown:
+            raise VeneerError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        if any(layer.merged_adapters for layer in self._state.layers.values()):
+            raise VeneerError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        rows = None if args is None else batch_size(args, kwargs)  # generate repeats them for its beams
+        if rows is not None and rows != len(names):
+            raise VeneerError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {rows} respectively."
+            )
+
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside, the model computes what the base model would; the active adapters learn again after it."""
@@ -176,6 +205,12 @@ class PeftModel(core.PeftModel):
     def _check_kind(self, config: Any) -> None:
         if self.peft_config and as_peft(config).peft_type != self.peft_type:
             settle_kinds(self.peft_type, config.peft_type)
+        learning = [c for c in (*self.peft_config.values(), config) if not c.inference_mode]
+        if self.peft_type.value == "ADALORA" and len(learning) > 1:
+            raise VeneerError(
+                "AdaLoraModel supports only 1 trainable adapter. When using multiple adapters, set inference_mode to "
+                "True for all adapters except the one you want to train."
+            )
         biases = [getattr(c, "bias", "none") for c in (*self.peft_config.values(), config)]
         if sum(bias != "none" for bias in biases) > 1:
             raise VeneerError(
@@ -193,7 +228,10 @@ class PeftModel(core.PeftModel):
                     f"set_adapter takes one name, not {adapter_name!r}; base_model.set_adapter takes several"
                 )
         self.active_adapter = adapter_name
-        activate(self._state, adapter_name, inference_mode)
+        if self._is_prompt_learning:
+            activate(self._state, adapter_name, inference_mode)
+        else:
+            self.base_model.set_adapter(adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         if self._is_prompt_learning:

@@ -24,9 +24,7 @@ def _default_targets() -> dict[str, Any]:
     found["TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING"] = utils.DefaultTargets(
         configs.PeftType("IA3"), "feedforward_modules"
     )
-    found["TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING"] = {
-        "bloom": utils.bloom_model_postprocess_past_key_value
-    }
+    found["TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING"] = {}
     return found
 
 
@@ -69,8 +67,38 @@ def everything() -> dict[str, Any]:
 
 def _auto(ours: Any) -> Any:
     """A class that loads base and adapter, whose adapter model is PEFT's."""
-    names = {"peft_model": models.PeftModel, "config_class": configs.PeftConfig, "__module__": "peft.auto"}
-    return type(ours.__name__, (ours,), names)
+    wanted = getattr(models, ours.__name__.removeprefix("Auto"))
+
+    class Auto(ours):  # type: ignore[misc]
+        peft_model, config_class, _target_peft_class = models.PeftModel, configs.PeftConfig, wanted
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            raise OSError(
+                f"{type(self).__name__} is designed to be instantiated using the "
+                f"`{type(self).__name__}.from_pretrained(pretrained_model_name_or_path)` or "
+                f"`{type(self).__name__}.from_config(config)` methods."
+            )
+
+        @classmethod
+        def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+            hub = {n: v for n, v in kwargs.items() if n in configs.hub_arguments()}
+            task = configs.PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub).task_type
+            found = models.MODELS.get(task)
+            if found is not None and wanted is models.PeftModel:
+                raise VeneerError(
+                    "Cannot use `AutoPeftModel` with a task type, please use a specific class for your task type. "
+                    "(e.g. `AutoPeftModelForCausalLM` for `task_type='CAUSAL_LM'`)"
+                )
+            if found is not None and found is not wanted:
+                raise VeneerError(
+                    f"Expected target PEFT class: {found.__name__}, but you have asked for: {wanted.__name__} make "
+                    "sure that you are loading the correct model for your task type."
+                )
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    Auto.__name__ = Auto.__qualname__ = ours.__name__
+    Auto.__module__ = "peft.auto"
+    return Auto
 
 
 FROM_VENEER = (

@@ -13,6 +13,7 @@ from ...core import checkpoint
 from ...errors import CheckpointError
 from ...files import PICKLE_NAME, WEIGHTS_NAME, write_atomically
 from . import table
+from .configs import as_ours
 from .strictness import is_strict
 
 
@@ -28,7 +29,7 @@ def save_adapter(
     directory.mkdir(parents=True, exist_ok=True)
     if safe:
         weights = checkpoint.base_weights(model.get_base_model(), model._state, name)
-        about = notes.metadata({"base": notes.fingerprint(weights)}, whole, model.peft_config[name])
+        about = notes.metadata({"base": notes.fingerprint(weights)}, whole, as_ours(model.peft_config[name]))
         write_atomically(directory / WEIGHTS_NAME, serialise(whole, about))
     elif is_strict():
         raise CheckpointError("veneer writes safetensors only; pickles can run code when they are loaded")
@@ -62,6 +63,8 @@ def write_card(model: Any, directory: Path) -> None:
     name = config.get("_name_or_path") or next((c.base_model_name_or_path for c in model.peft_config.values()), None)
     name = name or model.get_base_model().__dict__.get("name_or_path")
     tags = set(data.get("tags") or ())
+    if any(c.task_type == "CAUSAL_LM" for c in model.peft_config.values()):
+        data["pipeline_tag"] = "text-generation"
     if name:
         data["base_model"] = name
         tags.add(f"base_model:adapter:{name}")

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Live(MutableMapping[str, Any]):
     """One of torch's dicts (`_modules`, `_parameters`, `_buffers`) of a slot: an entry for each adapter's name."""
 
-    def __init__(self, layer: PeftLayer, attribute: str, kind: str) -> None:
-        self.layer, self.attribute, self.kind = layer, attribute, kind
+    def __init__(self, layer: Any, attribute: str, kind: str, key: str = "") -> None:
+        self.layer, self.attribute, self.kind, self.key = layer, attribute, kind, key
 
     def _owner(self, name: str) -> dict[str, Any]:
         for module in self._holders(name):
@@ -32,7 +32,7 @@ class Live(MutableMapping[str, Any]):
 
     def _holders(self, name: str) -> Iterator[nn.Module]:
         adapter = self.layer.adapters.get(name)
-        yield from adapter.parts if adapter is not None else ()
+        yield from (part for part in (() if adapter is None else adapter.parts) if part.key == self.key)
 
     def __getitem__(self, name: str) -> Any:
         return self._owner(name)[self.attribute]
@@ -63,9 +63,9 @@ class Live(MutableMapping[str, Any]):
 class ModuleSlot(Modules):
     """A module for each adapter's name: `layer.lora_A["default"]`."""
 
-    def __init__(self, layer: PeftLayer, attribute: str) -> None:
+    def __init__(self, layer: PeftLayer, attribute: str, key: str = "") -> None:
         super().__init__()
-        self.__dict__["_modules"] = Live(layer, attribute, "_modules")
+        self.__dict__["_modules"] = Live(layer, attribute, "_modules", key)
 
     def _get_name(self) -> str:
         return "ModuleDict"
@@ -74,10 +74,10 @@ class ModuleSlot(Modules):
 class TensorSlot(nn.ParameterDict):
     """A parameter or a buffer for each adapter's name: `layer.vera_lambda_b["default"]`."""
 
-    def __init__(self, layer: PeftLayer, attribute: str) -> None:
+    def __init__(self, layer: PeftLayer, attribute: str, key: str = "") -> None:
         super().__init__()
-        self.__dict__["_parameters"] = Live(layer, attribute, "_parameters")
-        self.__dict__["_buffers"] = live = Live(layer, attribute, "_buffers")
+        self.__dict__["_parameters"] = Live(layer, attribute, "_parameters", key)
+        self.__dict__["_buffers"] = live = Live(layer, attribute, "_buffers", key)
         self.__dict__["_non_persistent_buffers_set"] = Passing(live)
 
     def _tensors(self) -> dict[str, Any]:
@@ -149,6 +149,22 @@ class Passing:
         return any(self.live.attribute in h._non_persistent_buffers_set for h in self.live._holders(str(name)))
 
 
+class Dropouts(Live):
+    """The dropout of each adapter; PEFT has an `Identity` where there is none."""
+
+    def _owner(self, name: str) -> dict[str, Any]:
+        for part in self._holders(name):
+            if hasattr(part, self.attribute):
+                return {self.attribute: getattr(part, self.attribute) or nn.Identity()}
+        raise KeyError(name)
+
+
+class DropoutSlot(ModuleSlot):
+    def __init__(self, layer: PeftLayer, attribute: str, key: str = "") -> None:
+        super().__init__(layer, attribute)
+        self.__dict__["_modules"] = Dropouts(layer, attribute, "_modules", key)
+
+
 class Weight(MutableMapping[str, Any]):
     """The parameters of a module that has none of its own: a `weight`, which is another module's attribute."""
 
@@ -200,9 +216,9 @@ class Holding(Live):
 class HeldSlot(Modules):
     """`layer.lora_magnitude_vector["default"].weight`."""
 
-    def __init__(self, layer: PeftLayer, attribute: str) -> None:
+    def __init__(self, layer: PeftLayer, attribute: str, key: str = "") -> None:
         super().__init__()
-        self.__dict__["_modules"] = Holding(layer, attribute, "_parameters")
+        self.__dict__["_modules"] = Holding(layer, attribute, "_parameters", key)
 
 
 class ShownPrompt(nn.Module):
@@ -263,7 +279,10 @@ class PromptEncoders(Modules):
 class Factor(nn.Linear):
     """A factor that is also a linear layer, as PEFT's are: `layer.lora_A["default"](x)`."""
 
-    matrix, extra_repr = Matrix.matrix, nn.Linear.extra_repr
+    matrix = Matrix.matrix
+
+    def _get_name(self) -> str:
+        return "Linear"
 
 
 class Factor1d(nn.Conv1d):

@@ -24,7 +24,7 @@ from . import table
 from .strictness import is_strict
 
 PREFIX = "base_model.model."
-LoadResult = namedtuple("LoadResult", ["missing_keys", "unexpected_keys"])
+LoadResult = namedtuple("IncompatibleKeys", ["missing_keys", "unexpected_keys"])  # type: ignore[name-match]
 
 
 def root_of(model: Any) -> tuple[nn.Module, State, bool]:
@@ -141,7 +141,11 @@ def _check_shapes(own: dict[str, Tensor], fitting: dict[str, Tensor], ignore: bo
     if wrong and not ignore:
         raise RuntimeError(f"Error(s) in loading state_dict for {model}:\n\t" + "\n\t".join(lines))
     if wrong:
-        warnings.warn("Some weights were not initialized from the checkpoint: " + "; ".join(lines), stacklevel=4)
+        warnings.warn(
+            f"Some weights of {model} were not initialized from the model checkpoint and are being ignored because "
+            "you passed `ignore_mismatched_sizes=True`: " + "; ".join(lines),
+            stacklevel=4,
+        )
     for key in wrong:
         del fitting[key]
 

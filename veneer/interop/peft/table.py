@@ -223,6 +223,41 @@ METHODS: dict[str, Row] = {
 EVERYWHERE = {"lora_dropout": "dropout", "modules_to_save": "module", "original_bias": "bias"}
 """Attributes of an adapter, by the name that PEFT gives them on a layer; those of one method are in its row."""
 
+ABSENT = {
+    "ADAMSS": "exclude_modules bias fan_in_fan_out",
+    "ADAPTION_PROMPT": "modules_to_save exclude_modules layers_to_transform layers_pattern bias fan_in_fan_out",
+    "BEFT": "exclude_modules layers_to_transform layers_pattern bias fan_in_fan_out",
+    "C3A": "exclude_modules fan_in_fan_out",
+    "DELORA": "fan_in_fan_out",
+    "FROD": "exclude_modules",
+    "GLORA": "exclude_modules layers_to_transform layers_pattern fan_in_fan_out",
+    "GRALORA": "exclude_modules",
+    "HIRA": "bias",
+    "HRA": "fan_in_fan_out",
+    "IA3": "layers_to_transform layers_pattern bias",
+    "LILY": "bias fan_in_fan_out",
+    "LN_TUNING": "layers_to_transform layers_pattern bias fan_in_fan_out",
+    "LOHA": "bias fan_in_fan_out",
+    "LOKR": "bias fan_in_fan_out",
+    "MISS": "fan_in_fan_out",
+    "SHIRA": "exclude_modules layers_to_transform layers_pattern bias",
+    "OSF": "exclude_modules layers_to_transform layers_pattern bias fan_in_fan_out",
+    "PEANUT": "bias fan_in_fan_out",
+    "POLY": "layers_to_transform layers_pattern bias fan_in_fan_out",
+    "PSOFT": "bias",
+    "PVERA": "exclude_modules",
+    "RANDLORA": "exclude_modules",
+    "ROAD": "exclude_modules layers_to_transform layers_pattern bias fan_in_fan_out",
+    "SHADOW": "bias fan_in_fan_out",
+    "SUPERTUNING": "exclude_modules layers_to_transform layers_pattern bias fan_in_fan_out",
+    "TINYLORA": "exclude_modules",
+    "TRAINABLE_TOKENS": "modules_to_save exclude_modules layers_to_transform layers_pattern bias fan_in_fan_out",
+    "UNILORA": "exclude_modules",
+    "VERA": "exclude_modules",
+    "XLORA": "modules_to_save target_modules exclude_modules layers_to_transform layers_pattern bias fan_in_fan_out",
+}
+"""Common fields that PEFT's config of a method does not have."""
+
 IN_MODULES = ("lora_magnitude_vector",)
 """Parameters that PEFT keeps in a module of their own."""
 

@@ -51,6 +51,7 @@ class BaseTuner(Adapted):
         self.__dict__["_state_kept"] = state
         self.note_targets()
         activate(state, adapter_name, config.inference_mode)
+        self.__dict__["_set"] = [adapter_name]
 
     # Access
 
@@ -76,8 +77,8 @@ class BaseTuner(Adapted):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        names = self.active_adapters
-        return names[0] if len(names) == 1 else names
+        names, given = self.active_adapters, self.__dict__["_set"]
+        return given if names == ([given] if isinstance(given, str) else list(given)) else names
 
     def note_targets(self) -> None:
         for shared in self.state.shared.values():
@@ -136,6 +137,7 @@ class BaseTuner(Adapted):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         activate(self.state, adapter_name, inference_mode)
+        self.__dict__["_set"] = adapter_name
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         set_requires_grad(self.model, adapter_names, requires_grad)
@@ -245,6 +247,9 @@ class WithWeightedSums:
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         from ...combine import add_weighted_adapter
 
+        for name in args[0] if args else kwargs.get("adapters", ()):
+            if name not in self.peft_config:  # type: ignore[attr-defined]
+                raise VeneerError(f"Adapter {name} does not exist")
         add_weighted_adapter(self, *args, **kwargs)  # type: ignore[arg-type]
 
     def subtract_mutated_init(self, output_state_dict: Any, adapter_name: str, kwargs: Any = None) -> Any:
