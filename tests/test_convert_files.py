@@ -81,7 +81,8 @@ def test_mlx(tmp_path):
     assert config["fine_tune_type"] == "lora" and config["num_layers"] == -1
     x = torch.randn(3, 30)
     b = tensors["model.layers.1.self_attn.q_proj.lora_b"]
-    layer = PeftModel.from_pretrained(models.build("llama"), source)._state.layers["model.layers.1.self_attn.q_proj"]
+    model = PeftModel.from_pretrained(models.build("llama"), source)
+    layer = model._state.layers["model.layers.1.self_attn.q_proj"]
     torch.testing.assert_close(1.5 * (x @ a) @ b, layer.adapters["default"].update(x))
 
 

@@ -156,7 +156,7 @@ def _adapted(
     for name, adapter in zip(names[1:], adapters[1:], strict=True):
         model.load_adapter(adapter, name, check_base=check_base)
     model.set_adapter(names)
-    if model._state.reshaped:
+    if any(getattr(config, "layer_replication", None) for config in configs):
         raise NotMergeable("layer_replication gives the model other layers than its files; use merge_and_unload()")
     return model
 
