@@ -24,7 +24,8 @@ KEY = "veneer"
 
 def metadata(notes: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Config) -> dict[str, str]:
     """The metadata of a weight file: notes on the base, completed by checksums and settings."""
-    own = dict(notes) | {"checksums": checksums(tensors), "settings": settings(config)}
+    kept = {name: value for name, value in notes.items() if name != "damaged"}
+    own = kept | {"checksums": checksums(tensors), "settings": settings(config)}
     return {"format": "pt", KEY: json.dumps(own)}
 
 

@@ -148,8 +148,7 @@ class ShadowConfig(LayerConfig):
     auxiliary_loss_weight: float = 0.05
     """How much the shadow's own loss counts."""
 
-    peft_type, adapter = Name("SHADOW"), Shadow
-    learning_rate = 5e-4
+    peft_type, adapter, learning_rate = Name("SHADOW"), Shadow, 5e-4
 
     def __post_init__(self) -> None:
         super().__post_init__()

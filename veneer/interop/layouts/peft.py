@@ -15,6 +15,7 @@ from ...core.config import CONFIG_NAME, Config, at
 from ...errors import CheckpointError, ConfigError
 from ...files import PICKLE_NAME, WEIGHTS_NAME
 from ...methods.lora import LoRA, LoraConfig
+from ...notes import check_whole
 from .lora import Hints, Lora, Pair, paired, read_settings, read_tensors, write_tensors
 
 name = "peft"
@@ -30,13 +31,14 @@ def is_here(directory: Path) -> bool:
 
 
 def read(directory: Path, hints: Hints) -> Lora:
-    config = Config.from_pretrained(directory)
-    plain = check_plain(config)
     if (directory / WEIGHTS_NAME).is_file():
-        file, (tensors, _) = directory / WEIGHTS_NAME, checkpoint.read(directory)
+        file = directory / WEIGHTS_NAME
+        config, tensors, notes = checkpoint.load(directory)
+        check_whole(notes)
     else:
-        file = directory / PICKLE_NAME
+        file, config = directory / PICKLE_NAME, Config.from_pretrained(directory)
         tensors, _ = read_tensors(file, hints.allow_pickle)
+    plain = check_plain(config)
     strange = [key for key in tensors if not key.startswith(PREFIX)]
     if strange:
         raise CheckpointError(f"{str(file)!r}: {strange[0]!r} does not begin with {PREFIX!r}")
