@@ -49,8 +49,8 @@ def test_a_method_is_a_small_file(path: Path):
 
 
 def test_the_core_is_small():
-    """Its layers choose the fast road and deal the rows of mixed batches to it; the road itself is in ops."""
-    assert sum(code_lines(path) for path in CORE) <= 2350
+    """Its layers choose the fast road, deal it the rows of mixed batches, and merge in place; the road is in ops."""
+    assert sum(code_lines(path) for path in CORE) <= 2400
 
 
 def test_functions_are_short():

@@ -6,6 +6,7 @@ A key is the place of a part in the model, then the attribute's name. Saving and
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BaseMismatch, CheckpointError, listing
-from ..files import WEIGHTS_NAME, find_weights, write_atomically
+from ..files import WEIGHTS_NAME, find_weights, replacing
 from .adapter import Adapter, Replace, Tensors
 from .config import METHODS, Config, PromptConfig
 from .context import State
@@ -65,16 +66,18 @@ def collect(model: nn.Module, state: State, name: str, embeddings: bool | None) 
     """(tensors by key, notes) of an adapter, whole and on the CPU. Every process of a sharded run must take part."""
     tensors = slots(state, name) | base_embeddings(model, state, state.configs[name], embeddings)
     notes = {"base": fingerprint(base_weights(model, state, name))}
-    return {key: _whole(t) for key, t in tensors.items()}, notes
+    seen: set[int] = set()
+    return {key: _whole(t, seen) for key, t in tensors.items()}, notes
 
 
 def write(directory: Path, tensors: Tensors, notes: dict[str, Any], config: Config) -> None:
     """Write one adapter. Each file is written beside the old one and renamed over it when whole."""
-    from safetensors.torch import save as serialise
+    from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "veneer": json.dumps(notes)}
-    write_atomically(directory / WEIGHTS_NAME, serialise(tensors, metadata))
+    with replacing(directory / WEIGHTS_NAME) as temporary:
+        save_file(tensors, temporary, metadata)
     config.save_pretrained(directory)
 
 
@@ -93,12 +96,15 @@ def base_embeddings(model: Any, state: State, config: Config, wanted: bool | Non
     return found
 
 
-def _whole(t: Tensor) -> Tensor:
-    """A tensor of its own on the CPU: gathered if sharded, contiguous, sharing memory with no other."""
+def _whole(t: Tensor, seen: set[int]) -> Tensor:
+    """A tensor on the CPU: gathered if sharded, contiguous, and sharing memory with none of those whose are `seen`."""
     t = t.full_tensor() if hasattr(t, "full_tensor") else t
     if t.is_meta:
         raise CheckpointError("the adapter has no values yet (it lies on the meta device); there is nothing to save")
-    return t.detach().to("cpu", copy=True).contiguous()
+    t, memory = t.detach(), t.untyped_storage()
+    is_own = t.is_contiguous() and memory.nbytes() == t.nbytes and memory.data_ptr() not in seen
+    seen.add(memory.data_ptr())
+    return t.to("cpu", copy=not is_own).contiguous()
 
 
 # Reading
@@ -121,10 +127,16 @@ def read(source: str | Path, **hub: Any) -> tuple[Tensors, dict[str, Any]]:
             tensors = {_todays(key, names): file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise CheckpointError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
-    broken = [key for key, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    broken = not_finite(tensors)
     if broken:
         raise CheckpointError(f"{str(path)!r} holds values that are not finite in:{listing(broken)}")
     return tensors, _notes(metadata)
+
+
+def not_finite(tensors: Tensors) -> list[str]:
+    """The keys of tensors that hold values that are not finite; a sum that is finite has no other terms."""
+    floating = ((key, t) for key, t in tensors.items() if t.is_floating_point())
+    return [key for key, t in floating if not math.isfinite(t.float().sum()) and not torch.isfinite(t).all()]
 
 
 def renamed() -> dict[str, str]:
@@ -206,10 +218,11 @@ def base_embeddings_in(
     Raises:
         CheckpointError: the model has no such module, or its vocabulary has another size.
     """
-    modules, own = dict(walk(model)), slots(state, name)
-    for key, tensor in tensors.items():
+    found = {key: tensor for key, tensor in tensors.items() if is_base_embedding(key)}
+    modules, own = (dict(walk(model)), slots(state, name)) if found else ({}, {})
+    for key, tensor in found.items():
         path = key.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer")
-        if key in own or not is_base_embedding(key):
+        if key in own:
             continue
         module = modules.get(path)
         if module is None:
