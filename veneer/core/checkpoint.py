@@ -6,6 +6,7 @@ A key is the place of a part in the model, then the attribute's name. Saving and
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ..files import (
     read_json,
     read_pickle,
     read_tensors,
-    write_atomically,
+    replacing,
 )
 from ..paths import confine
 from .adapter import Adapter, Replace, Tensors
@@ -81,27 +82,32 @@ def collect(model: nn.Module, state: State, name: str, whole: bool | None) -> tu
     tensors = slots(state, name) | embeddings.beside(model, state, state.configs[name], whole)
     notes: dict[str, Any] = {"base": own_notes.fingerprint(base_weights(model, state, name))}
     notes |= {"rounded": True} if is_rounded(state, name) else {}
-    tensors = {key: _whole(t) for key, t in tensors.items()}
+    seen: set[int] = set()
+    tensors = {key: _whole(t, seen) for key, t in tensors.items()}
     _check_finite(tensors, f"adapter {name!r}, which is not saved,")
     return tensors, notes
 
 
 def write(directory: Path, tensors: Tensors, notes: dict[str, Any], config: Config) -> None:
     """Write one adapter. A crash leaves the old one or the new one: `load` can tell which config is the tensors'."""
-    from safetensors.torch import save as serialise
+    from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(directory, NEXT_NAME)
-    write_atomically(directory / WEIGHTS_NAME, serialise(tensors, own_notes.metadata(notes, tensors, config)))
+    with replacing(directory / WEIGHTS_NAME) as temporary:
+        save_file(tensors, temporary, own_notes.metadata(notes, tensors, config))
     (directory / NEXT_NAME).replace(directory / CONFIG_NAME)
 
 
-def _whole(t: Tensor) -> Tensor:
-    """A tensor of its own on the CPU: gathered if sharded, contiguous, sharing memory with no other."""
+def _whole(t: Tensor, seen: set[int]) -> Tensor:
+    """A tensor on the CPU: gathered if sharded, contiguous, and sharing memory with none of those whose are `seen`."""
     t = t.full_tensor() if hasattr(t, "full_tensor") else t
     if t.is_meta:
         raise CheckpointError("the adapter has no values yet (it lies on the meta device); there is nothing to save")
-    return t.detach().to("cpu", copy=True).contiguous()
+    t, memory = t.detach(), t.untyped_storage()
+    is_own = t.is_contiguous() and memory.nbytes() == t.nbytes and memory.data_ptr() not in seen
+    seen.add(memory.data_ptr())
+    return t.to("cpu", copy=not is_own).contiguous()
 
 
 # Reading
@@ -161,10 +167,15 @@ def read(source: str | Path, *, allow_pickle: bool = False, **hub: Any) -> tuple
 
 
 def _check_finite(tensors: Tensors, what: str) -> None:
-    wide = {key: t.float() if t.element_size() == 1 else t for key, t in tensors.items() if t.is_floating_point()}
-    broken = [key for key, t in wide.items() if not t.isfinite().all()]
+    broken = not_finite(tensors)
     if broken:
         raise CheckpointError(f"{what} holds values that are not finite in:{listing(broken)}")
+
+
+def not_finite(tensors: Tensors) -> list[str]:
+    """The keys of tensors that hold values that are not finite; a sum that is finite has no other terms."""
+    floating = ((key, t.float() if t.element_size() == 1 else t) for key, t in tensors.items() if t.is_floating_point())
+    return [key for key, t in floating if not math.isfinite(t.float().sum()) and not torch.isfinite(t).all()]
 
 
 def renamed() -> dict[str, str]:

@@ -68,7 +68,8 @@ class State:
 
     def adapters(self, name: str) -> dict[str, Adapter]:
         """The adapters called `name`, by path."""
-        return {path: layer.adapters[name] for path, layer in self.layers.items() if name in layer.adapters}
+        held = ((path, layer._modules["adapters"]) for path, layer in self.layers.items())
+        return {path: adapters._modules[name] for path, adapters in held if name in adapters._modules}  # type: ignore
 
     def modules(self, name: str) -> Iterator[nn.Module]:
         """Everything that holds parameters of the adapter called `name`."""

@@ -172,7 +172,8 @@ class Wrapper:
 
 def _settle(module: nn.Module, device: torch.device, dtype: torch.dtype | None, lift: bool) -> None:
     """Meta tensors stay until they are loaded. Half precision is lifted; without lifting the base's dtype is taken."""
-    for tensor in (*module.parameters(), *module.buffers()):
+    parts = list(module.modules())
+    for tensor in (t for part in parts for t in (*part._parameters.values(), *part._buffers.values()) if t is not None):
         if tensor.is_meta or not tensor.is_floating_point():
             wanted = tensor.dtype
         else:
@@ -181,7 +182,7 @@ def _settle(module: nn.Module, device: torch.device, dtype: torch.dtype | None, 
         if tensor.is_meta or device.type == "meta" or (tensor.device == device and tensor.dtype == wanted):
             continue
         tensor.data = tensor.data.to(device=device, dtype=wanted)
-    for part in module.modules():
+    for part in parts:
         if isinstance(part, Adapter):
             part.forget_dtype()
 

@@ -20,7 +20,7 @@ from ..interop.views import View
 from ..ops import is_fast
 from ..ops import low_rank_linear as low_rank
 from ..ops.low_rank_linear import Run
-from .adapter import Adapter, Modules, Parts, Replace
+from .adapter import Adapter, LowRank, Modules, Parts, Replace
 from .context import BASE, State
 from .target import kind_of
 
@@ -79,7 +79,8 @@ class AdapterLayer(nn.Module):
         if direct is not None:
             inputs, x = _down(above[1:], x)
             y = self._updated(x, direct, above[:1], [(0, x.numel() // x.shape[-1], 0)])
-            return _up(above[1:], inputs, y)
+            y = above[0].finish(_cast(y, above[0].dtype)) if above[0].has_finish else y
+            return _cast(_up(above[1:], inputs, y), x.dtype)
         inputs, x = _down(above, x)
         args, kwargs = _with_first(x, args, kwargs)
         out = self._through(below, args, kwargs) if below else self.base_layer(*args, **kwargs)
@@ -108,7 +109,7 @@ class AdapterLayer(nn.Module):
         own = {name: stack[0] for name, stack in stacks.items() if stack}
         rows = x.numel() // x.shape[-1]
         by_row = x.shape[0] == len(names) or (x.dim() == 2 and rows % len(names) == 0)
-        if not own or not by_row or not all(len(s) < 2 and all(a.is_product for a in s) for s in stacks.values()):
+        if not own or not by_row or not all(len(s) < 2 and all(map(_is_sum, s)) for s in stacks.values()):
             return None
         direct = self._direct(x)
         return None if direct is None else self._updated(x, direct, list(own.values()), _runs(names, list(own), rows))
@@ -216,6 +217,23 @@ class AdapterLayer(nn.Module):
             self.kept = self.kept if self.kept_module else {**old, **self.kept}
         self.merged_adapters += tuple(n for n in names if n in self.adapters and n not in self.merged_adapters)
 
+    def is_summed(self, names: Sequence[str]) -> bool:
+        """Merging `names` is adding low-rank updates to the weight."""
+        stack = self.stack(names)
+        is_sum = all(isinstance(adapter, LowRank) and adapter.is_plain_sum for adapter in stack)
+        return bool(stack) and is_sum and self.target.direct() is not None
+
+    @torch.no_grad()
+    def merge_in_place(self, names: Sequence[str], safe: bool = False) -> None:
+        """The merge of a layer that `is_summed`, into the Parameter itself: a sum in at least fp32, rounded once."""
+        W = self.target.weight()
+        wide = W.to(torch.promote_types(W.dtype, torch.float32))
+        for A, B in (adapter.factors() for adapter in self.stack(names)):  # type: ignore[operator]
+            wide.addmm_(B.to(wide.dtype), A.to(wide.dtype))
+        if wide is not W:
+            W.copy_(wide)
+        self.merged_adapters += tuple(n for n in names if n in self.adapters and n not in self.merged_adapters)
+
     def _swap(self, replacement: nn.Module) -> None:
         """Put the trained copy of the module in its place; the weights merged into the old one go back first."""
         self.target.restore(self.kept)
@@ -289,17 +307,24 @@ def bare(module: nn.Module) -> nn.Module:
     return module
 
 
-def walk(module: nn.Module, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
+def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(path, module) of every module as the unadapted model would list them, looking through adapter layers."""
-    seen = set() if seen is None else seen
-    module = bare(module)
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    yield prefix, module
-    for name, child in module._modules.items():
-        if child is not None and not isinstance(child, Modules):
-            yield from walk(child, f"{prefix}.{name}" if prefix else name, seen)
+    seen: set[int] = set()
+    todo: list[tuple[str, nn.Module]] = [(prefix, module)]
+    while todo:
+        path, module = todo.pop()
+        module = bare(module)
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        children = module._modules.items()
+        found = [(f"{path}.{n}" if path else n, c) for n, c in children if c is not None and not isinstance(c, Modules)]
+        todo += reversed(found)
+
+
+def _is_sum(adapter: Adapter) -> bool:
+    return adapter.is_product and not adapter.has_finish
 
 
 def _runs(names: Sequence[str], known: Sequence[str], rows: int) -> list[Run]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -25,6 +26,7 @@ from .adapter import Tensors
 from .config import Config, PromptConfig
 from .context import CheckpointContext, State, state_of
 from .inject import attach, detach, settle
+from .layer import AdapterLayer
 from .quant import warn_of_rounding
 
 
@@ -269,7 +271,7 @@ class PeftModel(nn.Module):
 
         A module whose weight was tied to another's gets a weight of its own, and the model's config says so.
         """
-        self._merge(adapter_names, safe_merge, progressbar)
+        self._merge(adapter_names, safe_merge, progressbar, for_good=True)
         for layer in self._state.layers.values():
             layer.kept, layer.kept_module = {}, None
         self._state.reshaped.clear()  # the merged weights stand in those layers
@@ -288,22 +290,34 @@ class PeftModel(nn.Module):
             detach(model, name, state)
         return model
 
-    def _merge(self, adapter_names: Sequence[str] | None, safe_merge: bool, progressbar: bool = False) -> None:
-        """All layers or none."""
+    def _merge(
+        self, adapter_names: Sequence[str] | None, safe_merge: bool, progressbar: bool = False, for_good: bool = False
+    ) -> None:
+        """All layers or none. `for_good`: sums that nothing need undo are made in place, after all that can fail."""
         from tqdm import tqdm
 
         names, layers = self._merge_order(adapter_names), list(self._state.layers.values())
         for layer in layers:
             layer.check_merge(names)
         before = [layer.snapshot() for layer in layers]
+        last = self._summed_in_place(names) if for_good and not safe_merge else []
+        done = {id(layer) for layer in last}
         try:
-            for layer in tqdm(layers, desc="merging", disable=not progressbar):
-                layer.merge(names, safe_merge)
+            first = [layer for layer in layers if id(layer) not in done]
+            for layer in tqdm([*first, *last], desc="merging", disable=not progressbar):
+                (layer.merge_in_place if id(layer) in done else layer.merge)(names, safe_merge)
         except BaseException:
             for layer, snapshot in zip(layers, before, strict=True):
                 layer.revert(snapshot)
             raise
         warn_of_rounding(layers)
+
+    def _summed_in_place(self, names: Sequence[str]) -> list[AdapterLayer]:
+        """The layers whose merge is a sum into a weight that no other module shares."""
+        modules = self.base_model.model.modules()
+        held = Counter(id(p) for module in modules for p in module._parameters.values() if p is not None)
+        found = [layer for layer in self._state.layers.values() if layer.is_summed(names)]
+        return [layer for layer in found if held[id(layer.base_layer.weight)] == 1]
 
     def _merge_order(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
         state = self._state

@@ -21,7 +21,7 @@ from ..ops.low_rank_linear import is_bare
 from .adapter import Matrix
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     from .layer import AdapterLayer
 
@@ -127,6 +127,15 @@ class Target:
         """A fact of the model call under way, for the rows that are being computed; None without it."""
         value, rows = self.layer.state.facts.get(key), self.layer.rows
         return value if rows is None or value is None else value[rows]
+
+    def once(self, owner: Any, compute: Callable[[], Any]) -> Any:
+        """What `owner` computes from its parameters alone: once where many calls follow without a change of them."""
+        memo = None if torch.is_grad_enabled() else self.layer.state.memo
+        if memo is None:
+            return compute()
+        if id(owner) not in memo:
+            memo[id(owner)] = compute()
+        return memo[id(owner)]
 
     def argument(self, name: str) -> Any:
         """A keyword argument of a block's call under way, such as the attention's `position_embeddings`; None without.

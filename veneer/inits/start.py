@@ -125,8 +125,9 @@ class Started(LowRank):
                 mine.copy_(theirs)
 
     def learned(self) -> Iterator[nn.Parameter]:
-        held = ("lora_A", "lora_embedding_A") if self.holds_A else ()
-        return (p for name, p in self.named_parameters() if not name.startswith(held))
+        if not self.holds_A:
+            return super().learned()
+        return (p for name, p in self.named_parameters() if not name.startswith(("lora_A", "lora_embedding_A")))
 
     def export(self) -> Tensors:
         tensors = super().export()

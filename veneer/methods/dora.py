@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ..core.target import Target
@@ -26,6 +27,7 @@ class DoRA(LoRA):
         W = target.weight().float()
         magnitude = (W if self.matrices()[0].is_meta else W + self.delta().to(W)).norm(dim=1)
         shape = (1, -1, *(1,) * target.spatial) if target.kind == "conv" else (-1,)
+        self._squares: tuple[tuple[int, ...], Tensor] | None = None
         self.lora_magnitude_vector = nn.Parameter(magnitude.detach().view(shape))
 
     def scale(self, W: Tensor) -> Tensor:
@@ -33,12 +35,33 @@ class DoRA(LoRA):
         norm = (W.to(self.dtype) + self.delta()).detach().norm(dim=1)
         return self.lora_magnitude_vector.flatten() / norm
 
-    def post(self, x: Tensor, y: Tensor) -> Tensor:
-        b = self.target.bias()
-        b = None if b is None else self.target.channels(b.to(y.dtype), y)
-        out = super().post(x, y if b is None else y - b)
-        out = out * self.target.channels(self.scale(self.target.weight()), y)
-        return out if b is None else out + b
+    @torch.no_grad()
+    def squares(self, W: Tensor) -> Tensor:
+        """|W|^2 of a weight that changes seldom, (out,): it is kept until W is another or has been written to."""
+        if torch.compiler.is_compiling():
+            return self.target.as_matrix(W).to(self.dtype).square().sum(1)
+        key = (id(W), W.data_ptr(), W._version)
+        if self._squares is None or self._squares[0] != key:
+            self._squares = key, self.target.as_matrix(W).to(self.dtype).square().sum(1)
+        return self._squares[1]
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """|W + B A|, (out,), without forming the sum: |W|^2 + 2 <W A^T, B> + <B A A^T, B>."""
+        direct = self.target.direct()
+        if direct is None or type(self).delta is not LoRA.delta:
+            return (self.target.weight().to(self.dtype) + self.delta()).norm(dim=1)
+        W, (A, B) = direct[0].to(self.dtype), self.factors()
+        cross = (W @ A.T).mul_(2).addmm_(B, A @ A.T)
+        return (self.squares(self.target.base.weight) + (cross * B).sum(1)).clamp_min(0).sqrt()
+
+    def finish(self, z: Tensor) -> Tensor:
+        b, vector = self.target.bias(), self.target.channels
+        scale = self.lora_magnitude_vector.flatten() / self.target.once(self, self.norm)
+        z = super().finish(z)
+        if b is None:
+            return z * vector(scale, z)
+        return torch.addcmul(vector(b.to(z.dtype) * (1 - scale), z), z, vector(scale, z))
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         scale = self.scale(W).to(W.dtype)

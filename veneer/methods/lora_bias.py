@@ -32,8 +32,8 @@ class BiasedLoRA(LoRA):
         bias: Tensor = self.lora_B.bias  # type: ignore[assignment]
         return bias * self.scaling
 
-    def post(self, x: Tensor, y: Tensor) -> Tensor:
-        return super().post(x, y) + self.target.channels(self.shift(), y)
+    def finish(self, z: Tensor) -> Tensor:
+        return super().finish(z) + self.target.channels(self.shift(), z)
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if b is None:

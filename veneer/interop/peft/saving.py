@@ -23,7 +23,8 @@ def save_adapter(
     """Write one adapter's tensors and config."""
     from safetensors.torch import save as serialise
 
-    whole = {key: checkpoint._whole(t) for key, t in tensors.items()}
+    seen: set[int] = set()
+    whole = {key: checkpoint._whole(t, seen) for key, t in tensors.items()}
     if not is_main_process:
         return
     directory.mkdir(parents=True, exist_ok=True)
