@@ -107,7 +107,8 @@ def _is_gated(kind: type, module: nn.Module) -> bool:
     """What a class makes of a few small layers tells whether it is the formula."""
     key = kind_of(module)
     if key not in _gated:
-        layers = {"gate_proj": nn.Linear(5, 7), "up_proj": nn.Linear(5, 7), "down_proj": nn.Linear(7, 5)}
+        with torch.random.fork_rng(devices=[]):  # the first model of a process draws the same numbers as the next
+            layers = {"gate_proj": nn.Linear(5, 7), "up_proj": nn.Linear(5, 7), "down_proj": nn.Linear(7, 5)}
         probe: Any = copy.copy(module)
         probe.__dict__["_modules"] = {**layers, "act_fn": module.act_fn}
         x = torch.linspace(-3, 3, 40).reshape(1, 8, 5).sin()
