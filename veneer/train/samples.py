@@ -28,6 +28,8 @@ def samples(model: PeftModel, tokenizer: Any, data: Data, count: int, pad: int) 
     """
     rows = _rows(data)
     chosen = rows[:count]
+    if not chosen:
+        return {"held_out": data.evaluation is not None, "rows": []}
     if data.labels is not None:
         answers = _classified(model, tokenizer, chosen, data.labels, pad)
     else:
