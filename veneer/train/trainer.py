@@ -19,6 +19,7 @@ from .. import ops
 from ..errors import TrainingError
 from ..ops.allocator import keep_blocks
 from ..ops.attention import by_sequence
+from ..ops.optimizer import FlatAdamW
 from .collate import Shuffled
 from .encode import IGNORED
 from .meter import Meter, rss
@@ -53,6 +54,11 @@ class ExactTrainer(Trainer):
         with nullcontext() if self.fast else ops.plain():
             keep_blocks()
             return super().train(*args, **kwargs)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return (FlatAdamW if kind is torch.optim.AdamW and ops.is_fast("optimizer") else kind), settings
 
     def get_train_dataloader(self) -> Any:
         padded, self.data_collator = self.data_collator, self.flat or self.data_collator
