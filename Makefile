@@ -2,22 +2,31 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test check docs clean
+.PHONY: install demo test differential fuzz check docs clean
 
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --editable '.[dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --editable '.[clients,dev]' --constraint constraints.txt
 	touch $@
 
 # PASSIVE: on a busy machine, threads that wait by spinning take the cores from those that work.
 demo: install
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/demo.py
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/veneer train examples/reminders.yaml --overwrite
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/reminders.py
 
 # One torch thread for each pytest worker.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# The same 500 random sequences of calls on veneer under the name peft and on the real PEFT.
+differential: install
+	VENEER_DIFFERENTIAL=500 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_differential.py
+
+# Mutants of saved adapters; see docs/guarantees.md.
+fuzz: install
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz --mutants 2500 --seed 0
 
 check: install
 	$(BIN)/ruff check

@@ -52,6 +52,11 @@ class Case:
         return all_methods()[self.method]
 
     @property
+    def trust(self) -> dict[str, bool]:
+        """What a load must be told: its file names experts that lie elsewhere."""
+        return {"follow_paths": True} if self.needs_experts else {}
+
+    @property
     def is_prompt(self) -> bool:
         """It, or a method that it unites, is a prompt."""
         return any(isinstance(member, PromptConfig) for member in self.settings.get("configs", ())) or issubclass(
@@ -98,7 +103,7 @@ class Case:
         """The case's model with a saved adapter on."""
         from veneer import PeftModel
 
-        base = models.build(self.model) if base is None else base
+        base, kwargs = models.build(self.model) if base is None else base, self.trust | kwargs
         model = self.with_siblings(base)
         if model is None:
             return PeftModel.from_pretrained(base, directory, name, **kwargs)

@@ -85,3 +85,13 @@ def test_no_prompt_twice_and_none_in_both():
 def test_held_out_tasks_are_other_tasks():
     trained = {plain(answer["task"] or "") for answer in answers(TRAIN)}
     assert not trained & {plain(answer["task"] or "") for answer in answers(HELD_OUT)}
+
+
+def test_the_recipe_is_one_that_can_be_run():
+    from veneer.train.recipe import make, read
+    from veneer.train.shapes import shape_of
+
+    recipe = make(read(DATA.parent / "reminders.yaml"))
+    for source, file in ((recipe.data[0], TRAIN), (recipe.eval_data[0], HELD_OUT)):
+        assert (DATA.parent.parent / source.path).samefile(DATA / file)
+        assert shape_of("", rows(file)[0], recipe.task) == "prompt"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from veneer import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_peft_model, pull
+from veneer import AutoPeftModelForCausalLM, LoraConfig, PeftModel, RoundingWarning, TaskType, get_peft_model, pull
 
 DATA = Path(__file__).parent.parent / "examples" / "data"
 FRESH = """
@@ -70,3 +70,41 @@ def test_smollm2_learns_saves_and_comes_back(tmp_path):
     question = ids[:, : data[0]["labels"].count(-100)]
     answer = again.generate(input_ids=question, max_new_tokens=40, do_sample=False)[0, question.shape[1] :]
     assert json.loads(tokenizer.decode(answer, skip_special_tokens=True)).keys() == {"task", "when", "note"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_qlora_on_smollm2(tmp_path):
+    """NF4 by bitsandbytes on the CPU: it learns, comes back on the quantised and the whole base, and merges."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DataCollatorForSeq2Seq
+
+    pytest.importorskip("bitsandbytes")
+    where = pull("smollm2-135m-instruct")
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+    def load(**kwargs):
+        return AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **kwargs)
+
+    tokenizer = AutoTokenizer.from_pretrained(where)
+    model = get_peft_model(load(quantization_config=how), LoraConfig(r=8, target_modules="all-linear")).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    collate, data, losses = DataCollatorForSeq2Seq(tokenizer, return_tensors="pt"), rows(tokenizer, 24), []
+    for i in range(8):
+        loss = model(**collate(data[3 * i : 3 * i + 3])).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+
+    model.eval().save_pretrained(tmp_path)
+    batch = collate(data[:4])
+    with torch.no_grad():
+        trained = model(**batch).loss
+        for base in (load(quantization_config=how), load()):
+            assert abs(PeftModel.from_pretrained(base, tmp_path).eval()(**batch).loss - trained) < 0.3
+        with pytest.warns(RoundingWarning, match="Keep the adapter unmerged"):  # eight steps are less than NF4's
+            lost = model.merge_and_unload()
+        assert type(lost.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+        merged = PeftModel.from_pretrained(load(), tmp_path).merge_and_unload()
+        assert abs(merged(**batch).loss - trained) < 0.3 < losses[0] - trained

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from veneer import NotMergeable, VeneerError, get_peft_model
+from veneer import NotMergeable, VeneerError, embeddings, get_peft_model
 from veneer.core import checkpoint
 from veneer.core.config import all_methods
 from veneer.core.context import state_of
@@ -326,7 +326,7 @@ def test_the_file_holds_what_the_slots_say(case: Case, tmp_path):
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     slots = checkpoint.slots(state(model), "default")
-    assert {k for k in tensors if not checkpoint.is_base_embedding(k)} <= slots.keys()
+    assert {k for k in tensors if not embeddings.is_one(k)} <= slots.keys()
     assert slots.keys() <= tensors.keys()
     assert json.loads((tmp_path / "adapter_config.json").read_text())["inference_mode"] is True
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from veneer import LoraConfig, NotMergeable, VeneerError, get_peft_model
+from veneer import LoraConfig, NotMergeable, VeneerError, get_peft_model, merge_report
+from veneer.core.adapter import Replace
 from veneer.core.context import state_of
 
 from . import models
-from .cases import CASES
+from .cases import MERGEABLE, ONE_EACH, Case
 from .models import output, perturb
 
 
@@ -119,10 +120,73 @@ def test_a_replaced_block_merges_and_comes_back():
     torch.testing.assert_close(output(merged, batch), active, rtol=1e-4, atol=1e-5)
 
 
-def test_fifty_cycles_change_nothing():
-    model = next(c for c in CASES if str(c) == "dora-llama").build(dtype=torch.bfloat16)
+@pytest.mark.parametrize("case", [c for c in ONE_EACH if c in MERGEABLE and not c.siblings], ids=str)
+def test_fifty_cycles_change_nothing(case: Case):
+    """Of every method; each in one of the three dtypes, in turn."""
+    dtype = (torch.float32, torch.bfloat16, torch.float16)[ONE_EACH.index(case) % 3]
+    model = case.build(dtype=dtype)
     before = [p.clone() for p in model.parameters()]
     for _ in range(50):
         model.merge_adapter()
         model.unmerge_adapter()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [c for c in ONE_EACH if c in MERGEABLE and c.model == "llama"], ids=str)
+def test_a_merged_weight_is_the_exact_one_rounded_once(case: Case, dtype: torch.dtype):
+    """Each entry lies within half a unit in the last place of the sum in fp32, but for the order of that sum."""
+    model = case.build(dtype=dtype)
+    names = list(state_of(model.get_base_model()).active)
+    for layer in state_of(model.get_base_model()).layers.values():
+        stack = [part for part in layer.stack(names) if part.has_fold]
+        if not stack or stack[0].target.kind == "block" or any(isinstance(p, Replace) for p in stack):
+            continue
+        W, b = stack[0].target.weight().float(), stack[0].target.bias()
+        b = None if b is None else b.float()
+        for part in stack:
+            W, b = part.fold(W, b)
+        merged = layer.fold(stack)[0].float()
+        unit = torch.finfo(dtype).eps * torch.maximum(W.abs(), merged.abs()).clamp_min(torch.finfo(dtype).tiny)
+        assert ((merged - W).abs() <= 0.5001 * unit).all()
+
+
+def test_some_of_several_may_be_merged_and_the_others_stay_active():
+    model, batch = lora(), models.inputs("llama")
+    for i, name in enumerate(("two", "three")):
+        model.add_adapter(name, LoraConfig(r=3, target_modules=["q_proj", "v_proj"]))
+        perturb(model, name, 4 + i)
+    model.set_adapter(["default", "two", "three"])
+    active = output(model, batch)
+    model.merge_adapter(["default", "three"])
+    assert model.active_adapters == ["default", "two", "three"]
+    torch.testing.assert_close(output(model, batch), active, rtol=1e-4, atol=1e-5)
+    before = output(model, batch)
+    with torch.no_grad():
+        next(state_of(model.get_base_model()).parameters("two")).zero_()
+    assert not torch.equal(output(model, batch), before), "the one that was not merged still acts"
+
+
+def test_the_report_says_what_rounding_takes():
+    """Against the merge itself; in fp32 next to nothing, in bf16 a part, of a small update most."""
+    shares = []
+    for dtype, scale in ((torch.float32, 1.0), (torch.bfloat16, 1.0), (torch.bfloat16, 1e-3)):
+        model = lora(dtype=dtype, lora_alpha=16)
+        with torch.no_grad():
+            for adapter in state_of(model.get_base_model()).adapters("default").values():
+                adapter.lora_B.weight.mul_(scale)
+        report = merge_report(model)
+        layers = state_of(model.get_base_model()).layers
+        before = {
+            path: (layer.target.weight().float(), layer.adapters["default"].delta()) for path, layer in layers.items()
+        }
+        model.merge_adapter()
+        for one in report.layers:
+            W, dW = before[one.path]
+            gone = layers[one.path].target.weight().float() - W - dW
+            assert one.norm == pytest.approx(float(dW.norm()), rel=1e-3)
+            assert one.lost == pytest.approx(float(gone.norm()), rel=1e-2, abs=1e-4)
+        shares.append(report.share)
+    assert shares[0] < 1e-5 < 1e-3 < shares[1] < 0.1 < 0.5 < shares[2]
+    with pytest.raises(VeneerError, match="unmerge_adapter"):
+        merge_report(model)

@@ -10,18 +10,24 @@ import time
 
 import pytest
 import torch
+from rich.console import Console
 
 from veneer import LoraConfig, TargetError, VeneerError
 from veneer.catalogue import config_for
 from veneer.cli.plan import folded, size
 from veneer.core.config import all_methods
 from veneer.errors import ConfigError
+from veneer.report import memory
 from veneer.report.forecast import forecast, settings_of
+from veneer.report.rows import COUNTED, epoch_of
 from veneer.skeleton import skeleton
+from veneer.train.recipe import make
+from veneer.train.run import train
 
 from . import models
 from .cases import ONE_EACH, Case
 from .models import LLAMA
+from .test_train import base  # noqa: F401
 
 BIG = dict(
     model_type="llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
@@ -84,9 +90,10 @@ from veneer.catalogue import config_for
 from veneer.report.forecast import forecast
 from veneer.skeleton import skeleton
 skeleton(None, "llama")  # the imports, which are not the plan's
+config = config_for("lora", r=16, target_modules="all-linear")
 start = time.process_time()
-found = forecast(skeleton({config_dir(tmp_path / "big", BIG)!r}), config_for("lora", r=16), 1, 512)
-assert found.trainable == 80 * 16 * (8192 + 8192 + 8192 + 1024), found.trainable
+found = forecast(skeleton({config_dir(tmp_path / "big", BIG)!r}), config, 1, 512)
+assert found.trainable == 80 * 16 * (4 * 8192 + 2 * 8192 + 2 * 1024 + 3 * (8192 + 28672)), found.trainable
 assert found.memory.base == 2 * (found.total - found.trainable) and found.memory.total
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))  # ru_maxrss outlives an exec
 print(time.process_time() - start, int(peak.split()[1]) / 1e6)
@@ -135,6 +142,29 @@ def test_checkpointing_and_short_rows_take_less():
     assert forecast(llama(), config_for("lora"), 4, 16).memory.step < plain
 
 
+DEEP = [c for c in ONE_EACH if c.model in ("llama", "gpt2") and not (c.siblings or c.needs_experts)]
+DEEP = [c for c in DEEP if c.method != "adamss"]
+
+
+@pytest.mark.parametrize("case", DEEP, ids=str)
+def test_a_deep_model_takes_what_running_all_its_layers_takes(case: Case, monkeypatch):
+    """By its first layers, or, where a method wants them all, by all of them."""
+    planned = []
+    for deep in (8, 99):
+        monkeypatch.setattr(memory, "DEEP", deep)
+        with torch.device("meta"):
+            base = models.BUILDERS[case.model](**{"n_layer" if case.model == "gpt2" else "num_hidden_layers": 9})
+        planned.append(forecast(base, case.config(), 2, 16).memory.step)
+    assert planned[0] == planned[1] or planned[0] == pytest.approx(planned[1], rel=0.01)
+
+
+def test_layers_that_differ_are_all_run():
+    with torch.device("meta"):
+        plain, other = models.llama(num_hidden_layers=9), models.llama(num_hidden_layers=9)
+        other.model.layers[4].mlp = torch.nn.Linear(30, 30)
+    assert memory._stack(plain) and memory._stack(other) is None
+
+
 def test_words_of_the_command_line_become_fields():
     lora = all_methods()["lora"]
     given = settings_of(lora, 3, "q_proj,v_proj", ["lora_alpha=5", "init_lora_weights=pissa", "use_dora=true"])
@@ -163,3 +193,27 @@ def test_the_command_shows_and_prints_json():
     assert found["trainable"] == 294_912 and found["memory"]["total"] > found["memory"]["step"] > 0
     wrong = subprocess.run([*command, "--targets", "c_atn"], capture_output=True, text=True, timeout=120)
     assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1 and "c_attn" in wrong.stderr
+
+
+def test_an_epoch_is_planned_as_it_is_trained(base, tmp_path):  # noqa: F811
+    """With a row that is cut, one that is dropped, and weights."""
+    rows = [{"question": "q" * n, "answer": "a" * (n % 7 + 1)} for n in range(20, 70, 2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [{"path": str(tmp_path / "rows.jsonl"), "weight": 2}]
+    recipe = make(dict(model=base, data=data, output=str(tmp_path / "out"), max_length=84, batch_size=3, accumulate=2))
+    epoch = epoch_of(recipe)
+    report = train(recipe, console=Console(quiet=True))
+    for name in COUNTED:
+        assert getattr(epoch, name) == report["data"][name], name
+    assert epoch.cut_rows > epoch.unlearned_rows > 0
+    assert epoch.steps == report["steps"] and epoch.sequences == 2 * epoch.kept
+    assert 2 * epoch.supervised_tokens == report["supervised_tokens"]
+    assert sum(count for *_, count in epoch.lengths) == epoch.rows == len(rows)
+    spelled = [length for first, last, count in epoch.lengths for length in range(first, last + 1)]
+    assert all(int(length) in spelled for length in report["data"]["lengths"])
+    command = ["--model", base, "--data", f"{tmp_path / 'rows.jsonl'}*2", "--batch-size", "3", "--accumulate", "2"]
+    shown = subprocess.run(
+        [sys.executable, "-m", "veneer", "plan", *command, "--max-length", "84", "--json"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert json.loads(shown.stdout)["data"] == json.loads(json.dumps(epoch.as_dict()))

@@ -25,6 +25,7 @@ from veneer import (
     VeneerError,
     get_peft_model,
 )
+from veneer.core import checkpoint
 from veneer.core.config import Config, all_methods
 
 from . import models
@@ -104,6 +105,11 @@ def rewrite(directory: Path, change) -> None:
 def reconfigure(directory: Path, **fields) -> None:
     content = json.loads((directory / CONFIG).read_text())
     (directory / CONFIG).write_text(json.dumps(content | fields))
+
+
+def forget(directory: Path) -> None:
+    """Make the file one of another library's, without notes on what was written."""
+    save_file(load_file(directory / WEIGHTS), directory / WEIGHTS, {"format": "pt"})
 
 
 A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -476,6 +482,7 @@ def test_a_tensor_of_another_shape_is_listed(saved):
 def test_a_tensor_of_another_rank_is_listed(saved, r):
     """However large: nothing of the size the config asks for is made before it is compared."""
     reconfigure(saved, r=r)
+    forget(saved)
     model = base()
     with refused(model, A0, "(3, 30)", f"({r}, 30)", error=CheckpointError):
         PeftModel.from_pretrained(model, saved)
@@ -497,9 +504,10 @@ def test_an_absurd_size_in_a_config_is_refused_before_it_is_made(method, field, 
     case = next(case for case in ONE_EACH if case.method == method)
     case.build().save_pretrained(tmp_path)
     reconfigure(tmp_path, **{field: 1e-9 if field == "reduction_factor" else 10**9})
+    forget(tmp_path)
     model = base(case.model)
     with refused(model, "000000000", error=CheckpointError, batch=case.inputs()):
-        PeftModel.from_pretrained(model, tmp_path)
+        PeftModel.from_pretrained(model, tmp_path, **case.trust)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -554,8 +562,8 @@ def test_another_base_model_of_the_same_shape_is_refused(case: Case, tmp_path):
             PeftModel.from_pretrained(model, tmp_path)
         return
     with refused(model, "another base model", "check_base=False", error=BaseMismatch, batch=case.inputs()):
-        PeftModel.from_pretrained(model, tmp_path)
-    PeftModel.from_pretrained(model, tmp_path, check_base=False)
+        PeftModel.from_pretrained(model, tmp_path, **case.trust)
+    PeftModel.from_pretrained(model, tmp_path, check_base=False, **case.trust)
 
 
 def test_a_new_head_is_no_other_base_model(tmp_path):
@@ -576,7 +584,7 @@ def test_a_base_model_of_another_size_is_refused(case: Case, tmp_path):
     model = models.llama(hidden_size=40, head_dim=8).eval()
     bounded = case.is_prompt or case.method in ("psoft", "osf")  # the sizes bound what its config may say
     with refused(model, error=VeneerError if bounded else CheckpointError):
-        PeftModel.from_pretrained(model, tmp_path)
+        PeftModel.from_pretrained(model, tmp_path, **case.trust)
 
 
 def test_another_base_model_is_refused_for_a_further_adapter_too(saved):
@@ -627,16 +635,19 @@ def test_unknown_arguments_are_refused(saved):
 # Names
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "nul\0", "__base__", 3, None], ids=repr)
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "a\\b", "nul\0", "__base__", 3, None, WEIGHTS, CONFIG, "x" * 256], ids=repr
+)
 def test_a_name_that_cannot_be_one_is_refused(name, saved):
     """It is a folder's name, and `__base__` means a row without an adapter."""
     model = base()
-    with refused(model, repr(name)):
+    said = repr(name[:60] if isinstance(name, str) else name)
+    with refused(model, said):
         get_peft_model(model, LoraConfig(target_modules=TARGETS), name)
     model = lora()
-    with refused(model, repr(name)):
+    with refused(model, said):
         model.add_adapter(name, LoraConfig(target_modules=TARGETS))
-    with refused(model, repr(name)):
+    with refused(model, said):
         model.load_adapter(saved, name)
 
 
@@ -713,9 +724,9 @@ def test_saving_a_pickle_is_refused(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("survive", [0, 1])
-def test_a_crash_while_saving_leaves_the_old_files(saved, monkeypatch, survive):
-    """Whichever of the two renames it hits, each file is whole, old or new, and nothing else is left behind."""
+@pytest.mark.parametrize("survive", [0, 1, 2])
+def test_an_error_while_saving_leaves_the_old_files(saved, monkeypatch, survive):
+    """Whichever rename it hits: the next load gives the old adapter or the new one, whole."""
     old = {name: (saved / name).read_bytes() for name in (WEIGHTS, CONFIG)}
     model, rename, calls = perturb(lora(lora_alpha=5), seed=8), os.replace, []
 
@@ -729,10 +740,11 @@ def test_a_crash_while_saving_leaves_the_old_files(saved, monkeypatch, survive):
     with pytest.raises(OSError, match="no space"):
         model.save_pretrained(saved)
     monkeypatch.undo()
-    assert sorted(p.name for p in saved.iterdir()) == sorted(old)
-    changed = [name for name in old if (saved / name).read_bytes() != old[name]]
-    assert len(changed) == survive
-    PeftModel.from_pretrained(models.build("llama"), saved)
+    assert {p.name for p in saved.iterdir()} <= {*old, checkpoint.NEXT_NAME}
+    is_old = [(saved / name).read_bytes() == content for name, content in old.items()]
+    assert is_old == [survive < 2, True]
+    loaded, batch = PeftModel.from_pretrained(models.build("llama"), saved), models.inputs("llama")
+    assert torch.equal(output(loaded, batch), output(lora() if survive < 2 else model, batch))
 
 
 def test_a_crash_while_writing_leaves_the_old_files(saved, monkeypatch):
@@ -753,6 +765,22 @@ def test_an_adapter_without_values_is_not_saved(tmp_path):
     with pytest.raises(CheckpointError, match="meta"):
         model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new" / WEIGHTS).exists()
+
+
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
+    """Values that are not finite; a parameter of which another process holds the rest (ZeRO-3), an empty one here."""
+    model = lora()
+    parameter = next(p for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        parameter.view(-1)[0] = float("nan")
+    with pytest.raises(CheckpointError, match="(?s)not finite.*lora_A"):
+        model.save_pretrained(tmp_path / "new")
+    model = lora()
+    parameter = next(p for p in model.parameters() if p.requires_grad)
+    parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    with pytest.raises(CheckpointError, match="ZeRO-3"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 # Running

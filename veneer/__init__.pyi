@@ -12,6 +12,7 @@ from .errors import BaseMismatch as BaseMismatch
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import NotMergeable as NotMergeable
+from .errors import RoundingWarning as RoundingWarning
 from .errors import TargetError as TargetError
 from .errors import VeneerError as VeneerError
 from .hotswap import hotswap_adapter as hotswap_adapter
@@ -46,6 +47,7 @@ from .interop.names import PeftModelForQuestionAnswering as PeftModelForQuestion
 from .interop.names import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from .interop.names import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from .interop.names import PeftModelForTokenClassification as PeftModelForTokenClassification
+from .interop.peft import install_as_peft as install_as_peft
 from .methods.adalora import AdaLoraConfig as AdaLoraConfig
 from .methods.adamss import AdamssConfig as AdamssConfig
 from .methods.adapter_plus import AdapterPlusConfig as AdapterPlusConfig
@@ -130,4 +132,5 @@ from .methods.xlora import XLoraConfig as XLoraConfig
 from .optimizers.lorafa import create_lorafa_optimizer as create_lorafa_optimizer
 from .optimizers.loraplus import create_loraplus_optimizer as create_loraplus_optimizer
 from .optimizers.riemannian import create_riemannian_optimizer as create_riemannian_optimizer
+from .report.merge import merge_report as merge_report
 from .siblings import parallel as parallel

@@ -61,20 +61,21 @@ def add_weighted_adapter(
         NotMergeable: an adapter is no update of the weights.
     """
     state = _checked(model, adapters, weights, adapter_name, svd_rank)
-    how = _rule(combination_type, density, majority_sign_method)
+    how = rule(combination_type, density, majority_sign_method)
     rank = svd_rank or max(_rank(state, name) for name in adapters)
     pairs = {}
     for path in dict.fromkeys(path for name in adapters for path in state.adapters(name)):
         layer = state.layers[path]
         names = [(w, name) for w, name in zip(weights, adapters, strict=True) if name in layer.adapters]
         updates = [(w, u) for w, name in names if (u := update_of(layer, name)) is not None]
-        pairs[path] = _clamped(how(updates, min(rank, *_sizes(layer.target)), path), svd_clamp)
-    config = lora_config(state, adapters[0], pairs)
+        pairs[path] = clamped(how(updates, min(rank, *_sizes(layer.target)), path), svd_clamp)
+    config = lora_config(state.configs[adapters[0]], pairs)
     model.add_adapter(adapter_name, config)
     _fill(state, adapter_name, pairs)
 
 
-def _checked(model: PeftModel, adapters: Sequence[str], weights: Any, adapter_name: str, rank: int | None) -> State:
+def check_weights(adapters: Sequence[str], weights: Sequence[float], rank: int | None) -> None:
+    """Raise VeneerError unless each adapter has one weight, and the rank is one."""
     if not adapters or len(adapters) != len(weights):
         raise VeneerError(
             f"{len(adapters)} adapters and {len(weights)} weights were given; each adapter needs one weight"
@@ -83,6 +84,10 @@ def _checked(model: PeftModel, adapters: Sequence[str], weights: Any, adapter_na
         raise VeneerError(f"adapters = {list(adapters)} names one twice; give it the sum of its weights")
     if rank is not None and rank < 1:
         raise VeneerError(f"svd_rank must be at least 1, not {rank}")
+
+
+def _checked(model: PeftModel, adapters: Sequence[str], weights: Any, adapter_name: str, rank: int | None) -> State:
+    check_weights(adapters, weights, rank)
     if adapter_name in model.peft_config:
         raise VeneerError(f"the model already has an adapter called {adapter_name!r}; choose another name")
     for name in adapters:
@@ -107,7 +112,8 @@ def _sizes(target: Any) -> tuple[int, int]:
 # How updates become one
 
 
-def _rule(kind: str, density: float | None, election: str) -> Callable[[Weighted, int, str], Pair]:
+def rule(kind: str, density: float | None, election: str) -> Callable[[Weighted, int, str], Pair]:
+    """What makes one pair of the weighted updates of a module: (updates, rank, path) -> (A, B). See above for kinds."""
     known = ("cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
     plain = kind.removesuffix("_svd")
     if plain not in known or plain in ("cat", "svd", "linear") and plain != kind:
@@ -175,7 +181,7 @@ def _disjoint_mean(D: Tensor, election: str) -> Tensor:
 # The result
 
 
-def _clamped(pair: Pair, quantile: float | None) -> Pair:
+def clamped(pair: Pair, quantile: float | None) -> Pair:
     if quantile is None:
         return pair
     limit = float(torch.cat([t.abs().flatten() for t in pair]).quantile(quantile))

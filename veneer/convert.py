@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from .core import checkpoint
 from .core.adapter import Adapter, Additive, LowRank, Parts, Replace
+from .core.config import Config
 from .core.context import State, state_of
 from .core.layer import AdapterLayer
 from .errors import NotMergeable, VeneerError
 from .maths.low_rank import Pair, compress, truncate
 from .methods.lora import LoraConfig
+from .notes import fingerprint
 
 
 @dataclass
@@ -108,10 +110,10 @@ def adapter_state(model: nn.Module, name: str) -> State:
     return state
 
 
-def lora_config(state: State, name: str, pairs: Mapping[str, Pair]) -> LoraConfig:
-    """The config of a plain LoRA with these factors by path; the scaling is one everywhere."""
+def lora_config(config: Config, pairs: Mapping[str, Pair]) -> LoraConfig:
+    """The config of a plain LoRA with these factors by path, for the base of another; the scaling is one everywhere."""
     ranks = {path: A.shape[0] for path, (A, _) in pairs.items()}
-    r, config = max(ranks.values()), state.configs[name]
+    r = max(ranks.values())
     other = {path: rank for path, rank in ranks.items() if rank != r}
     return LoraConfig(
         r=r,
@@ -153,7 +155,7 @@ def convert_to_lora(
             pairs[path] = update.reduced(rank)
             tensors |= _keys(layer, *pairs[path])
         tensors |= _copies(path, adapter)
-    config = lora_config(state, adapter_name, pairs)
+    config = lora_config(state.configs[adapter_name], pairs)
     config.modules_to_save = state.configs[adapter_name].modules_to_save
     return config, tensors
 
@@ -170,7 +172,7 @@ def save_as_lora(
     config.inference_mode = True
     state = adapter_state(model, adapter_name)
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    notes = {"base": checkpoint.fingerprint(checkpoint.base_weights(inner, state, adapter_name))}
+    notes = {"base": fingerprint(checkpoint.base_weights(inner, state, adapter_name))}
     checkpoint.write(Path(path), {key: t.cpu().contiguous() for key, t in tensors.items()}, notes, config)
 
 

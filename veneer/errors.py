@@ -34,12 +34,18 @@ class TrainingError(VeneerError):
     """A run cannot start, go on, or be trusted: its loss is not finite, or its adapter did not change."""
 
 
+class RoundingWarning(UserWarning):
+    """Merging into quantised weights lost much of the update."""
+
+
 class NotMergeable(VeneerError):
     """The adapter has no form as a new weight, or merging it would change the result."""
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> str:
     """`"; nearest: a, b"`, or nothing when no candidate resembles `name`."""
+    if len(name) > 200:  # no name is as long, and comparing takes the square of the length
+        return ""
     close = get_close_matches(name, list(dict.fromkeys(candidates)), n=n, cutoff=0.5)
     return f"; nearest: {', '.join(close)}" if close else ""
 
@@ -47,5 +53,13 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> str:
 def listing(items: Iterable[str], most: int = 8) -> str:
     """Items one to a line, cut after `most`, for the tail of an error message."""
     items = list(items)
-    lines = [f"\n  {item}" for item in items[:most]]
+    lines = [f"\n  {printable(item)}" for item in items[:most]]
     return "".join(lines) + (f"\n  ... and {len(items) - most} more" if len(items) > most else "")
+
+
+def printable(text: str, most: int = 300) -> str:
+    """Text from a file, safe for a terminal: control characters escaped, one line, not endless."""
+    escaped = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text[:most]
+    )
+    return escaped if len(text) <= most else f"{escaped}..."

@@ -10,7 +10,6 @@ from torch import nn
 
 from .core import checkpoint
 from .core.adapter import Tensors
-from .core.config import Config
 from .core.inject import try_on
 from .core.target import Target
 from .errors import CheckpointError, ConfigError
@@ -21,13 +20,13 @@ Expert = tuple[LoraConfig, Tensors, dict[str, Any]]
 
 def read_expert(name: str, source: str, mixer: str) -> Expert:
     """The config, tensors and notes of a plain LoRA adapter in a directory."""
-    config = Config.from_pretrained(source)
+    config, tensors, notes = checkpoint.load(source)
     if not isinstance(config, LoraConfig) or type(config).adapter is not LoRA:
         raise ConfigError(f"{mixer} mixes LoRA adapters; {name!r} at {source!r} is {config.peft_type}")
     if config.variants() or config.modules_to_save or config.bias != "none":
         given = ", ".join(config.variants()) or "modules_to_save or bias"
         raise ConfigError(f"{mixer} mixes plain LoRA adapters; {name!r} at {source!r} is LORA with {given}")
-    return config, *checkpoint.read(source)
+    return config, tensors, notes
 
 
 def build_expert(config: LoraConfig, tensors: Tensors, target: Target) -> LoRA | None:

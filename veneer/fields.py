@@ -8,13 +8,16 @@ import typing
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
-from .errors import ConfigError, nearest
+from .errors import ConfigError, nearest, printable
 
 
 class Checked:
     """A dataclass whose fields are checked: unknown names and wrong types are errors that say what would be right."""
+
+    path_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that hold paths of other adapters."""
 
     def __new__(cls, *args: Any, **given: Any) -> Any:
         _check_names(cls, given)
@@ -24,7 +27,7 @@ class Checked:
         for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]
             value = _revived(getattr(self, name), hint)
             if not _is_a(value, hint):
-                raise ConfigError(f"{type(self).__name__}.{name} must be {_spell(hint)}, not {value!r}")
+                raise ConfigError(f"{type(self).__name__}.{name} must be {_spell(hint)}, not {printable(repr(value))}")
             setattr(self, name, value)
 
 

@@ -61,14 +61,10 @@ def hotswap_adapter(
     state = adapter_state(inner, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in state.layers.values()):
         raise VeneerError(f"{adapter_name!r} is merged into the weights; call unmerge_adapter() before swapping it")
-    config = Config.from_pretrained(model_name_or_path, **hub)
+    config, tensors, notes = checkpoint.load(model_name_or_path, **hub)
     _check_settings(state.configs[adapter_name], config, adapter_name)
-    tensors, notes = checkpoint.read(model_name_or_path, **hub)
     fitted = _fitted(state, adapter_name, config, tensors)
-    checkpoint.check(state, adapter_name, fitted)
-    if check_base:
-        weights = checkpoint.base_weights(inner.get_base_model(), state, adapter_name)
-        checkpoint.check_base(weights, notes.get("base", {}))
+    checkpoint.check_fit(inner.get_base_model(), state, adapter_name, fitted, notes, check_base)
     checkpoint.absorb(state, adapter_name, fitted)
 
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from .core.config import CONFIG_NAME, Config, LayerConfig, at
 from .core.select import matches
 from .errors import CheckpointError
-from .files import PICKLE_NAME, WEIGHTS_NAME, read_json
+from .errors import printable as escape
+from .files import PICKLE_NAME, WEIGHTS_NAME, check_header, read_json
 from .maths.low_rank import Pair
 from .methods.lora import LoraConfig
 
 PREFIX = "base_model."
-MOST_CONFIG_BYTES = 10_000_000
 MOST_RANK = 2048
 """Above it the singular values of an update would take minutes."""
 CHUNK = 1 << 24
@@ -97,11 +97,8 @@ def inspect(directory: str | Path) -> Inspection:
 
 
 def _read_config(home: Path, found: Inspection) -> Config | None:
-    path = home / CONFIG_NAME
     try:
-        if path.is_file() and path.stat().st_size > MOST_CONFIG_BYTES:
-            raise CheckpointError(f"it has {path.stat().st_size:,} bytes")
-        content = read_json(path)
+        content = read_json(home / CONFIG_NAME)
         found.method = printable(content.get("peft_type", "unknown"))
         found.base = printable(content["base_model_name_or_path"]) if content.get("base_model_name_or_path") else None
         config = Config.from_dict(content)
@@ -122,6 +119,7 @@ def _read_tensors(home: Path, config: Config | None, found: Inspection) -> None:
         found.problems.append(f"there is no {WEIGHTS_NAME}{pickle}")
         return
     found.file_bytes = path.stat().st_size
+    check_header(path)
     for facts in tensor_facts(path):
         found.tensors.append(facts)
     found.problems += [f"{t.key}: values that are not finite" for t in found.tensors if not t.finite]
@@ -252,5 +250,4 @@ def _check_ranks(config: LoraConfig, found: Inspection) -> None:
 def printable(value: Any) -> str:
     """Text from a file, safe for a terminal: control characters escaped, one line, not endless."""
     text = value if isinstance(value, str) else json.dumps(value) if isinstance(value, (list, dict)) else str(value)
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
-    return escaped if len(escaped) <= 300 else f"{escaped[:300]}..."
+    return escape(text)

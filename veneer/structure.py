@@ -80,11 +80,24 @@ def default_targets(model: nn.Module, wanted: Iterable[str]) -> list[str]:
     wanted = set(wanted)
     found = roles(model)
     paths = [path for path, role in found.items() if role in wanted]
+    language = language_model(model)
+    paths = [path for path in paths if path.startswith(language)] or paths
     if not paths:
         raise TargetError(
             f"{type(model).__name__} shows no modules that are {', '.join(sorted(wanted))}; give target_modules"
         )
     return endings(paths, dict(walk(model)))
+
+
+def language_model(model: Any) -> str:
+    """The prefix of the language model inside a model that writes about images or sound; "" where it is all of it."""
+    config = getattr(model, "config", None)
+    generates = hasattr(model, "can_generate") and model.can_generate()
+    if not generates or not hasattr(config, "get_text_config") or _is_encoder_decoder(model):
+        return ""
+    text = config.get_text_config()
+    inside = (path for path, module in walk(model) if path and getattr(module, "config", None) is text)
+    return "" if text is config else next((f"{path}." for path in inside), "")
 
 
 def blocks(model: nn.Module) -> list[str]:

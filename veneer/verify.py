@@ -22,7 +22,7 @@ from .core import checkpoint
 from .core.context import State
 from .core.model import PeftModel
 from .errors import CheckpointError, NotMergeable, VeneerError, listing
-from .files import find_file, write_atomically
+from .files import WEIGHTS_NAME, find_file, write_atomically
 
 PROBE_NAME = "probe.safetensors"
 MOST_COLUMNS = 1024
@@ -44,6 +44,8 @@ class Check:
 class Verification:
     directory: str
     checks: list[Check] = field(default_factory=list)
+    model: PeftModel | None = field(default=None, repr=False)
+    """The reloaded adapter on its base, where it could be loaded."""
 
     @property
     def passed(self) -> bool:
@@ -77,26 +79,39 @@ def record(
     batch: Mapping[str, Tensor],
     started: Mapping[str, str],
     adapter_name: str = "default",
+    is_main_process: bool = True,
 ) -> None:
     """Write a few of the model's outputs beside the adapter, to hold a reloaded one against.
 
     Args:
         batch: arguments of a model call; a row or two of some tokens are enough.
         started: `digests` from before training.
+        is_main_process: false on the processes of a distributed run that must not write.
     """
     from safetensors.torch import save
 
     with _evaluating(model):
         output = _output(model, batch)
+    if not is_main_process:
+        return
     tensors = {f"input.{name}": t.detach().cpu().contiguous() for name, t in batch.items()} | {"output": output}
     metadata = {"started": json.dumps(dict(started)), "adapter": adapter_name}
     write_atomically(Path(directory) / PROBE_NAME, save(tensors, metadata))
 
 
+def unmoved(directory: str | Path, started: Mapping[str, str]) -> list[str]:
+    """Keys of the tensors in an adapter's file that are as they started."""
+    from safetensors import safe_open
+
+    with safe_open(find_file(directory, WEIGHTS_NAME), framework="pt") as file:
+        keys = set(file.keys()) & started.keys()
+        return sorted(key for key in keys if _digest(file.get_tensor(key)) == started[key])
+
+
 # Verifying
 
 
-def verify(directory: str | Path, base: nn.Module) -> Verification:
+def verify(directory: str | Path, base: nn.Module, *, follow_paths: bool = False) -> Verification:
     """Load the adapter in `directory` onto `base`, a fresh model, and look at everything that can be wrong with it.
 
     Without a record of outputs (`record`), outputs and starts have nothing to be held against. `base` is used up.
@@ -105,7 +120,8 @@ def verify(directory: str | Path, base: nn.Module) -> Verification:
     try:
         probe = _read_probe(Path(directory))
         tensors, _ = checkpoint.read(directory)
-        model = PeftModel.from_pretrained(base, directory).eval()
+        found.model = PeftModel.from_pretrained(base, directory, follow_paths=follow_paths).eval()
+        model = found.model
     except VeneerError as error:
         found.checks.append(Check("loads", False, " ".join(str(error).split())))
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from veneer.report.forecast import Forecast
+    from veneer.report.rows import Epoch
 
 EXAMPLES = """
 Examples:
@@ -25,6 +27,8 @@ Examples:
   veneer plan --model DIR --batch-size 8 --max-length 1024 --gradient-checkpointing
 
   veneer plan --model DIR --method fourierft --set n_frequency=500 --json
+
+  veneer plan --model smollm2-135m-instruct --data rows.jsonl --batch-size 8    and what an epoch takes
 """
 
 
@@ -35,13 +39,16 @@ def plan(
     rank: Annotated[int | None, typer.Option(help="Rank of the update.")] = None,
     targets: Annotated[str | None, typer.Option(help='Modules, as "q_proj,v_proj", or "all-linear".')] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Another setting, field=value.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 1,
+    data: Annotated[list[str] | None, typer.Option(help="Rows to train on, as in `veneer train`; repeatable.")] = None,
+    packing: Annotated[bool, typer.Option(help="Several rows of the data in one sequence.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward pass.")] = 1,
+    accumulate: Annotated[int, typer.Option(min=1, help="Forward passes of a step.")] = 1,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 512,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Plan with recomputation.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Show every adapted module.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what a fine-tune would train, and the memory it takes, from the model's config alone."""
+    """Show what a fine-tune would train, and the memory it takes, by the model's config alone; of data, an epoch."""
     from veneer.catalogue import config_for, page
     from veneer.core.config import all_methods
     from veneer.report.forecast import forecast, settings_of
@@ -51,13 +58,56 @@ def plan(
     found = forecast(
         skeleton(model, model_type), config_for(method, **given), batch_size, max_length, gradient_checkpointing
     )
+    epoch = _epoch(model, method, data, batch_size, accumulate, max_length, packing) if data else None
     if as_json:
-        typer.echo(json.dumps(found.as_dict(), indent=2, default=str))
-    else:
-        _show(found, layers)
+        content = found.as_dict() | ({"data": epoch.as_dict()} if epoch else {})
+        typer.echo(json.dumps(content, indent=2, default=str))
+        return
+    _show(found, layers)
+    if epoch:
+        _show_epoch(epoch, max_length)
 
 
 plan.__doc__ = (plan.__doc__ or "") + "\n" + EXAMPLES
+
+
+def _epoch(
+    model: str | None, method: str, data: list[str], batch_size: int, accumulate: int, max_length: int, packing: bool
+) -> Epoch:
+    from veneer.cli.train import source
+    from veneer.report.rows import epoch_of
+    from veneer.train.recipe import make
+
+    if model is None:
+        raise typer.BadParameter("--data needs --model: its tokenizer says what a token is")
+    batches = {"batch_size": batch_size, "accumulate": accumulate, "max_length": max_length, "packing": packing}
+    sources = [source(text) for text in data]
+    return epoch_of(make({"model": model, "method": method, "data": sources, "output": "-", **batches}))
+
+
+def _show_epoch(epoch: Epoch, max_length: int) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    share = epoch.supervised_tokens / epoch.tokens
+    console.print(f"\n{'rows':<20}{epoch.kept:,} of {epoch.rows:,}")
+    console.print(f"{'tokens':<20}{epoch.tokens:,}, {epoch.supervised_tokens:,} of them learned ({share:.0%})")
+    console.print(f"{'longest row':<20}{epoch.longest:,} tokens (the limit is {max_length:,})")
+    lost = {
+        f"{epoch.cut_rows:,} rows cut, {epoch.cut_tokens:,} tokens lost": epoch.cut_rows,
+        f"{epoch.unlearned_rows:,} rows dropped without a token to learn": epoch.unlearned_rows,
+    }
+    for line in [line for line, count in lost.items() if count]:
+        console.print(f"{'':<20}{line}", style="yellow")
+    console.print(f"{'an epoch':<20}{epoch.sequences:,} sequences, {epoch.steps:,} steps")
+    console.print(_bars(epoch))
+
+
+def _bars(epoch: Epoch) -> Table:
+    table, most = _table("length", "rows", ""), max(count for *_, count in epoch.lengths)
+    for first, last, count in epoch.lengths:
+        table.add_row(f"{first:,}-{last:,}", f"{count:,}", "\u2588" * math.ceil(30 * count / most))
+    return table
 
 
 def _show(found: Forecast, layers: bool) -> None:
@@ -112,7 +162,7 @@ def _table(*columns: str) -> Table:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
-        is_number = name in ("modules", "trainable", "in", "out")
+        is_number = name in ("modules", "trainable", "in", "out", "length", "rows")
         table.add_column(name, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
     return table
 

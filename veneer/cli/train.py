@@ -20,6 +20,11 @@ Examples:
 
   veneer train my-adapter/recipe.yaml --output again  the same run once more
 
+  torchrun --nproc-per-node 2 -m veneer train recipe.yaml                several processes: a step is batch_size x
+accumulate on each of them; --resume goes on with another number where that product over all stays the same
+
+  accelerate launch --use_fsdp --fsdp_version 2 -m veneer train recipe.yaml      the model sharded over them
+
 The data is JSONL, JSON, CSV, Parquet, a directory or a hub id, with the columns messages; prompt and completion;
 instruction, input and output; question and answer; text and label; or text. A recipe holds the same keys as the flags
 (in YAML, with _ for -), and `set` gives those that have no flag.
@@ -100,7 +105,7 @@ def _recipe(
     content = read(path) if path else read(saved) if resume and flags.get("output") and saved.is_file() else {}
     for name in ("data", "eval_data"):
         if name in flags:
-            flags[name] = [_source(value) for value in flags[name]]
+            flags[name] = [source(value) for value in flags[name]]
     content |= flags | {key: _value(text) for key, text in _pairs(others)}
     if options:
         content["options"] = {**(content.get("options") or {}), **{k: _value(text) for k, text in _pairs(options)}}
@@ -122,7 +127,7 @@ def _name_columns(content: dict[str, Any], columns: dict[str, str], split: str |
         content[name] = items
 
 
-def _source(text: str) -> dict[str, Any]:
+def source(text: str) -> dict[str, Any]:
     """PATH or PATH*WEIGHT."""
     path, star, weight = text.rpartition("*")
     try:
@@ -168,4 +173,10 @@ def _summary(output: str, report: dict[str, Any]) -> None:
         f"speed      {report['tokens_per_second'] or 0:,.0f} tokens/s, {report['train_seconds']:.0f} s of training, "
         f"{report['peak_rss_bytes'] / 1e9:.1f} GB"
     )
+    lines.append(f"verified   {_checks(report['verification'])}")
+    lines.append(f"report     {output}/report.html")
     typer.echo("\n".join(lines))
+
+
+def _checks(checks: list[dict[str, Any]]) -> str:
+    return ", ".join(check["name"] for check in checks if check["passed"])

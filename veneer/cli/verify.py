@@ -24,16 +24,17 @@ Examples:
 def verify(
     adapter: Annotated[Path, typer.Argument(help="The adapter's directory.")],
     model: Annotated[str | None, typer.Option(help="The base model; else the one the adapter names.")] = None,
+    follow_paths: Annotated[bool, typer.Option(help="Follow paths in its config that lead out of DIR.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Reload an adapter onto a fresh base model and check everything about it."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from veneer.interop.auto import load_base
+    from veneer.core.config import TaskType
+    from veneer.interop.quiet import quiet
+    from veneer.loading import load_base
     from veneer.verify import verify as check
 
-    disable_progress_bar()
-    found = check(adapter, load_base(adapter, model))
+    quiet()
+    found = check(adapter, load_base(adapter, model, task=TaskType.CAUSAL_LM), follow_paths=follow_paths)
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
     else:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import NotMergeable
+from ..ops.low_rank_linear import Update
 
 if TYPE_CHECKING:
     from .config import Config
@@ -74,6 +75,8 @@ class Adapter(nn.Module):
     """`post` looks at the weight below it, so adapters below it must be folded first (it divides by a norm, say)."""
     follows_ties: ClassVar[bool] = False
     """Also adapts the module whose weight is the same Parameter; built there with `twin=` the first adapter."""
+    is_product: ClassVar[bool] = False
+    """All that it does is add x A^T B^T to the output: see `LowRank.as_update`."""
     key: str = ""
     """What stands before the names of its tensors in the file."""
     has_pre: bool = False
@@ -220,8 +223,17 @@ class LowRank(Additive):
         super().__init__(config, target, shared)
         self.dropout: nn.Module | None = None  # a default on the class would hide the module
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.is_product = cls.post is LowRank.post and cls.update is LowRank.update and not cls.has_pre
+
     def factors(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError  # a subclass that forgets it fails in every law
+
+    def as_update(self) -> Update:
+        """The factors, and how much dropout there is at the moment."""
+        drop = self.dropout
+        return Update(*self.factors(), drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0)
 
     def delta(self) -> Tensor:
         A, B = self.factors()

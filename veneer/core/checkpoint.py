@@ -5,25 +5,38 @@ A key is the place of a part in the model, then the attribute's name. Saving and
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import BaseMismatch, CheckpointError, listing
-from ..files import WEIGHTS_NAME, find_weights, write_atomically
+from .. import embeddings
+from .. import notes as own_notes
+from ..errors import CheckpointError, listing
+from ..files import (
+    PICKLE_NAME,
+    WEIGHTS_NAME,
+    find_file,
+    find_weights,
+    read_json,
+    read_pickle,
+    read_tensors,
+    write_atomically,
+)
+from ..paths import confine
 from .adapter import Adapter, Replace, Tensors
-from .config import METHODS, Config, PromptConfig
+from .config import CONFIG_NAME, METHODS, Config, PromptConfig
 from .context import State
 from .layer import walk
 from .prompt import Prompt
+from .quant import quantised
 from .target import kind_of
 
-EMBEDDING_NAMES = ("embed_tokens", "lm_head")
-"""PEFT's files hold the whole base module when `target_modules` lists one of these."""
+NEXT_NAME = f".{CONFIG_NAME}.next"
+"""The config of a save that is under way: a crash between its two renames leaves it beside the new tensors."""
 
 
 # Where things are
@@ -61,36 +74,26 @@ def repeats(state: State, name: str) -> dict[str, str]:
 # Writing
 
 
-def collect(model: nn.Module, state: State, name: str, embeddings: bool | None) -> tuple[Tensors, dict[str, Any]]:
+def collect(model: nn.Module, state: State, name: str, whole: bool | None) -> tuple[Tensors, dict[str, Any]]:
     """(tensors by key, notes) of an adapter, whole and on the CPU. Every process of a sharded run must take part."""
-    tensors = slots(state, name) | base_embeddings(model, state, state.configs[name], embeddings)
-    notes = {"base": fingerprint(base_weights(model, state, name))}
-    return {key: _whole(t) for key, t in tensors.items()}, notes
+    if any(tuple(getattr(p, "ds_shape", p.shape)) != tuple(p.shape) for p in state.parameters(name)):
+        raise CheckpointError(f"{name!r} is sharded by DeepSpeed's ZeRO-3; save it inside GatheredParameters")
+    tensors = slots(state, name) | embeddings.beside(model, state, state.configs[name], whole)
+    notes: dict[str, Any] = {"base": own_notes.fingerprint(base_weights(model, state, name))}
+    notes |= {"rounded": True} if is_rounded(state, name) else {}
+    tensors = {key: _whole(t) for key, t in tensors.items()}
+    _check_finite(tensors, f"adapter {name!r}, which is not saved,")
+    return tensors, notes
 
 
 def write(directory: Path, tensors: Tensors, notes: dict[str, Any], config: Config) -> None:
-    """Write one adapter. Each file is written beside the old one and renamed over it when whole."""
+    """Write one adapter. A crash leaves the old one or the new one: `load` can tell which config is the tensors'."""
     from safetensors.torch import save as serialise
 
     directory.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", "veneer": json.dumps(notes)}
-    write_atomically(directory / WEIGHTS_NAME, serialise(tensors, metadata))
-    config.save_pretrained(directory)
-
-
-def base_embeddings(model: Any, state: State, config: Config, wanted: bool | None) -> Tensors:
-    """Base embeddings that the file holds beside the adapter, by PEFT's rule or on request."""
-    targets = getattr(config, "target_modules", None)
-    named = [n for n in EMBEDDING_NAMES if isinstance(targets, list) and n in targets]
-    if not config.file_holds_embedding or wanted is False or not (named or wanted):
-        return {}
-    names = EMBEDDING_NAMES if wanted or config.ties() else tuple(named)
-    found: Tensors = {}
-    for path, module in walk(model):
-        if path.rpartition(".")[2] in names and isinstance(getattr(module, "weight", None), Tensor):
-            infix = "base_layer." if path in state.layers else ""
-            found[f"base_model.model.{path}.{infix}weight"] = module.weight
-    return found
+    config.save_pretrained(directory, NEXT_NAME)
+    write_atomically(directory / WEIGHTS_NAME, serialise(tensors, own_notes.metadata(notes, tensors, config)))
+    (directory / NEXT_NAME).replace(directory / CONFIG_NAME)
 
 
 def _whole(t: Tensor) -> Tensor:
@@ -104,27 +107,64 @@ def _whole(t: Tensor) -> Tensor:
 # Reading
 
 
-def read(source: str | Path, **hub: Any) -> tuple[Tensors, dict[str, Any]]:
+def load(
+    source: str | Path,
+    config: Config | None = None,
+    *,
+    allow_pickle: bool = False,
+    follow_paths: bool = False,
+    **hub: Any,
+) -> tuple[Config, Tensors, dict[str, Any]]:
+    """(config, tensors by key, veneer's own notes) of a saved adapter.
+
+    Args:
+        config: the caller's own, instead of the file's.
+        allow_pickle: read a pickled tensor file where there is no other.
+        follow_paths: paths in the file's config may lead out of its directory.
+
+    Raises:
+        CheckpointError: a file is missing, broken, or the config is not the one the tensors were written with.
+    """
+    if config is not None:
+        return copy.copy(config), *read(source, allow_pickle=allow_pickle, **hub)
+    path = find_file(source, CONFIG_NAME, **hub)
+    config = Config.from_dict(read_json(path))
+    tensors, notes = read(source, allow_pickle=allow_pickle, **hub)
+    other = own_notes.unlike(config, notes)
+    if other and path.with_name(NEXT_NAME).is_file():
+        config = Config.from_dict(read_json(path.with_name(NEXT_NAME)))
+        other = own_notes.unlike(config, notes)
+    if other:
+        raise CheckpointError(
+            f"{str(path)!r} is not the config that the tensors beside it were written with:{listing(other)}\n"
+            "Undo the change, or say that it is meant: config=Config.from_pretrained(...)"
+        )
+    confine(config, path.parent, follow_paths)
+    return config, tensors, notes
+
+
+def read(source: str | Path, *, allow_pickle: bool = False, **hub: Any) -> tuple[Tensors, dict[str, Any]]:
     """(tensors by key, veneer's own notes) of an adapter's weight file.
 
     Raises:
         CheckpointError: no file, a pickle, a broken file, or values that are not finite.
     """
-    from safetensors import SafetensorError, safe_open
+    path = find_weights(source, allow_pickle=allow_pickle, **hub)
+    found, metadata = (read_pickle(path), {}) if path.name == PICKLE_NAME else read_tensors(path)
+    _check_finite(found, repr(str(path)))
+    names = renamed()
+    tensors = {_todays(key, names): t for key, t in found.items()}
+    if len(tensors) < len(found):
+        twice = [key for key in found if _todays(key, names) != key and _todays(key, names) in found]
+        raise CheckpointError(f"{str(path)!r} holds tensors under an old and a new name:{listing(twice)}")
+    return tensors, own_notes.read(metadata, found)
 
-    path = find_weights(source, **hub)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            # cloned into memory of torch's own alignment: in the file's, products can differ in the last bits
-            names = renamed()
-            tensors = {_todays(key, names): file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, MemoryError) as error:
-        raise CheckpointError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
-    broken = [key for key, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+
+def _check_finite(tensors: Tensors, what: str) -> None:
+    wide = {key: t.float() if t.element_size() == 1 else t for key, t in tensors.items() if t.is_floating_point()}
+    broken = [key for key, t in wide.items() if not t.isfinite().all()]
     if broken:
-        raise CheckpointError(f"{str(path)!r} holds values that are not finite in:{listing(broken)}")
-    return tensors, _notes(metadata)
+        raise CheckpointError(f"{what} holds values that are not finite in:{listing(broken)}")
 
 
 def renamed() -> dict[str, str]:
@@ -137,19 +177,11 @@ def _todays(key: str, names: Mapping[str, str]) -> str:
     return path + dot + names.get(attribute, attribute)
 
 
-def _notes(metadata: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        notes = json.loads(metadata.get("veneer", "{}"))
-    except (json.JSONDecodeError, RecursionError):
-        return {}
-    return notes if isinstance(notes, dict) and isinstance(notes.get("base", {}), dict) else {}
-
-
 def check(state: State, name: str, tensors: Tensors) -> None:
     """Raise CheckpointError unless `tensors` are exactly those of the adapter, in key and shape."""
     expected = slots(state, name)
     copies = {k: whose for k, whose in repeats(state, name).items() if k in tensors and whose in tensors}
-    extra = {k for k in tensors if is_base_embedding(k)} | copies.keys()
+    extra = {k for k in tensors if embeddings.is_one(k)} | copies.keys()
     missing = [k for k in expected if k not in tensors]
     unlike = [k for k, whose in copies.items() if not _repeats(tensors[k], tensors[whose])]
     unexpected = [k for k in tensors if k not in expected and k not in extra]
@@ -170,6 +202,21 @@ def check(state: State, name: str, tensors: Tensors) -> None:
         raise CheckpointError(f"the file does not fit adapter {name!r} on this model; tensors " + "\nand ".join(found))
 
 
+def is_rounded(state: State, name: str) -> bool:
+    """Whether an adapter stands on quantised weights, which are near the pretrained ones."""
+    return any(state.layers[path].target.is_quantised for path in state.adapters(name))
+
+
+def check_fit(
+    model: Any, state: State, name: str, tensors: Tensors, notes: Mapping[str, Any], check_base: bool = True
+) -> None:
+    """Raise unless a file's tensors are an adapter's, whole, and trained on this base model."""
+    check(state, name, tensors)
+    own_notes.check_whole(notes)
+    if check_base:
+        own_notes.check_base(base_weights(model, state, name), notes, is_rounded(state, name))
+
+
 def _repeats(t: Tensor, first: Tensor) -> bool:
     """They are the same numbers; a tied module may see its weight from the other side."""
     return torch.equal(t, first) or (first.dim() == 2 and torch.equal(t, first.T))
@@ -183,43 +230,6 @@ def absorb(state: State, name: str, tensors: Tensors) -> None:
             part.absorb(own)
         else:
             part.load_state_dict(own, strict=False, assign=any(t.is_meta for t in part.state_dict().values()))
-
-
-def is_base_embedding(key: str) -> bool:
-    path = key.removesuffix(".weight").removesuffix(".base_layer")
-    return key.endswith(".weight") and path.rpartition(".")[2] in EMBEDDING_NAMES and path != key
-
-
-def absorb_base_embeddings(embeddings: Iterable[tuple[Any, Tensor]]) -> None:
-    """Base embeddings that came in the file (the vocabulary was resized) take the place of the model's."""
-    for module, tensor in embeddings:
-        if not torch.equal(module.weight.detach().cpu(), tensor.to(module.weight.dtype)):
-            with torch.no_grad():
-                module.weight.copy_(tensor)
-
-
-def base_embeddings_in(
-    model: nn.Module, state: State, name: str, tensors: Tensors
-) -> Iterator[tuple[nn.Module, Tensor]]:
-    """(module, weight) of the base embeddings that came in the file.
-
-    Raises:
-        CheckpointError: the model has no such module, or its vocabulary has another size.
-    """
-    modules, own = dict(walk(model)), slots(state, name)
-    for key, tensor in tensors.items():
-        path = key.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer")
-        if key in own or not is_base_embedding(key):
-            continue
-        module = modules.get(path)
-        if module is None:
-            raise CheckpointError(f"the file holds {key!r}, but the model has no module {path!r}")
-        if module.weight.shape != tensor.shape:
-            raise CheckpointError(
-                f"the adapter was saved with {path!r} of {tuple(tensor.shape)}, the model has "
-                f"{tuple(module.weight.shape)}; call model.resize_token_embeddings({tensor.shape[0]}) first"
-            )
-        yield module, tensor
 
 
 # The base model
@@ -238,42 +248,10 @@ def base_weights(model: Any, state: State, name: str) -> dict[str, Tensor]:
 
 def _pretrained(state: State, path: str) -> Tensor | None:
     """The pretrained weight of a layer; of a block, which has none of its own, that of the first matrix inside."""
-    layer = state.layers[path]
-    if layer.target.kind != "block":
-        return layer.target.original_weight()
-    for below, module in walk(layer.base_layer, path):
-        if kind_of(module).kind == "linear":
+    target = state.layers[path].target
+    if target.kind != "block":
+        return target.original_weight() if target.is_readable else None
+    for below, module in walk(target.base, path):
+        if kind_of(module).kind == "linear" and quantised(module) is None:
             return state.layers[below].target.original_weight() if below in state.layers else module.weight
     return None
-
-
-def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """A few of the pretrained weights, to recognise the base model by."""
-    return {path: _sample(weights[path]) for path in list(weights)[:: max(1, len(weights) // 16)][:16]}
-
-
-def check_base(weights: Mapping[str, Tensor], noted: Mapping[str, Any]) -> None:
-    """Raise BaseMismatch when the noted weights are not those of this model."""
-    noted = {
-        path: values
-        for path, values in noted.items()
-        if path in weights and isinstance(values, list) and all(isinstance(v, float) for v in values)
-    }
-    if not noted:
-        return
-    here = torch.tensor([v for path in noted for v in _sample(weights[path])])
-    there = torch.tensor([v for values in noted.values() for v in values])
-    if here.shape != there.shape:
-        raise BaseMismatch("the file's notes on its base model do not fit this model's layers")
-    difference = float((here - there).norm() / there.norm().clamp_min(1e-12))
-    if difference > 0.05:
-        raise BaseMismatch(
-            f"the adapter was trained on another base model: {len(noted)} of its layers, sampled, differ by "
-            f"{difference:.0%} from the weights here. Load the base it was trained on, or pass check_base=False"
-        )
-
-
-def _sample(W: Tensor) -> list[float]:
-    """Four values spread over a weight, rounded as bf16 would."""
-    where = [torch.linspace(0, size - 1, 4, device=W.device).long() for size in W.shape]
-    return W.detach()[tuple(where)].to(torch.bfloat16).tolist()

@@ -11,7 +11,6 @@ import importlib
 import json
 import math
 import pkgutil
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, listing, nearest
 from ..fields import Checked
 from ..files import find_file, read_json, write_atomically
+from ..patterns import fits, pattern
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -187,10 +187,10 @@ class Config(Checked):
                 own[f.name] = _plain(value)
         return dict(sorted(own.items()))
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save_pretrained(self, directory: str | Path, name: str = CONFIG_NAME) -> None:
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
         Path(directory).mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(directory) / CONFIG_NAME, text.encode())
+        write_atomically(Path(directory) / name, text.encode())
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **hub: Any) -> Config:
@@ -260,12 +260,12 @@ class LayerConfig(Config):
             raise ConfigError(f'bias must be "none", "all" or "{self.peft_type.lower()}_only", not {self.bias!r}')
         for name in ("target_modules", "exclude_modules", "layers_pattern", *self.subsets):
             if isinstance(getattr(self, name), str):
-                compile_pattern(getattr(self, name), name)
+                pattern(getattr(self, name), name)
         for name in self.patterns:
-            for pattern in getattr(self, name) or ():
-                compile_pattern(pattern, name)
-        for pattern in self.layers_pattern if isinstance(self.layers_pattern, list) else ():
-            compile_pattern(pattern, "layers_pattern")
+            for key in getattr(self, name) or ():
+                pattern(key, name)
+        for entry in self.layers_pattern if isinstance(self.layers_pattern, list) else ():
+            pattern(entry, "layers_pattern")
 
     def fill_targets(self, model: nn.Module) -> None:
         """Choose `target_modules` for a model when the user gave none."""
@@ -322,17 +322,10 @@ ALWAYS_WRITTEN = {
 
 def at(path: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
     """The value a `rank_pattern`-like mapping gives a module: its keys are name endings or regular expressions."""
-    for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+    for key, value in (patterns or {}).items():
+        if fits(rf"(.*\.)?({key})", path, "a pattern"):
             return value
     return default
-
-
-def compile_pattern(pattern: str, name: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{name} = {pattern!r} is not a regular expression: {error}") from None
 
 
 def check_range(config: Any, low: float, below: float, *names: str) -> None:

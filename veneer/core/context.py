@@ -6,9 +6,11 @@ pre-hook on the Hugging Face model fills `facts` on each call, whoever makes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from threading import RLock
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -26,23 +28,38 @@ BASE = "__base__"
 class State:
     """The adapters of one model and the facts of its current call."""
 
+    layer_class: ClassVar[type[AdapterLayer] | None] = None
+    """What wraps a module where it is not a plain `AdapterLayer`: one that shows itself as other code expects."""
+
     def __init__(self) -> None:
         self.configs: dict[str, Config] = {}
-        self.layers: dict[str, AdapterLayer] = {}
+        self.layers: MutableMapping[str, AdapterLayer] = weakref.WeakValueDictionary()  # the model holds them
         self.shared = Modules()
         self.prompts = Modules()
         self.active: tuple[str, ...] = ()
         self.trainable: set[str] = set()
         self.schedules: dict[str, Any] = {}
         self.reshaped: list[Any] = []
+        self.watchers: list[Any] = []
+        """Objects that are shown each call of the model: `before(model, kwargs)`, `after(model, output)`."""
+        self.watch: set[str] | None = None
+        """Where given, the paths of layers whose weight is read past them are put in."""
         self.enabled = True
         self.facts: dict[Any, Any] = {}
         self.sticky: dict[str, Any] = {}
         self.busy = False
+        self.memo: dict[Any, Any] | None = None
+        self.lock = RLock()
+        """Held over a call of the model: those of several threads run one after another."""
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle is made between calls: the facts of the last one stay behind."""
-        return {**self.__dict__, "facts": {}, "sticky": {}, "busy": False}
+        of_call = {"facts": {}, "sticky": {}, "busy": False, "memo": None, "watch": None, "lock": None}
+        return {**self.__dict__, "layers": dict(self.layers), **of_call}
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        layers = weakref.WeakValueDictionary(attributes["layers"])
+        self.__dict__.update({**attributes, "layers": layers, "lock": RLock()})
 
     def fact_names(self) -> set[str]:
         """The keyword arguments of a model call that belong to adapters."""
@@ -83,14 +100,17 @@ class State:
 
     @contextmanager
     def remembering(self, facts: dict[str, Any]) -> Iterator[None]:
-        """Facts that hold for every model call inside (a `generate`)."""
-        before = self.sticky, self.facts
-        self.sticky = {**self.sticky, **facts}
+        """Facts that hold for every model call inside (a `generate`), in which no adapter changes.
+
+        So `memo` may hold what layers compute from their adapters alone; outside it is None.
+        """
+        before = self.sticky, self.facts, self.memo
+        self.sticky, self.memo = {**self.sticky, **facts}, {}
         self.facts = {**self.facts, **self.sticky}
         try:
             yield
         finally:
-            self.sticky, self.facts = before
+            self.sticky, self.facts, self.memo = before
 
     @contextmanager
     def switched(self, *, enabled: bool) -> Iterator[None]:

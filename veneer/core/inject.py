@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..bounds import Bounded
 from ..errors import TargetError, VeneerError, listing
+from ..files import WEIGHTS_NAME
 from . import checkpoint
 from .adapter import Adapter, Bias, Replace, Tensors, TiedReplace
-from .config import Config, LayerConfig, PromptConfig
+from .config import CONFIG_NAME, Config, LayerConfig, PromptConfig
 from .context import BASE, State, state_of
 from .layer import AdapterLayer, walk
 from .prompt import spec_for
@@ -58,7 +60,7 @@ def _put_on(
     places = [(member, *_places(model, member, saved)) for member in config.members()]
     state.configs[name] = config
     layers = Wrapper(model, state)
-    with torch.device("meta") if on_meta else nullcontext():
+    with torch.device("meta") if on_meta else nullcontext(), Bounded(model) if on_meta else nullcontext():
         for member, paths, bare in places:
             _add_member(model, config, member, name, layers, paths)
             _add_to_parameters(member, name, layers, bare)
@@ -94,8 +96,7 @@ def try_on(model: nn.Module, config: Config, name: str, tensors: Tensors, notes:
     """Raise unless a saved adapter fits `model`; returns the paths it adapts and leaves the model as it was."""
     state = attach(model, config, name, trainable=False, on_meta=True)
     try:
-        checkpoint.check(state, name, tensors)
-        checkpoint.check_base(checkpoint.base_weights(model, state, name), notes.get("base", {}))
+        checkpoint.check_fit(model, state, name, tensors, notes)
         return list(state.adapters(name))
     finally:
         detach(model, name, state)
@@ -145,7 +146,7 @@ class Wrapper:
     def wrap(self, path: str) -> AdapterLayer:
         if path not in self.state.layers:
             module = self.modules[path]
-            layer = AdapterLayer(module, path, self.state)
+            layer = (self.state.layer_class or AdapterLayer)(module, path, self.state)
             self._put(module, layer)
             self.state.layers[path] = layer
         return self.state.layers[path]
@@ -192,6 +193,8 @@ def _check_name(name: str, state: State) -> None:
         raise VeneerError(f"adapter name {name!r} stands for a row without an adapter in mixed batches; choose another")
     if not name or "/" in name or "\\" in name or name in (".", "..") or "\0" in name:
         raise VeneerError(f"adapter name {name!r} must be usable as a folder's name")
+    if len(name.encode("utf-8", "surrogatepass")) > 255 or name in (CONFIG_NAME, WEIGHTS_NAME):
+        raise VeneerError(f"adapter name {name[:60]!r} is no folder's: above 255 bytes, or the name of a file in it")
     if name in state.configs:
         raise VeneerError(f"the model already has an adapter called {name!r}; choose another name or delete it first")
 

@@ -7,6 +7,7 @@ in the same order, so merged equals active.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from torch.func import functional_call
 
 from ..errors import NotMergeable, VeneerError
 from ..interop.views import View
+from ..ops import is_fast
+from ..ops import low_rank_linear as low_rank
+from ..ops.low_rank_linear import Run
 from .adapter import Adapter, Modules, Parts, Replace
 from .context import BASE, State
 from .target import kind_of
@@ -70,14 +74,51 @@ class AdapterLayer(nn.Module):
 
     def _run(self, stack: Stack, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         below, above = _split(stack)
-        inputs, x = _down(above, _first(args, kwargs))
+        x = _first(args, kwargs)
+        direct = self._direct(x) if not below and above[0].is_product else None
+        if direct is not None:
+            inputs, x = _down(above[1:], x)
+            y = self._updated(x, direct, above[:1], [(0, x.numel() // x.shape[-1], 0)])
+            return _up(above[1:], inputs, y)
+        inputs, x = _down(above, x)
         args, kwargs = _with_first(x, args, kwargs)
         out = self._through(below, args, kwargs) if below else self.base_layer(*args, **kwargs)
         return _with_output(out, _up(above, inputs, _output(out)))
 
+    def _direct(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """The weight and bias of the base, where it and a low-rank update of it can be computed in one."""
+        direct = self.target.direct() if is_fast("low_rank_linear") else None
+        if direct is None or x.dtype != direct[0].dtype or torch.is_autocast_enabled(x.device.type):
+            return None
+        return direct
+
+    def _updated(self, x: Tensor, direct: tuple[Tensor, Tensor | None], products: Stack, runs: Sequence[Run]) -> Tensor:
+        """The base with low-rank updates by runs of rows. What needs no gradient is put together once a call."""
+        memo = None if torch.is_grad_enabled() else self.state.memo
+        key = (self.path, tuple(id(adapter) for adapter in products), tuple(runs))
+        if memo is not None and key not in memo:
+            memo[key] = low_rank.stack([a.as_update() for a in products], runs, x.numel() // x.shape[-1], x.dtype)
+        if memo is not None and memo[key] is not None:
+            return low_rank.stacked_linear(x, *direct, memo[key])
+        return low_rank.low_rank_linear(x, *direct, [a.as_update() for a in products], runs)
+
+    def _mixed_products(self, names: Sequence[str], x: Tensor) -> Tensor | None:
+        """A mixed batch in which every row has a low-rank update or none; None for others."""
+        stacks = {name: self.stack((name,)) for name in dict.fromkeys(names) if name != BASE}
+        own = {name: stack[0] for name, stack in stacks.items() if stack}
+        rows = x.numel() // x.shape[-1]
+        by_row = x.shape[0] == len(names) or (x.dim() == 2 and rows % len(names) == 0)
+        if not own or not by_row or not all(len(s) < 2 and all(a.is_product for a in s) for s in stacks.values()):
+            return None
+        direct = self._direct(x)
+        return None if direct is None else self._updated(x, direct, list(own.values()), _runs(names, list(own), rows))
+
     def _mixed(self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One batch whose rows use different adapters; the base module still runs once."""
         x = _first(args, kwargs)
+        y = self._mixed_products(names, x)
+        if y is not None:
+            return y
         runs = []
         for rows, stack in self._groups(names, x):
             below, above = _split(stack)
@@ -140,7 +181,7 @@ class AdapterLayer(nn.Module):
     def _unadapted(self, *args: Any, **kwargs: Any) -> Any:
         """The pretrained module, also while adapters are merged into its weight."""
         module = self.kept_module or self.base_layer
-        return functional_call(module, self.kept, args, kwargs) if self.kept else module(*args, **kwargs)
+        return self.target.lend(module, self.kept, args, kwargs) if self.kept else module(*args, **kwargs)
 
     # Merging
 
@@ -194,11 +235,11 @@ class AdapterLayer(nn.Module):
     def snapshot(self) -> tuple[Any, ...]:
         """What `merge` changes, for `revert`."""
         base = self.base_layer
-        return base, dict(base._parameters), self.kept_module, self.kept, self.merged_adapters
+        return base, self.target.parameters(), self.kept_module, self.kept, self.merged_adapters
 
     def revert(self, snapshot: tuple[Any, ...]) -> None:
         self.base_layer, parameters, self.kept_module, self.kept, self.merged_adapters = snapshot
-        self.base_layer._parameters.update(parameters)
+        self.target.restore(parameters)
 
     # Holding adapters
 
@@ -216,6 +257,8 @@ class AdapterLayer(nn.Module):
             base = self.__dict__.get("_modules", {}).get("base_layer")
             if base is None:
                 raise
+        if name == "weight" and self.state.watch is not None:
+            self.state.watch.add(self.path)
         try:
             return getattr(base, name)
         except AttributeError:
@@ -257,6 +300,16 @@ def walk(module: nn.Module, prefix: str = "", seen: set[int] | None = None) -> I
     for name, child in module._modules.items():
         if child is not None and not isinstance(child, Modules):
             yield from walk(child, f"{prefix}.{name}" if prefix else name, seen)
+
+
+def _runs(names: Sequence[str], known: Sequence[str], rows: int) -> list[Run]:
+    """Where in a matrix of so many rows the runs of a mixed batch are whose names are known."""
+    each, place, found = rows // len(names), 0, []
+    for name, group in itertools.groupby(names):
+        start, place = place, place + each * len(list(group))
+        if name in known:
+            found.append((start, place, known.index(name)))
+    return found
 
 
 def _split(stack: Stack) -> tuple[Stack, Stack]:

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
+from .. import embeddings
 from ..errors import CheckpointError, ConfigError, NotMergeable, VeneerError, listing, nearest
 from ..files import check_hub_arguments
 from ..interop import transformers as interop
+from ..notes import settings
 from ..report.plan import Plan, count, plan
 from ..report.status import LayerStatus, ModelStatus, layer_status, model_status
+from ..train.guard import Guard
 from ..train.schedule import follow
 from . import checkpoint
+from .adapter import Tensors
 from .config import Config, PromptConfig
 from .context import CheckpointContext, State, state_of
 from .inject import attach, detach, settle
+from .quant import warn_of_rounding
 
 
 def get_peft_model(
@@ -112,7 +118,7 @@ class PeftModel(nn.Module):
 
     @property
     def _state(self) -> State:
-        return _state(self.base_model.model)
+        return _state(self.get_base_model())
 
     @property
     def peft_config(self) -> dict[str, Config]:
@@ -148,15 +154,21 @@ class PeftModel(nn.Module):
     # Running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base_model.model(*args, **kwargs)
+        model = self.get_base_model()
+        state = None if torch.compiler.is_compiling() else state_of(model)
+        with nullcontext() if state is None else state.lock:
+            return model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's `generate`; also takes `adapter_names` and the methods' own facts."""
-        state, model = self._state, self.base_model.model
+        """The model's `generate`; also takes `adapter_names` and the methods' own facts.
+
+        Calls from several threads run one after another, each with the adapters it names; `set_adapter` is for all.
+        """
+        state, model = self._state, self.get_base_model()
         facts = {name: kwargs.pop(name) for name in list(kwargs) if name in state.fact_names()}
-        for member in (member for name in state.live() for member in state.configs[name].members()):
+        for member in (m for name in state.live() if name in state.configs for m in state.configs[name].members()):
             kwargs = {**kwargs, **member.generate_with}
-        with state.remembering(facts):
+        with state.lock, state.remembering(facts):
             return model.generate(*args, **kwargs)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
@@ -166,7 +178,7 @@ class PeftModel(nn.Module):
             settings.setdefault("context_fn", CheckpointContext(self._state))
         elif hasattr(self, "enable_input_require_grads"):
             self.enable_input_require_grads()
-        self.base_model.model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **kwargs)
+        self.get_base_model().activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **kwargs)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
@@ -219,7 +231,7 @@ class PeftModel(nn.Module):
             raise VeneerError(f"{adapter_name!r} is merged into the weights; call unmerge_adapter() before deleting it")
         if len(self.peft_config) == 1:
             raise VeneerError(f"{adapter_name!r} is the only adapter; use unload() to get the model without it")
-        detach(self.base_model.model, adapter_name, self._state)
+        detach(self.get_base_model(), adapter_name, self._state)
         if not self._state.active:
             self._state.activate((next(iter(self.peft_config)),))
 
@@ -232,7 +244,7 @@ class PeftModel(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside, the model computes what the base model would, merged or not."""
-        with self._state.switched(enabled=False):
+        with self._state.lock, self._state.switched(enabled=False):
             yield
 
     # Merging
@@ -267,7 +279,7 @@ class PeftModel(nn.Module):
 
     def unload(self) -> nn.Module:
         """The Hugging Face model without its adapters."""
-        state, model = self._state, self.base_model.model
+        state, model = self._state, self.get_base_model()
         for layer in state.layers.values():
             if layer.kept or layer.kept_module is not None:
                 layer.unmerge()
@@ -291,6 +303,7 @@ class PeftModel(nn.Module):
             for layer, snapshot in zip(layers, before, strict=True):
                 layer.revert(snapshot)
             raise
+        warn_of_rounding(layers)
 
     def _merge_order(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
         state = self._state
@@ -328,7 +341,7 @@ class PeftModel(nn.Module):
         return layer_status(self._state)
 
     def get_model_status(self) -> ModelStatus:
-        return model_status(self._state, self.base_model.model)
+        return model_status(self._state, self.get_base_model())
 
     # Files
 
@@ -357,12 +370,12 @@ class PeftModel(nn.Module):
             file = next((p for p in (into, *into.parents) if p.is_file()), None)
             if file is not None:
                 raise CheckpointError(f"{str(file)!r} is a file; give a directory to save into")
-        embeddings = None if save_embedding_layers == "auto" else bool(save_embedding_layers)
+        whole = None if save_embedding_layers == "auto" else bool(save_embedding_layers)
         for name in selected_adapters or list(self.peft_config):
             config = self.peft_config[name].saved()
             config.inference_mode = True
             into = directory if name == "default" else directory / name
-            tensors, notes = checkpoint.collect(self.base_model.model, self._state, name, embeddings)
+            tensors, notes = checkpoint.collect(self.get_base_model(), self._state, name, whole)
             if is_main_process:
                 checkpoint.write(into, tensors, notes, config)
 
@@ -377,6 +390,8 @@ class PeftModel(nn.Module):
         *,
         autocast_adapter_dtype: bool = True,
         check_base: bool = True,
+        allow_pickle: bool = False,
+        follow_paths: bool = False,
         **hub: Any,
     ) -> PeftModel:
         """Put a saved adapter on its base model.
@@ -387,20 +402,23 @@ class PeftModel(nn.Module):
             is_trainable: go on training it.
             config: use this instead of the file's.
             check_base: refuse a base model other than the adapter's own.
+            allow_pickle: where there is no safetensors file, read tensors (and nothing else) from a pickle.
+            follow_paths: paths in the file's config (X-LoRA's experts) may lead out of its directory.
             hub: `subfolder`, `revision`, `token`, `cache_dir` and the like.
 
         Raises:
             CheckpointError: a file is missing, damaged, or does not fit; the model is left as it was.
         """
         check_hub_arguments(hub)
-        config = copy.copy(config or Config.from_pretrained(model_id, **hub))
-        tensors, notes = checkpoint.read(model_id, **hub)
+        config, tensors, notes = checkpoint.load(
+            model_id, config, allow_pickle=allow_pickle, follow_paths=follow_paths, **hub
+        )
         config.inference_mode = not is_trainable
         lift = autocast_adapter_dtype
         with _flags_kept_on_error(model):
             adapted = cls(model, config, adapter_name, autocast_adapter_dtype=lift, low_cpu_mem_usage=True)
             try:
-                adapted._fill(adapter_name, tensors, notes if check_base else {}, lift)
+                adapted._fill(adapter_name, tensors, notes, lift, check_base)
             except BaseException:
                 adapted.unload()
                 raise
@@ -414,29 +432,31 @@ class PeftModel(nn.Module):
         *,
         autocast_adapter_dtype: bool = True,
         check_base: bool = True,
+        allow_pickle: bool = False,
+        follow_paths: bool = False,
         **hub: Any,
     ) -> None:
         """Load a further adapter, or new values for one of that name, whose Parameters stay the same objects."""
         check_hub_arguments(hub)
-        config = Config.from_pretrained(model_id, **hub)
-        tensors, notes = checkpoint.read(model_id, **hub)
-        noted = notes if check_base else {}
-        if adapter_name in self.peft_config:
+        is_present = adapter_name in self.peft_config  # what its config names was followed when it was made
+        follow = follow_paths or is_present
+        config, tensors, notes = checkpoint.load(model_id, allow_pickle=allow_pickle, follow_paths=follow, **hub)
+        if is_present:
             self._check_refill(adapter_name, config)
-            self._fill(adapter_name, tensors, noted, autocast_adapter_dtype)
+            self._fill(adapter_name, tensors, notes, autocast_adapter_dtype, check_base)
             return
         config.inference_mode = not is_trainable
         self._attach(adapter_name, config, on_meta=True, lift=autocast_adapter_dtype)
         try:
-            self._fill(adapter_name, tensors, noted, autocast_adapter_dtype)
+            self._fill(adapter_name, tensors, notes, autocast_adapter_dtype, check_base)
         except BaseException:
-            detach(self.base_model.model, adapter_name, self._state)
+            detach(self.get_base_model(), adapter_name, self._state)
             raise
 
     # Steps
 
     def _attach(self, name: str, config: Config, *, on_meta: bool, lift: bool) -> None:
-        model = self.base_model.model
+        model = self.get_base_model()
         if not isinstance(config, Config):
             raise ConfigError(f"a veneer config describes an adapter, not a {type(config).__name__}")
         config = copy.copy(config)  # what is found for this model is not written into the caller's own
@@ -446,15 +466,17 @@ class PeftModel(nn.Module):
         if isinstance(config, PromptConfig) and config.task_type is None:
             config.task_type = interop.task_of(model)
         state = attach(model, config, name, trainable=not config.inference_mode, on_meta=on_meta, lift=lift)
+        if not state.watchers:
+            state.watchers.append(Guard(state))
         if not config.inference_mode:
             follow(state, name)
 
-    def _fill(self, name: str, tensors: dict[str, Tensor], notes: dict[str, Any], lift: bool) -> None:
-        state, model = self._state, self.base_model.model
-        embeddings = list(checkpoint.base_embeddings_in(model, state, name, tensors))
-        checkpoint.check(state, name, tensors)
-        checkpoint.check_base(checkpoint.base_weights(model, state, name), notes.get("base", {}))
-        checkpoint.absorb_base_embeddings(embeddings)
+    def _fill(self, name: str, tensors: Tensors, notes: dict[str, Any], lift: bool, check_base: bool) -> None:
+        state, model = self._state, self.get_base_model()
+        others = [other for other in state.configs if other != name]
+        brought = embeddings.among(tensors, model, checkpoint.slots(state, name), others)
+        checkpoint.check_fit(model, state, name, tensors, notes, check_base)
+        state.reshaped += [embeddings.Brought(brought)] if brought else []
         checkpoint.absorb(state, name, tensors)
         settle(model, state, name, lift=lift)
         state.mark(name)
@@ -468,8 +490,8 @@ class PeftModel(nn.Module):
             )
         if name in self._merged():
             raise VeneerError(f"{name!r} is merged into the weights; call unmerge_adapter() before loading into it")
-        pairs = {field: (getattr(present, field), getattr(config, field)) for field in config.meaning()}
-        other = [f"{field} = {a!r}, in the file {b!r}" for field, (a, b) in pairs.items() if a != b]
+        own, new = settings(present), settings(config)
+        other = [f"{field} = {own.get(field)!r}, in the file {b!r}" for field, b in new.items() if own.get(field) != b]
         if other:
             raise CheckpointError(
                 f"adapter {name!r} has other settings than the file; load it under another name:{listing(other)}"

@@ -57,6 +57,8 @@ def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     state = state_of(model)
     if state is None or state.busy:
         return args, kwargs
+    for watcher in state.watchers:
+        watcher.before(model, _named(args, kwargs))
     own = {name: kwargs[name] for name in state.fact_names() if kwargs.get(name) is not None}
     kwargs = {name: value for name, value in kwargs.items() if name not in state.fact_names()}
     state.facts = by_row({**state.sticky, **own}, kwargs, args)
@@ -75,8 +77,14 @@ def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return output
     for name in called(state):
         state.configs[name].after(state.facts, output)
-    if getattr(output, "loss", None) is None:
-        return output
+    if getattr(output, "loss", None) is not None:
+        _change_loss(state, output)
+    for watcher in state.watchers:
+        watcher.after(model, output)
+    return output
+
+
+def _change_loss(state: State, output: Any) -> None:
     for prompt in live_prompts(state):
         own = prompt.loss(getattr(output, "logits", None), state.facts)
         output.loss = output.loss if own is None else own
@@ -85,7 +93,6 @@ def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if term is not None:
             term = term.full_tensor() if hasattr(term, "full_tensor") else term
             output.loss = output.loss + term.to(output.loss)
-    return output
 
 
 def called(state: State) -> list[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from ..errors import TargetError, listing, nearest
+from ..patterns import fits, pattern
 from ..structure import head_paths, is_linear
 from .config import TASK_HEADS, Config, LayerConfig
 from .layer import walk
@@ -104,7 +104,7 @@ def _matching(paths: Iterable[str], wanted: str | Sequence[str] | None, field: s
     """The paths that match a regular expression, or any of a list of names, each of which must match."""
     paths = list(paths)
     if isinstance(wanted, str):
-        found = [path for path in paths if re.fullmatch(wanted, path)]
+        found = [path for path in paths if fits(wanted, path, field)]
         if not found and any(matches(path, wanted) for path in paths):
             raise TargetError(
                 f"{field}: {wanted!r} is a regular expression for the whole path of a module, and matches none; "
@@ -134,9 +134,9 @@ def _of_layers(found: list[str], config: LayerConfig) -> list[str]:
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
     if not wanted:
         raise TargetError("layers_to_transform = [] names no layer; None means all of them")
-    for pattern in patterns or ():
-        if all(_layer_index(path, [pattern]) is None for path in found):
-            raise TargetError(_no_match("layers_pattern", pattern, {p for path in found for p in path.split(".")}))
+    for name in patterns or ():
+        if all(_layer_index(path, [name]) is None for path in found):
+            raise TargetError(_no_match("layers_pattern", name, {p for path in found for p in path.split(".")}))
     index = {path: _layer_index(path, patterns) for path in found}
     for number in wanted:
         if number not in index.values():
@@ -147,10 +147,10 @@ def _of_layers(found: list[str], config: LayerConfig) -> list[str]:
 
 def _layer_index(path: str, patterns: Sequence[str] | None) -> int | None:
     """The index of the layer a path lies in: `model.layers.3.mlp` is 3."""
-    for pattern in patterns or [r"[^.]+"]:
-        found = re.match(rf"(?:.*?\.)?(?:{pattern})\.(\d+)\.", path + ".")
+    for name in patterns or [r"[^.]+"]:
+        found = pattern(rf"(?:.*?\.)?(?:{name})\.(?P<index>\d+)\.", "layers_pattern").match(path + ".")
         if found:
-            return int(found.group(1))
+            return int(found["index"])
     return None
 
 
@@ -173,9 +173,9 @@ def _check_kinds(found: list[str], modules: dict[str, nn.Module], config: LayerC
 
 def check_patterns(field: str, patterns: Iterable[str], found: Sequence[str]) -> None:
     """Each key of `rank_pattern`, `alpha_pattern` and their like must match a target."""
-    for pattern in patterns:
-        if not any(re.fullmatch(rf"(.*\.)?({pattern})", path) for path in found):
-            raise TargetError(_no_match(field, pattern, found))
+    for key in patterns:
+        if not any(fits(rf"(.*\.)?({key})", path, field) for path in found):
+            raise TargetError(_no_match(field, key, found))
 
 
 def _no_match(field: str, entry: str, paths: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ Methods never ask whether a weight is stored transposed, is a convolution or an 
 from __future__ import annotations
 
 import copy
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..errors import NotMergeable, TargetError
+from ..ops.low_rank_linear import is_bare
 from .adapter import Matrix
 
 if TYPE_CHECKING:
@@ -36,9 +38,25 @@ class Target:
     """
 
     kind: ClassVar[str] = "block"
+    is_quantised: ClassVar[bool] = False
+    """Its weight is kept in other numbers than those it stands for."""
+    is_readable: ClassVar[bool] = True
+    """What its weight stands for can be told."""
 
     def __init__(self, layer: AdapterLayer) -> None:
-        self.layer = layer
+        self._layer = weakref.ref(layer)  # the layer holds the target: a base model must not wait for a cycle's end
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_layer": self.layer}
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        self.__dict__.update(attributes | {"_layer": weakref.ref(attributes["_layer"])})
+
+    @property
+    def layer(self) -> AdapterLayer:
+        layer = self._layer()
+        assert layer is not None, "the target outlived its layer"
+        return layer
 
     @property
     def base(self) -> Any:
@@ -66,6 +84,11 @@ class Target:
     def spatial(self) -> int:
         """How many dimensions a convolution slides over; 0 for anything else."""
         return 0
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """A convolution's kernel; () for anything else."""
+        return getattr(self.base, "kernel_size", ()) if self.spatial else ()
 
     @property
     def groups(self) -> int:
@@ -171,6 +194,10 @@ class Target:
         with self.present() as module:
             return copy.deepcopy(module).requires_grad_(True)
 
+    def direct(self) -> tuple[Tensor, Tensor | None] | None:
+        """W (out, in) and b where calling the module is x W^T + b and nothing more, so that it may be left out."""
+        return None
+
     def op(self, x: Tensor, M: Tensor, b: Tensor | None = None) -> Tensor:
         """The module's operation with M (out, in) for its weight and b for its bias."""
         return functional_call(self.base, self.tensors(M, b), (x,))
@@ -210,6 +237,14 @@ class Target:
     def restore(self, old: dict[str, Tensor]) -> None:
         self.base._parameters.update(old)
 
+    def parameters(self) -> dict[str, Any]:
+        """The module's own Parameters, for `restore`."""
+        return dict(self.base._parameters)
+
+    def lend(self, module: nn.Module, tensors: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+        """A call of the module with other Parameters."""
+        return functional_call(module, tensors, args, kwargs)
+
 
 class LinearTarget(Target):
     kind = "linear"
@@ -221,6 +256,17 @@ class LinearTarget(Target):
     @property
     def out_features(self) -> int:
         return self.base.out_features
+
+    def direct(self) -> tuple[Tensor, Tensor | None] | None:
+        base = self.base
+        if not is_bare(base, self.forward_of(base)):
+            return None
+        return self.as_matrix(base._parameters["weight"]), base._parameters.get("bias")
+
+    @staticmethod
+    def forward_of(base: nn.Module) -> Any:
+        """The forward that is x W^T + b."""
+        return nn.Linear.forward
 
     def op(self, x: Tensor, M: Tensor, b: Tensor | None = None) -> Tensor:
         return F.linear(x, M, b)
@@ -239,6 +285,10 @@ class Conv1DTarget(LinearTarget):
     @property
     def out_features(self) -> int:
         return self.base.weight.shape[1]
+
+    @staticmethod
+    def forward_of(base: nn.Module) -> Any:
+        return type(base).forward if type(base).__module__ == "transformers.pytorch_utils" else None
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         return weight.T
@@ -413,8 +463,12 @@ def _of_rows(value: Any, rows: Tensor | None) -> Any:
 
 def kind_of(module: nn.Module) -> type[Target]:
     """The view that fits a module: the one place that looks at module classes."""
+    from .quant import quantised
+
     if is_conv1d(module):
         return Conv1DTarget
+    if (backend := quantised(module)) is not None:
+        return backend
     if isinstance(module, nn.Linear):
         return LinearTarget
     if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
@@ -430,8 +484,6 @@ def kind_of(module: nn.Module) -> type[Target]:
 def _block_width(module: Any) -> int:
     """The width of a block's stream: what its first linear layer reads."""
     for child in module.modules():
-        if is_conv1d(child):
-            return child.weight.shape[0]
-        if isinstance(child, nn.Linear):
-            return child.in_features
+        if kind_of(child).kind == "linear":
+            return child.weight.shape[0] if is_conv1d(child) else child.in_features
     raise TargetError(f"cannot tell the width of {type(module).__name__}: it holds no linear layer")

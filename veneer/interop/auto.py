@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..core.config import Config, TaskType
+from ..core.config import Config
 from ..core.model import PeftModel
-from ..errors import ConfigError
 from ..files import HUB_ARGUMENTS
-from ..hub import resolve
+from ..loading import load_base
 
 
 class AutoPeftModel:
     """Loads the base model that an adapter's config names, by the config's task, and the adapter onto it."""
 
     auto_class: ClassVar[str | None] = None
+    peft_model: ClassVar[type[PeftModel]] = PeftModel
+    config_class: ClassVar[type[Config]] = Config
 
     def __init__(self) -> None:
         raise TypeError(f"use {type(self).__name__}.from_pretrained(adapter)")
@@ -29,6 +30,8 @@ class AutoPeftModel:
         config: Config | None = None,
         *,
         check_base: bool = True,
+        allow_pickle: bool = False,
+        follow_paths: bool = False,
         **kwargs: Any,
     ) -> PeftModel:
         """Load base and adapter.
@@ -41,21 +44,19 @@ class AutoPeftModel:
         Raises:
             ConfigError: the adapter does not say which base model it is for.
         """
-        import transformers
-
         hub = {name: kwargs.pop(name) for name in list(kwargs) if name in HUB_ARGUMENTS}
-        config = config or Config.from_pretrained(adapter, **hub)
-        if not config.base_model_name_or_path:
-            raise ConfigError(
-                f"{str(adapter)!r} does not name its base model; load that yourself and use PeftModel.from_pretrained"
-            )
-        auto = getattr(transformers, cls.auto_class or _auto_class(config))
-        shared = {name: hub[name] for name in ("token", "cache_dir", "local_files_only") if name in hub}
-        base = auto.from_pretrained(
-            resolve(config.base_model_name_or_path), revision=config.revision or "main", **shared, **kwargs
-        )
-        return PeftModel.from_pretrained(
-            base, adapter, adapter_name, is_trainable, config, check_base=check_base, **hub
+        named = config or cls.config_class.from_pretrained(adapter, **hub)
+        base = load_base(adapter, config=named, auto_class=cls.auto_class, hub=hub, **kwargs)
+        return cls.peft_model.from_pretrained(
+            base,
+            adapter,
+            adapter_name,
+            is_trainable,
+            config,
+            check_base=check_base,
+            allow_pickle=allow_pickle,
+            follow_paths=follow_paths,
+            **hub,
         )
 
 
@@ -81,36 +82,3 @@ class AutoPeftModelForQuestionAnswering(AutoPeftModel):
 
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
     auto_class = "AutoModel"
-
-
-AUTO_CLASSES = {
-    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
-    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
-    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
-    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
-    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
-    TaskType.FEATURE_EXTRACTION: "AutoModel",
-}
-
-
-def load_base(adapter: str | Path, model: str | None = None, **kwargs: Any) -> Any:
-    """The base model of an adapter, without it; on request from another place than the one its config names.
-
-    Raises:
-        ConfigError: neither names a base model.
-    """
-    import transformers
-
-    config = Config.from_pretrained(adapter)
-    name = model or config.base_model_name_or_path
-    if not name:
-        raise ConfigError(f"{str(adapter)!r} does not name its base model; give it with --model")
-    task = config.task_type if isinstance(config.task_type, TaskType) else TaskType.CAUSAL_LM
-    auto = getattr(transformers, AUTO_CLASSES[task])
-    return auto.from_pretrained(resolve(name), **kwargs)
-
-
-def _auto_class(config: Config) -> str:
-    if not isinstance(config.task_type, TaskType):
-        raise ConfigError("the adapter states no task_type; use the AutoPeftModelFor... class of its task")
-    return AUTO_CLASSES[config.task_type]

@@ -17,8 +17,9 @@ def skew(entries: Tensor, size: int) -> Tensor:
 
 def cayley(Q: Tensor) -> Tensor:
     """(I - Q) (I + Q)^-1 of skew-symmetric Q (n, size, size): exactly orthogonal."""
-    eye = torch.eye(Q.shape[-1], device=Q.device, dtype=Q.dtype)
-    return torch.linalg.solve(eye + Q, eye - Q, left=False)
+    wide = torch.promote_types(Q.dtype, torch.float32)  # no solver works in half precision
+    eye = torch.eye(Q.shape[-1], device=Q.device, dtype=wide)
+    return torch.linalg.solve(eye + Q.to(wide), eye - Q.to(wide), left=False).to(Q.dtype)
 
 
 def cayley_neumann(Q: Tensor, terms: int) -> Tensor:

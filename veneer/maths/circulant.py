@@ -17,5 +17,8 @@ def circulant(kernels: Tensor) -> Tensor:
 def circulant_product(kernels: Tensor, x: Tensor) -> Tensor:
     """x (..., n b) times the transpose of `circulant(kernels)`: (..., m b), by the fast Fourier transform."""
     _, n, b = kernels.shape
-    spectrum = torch.einsum("...nk,mnk->...mk", torch.fft.rfft(x.unflatten(-1, (n, b))), torch.fft.rfft(kernels).conj())
-    return torch.fft.irfft(spectrum, n=b).flatten(-2)
+    wide = torch.promote_types(x.dtype, torch.float32)  # no Fourier transform of other sizes in half precision
+    spectrum = torch.einsum(
+        "...nk,mnk->...mk", torch.fft.rfft(x.to(wide).unflatten(-1, (n, b))), torch.fft.rfft(kernels.to(wide)).conj()
+    )
+    return torch.fft.irfft(spectrum, n=b).flatten(-2).to(x.dtype)

@@ -137,7 +137,7 @@ class AdaLoraConfig(LoraConfig):
     """Which triplets a PEFT file still holds, by target."""
 
     peft_type, adapter, patterns = Name("ADALORA"), AdaLoRA, ("alpha_pattern",)  # type: ignore[assignment]
-    example = {"total_step": 1000}
+    example, learning_rate = {"total_step": 1000}, 1e-2
 
     def __post_init__(self) -> None:
         pattern, self.rank_pattern = self.rank_pattern, None

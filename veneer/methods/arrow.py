@@ -42,6 +42,7 @@ class ArrowConfig(Settings):
     """The general adapters, likewise."""
     rng_seed: int | None = None
     """Of PEFT's search for the v_i, which are exact here; kept for the file."""
+    path_fields = ("task_adapter_names", "gks_adapter_names")
 
     def __post_init__(self) -> None:
         super().__post_init__()

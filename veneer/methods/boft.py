@@ -10,7 +10,6 @@ compile for CUDA, whatever is asked, and knows square convolutions only.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +96,7 @@ class BOFTConfig(LayerConfig):
                 "give either boft_block_size or boft_block_num, the other 0; "
                 f"not boft_block_size = {size} and boft_block_num = {number}"
             )
-        check_range(self, 1, math.inf, "boft_n_butterfly_factor")
+        check_range(self, 1, 64, "boft_n_butterfly_factor")
         check_range(self, 0, 1, "boft_dropout")
 
     def blocks_for(self, target: Target) -> tuple[int, int]:

@@ -75,7 +75,7 @@ class C3AConfig(LayerConfig):
     peft_type, adapter = Name("C3A"), C3A
     patterns = ("block_size_pattern",)
     learning_rate = 1e-1
-    recommended = {"init_weights": True}
+    recommended = {"init_weights": True, "block_size": 64}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -36,7 +36,7 @@ class FourierFT(Additive):
         shape = self.target.out_features, self.target.in_features
         spectrum = self.fourierft_spectrum.float()
         S = spectrum.new_zeros(shape[0] * shape[1]).index_put((self.places,), spectrum).view(shape)
-        return torch.fft.ifft2(S).real * self.scaling
+        return (torch.fft.ifft2(S).real * self.scaling).to(self.fourierft_spectrum.dtype)
 
     def describe(self) -> str:
         return f"n={self.fourierft_spectrum.numel()}"
@@ -57,3 +57,5 @@ class FourierFTConfig(LayerConfig):
 
     peft_type, adapter = Name("FOURIERFT"), FourierFT
     patterns = ("n_frequency_pattern",)
+    learning_rate = 0.1
+    recommended = {"init_weights": True}

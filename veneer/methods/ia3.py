@@ -8,7 +8,6 @@ Starts as a no-op: l is one.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ from ..core.config import LayerConfig, Name
 from ..core.select import matches
 from ..core.target import Target
 from ..errors import ConfigError
+from ..patterns import fits
 from ..structure import default_targets
 
 
@@ -82,5 +82,5 @@ class IA3Config(LayerConfig):
 
     def is_feedforward(self, path: str) -> bool:
         if isinstance(self.feedforward_modules, str):
-            return re.fullmatch(self.feedforward_modules, path) is not None
+            return fits(self.feedforward_modules, path, "feedforward_modules")
         return any(matches(path, name) for name in self.feedforward_modules or ())

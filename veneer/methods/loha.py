@@ -29,7 +29,7 @@ class LoHa(LowRank):
         super().__init__(config, target, shared)
         self.r = r = at(target.path, config.rank_pattern, config.r)
         self.scaling = at(target.path, config.alpha_pattern, config.alpha) / r
-        kernel = tuple(target.base.weight.shape[2:])
+        kernel = target.kernel
         self.has_core = config.use_effective_conv2d and math.prod(kernel) > 1
         out_features, in_features = target.out_features, target.in_features
         for i in (1, 2):
@@ -75,7 +75,7 @@ class LoHa(LowRank):
 
     def expected_parameters(self) -> int:
         r, target = self.r, self.target
-        kernel = math.prod(target.base.weight.shape[2:]) if self.has_core else 1
+        kernel = math.prod(target.kernel) if self.has_core else 1
         return 2 * (r * (target.out_features + target.in_features // kernel) + (r * r * kernel if self.has_core else 0))
 
     def describe(self) -> str:
@@ -102,7 +102,7 @@ class LoHaConfig(LayerConfig):
     """Start as a no-op; False: random."""
 
     peft_type, adapter = Name("LOHA"), LoHa
-    patterns = ("rank_pattern", "alpha_pattern")
+    patterns, learning_rate = ("rank_pattern", "alpha_pattern"), 1e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()

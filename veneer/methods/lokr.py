@@ -31,7 +31,7 @@ class LoKr(Additive):
         super().__init__(config, target, shared)
         self.r = r = at(target.path, config.rank_pattern, config.r)
         self.scaling = at(target.path, config.alpha_pattern, config.alpha) / r
-        self.kernel = tuple(target.base.weight.shape[2:])
+        self.kernel = target.kernel
         out1, out2 = two_factors(target.out_features, config.decompose_factor)
         in1, in2 = two_factors(target.in_features // math.prod(self.kernel), config.decompose_factor)
         self.sizes = out1, in1, out2, in2
@@ -109,7 +109,7 @@ class LoKrConfig(LayerConfig):
     """True: W1 starts at zero. "lycoris": W2 does, as in LyCORIS. False: neither (for tests)."""
 
     peft_type, adapter = Name("LOKR"), LoKr
-    patterns, learning_rate = ("rank_pattern", "alpha_pattern"), 5e-3
+    patterns, learning_rate = ("rank_pattern", "alpha_pattern"), 2e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -53,6 +53,9 @@ class MultitaskPromptTuning(PromptTuning):
         if tasks is None and known > 1:
             raise VeneerError(f"the prompt knows {known} tasks; pass task_ids with the call, a number for each row")
         chosen = torch.as_tensor(0 if tasks is None else tasks, device=self.prefix_task_cols.device).view(-1)
+        has_values = not (torch.compiler.is_compiling() or chosen.is_meta)
+        if has_values and not 0 <= int(chosen.min()) <= int(chosen.max()) < known:
+            raise VeneerError(f"task_ids {chosen.tolist()} must lie between 0 and num_tasks - 1 = {known - 1}")
         of_tasks = self.prefix_task_cols[chosen, : self.n] @ self.prefix_task_rows[chosen]
         return (super().embeds(facts) * of_tasks).squeeze(0)
 

@@ -77,7 +77,7 @@ class PeanutConfig(LayerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, 1, math.inf, "r")
-        check_range(self, 0, math.inf, "depth")
+        check_range(self, 0, 1000, "depth")
         known = ACTIVATIONS.keys() - {"leakyrelu"}  # AdapterHub's spelling, which PEFT does not read
         if self.act_fn not in known:
             raise ConfigError(f"act_fn {self.act_fn!r} is not an activation here{nearest(self.act_fn, known)}")

@@ -91,7 +91,8 @@ class PveraConfig(LayerConfig):
     """Seed of the draws, which then depend on it and on how many calls came before; None: torch's generator."""
 
     peft_type, adapter = Name("PVERA"), PVeRA
-    learning_rate = 4e-3
+    learning_rate = 2e-2
+    recommended = {"save_projection": False}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -96,6 +96,7 @@ class RandLoraConfig(LayerConfig):
     """Start as a no-op; False: random (for tests)."""
 
     peft_type, adapter = Name("RANDLORA"), RandLoRA
+    recommended = {"save_projection": False}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -154,6 +154,7 @@ class ShadowConfig(LayerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, 1, math.inf, "r", "update_hidden_size", *(f"shadow_{name}" for name in self.sizes()))
+        check_range(self, 1, 1000, "shadow_num_hidden_layers")
         check_range(self, 0, 1, "shadow_dropout")
         check_range(self, 0, math.inf, "auxiliary_loss_weight")
         if self.shadow_model != "mirror" and any(self.sizes().values()):

@@ -103,7 +103,7 @@ class SupertuningConfig(LayerConfig):
     """Write the entries' places into the file; False: half the size, and the base model must be the same to a bit."""
 
     peft_type, adapter = Name("SUPERTUNING"), Supertuning
-    learning_rate = 5e-4
+    learning_rate = 3e-3
 
     def __post_init__(self) -> None:
         super().__post_init__()

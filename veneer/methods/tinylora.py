@@ -100,7 +100,7 @@ class TinyLoraConfig(LayerConfig):
     """True: start as a no-op. "uniform": within `init_v_bound`. False: normal (for tests)."""
 
     peft_type, adapter = Name("TINYLORA"), TinyLoRA
-    learning_rate = 5e-3
+    learning_rate, recommended = 3e-2, {"save_projection": False}
 
     def __post_init__(self) -> None:
         super().__post_init__()

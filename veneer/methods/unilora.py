@@ -36,7 +36,8 @@ class Vector(nn.Module):
         sizes = [math.prod(shape) for shape in shapes]
         rng = np.random.default_rng(config.proj_seed)
         times, rest = divmod(sum(sizes), d)
-        places = np.concatenate([np.repeat(np.arange(d), times), rng.choice(d, rest, replace=False)])
+        places, numbers = (torch.arange(n, device="cpu").numpy() for n in (sum(sizes), d))
+        places[:] = np.concatenate([np.repeat(numbers, times), rng.choice(d, rest, replace=False)])
         rng.shuffle(places)
         counts = torch.from_numpy(np.bincount(places, minlength=d)).clamp_min(1)
         self.register_buffer("scale", counts.float().rsqrt(), persistent=False)
@@ -102,7 +103,8 @@ class UniLoraConfig(LayerConfig):
     """Write the places and the entries of P into the file too; False: regenerated from the seed."""
 
     peft_type, adapter = Name("UNILORA"), UniLoRA
-    learning_rate = 5e-3
+    learning_rate = 2e-2
+    recommended = {"theta_d_length": 8192}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -106,7 +106,7 @@ class VBLoRAConfig(LayerConfig):
     """Standard deviation of the logits at the start."""
 
     peft_type, adapter = Name("VBLORA"), VBLoRA
-    learning_rate = 5e-3
+    learning_rate, recommended = 1e-2, {"vector_length": 64}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -69,6 +69,8 @@ class VeraConfig(LayerConfig):
     """Start as a no-op; False: random (for tests)."""
 
     peft_type, adapter = Name("VERA"), VeRA
+    learning_rate = 2e-2
+    recommended = {"save_projection": False}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -124,13 +124,14 @@ class XLoraConfig(LayerConfig):
     """g: strength of the whole mixture."""
 
     peft_type, adapter = Name("XLORA"), XLoRA
+    path_fields = ("adapters",)
     generate_with = {"use_cache": False}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.adapters:
             raise ConfigError("X-LoRA mixes trained adapters; name them in `adapters`: {name: directory}")
-        check_range(self, 1, math.inf, "xlora_depth")
+        check_range(self, 1, 1000, "xlora_depth")
         check_range(self, 1e-6, math.inf, "softmax_temperature")
         if self.top_k_lora is not None:
             check_range(self, 1, len(self.adapters) + 1, "top_k_lora")

@@ -16,6 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
+DEEP, SHORT = 8, (2, 4)
+"""From so many layers on, this many are run instead."""
+
 
 class Live(TorchDispatchMode):
     """Counts the bytes of the storages that are alive, but for those of a module's own tensors."""
@@ -78,16 +81,59 @@ def step_peak(model: Any, batch_size: int, length: int) -> int:
     """Bytes at the peak of one forward and backward pass of an adapted model on the meta device.
 
     The model's own weights are not among them; activations and gradients are. The loss is the model's over all tokens.
+    Of a deep stack of layers alike, two short ones are run, and the rest is in proportion.
 
     Raises:
         RuntimeError: the model or the method looks at values, which the meta device does not have.
     """
     model.train()
     ids = torch.empty(batch_size, length, dtype=torch.long, device="meta")
+    stack = _stack(model.get_base_model())
+    if stack is not None:
+        try:
+            return _in_proportion(model, ids, *stack)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):  # it wants its layers all
+            pass
+    return _run(model, ids)[0]
+
+
+def _run(model: Any, ids: Tensor) -> tuple[int, int]:
+    """(peak, end) of a step, in bytes; at the end there are the gradients."""
     with Live(model) as live, Flash():
         _loss(model, ids).backward()
+    found = live.peak, live.now
     model.zero_grad(set_to_none=True)
-    return live.peak
+    return found
+
+
+def _stack(base: nn.Module) -> tuple[nn.Module, str] | None:
+    """The parent and the name of the model's one deep list of layers, where all are alike."""
+    found = [
+        (parent, name)
+        for parent in base.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.ModuleList and len(child) >= DEEP and len({_shape(layer) for layer in child}) == 1
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _shape(layer: nn.Module) -> tuple[Any, ...]:
+    return type(layer), *((name, p.shape, p.requires_grad) for name, p in layer.named_parameters())
+
+
+def _in_proportion(model: Any, ids: Tensor, parent: nn.Module, name: str) -> int:
+    """The peak of the whole stack, by those of its first layers: activations make it, or, of short rows, gradients."""
+    layers = parent.get_submodule(name)
+    assert isinstance(layers, nn.ModuleList)
+    found = []
+    try:
+        for few in SHORT:
+            setattr(parent, name, layers[:few])
+            found.append(_run(model, ids))
+    finally:
+        setattr(parent, name, layers)
+    low, high = SHORT
+    return max(a + (b - a) * (len(layers) - low) // (high - low) for a, b in zip(*found, strict=True))
 
 
 def _loss(model: Any, ids: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from ..errors import DataError
 
 VARIATIONS = ("q7Z", "K2x")
 """Other answers; their first and last characters differ, so that one at most can agree with the true one by chance."""
+ASSISTANT = ("assistant", "model")
+"""What templates call the one whose words are learned."""
 
 Span = tuple[int, int]
 
@@ -45,6 +47,24 @@ class Template:
             list(messages), tools=tools, chat_template=self.template, add_generation_prompt=prompt, tokenize=False
         )
 
+    def prompt(self, place: str, messages: Sequence[dict[str, Any]], tools: Any = None) -> str:
+        """A conversation and the start of an answer.
+
+        Raises:
+            DataError: the template refuses the conversation.
+        """
+        try:
+            return self.text(messages, tools, prompt=True)
+        except Exception as error:  # as in render
+            raise _refused(place, error) from error
+
+    def stop(self) -> str | None:
+        """The token that ends an answer, if the template writes one."""
+        said = [{"role": "user", "content": VARIATIONS[0]}, {"role": "assistant", "content": VARIATIONS[1]}]
+        rendered = self.render("the chat template", said)
+        text = rendered.text[: rendered.spans[-1][1]]
+        return next((stop for stop in self.stops if text.endswith(stop)), None) if rendered.ended else None
+
     def render(self, place: str, messages: Sequence[dict[str, Any]], tools: Any = None) -> Rendered:
         """A conversation and its spans.
 
@@ -53,13 +73,12 @@ class Template:
         """
         try:
             text = self.text(messages, tools)
-            turns = [i for i, message in enumerate(messages) if message["role"] in ("assistant", "model")]
+            turns = [i for i, message in enumerate(messages) if message["role"] in ASSISTANT]
             found = [self._turn(text, messages, i, tools) for i in turns]
         except DataError as error:
             raise DataError(f"{place}: {error}") from None
         except Exception as error:  # templates raise errors of jinja2, and whatever their authors thought of
-            reason = str(error).strip().split("\n")[0]
-            raise DataError(f"{place}: the chat template refuses this conversation: {reason}") from error
+            raise _refused(place, error) from error
         _check(place, text, [span for span, _ in found])
         return Rendered(text, [span for span, _ in found], not found or found[-1][1])
 
@@ -123,6 +142,11 @@ class Template:
                 return around + len(stop)
         after = end + len(text[end:]) - len(text[end:].lstrip())
         return next((after + len(stop) for stop in self.stops if text.startswith(stop, after)), None)
+
+
+def _refused(place: str, error: Exception) -> DataError:
+    reason = str(error).strip().split("\n")[0]
+    return DataError(f"{place}: the chat template refuses this conversation: {reason}")
 
 
 def _common(a: str, b: str) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError
-from .chat import Span, Template
+from .chat import ASSISTANT, Span, Template
 from .shapes import Example
 
 IGNORED = -100
@@ -66,7 +66,7 @@ class Encoder:
         *,
         long_rows: str = "cut",
         loss_on: str = "assistant",
-        template_file: str | None = None,
+        template_file: str | Path | None = None,
         labels: Sequence[str] | None = None,
     ) -> None:
         self.tokenizer, self.max_length, self.long_rows, self.loss_on = tokenizer, max_length, long_rows, loss_on
@@ -100,16 +100,35 @@ class Encoder:
             text, spans = text[: spans[-1][1]] + end, [*spans[:-1], (spans[-1][0], spans[-1][1] + len(end))]
         return self._masked(text, spans)
 
+    def asked(self, example: Example) -> tuple[list[int], str]:
+        """The tokens that the last answer of a conversation follows, and that answer.
+
+        Raises:
+            DataError: the row has no question and answer.
+        """
+        *before, last = example.messages or [{}]
+        answer = last.get("content")
+        if not before or last["role"] not in ASSISTANT or not isinstance(answer, str):
+            raise DataError(f"{example.place} has no question with an answer in words, which generating needs")
+        if self.template is None:
+            text = self._question(example.place, example.messages or [])
+        else:
+            text = self.template.prompt(example.place, before, example.tools)
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids), answer
+
     def _untemplated(self, place: str, messages: list[dict[str, Any]]) -> Encoded:
-        """A question and its answer for a model without a chat template: one line after the other, then the end."""
+        before = self._question(place, messages)
+        text = before + messages[1]["content"] + (self.tokenizer.eos_token or "")
+        return self._masked(text, [(len(before), len(text))])
+
+    def _question(self, place: str, messages: list[dict[str, Any]]) -> str:
+        """What goes before an answer for a model without a chat template: the question, on a line of its own."""
         if [m["role"] for m in messages] != ["user", "assistant"]:
             raise ConfigError(f"{place} is a conversation, but the tokenizer has no chat template; give chat_template")
         question, answer = (m["content"] for m in messages)
         start = self.tokenizer.bos_token if self._adds_bos() else ""
         joint = "" if question[-1:].isspace() or answer[:1].isspace() else "\n"
-        before = (start or "") + question + joint
-        text = before + answer + (self.tokenizer.eos_token or "")
-        return self._masked(text, [(len(before), len(text))])
+        return (start or "") + question + joint
 
     def _adds_bos(self) -> bool:
         return (

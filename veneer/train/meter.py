@@ -19,14 +19,16 @@ class Meter(TrainerCallback, ExportableState):
         seconds: float = 0.0,
         peak: int = 0,
         data: str | None = None,
+        batch: int | None = None,
     ) -> None:
         self.real_tokens, self.supervised_tokens = real_tokens, supervised_tokens
-        self.seconds, self.peak, self.data = seconds, peak, data
+        self.seconds, self.peak = seconds, peak
+        self.data, self.batch = data, batch
         self._started: float | None = None
         self._last = (self.real_tokens, self.seconds)
 
     def state(self) -> dict[str, Any]:
-        names = ("real_tokens", "supervised_tokens", "seconds", "peak", "data")
+        names = ("real_tokens", "supervised_tokens", "seconds", "peak", "data", "batch")
         return {"args": {name: getattr(self, name) for name in names}, "attributes": {}}
 
     def add(self, real: int, supervised: int) -> None:

@@ -120,10 +120,12 @@ class Recipe(Strict):
     """Stop after so many evaluations without a lower loss."""
     log_every: int = Field(1, ge=1)
     """Steps between logged losses."""
+    samples: int = Field(4, ge=0)
+    """Held-out rows to which the report shows the model's answers, before and after."""
     wandb: bool = False
     """Also log to Weights & Biases."""
     output: str
-    """The directory of the result: the adapter, recipe.yaml, report.json, checkpoints, logs."""
+    """The directory of the result: the adapter, recipe.yaml, report.html, report.json, checkpoints, logs."""
 
     @field_validator("data", "eval_data", mode="before")
     @classmethod

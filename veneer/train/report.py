@@ -1,9 +1,11 @@
-"""report.json: what a run did, for people and for scripts."""
+"""report.json: what a run did, for scripts, and for the page that people look at."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,17 @@ from .recipe import Recipe
 
 REPORT_NAME = "report.json"
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "safetensors")
+CPU_NAMES = Path("/proc/cpuinfo")
 
 
-def write_report(
-    output: Path, recipe: Recipe, trainer: Any, meter: Meter, data: Data, unchanged: list[str]
-) -> dict[str, Any]:
-    """Write `report.json`, the last file of a run: it is there when the run came to its end."""
+def contents(recipe: Recipe, trainer: Any, meter: Meter, data: Data) -> dict[str, Any]:
+    """What training says of itself; `veneer.train.finish` adds what was found of the adapter on disk."""
     log, (learned, total) = trainer.state.log_history, trainer.model.get_nb_trainable_parameters()
     seconds = meter.seconds
-    content = {
+    return {
         "model": recipe.model,
         "method": recipe.method,
+        "verified": False,
         "trainable_parameters": learned,
         "total_parameters": total,
         "steps": trainer.state.global_step,
@@ -39,29 +41,43 @@ def write_report(
         "peak_rss_bytes": meter.peak,
         "processes": trainer.args.world_size,
         "history": [entry for entry in log if "loss" in entry],
-        "unchanged_tensors": unchanged,
         "data": data.account.as_dict(),
         "eval_data": data.eval_account and data.eval_account.as_dict(),
+        "rows_held_out": None if data.evaluation is None else len(data.evaluation),
         "labels": data.labels,
-        "verified": verified(output, recipe),
         "recipe": recipe.model_dump(),
-        "environment": environment(),
+        "environment": environment(trainer.args.device),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    if trainer.is_world_process_zero():
-        write_atomically(output / REPORT_NAME, (json.dumps(content, indent=2) + "\n").encode())
-    return content
 
 
-def verified(output: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """What a fresh process would find of the adapter on disk; None: nobody looked."""
-    return None
+def write_report(folder: Path, content: dict[str, Any]) -> None:
+    write_atomically(folder / REPORT_NAME, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def environment() -> dict[str, str]:
+def environment(device: Any) -> dict[str, str]:
+    """Where the numbers come from: libraries and machine."""
     from .. import __version__
 
     known = {name: version(name) for name in LIBRARIES}
-    return {"veneer": __version__, "python": platform.python_version(), "platform": platform.platform(), **known}
+    machine = {"python": platform.python_version(), "platform": platform.platform(), "device": _device(device)}
+    return {"veneer": __version__, **known, **machine}
+
+
+def _device(device: Any) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return (
+        f"{_cpu() if device.type == 'cpu' else device.type}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    )
+
+
+def _cpu() -> str:
+    names = CPU_NAMES.read_text(encoding="utf-8").splitlines() if CPU_NAMES.is_file() else []
+    found = next((line.partition(":")[2].strip() for line in names if line.startswith("model name")), "")
+    return found or platform.processor() or platform.machine()
 
 
 def _evaluation(state: Any) -> dict[str, Any] | None:

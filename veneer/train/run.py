@@ -9,25 +9,31 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import Tensor
 
+from ..core import checkpoint
 from ..core.config import CONFIG_NAME, TaskType
-from ..errors import ConfigError, TrainingError, listing
+from ..errors import CheckpointError, ConfigError, listing
 from ..files import WEIGHTS_NAME
+from ..interop.quiet import quiet
+from ..loading import pad_of
+from ..verify import PROBE_NAME, digests
 from .collate import Collator, Rows, Shuffled
 from .data import Data, prepare
 from .display import Display
+from .finish import Run, finish
+from .guards import Watch, writing
 from .meter import Meter
 from .packing import check as check_packing
 from .packing import goes_by_sequence
+from .page import PAGE_NAME
 from .recipe import RECIPE_NAME, Recipe, make, read
-from .report import REPORT_NAME, write_report
+from .report import REPORT_NAME
 from .setup import adapt, facts_of, load_base, load_tokenizer
 from .trainer import ExactTrainer, arguments, last_checkpoint, metrics, token_sums
 
-OURS = (WEIGHTS_NAME, CONFIG_NAME, RECIPE_NAME, REPORT_NAME, "checkpoints", "logs")
+OURS = (WEIGHTS_NAME, CONFIG_NAME, PROBE_NAME, RECIPE_NAME, REPORT_NAME, PAGE_NAME, "checkpoints", "logs")
 """What a run writes into its output directory."""
-FREE = {"output", "batch_size", "accumulate", "eval_batch_size", "keep", "log_every", "save_every", "wandb"}
+FREE = {"output", "batch_size", "accumulate", "eval_batch_size", "keep", "log_every", "save_every", "samples", "wandb"}
 """Keys that may differ when a run is resumed; of the batch, the global size must stay."""
 
 
@@ -52,33 +58,33 @@ def train(
     recipe, steps = _resolved(recipe, data)
     _check_resumed(output, recipe, resume)
     trainer, meter = _build(recipe, tokenizer, data, steps, output)
-    start = {name: p.detach().clone().cpu() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    started, watch = _start(trainer.model)
+    if recipe.best and data.evaluation is not None:
+        _check_returns(recipe, trainer.model)
     _announce(console, recipe, trainer, data, steps)
     if trainer.is_world_process_zero():
-        recipe.save(output)
+        with writing("the recipe", output):
+            recipe.save(output)
     display = Display(meter, console)
-    trainer.add_callback(display)
+    for callback in (watch, display):
+        trainer.add_callback(callback)
     try:
-        _run(trainer, meter, data, output, resume)
+        _run(trainer, meter, output, resume)
     finally:
         display.close()
-    unchanged = _check_changed(start, trainer.model)
-    trainer.save_model(str(output))
-    return write_report(output, recipe, trainer, meter, data, unchanged)
+        last_checkpoint(output)  # removes what was left half-written
+    if trainer.is_world_process_zero():
+        console.print("verifying: the adapter is loaded from disk onto a fresh base model")
+    return finish(Run(recipe, trainer, meter, data, tokenizer, pad_of(tokenizer), started, watch))
 
 
 def _quiet() -> None:
-    """The display speaks; the libraries keep quiet."""
-    import warnings
-
+    """The display speaks; the libraries keep quiet, also about what they lack for hardware that is not here."""
     import datasets
-    import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", module=r"torch\.|transformers\.|accelerate\.")
 
 
 def _check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
@@ -144,12 +150,12 @@ def _build(recipe: Recipe, tokenizer: Any, data: Data, steps: int, output: Path)
 
     warmup = round(recipe.warmup * steps) if recipe.warmup < 1 else int(recipe.warmup)
     settings = arguments(recipe, output, steps, warmup, recipe.eval_every, recipe.save_every or steps)
-    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    pad = pad_of(tokenizer)
     set_seed(recipe.seed)
     base = load_base(recipe, data.labels, pad)
     model = adapt(base, recipe, TaskType.CAUSAL_LM if data.labels is None else TaskType.SEQ_CLS, steps)
     flat = _flat(recipe, model, data, pad)
-    meter = Meter(data=data.fingerprint)
+    meter = Meter(data=data.fingerprint, batch=recipe.batch_size * recipe.accumulate * _processes())
     trainer = ExactTrainer(
         model,
         settings,
@@ -169,6 +175,21 @@ def _build(recipe: Recipe, tokenizer: Any, data: Data, steps: int, output: Path)
     if trainer.is_world_process_zero():
         trainer.add_callback(_tensorboard(output))
     return trainer, meter
+
+
+def _start(model: Any) -> tuple[dict[str, str], Watch]:
+    """How the adapter begins: for the files, and for the steps."""
+    return digests(model), Watch(model)
+
+
+def _check_returns(recipe: Recipe, model: Any) -> None:
+    """The best checkpoint can only come back if the method can go on from its file."""
+    try:
+        checkpoint.absorb(model._state, "default", checkpoint.slots(model._state, "default"))
+    except CheckpointError:
+        raise ConfigError(
+            f"{recipe.method} cannot go on from its file, so that no best checkpoint can come back; set best: false"
+        ) from None
 
 
 def _flat(recipe: Recipe, model: Any, data: Data, pad: int) -> Collator | None:
@@ -209,44 +230,40 @@ def _losses_of_data(recipe: Recipe, data: Data) -> list[str]:
     where = f" (the first: {account.examples[0]})" if account.examples else ""
     if account.cut_rows:
         lines.append(
-            f"{account.cut_rows} rows cut to {recipe.max_length} tokens, {account.cut_tokens} tokens lost{where}"
+            f"{_rows(account.cut_rows)} cut to {recipe.max_length} tokens, {account.cut_tokens} tokens lost{where}"
         )
     if account.too_long_rows:
-        lines.append(f"{account.too_long_rows} rows dropped, longer than {recipe.max_length} tokens{where}")
+        lines.append(f"{_rows(account.too_long_rows)} dropped, longer than {recipe.max_length} tokens{where}")
     if account.unlearned_rows:
-        lines.append(f"{account.unlearned_rows} rows dropped without a token to learn{where}")
+        lines.append(f"{_rows(account.unlearned_rows)} dropped without a token to learn{where}")
     return lines
 
 
-def _run(trainer: ExactTrainer, meter: Meter, data: Data, output: Path, resume: bool) -> None:
-    checkpoint = last_checkpoint(output) if resume else None
+def _rows(count: int) -> str:
+    return f"{count:,} row{'s' * (count != 1)}"
+
+
+def _run(trainer: ExactTrainer, meter: Meter, output: Path, resume: bool) -> None:
+    last = last_checkpoint(output) if resume else None
     trainer.accelerator.wait_for_everyone()
-    if checkpoint is not None:
-        _check_same_data(checkpoint, data)
+    if last is not None:
+        _check_same(last, meter)
         trainer.args.eval_on_start = False
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
 
 
-def _check_same_data(checkpoint: Path, data: Data) -> None:
+def _check_same(folder: Path, meter: Meter) -> None:
+    """A run goes on with the data and the batches that it began with; on how many processes is free."""
     import json
 
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    before = state["stateful_callbacks"]["Meter"]["args"]["data"]
-    if before != data.fingerprint:
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    before = state["stateful_callbacks"]["Meter"]["args"]
+    if before["data"] != meter.data:
         raise ConfigError(
             "cannot resume: the data is not what the run began with; put it back, or begin with --overwrite"
         )
-
-
-def _check_changed(start: dict[str, Tensor], model: Any) -> list[str]:
-    """Names of trained tensors that are as they were; all of them is an error."""
-    now = dict(model.named_parameters())
-    same = [name for name, before in start.items() if before.equal(_whole(now[name]))]
-    if len(same) == len(start):
-        raise TrainingError("the adapter did not change in training; is the learning rate 0, or no label reached?")
-    return same
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    parameter = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-    return parameter.detach().cpu()
+    if before["batch"] != meter.batch:
+        raise ConfigError(
+            f"cannot resume: a step was {before['batch']} sequences, and is now {meter.batch} (batch_size x accumulate "
+            "x processes); set batch_size or accumulate so that it stays the same"
+        )

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-import torch
-
+from .. import loading
 from ..catalogue import page
 from ..core.config import Config, TaskType, all_methods
 from ..core.model import PeftModel, get_peft_model
 from ..errors import ConfigError
-from ..hub import resolve
 from .recipe import Recipe
 
 ASSUMED = ("num_virtual_tokens",)
@@ -19,9 +17,7 @@ ASSUMED = ("num_virtual_tokens",)
 
 
 def load_tokenizer(recipe: Recipe) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(resolve(recipe.model), revision=recipe.revision or "main")
+    return loading.load_tokenizer(recipe.model, recipe.revision)
 
 
 def load_base(recipe: Recipe, labels: list[str] | None, pad: int) -> Any:
@@ -30,26 +26,13 @@ def load_base(recipe: Recipe, labels: list[str] | None, pad: int) -> Any:
     Raises:
         ConfigError: the model generates no text from text.
     """
-    import transformers
-
-    name, revision = resolve(recipe.model), recipe.revision or "main"
-    config = transformers.AutoConfig.from_pretrained(name, revision=revision)
-    if config.is_encoder_decoder and labels is None:
+    task = TaskType.CAUSAL_LM if labels is None else TaskType.SEQ_CLS
+    settings: dict[str, Any] = {"classes": labels, "pad": pad, "dtype": loading.dtype_of(recipe.dtype)}
+    revision = recipe.revision or "main"
+    base, _ = loading.load_model(recipe.model, loading.AUTO_CLASSES[task], revision=revision, **settings)
+    if base.config.is_encoder_decoder and labels is None:
         raise ConfigError(f"{recipe.model!r} is an encoder-decoder; veneer train takes causal language models")
-    if labels is not None:
-        config.num_labels, config.id2label = len(labels), dict(enumerate(labels))
-        config.label2id = {label: number for number, label in enumerate(labels)}
-    if config.get_text_config().pad_token_id is None:
-        config.get_text_config().pad_token_id = pad
-    auto = transformers.AutoModelForCausalLM if labels is None else transformers.AutoModelForSequenceClassification
-    return auto.from_pretrained(name, revision=revision, config=config, dtype=dtype_of(recipe))
-
-
-def dtype_of(recipe: Recipe) -> torch.dtype:
-    """What the base is held in; the adapter of a half-precision base is held in fp32 all the same."""
-    if recipe.dtype != "auto":
-        return getattr(torch, recipe.dtype)
-    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    return base
 
 
 def adapt(model: Any, recipe: Recipe, task: TaskType, steps: int) -> PeftModel:

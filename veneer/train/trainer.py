@@ -13,15 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from .. import ops
 from ..errors import TrainingError
 from ..ops.allocator import keep_blocks
 from ..ops.attention import by_sequence
 from ..ops.optimizer import FlatAdamW
+from . import sharded
 from .collate import Shuffled
 from .encode import IGNORED
+from .guards import writing
 from .meter import Meter, rss
 from .recipe import Recipe
 
@@ -50,15 +53,28 @@ class ExactTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.sampler
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing, where a run that is resumed had come to its end; Trainer would take one step too many."""
+        if self._is_over():
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _is_over(self) -> bool:
+        stoppers = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        stopped = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in stoppers)
+        return stopped or self.state.global_step >= self.state.max_steps
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with nullcontext() if self.fast else ops.plain():
             keep_blocks()
             return super().train(*args, **kwargs)
 
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> Any:  # type: ignore[override]
+        """One flat buffer for AdamW; sharded parameters stay what they are."""
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        return (FlatAdamW if kind is torch.optim.AdamW and ops.is_fast("optimizer") else kind), settings
+        is_flat = kind is torch.optim.AdamW and ops.is_fast("optimizer") and not self.is_sharded
+        return (FlatAdamW if is_flat else kind), settings
 
     def get_train_dataloader(self) -> Any:
         padded, self.data_collator = self.data_collator, self.flat or self.data_collator
@@ -125,10 +141,34 @@ class ExactTrainer(Trainer):
         inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         inner.save_pretrained(output_dir or str(self.args.output_dir), is_main_process=self.args.should_save)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.is_sharded = sharded.shards(self.accelerator)
+        self.is_fsdp_enabled = False  # Trainer would save the whole base with each checkpoint, in FSDP's own layout
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = sharded.gathered(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.is_sharded and checkpoint is not None:
+            sharded.take_shares_(self.optimizer.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_best_model(self) -> None:
+        with sharded.plain_as_shares() if self.is_sharded else nullcontext():
+            super()._load_best_model()
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        with writing(f"the checkpoint of step {self.state.global_step}", folder, RuntimeError):
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             (folder / WHOLE).touch()
 
@@ -198,6 +238,7 @@ def arguments(recipe: Recipe, output: Path, steps: int, warmup: int, eval_every:
         metric_for_best_model="loss" if eval_every else None,
         greater_is_better=False if eval_every else None,
         remove_unused_columns=False,
+        accelerator_config={"dispatch_batches": False},  # rows of several lengths do not fit in one batch to share out
         dataloader_pin_memory=not on_cpu,
         ddp_find_unused_parameters=False,
         ddp_backend="gloo" if on_cpu and several else None,

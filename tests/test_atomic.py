@@ -1,0 +1,152 @@
+"""A save that is interrupted leaves the old adapter or the new one, whole; and nothing asks a network on the way."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from veneer import CheckpointError, LoraConfig, PeftModel, get_peft_model
+
+from . import models
+from .models import output, perturb
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ROOT = Path(__file__).parent.parent
+SAVES = """
+import os, sys, warnings
+warnings.simplefilter("ignore")
+from tests.test_atomic import adapted
+versions = [adapted(0), adapted(1)]
+print("ready", flush=True)
+for i in range(10**6):
+    versions[i % 2].save_pretrained(sys.argv[1])
+"""
+OFFLINE = """
+import socket, sys, warnings
+warnings.simplefilter("ignore")
+asked = []
+def refuse(*args, **kwargs):
+    asked.append(args)
+    raise OSError("no network")
+socket.socket.connect = socket.socket.connect_ex = socket.socket.sendto = refuse
+socket.create_connection = socket.getaddrinfo = socket.gethostbyname = refuse
+import torch, veneer
+from tests import models
+from tests.cases import ONE_EACH
+from tests.models import output, perturb
+home = sys.argv[1]
+base = home + "/base"
+models.build("llama").save_pretrained(base)
+for case in ONE_EACH:
+    if case.siblings or case.model not in ("llama", "gpt2"):
+        continue
+    where = f"{home}/{case}"
+    model = case.build()
+    model.parameter_plan()
+    model.save_pretrained(where)
+    loaded = case.load(where)
+    output(loaded, case.inputs())
+    loaded.load_adapter(where, "again", **case.trust)
+    veneer.inspect(where) if hasattr(veneer, "inspect") else None
+    try:
+        case.load(where).merge_and_unload()
+    except veneer.NotMergeable:
+        pass
+config = veneer.LoraConfig(r=2, task_type="CAUSAL_LM")
+from transformers import AutoModelForCausalLM
+model = veneer.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+model.save_pretrained(home + "/last")
+veneer.AutoPeftModelForCausalLM.from_pretrained(home + "/last").generate(**models.inputs("llama"), max_new_tokens=2)
+assert not asked, asked
+try:
+    veneer.PeftModel.from_pretrained(models.build("llama"), "someone/something")
+except veneer.CheckpointError:
+    assert asked, "an explicit download must ask, or the block sees nothing"
+    print("fine")
+"""
+
+
+def adapted(version: int):
+    """Two versions that differ in values and settings."""
+    config = LoraConfig(r=3, lora_alpha=[8, 24][version], target_modules=["q_proj", "down_proj"])
+    return perturb(get_peft_model(models.build("llama"), config).eval(), seed=version)
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+def test_killed_saves_leave_a_whole_adapter(tmp_path):
+    """A process that saves two adapters in turn into one directory, killed at forty random moments."""
+    rng, batch = random.Random(0), models.inputs("llama")
+    expected = [output(adapted(version), batch) for version in (0, 1)]
+    adapted(0).save_pretrained(tmp_path)
+    seen = set()
+    for _ in range(8):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVES, tmp_path], stdout=subprocess.PIPE, text=True, env=environment(), cwd=ROOT
+        )
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        for _ in range(5):
+            time.sleep(rng.uniform(0.0, 0.05))
+            os.kill(process.pid, signal.SIGSTOP)  # as good as a crash for who looks now
+            out = output(PeftModel.from_pretrained(models.build("llama"), tmp_path), batch)
+            found = [i for i, logits in enumerate(expected) if torch.equal(out, logits)]
+            assert len(found) == 1, "neither the old adapter nor the new one"
+            seen.add(found[0])
+            os.kill(process.pid, signal.SIGCONT)
+        process.kill()
+        process.wait()
+    assert seen == {0, 1}
+    adapted(1).save_pretrained(tmp_path)
+    assert torch.equal(output(PeftModel.from_pretrained(models.build("llama"), tmp_path), batch), expected[1])
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_a_crash_between_the_renames_is_mended_by_the_next_load(cut: int, tmp_path, monkeypatch):
+    """The new tensors stand beside the old config: what is loaded is the new adapter, not a mixture."""
+    rename, calls, batch = os.replace, [], models.inputs("llama")
+    adapted(0).save_pretrained(tmp_path)
+
+    def crash(source, target):
+        calls.append(target)
+        if len(calls) > cut:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        adapted(1).save_pretrained(tmp_path)
+    monkeypatch.undo()
+    loaded = PeftModel.from_pretrained(models.build("llama"), tmp_path)
+    assert torch.equal(output(loaded, batch), output(adapted(int(cut == 2)), batch))
+
+
+def test_a_config_that_is_not_the_tensors_own_is_refused(tmp_path):
+    """By the settings in the tensor file; one that the caller brings is taken."""
+    adapted(0).save_pretrained(tmp_path / "0")
+    adapted(1).save_pretrained(tmp_path / "1")
+    file = "adapter_config.json"
+    (tmp_path / "0" / file).write_bytes((tmp_path / "1" / file).read_bytes())
+    with pytest.raises(CheckpointError, match="lora_alpha = 24, when written 8"):
+        PeftModel.from_pretrained(models.build("llama"), tmp_path / "0")
+    config = LoraConfig.from_pretrained(tmp_path / "0")
+    assert (
+        PeftModel.from_pretrained(models.build("llama"), tmp_path / "0", config=config).active_peft_config.lora_alpha
+        == 24
+    )
+
+
+def test_with_sockets_blocked_all_but_a_download_works(tmp_path):
+    """Every method saved, loaded, planned, merged; base and adapter in one call."""
+    env = {k: v for k, v in environment().items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
+    done = subprocess.run([sys.executable, "-c", OFFLINE, tmp_path], capture_output=True, text=True, env=env, cwd=ROOT)
+    assert done.returncode == 0 and "fine" in done.stdout, done.stdout + done.stderr[-3000:]

@@ -1,0 +1,287 @@
+"""veneer under the name peft: what there is, what a layer and a model show, and how programs get it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+START = """
+import json, sys, tempfile, warnings
+import veneer
+veneer.install_as_peft()
+import peft, torch
+from peft import *
+from torch import nn
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin0, self.lin1 = nn.Linear(10, 20), nn.Linear(20, 2)
+    def forward(self, x):
+        return self.lin1(torch.relu(self.lin0(x)))
+
+def mlp():
+    torch.manual_seed(0)
+    return Mlp()
+
+def lora(**settings):
+    return LoraConfig(**{"r": 4, "target_modules": ["lin0"], "init_lora_weights": False, **settings})
+
+def caught(call, *kinds):
+    try:
+        call()
+    except kinds as error:
+        return str(error)
+    raise AssertionError("nothing was raised")
+
+x = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
+"""
+
+
+def run(*command: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, check=False
+    )
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
+
+
+def program(script: str) -> str:
+    return run("-c", START + script).stdout
+
+
+def test_everything_that_peft_exports_is_there():
+    pytest.importorskip("peft")
+    listing = "print(json.dumps(sorted(n for n in dir(peft) if not n.startswith('_'))))"
+    theirs = json.loads(run("-c", "import peft, json; " + listing).stdout)
+    ours = json.loads(program(listing))
+    assert set(theirs) <= set(ours)
+
+
+def test_the_kinds_of_things_are_pefts():
+    """A class is a class, a function a function, a mapping a mapping with the same keys."""
+    pytest.importorskip("peft")
+    script = """
+import json, peft
+def kind(v):
+    if isinstance(v, dict) or hasattr(v, "keys"):
+        return sorted(str(getattr(k, "value", k)) for k in v) if len(v) < 60 else "mapping"
+    return "class" if isinstance(v, type) else "function" if callable(v) else type(v).__name__
+print(json.dumps({n: kind(getattr(peft, n)) for n in peft.__all__}))
+"""
+    theirs, ours = json.loads(run("-c", script).stdout), json.loads(program(script))
+    assert {name: ours[name] for name in theirs} == theirs
+
+
+DEEP = """
+from peft.config import PeftConfigMixin, PromptLearningConfig
+from peft.functional import cast_adapter_dtype, delete_adapter, inject_adapter_in_model, set_adapter, set_requires_grad
+from peft.helpers import check_if_peft_model, disable_input_dtype_casting, rescale_adapter_scale, update_signature
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping_func import get_peft_model
+from peft.mixed_model import PeftMixedModel
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from peft.peft_model import PeftModel, TunerLayerStatus, TunerModelStatus
+from peft.tuners import lora
+from peft.tuners.adalora import AdaLoraLayer, SVDLinear
+from peft.tuners.ia3 import IA3Layer
+from peft.tuners.lokr.layer import LoKrLayer
+from peft.tuners.loha.layer import LoHaLayer
+from peft.tuners.lora import LoraLayer, LoraModel, Linear, Embedding, Conv2d, LoftQConfig, EvaConfig
+from peft.tuners.lora.config import CordaConfig, LoraRuntimeConfig
+from peft.tuners.lora.layer import Conv1d, ParamWrapper
+from peft.tuners.mixed import MixedModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.vera import VeraLayer
+from peft.utils import CONFIG_NAME, ModulesToSaveWrapper, PeftType, TaskType, infer_device, transpose, _get_submodules
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as targets
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from peft.utils.other import AuxiliaryTrainingWrapper, fsdp_auto_wrap_policy, prepare_model_for_kbit_training
+from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.utils.transformers_weight_conversion import build_peft_weight_mapping
+import importlib.metadata
+from packaging.version import Version
+assert Version(importlib.metadata.version("peft")) == Version(peft.__version__) == Version("0.21.2")
+assert sorted(targets["llama"]) == ["q_proj", "v_proj"] and "gpt2" in targets and "nonesuch" not in targets
+import transformers.utils
+assert transformers.utils.is_peft_available()
+print("done")
+"""
+
+
+def test_the_deep_paths_that_programs_use_are_there():
+    pytest.importorskip("peft")
+    assert program(DEEP).strip() == "done"
+    imports = [line for line in DEEP.splitlines() if line.startswith("from peft")]
+    run("-c", "\n".join(imports))  # the real one has them too
+
+
+def test_what_programs_read_on_a_layer():
+    program("""
+from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.ia3 import IA3Layer
+from peft.tuners.tuners_utils import BaseTunerLayer
+model = get_peft_model(mlp(), lora(lora_alpha=8, lora_dropout=0.1, modules_to_save=["lin1"])).eval()
+layer = model.base_model.model.lin0
+assert isinstance(layer, (LoraLayer)) and isinstance(layer, Linear) and isinstance(layer, BaseTunerLayer)
+assert not isinstance(layer, IA3Layer) and not isinstance(model.base_model.model.lin1, BaseTunerLayer)
+assert isinstance(model.base_model, LoraModel) and model.base_model.prefix == "lora_"
+A, B = layer.lora_A["default"], layer.lora_B.default
+assert isinstance(A, nn.Linear) and A.weight.shape == (4, 10) and B.out_features == 20
+assert layer.r == {"default": 4} and layer.lora_alpha["default"] == 8 and layer.scaling == {"default": 2.0}
+assert layer.lora_dropout["default"].p == 0.1 and layer.use_dora["default"] is False
+assert layer.weight is layer.base_layer.weight and layer.get_base_layer() is layer.base_layer
+assert torch.allclose(layer.get_delta_weight("default"), 2 * B.weight @ A.weight)
+by_hand = layer.base_layer(x) + 2 * B(A(x))
+assert torch.allclose(layer(x), by_hand, atol=1e-6)
+layer.set_scale("default", 3); assert layer.scaling["default"] == 6
+layer.scale_layer(2); assert layer.scaling["default"] == 12
+layer.unscale_layer(); assert layer.scaling["default"] == 2
+layer.scaling["default"] = 0; assert torch.equal(layer(x), layer.base_layer(x)); layer.unscale_layer()
+layer.merge(); assert layer.merged and layer.merged_adapters == ["default"]; layer.unmerge(); assert not layer.merged
+layer.enable_adapters(False); assert layer.disable_adapters and torch.equal(layer(x), layer.base_layer(x))
+layer.enable_adapters(True); assert torch.allclose(layer(x), by_hand, atol=1e-6)
+assert model.base_model.model.lin1.weight is model.base_model.model.lin1.modules_to_save.default.weight
+layer.update_layer("default", 2, 8, LoraConfig(r=2)); assert layer.lora_A["default"].weight.shape == (2, 10)
+names = [name for name, p in model.named_parameters() if p.requires_grad]
+assert "base_model.model.lin0.lora_A.default.weight" in names
+assert "base_model.model.lin1.modules_to_save.default.weight" in names
+""")
+
+
+def test_layers_may_disagree_for_a_while():
+    program("""
+model = get_peft_model(mlp(), lora(target_modules=["lin0", "lin1"]))
+model.add_adapter("b", lora(target_modules=["lin0", "lin1"]))
+first = model.base_model.model.lin0
+first.set_adapter("b")
+assert model.get_model_status().active_adapters == "irregular"
+both = model(x)
+model.base_model.model.lin1.set_adapter("b")
+assert model.get_model_status().active_adapters == ["b"] and first.own is None
+assert not torch.allclose(model(x), both)
+""")
+
+
+def test_warns_where_veneer_refuses_unless_strict():
+    script = """
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    model = get_peft_model(mlp(), lora(target_modules=["lin0", "absent"], rank_pattern={"zzz": 2}))
+assert any("did not match any targeted module" in str(w.message) for w in seen)
+assert "not found in the base model" in caught(lambda: get_peft_model(mlp(), lora(target_modules=["zzz"])), ValueError)
+assert "unexpected keyword" in caught(lambda: LoraConfig(nonsense=1), TypeError)
+"""
+    program(script)
+    strict = START.replace("install_as_peft()", "install_as_peft(strict=True)")
+    refused = (
+        "assert 'absent' in caught(lambda: get_peft_model(mlp(), lora(target_modules=['lin0', 'absent'])), ValueError)"
+    )
+    run("-c", strict + refused)
+
+
+def test_the_real_peft_in_the_process_is_refused():
+    pytest.importorskip("peft")
+    done = run("-c", "import peft, veneer; veneer.install_as_peft()", code=1)
+    assert "imported already" in done.stderr
+
+
+def test_a_program_runs_unchanged(tmp_path: Path):
+    path = tmp_path / "program.py"
+    path.write_text("import sys, peft\nprint(sys.argv[1:], hasattr(peft, '_veneer_drop_in'), __name__)\n")
+    assert run("-m", "veneer.as_peft", str(path), "a", "--b").stdout.split() == ["['a',", "'--b']", "True", "__main__"]
+    assert "no such program" in run("-m", "veneer.as_peft", str(tmp_path / "none.py"), code=2).stderr
+    assert run("-m", "veneer.as_peft", "--help").stdout.startswith("usage")
+
+
+def test_from_pretrained_takes_what_pefts_takes():
+    program("""
+with tempfile.TemporaryDirectory() as folder:
+    model = get_peft_model(mlp(), lora())
+    model.save_pretrained(folder + "/sub/dir")
+    settings = dict(subfolder="sub/dir", adapter_name="other", torch_device="cpu", low_cpu_mem_usage=True)
+    again = PeftModel.from_pretrained(mlp(), folder, ephemeral_gpu_offload=True, **settings)
+    assert list(again.peft_config) == ["other"] and torch.allclose(again(x), model(x))
+    assert again.peft_config["other"].runtime_config.ephemeral_gpu_offload
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = mlp()
+        def forward(self, x):
+            return self.inner(x)
+    mapped = PeftModel.from_pretrained(Outer(), folder, subfolder="sub/dir", key_mapping={"^lin0": "inner.lin0"})
+    assert torch.allclose(mapped(x), model(x))
+    model.save_pretrained(folder, safe_serialization=False)
+    assert torch.allclose(PeftModel.from_pretrained(mlp(), folder)(x), model(x))
+""")
+
+
+def test_missing_tensors_are_a_warning_and_are_named():
+    program("""
+from safetensors.torch import load_file, save_file
+with tempfile.TemporaryDirectory() as folder:
+    get_peft_model(mlp(), lora()).save_pretrained(folder)
+    path = folder + "/adapter_model.safetensors"
+    tensors = load_file(path)
+    del tensors["base_model.model.lin0.lora_B.weight"]
+    save_file(tensors, path)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        model = PeftModel.from_pretrained(mlp(), folder)
+    assert any("Found missing adapter keys" in str(w.message) for w in seen)
+    result = model.load_adapter(folder, "default")
+    assert result.missing_keys == ["base_model.model.lin0.lora_B.default.weight"]
+""")
+
+
+def test_push_to_hub_and_back_with_a_stand_in_for_the_hub():
+    program("""
+import pathlib, shutil, huggingface_hub
+hub = pathlib.Path(tempfile.mkdtemp())
+calls = []
+def create_repo(repo_id, **settings):
+    (hub / repo_id).mkdir(parents=True, exist_ok=True)
+    return type("Url", (str,), {"repo_id": repo_id})(repo_id)
+def upload_folder(*, repo_id, folder_path, **settings):
+    calls.append(settings["commit_message"])
+    shutil.copytree(folder_path, hub / repo_id, dirs_exist_ok=True)
+def hf_hub_download(repo_id, filename, subfolder=None, revision=None, cache_dir=None, **settings):
+    path = hub / repo_id / (subfolder or "") / filename
+    if not path.exists():
+        raise OSError(filename)
+    return str(path)
+huggingface_hub.create_repo, huggingface_hub.upload_folder = create_repo, upload_folder
+huggingface_hub.hf_hub_download = hf_hub_download
+model = get_peft_model(mlp(), lora())
+model.push_to_hub("me/adapter", commit_message="an adapter")
+assert calls == ["an adapter"] and (hub / "me/adapter/README.md").read_text().startswith("---")
+again = PeftModel.from_pretrained(mlp(), "me/adapter", revision="main")
+assert torch.allclose(again(x), model(x))
+lora().push_to_hub("me/config")
+assert PeftConfig.from_pretrained("me/config").r == 4
+""")
+
+
+def test_a_copy_and_a_pickle_of_a_model_are_whole():
+    program("""
+import copy, io, pickle
+model = get_peft_model(mlp(), lora(modules_to_save=["lin1"], use_dora=True))
+for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    assert torch.equal(other(x), model(x)) and sorted(other.state_dict()) == sorted(model.state_dict())
+    other.base_model.model.lin0.lora_A.default.weight.data.zero_()
+    assert not torch.equal(other(x), model(x))
+fresh = get_peft_model(mlp(), lora(modules_to_save=["lin1"], use_dora=True))
+fresh.load_state_dict(model.state_dict())
+assert torch.equal(fresh(x), model(x))
+half = copy.deepcopy(model).to(torch.bfloat16)
+assert half.base_model.model.lin0.lora_A.default.weight.dtype == torch.bfloat16 and half(x.bfloat16()).isfinite().all()
+""")

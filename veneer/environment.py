@@ -1,0 +1,86 @@
+"""What veneer runs on: versions, processors, memory, and what in it would get in the way."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from typing import Any
+
+from . import __version__
+from .hub import MODELS, cache_dir, is_complete
+
+PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "datasets", "tokenizers", "numpy", "peft", "trl")
+NEEDED = {"torch": (2, 6), "transformers": (5, 20)}
+
+
+@dataclass
+class Environment:
+    veneer: str
+    python: str
+    system: str
+    packages: dict[str, str | None]
+    """Versions; None: not installed."""
+    processors: int
+    torch_threads: int
+    accelerators: list[str]
+    memory_bytes: int
+    free_bytes: int
+    cache: str
+    models: list[str]
+    """Those of `veneer pull` that are here."""
+    offline: bool
+    problems: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def environment() -> Environment:
+    """Look around. Imports torch; opens no socket."""
+    import psutil
+    import torch
+
+    memory = psutil.virtual_memory()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found = Environment(
+        veneer=__version__,
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        packages={name: _version(name) for name in PACKAGES},
+        processors=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        torch_threads=torch.get_num_threads(),
+        accelerators=gpus + (["mps"] if torch.backends.mps.is_available() else []),
+        memory_bytes=memory.total,
+        free_bytes=memory.available,
+        cache=str(cache_dir()),
+        models=[name for name, source in MODELS.items() if is_complete(cache_dir() / name, source)],
+        offline=os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
+    )
+    found.problems = list(_problems(found))
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _problems(found: Environment) -> list[str]:
+    problems = []
+    for name, least in NEEDED.items():
+        version = found.packages[name]
+        if version is None or _numbers(version) < least:
+            wanted = ".".join(map(str, least))
+            problems.append(f"{name} {version or 'is not installed'}; veneer needs {wanted} or newer")
+    if found.torch_threads > found.processors:
+        what = f"torch has {found.torch_threads} threads for {found.processors} processors"
+        problems.append(f"{what}: set OMP_NUM_THREADS={found.processors}")
+    return problems
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())

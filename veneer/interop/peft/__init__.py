@@ -1,0 +1,24 @@
+"""The drop-in: veneer under the name `peft`, for programs that import Hugging Face PEFT.
+
+    import veneer
+    veneer.install_as_peft()      # or, without touching the program: python -m veneer.as_peft program.py ...
+    from peft import LoraConfig, get_peft_model
+
+`table` holds PEFT's names of methods, `names` its modules; the rest are thin views of the engine.
+"""
+
+from __future__ import annotations
+
+
+def install_as_peft(strict: bool = False) -> None:
+    """Let `import peft` give veneer for the rest of the process, whether PEFT is installed or not.
+
+    Args:
+        strict: refuse what veneer refuses, instead of passing over it with a warning as PEFT does.
+
+    Raises:
+        VeneerError: the real PEFT is imported already.
+    """
+    from .register import install
+
+    install(strict)

@@ -1,0 +1,231 @@
+"""Which modules a config means, by PEFT's rules: what matches nothing is passed over, with its warnings and errors."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ...core.layer import bare, walk
+from ...core.select import matches
+from ...core.target import kind_of
+from ...errors import TargetError
+from .defaults import default
+from .strictness import is_strict
+
+EXCLUDED = "excluded"
+
+
+def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | None:
+    return re.fullmatch(target_pattern, key)
+
+
+def get_pattern_key(pattern_keys: Iterable[str], key_to_match: str) -> str:
+    """The first key of a `rank_pattern` that means a module; the module's own name without one."""
+    return next((k for k in pattern_keys if re.match(rf"(.*\.)?({k})$", key_to_match)), key_to_match)
+
+
+def is_excluded(config: Any, key: str) -> bool:
+    exclude, saved = getattr(config, "exclude_modules", None), getattr(config, "modules_to_save", None) or ()
+    if isinstance(exclude, str) and re.fullmatch(exclude, key):
+        return True
+    if not isinstance(exclude, str) and any(matches(key, entry) for entry in exclude or ()):
+        return True
+    return any(re.match(rf"(^|.*\.){entry}($|\..*)", key) for entry in saved)
+
+
+def check_target_module_exists(config: Any, key: str) -> Any:
+    """Whether a config's targeting fields mean the module called `key`; false for one that is excluded."""
+    targets = config.target_modules
+    if is_excluded(config, key) or targets is None:
+        return False
+    if isinstance(targets, str):
+        return match_target_against_key(targets, key)
+    if key in targets:
+        return True
+    if not any(key.endswith(f".{entry}") for entry in targets):
+        return False
+    wanted = getattr(config, "layers_to_transform", None)
+    if wanted is None or wanted == []:
+        return True
+    number = _layer_number(key, getattr(config, "layers_pattern", None))
+    return number is not None and number in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def _layer_number(key: str, patterns: Any) -> int | None:
+    names = [patterns] if isinstance(patterns, str) else patterns
+    for name in names or [r"[^.]*"]:
+        found = re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", key) if names else re.match(r".*?\.[^.]*\.(\d+)\.", key)
+        if found:
+            return int(found.group(1))
+    return None
+
+
+def narrowed(model: nn.Module, config: Any) -> Any:
+    """A copy of a config without the entries that match nothing in `model`, for a core that refuses them.
+
+    Raises:
+        TargetError: nothing is left; in PEFT's words.
+    """
+    if is_strict():
+        return copy.copy(config)
+    config = copy.copy(config)
+    paths = [path for path, _ in walk(model) if path]
+    _narrow_copies(config, paths)
+    if not hasattr(config, "target_modules") or getattr(config, "members", None) is None:
+        return config
+    if config.target_modules is not None or not getattr(config, "target_parameters", None):
+        fill_defaults(model, config)
+        config.__dict__["filled"] = {field: getattr(config, field) for field in FIELDS if hasattr(config, field)}
+    if config.target_modules == "all-linear":
+        return config
+    found = [path for path in paths if check_target_module_exists(config, path)]
+    bare_parameters = _narrow_parameters(model, config)
+    _check_kinds(model, config, found)
+    if not found and not bare_parameters:
+        raise TargetError(_nothing_found(config, paths))
+    _warn_unused(config, paths, found, bare_parameters)
+    if config.target_modules is not None:
+        _narrow_targets(config, found)
+    _narrow_patterns(config, [*found, *bare_parameters])
+    return config
+
+
+def _narrow_copies(config: Any, paths: Sequence[str]) -> None:
+    saved = getattr(config, "modules_to_save", None)
+    if saved:
+        kept = [n for n in dict.fromkeys(saved) if any(matches(path, n) for path in paths)]
+        config.modules_to_save = kept or None
+
+
+FIELDS = ("target_modules", "feedforward_modules")
+
+
+def fill_defaults(model: Any, config: Any) -> None:
+    """Choose the fields of targets that are None: as a program wrote it for the model's type, as PEFT, or by role.
+
+    Raises:
+        TargetError: nothing says what to adapt.
+    """
+    kind, model_type = config.peft_type, getattr(getattr(model, "config", None), "model_type", None)
+    missing = [field for field in FIELDS if getattr(config, field, ()) is None]
+    found = {field: WRITTEN.get((kind, field), {}).get(model_type) for field in missing}
+    found = {f: v if v is not None else default(kind.value, f, model_type) for f, v in found.items()}
+    by_role = copy.copy(config)
+    by_role.target_modules = None
+    if any(value is None for value in found.values()):
+        try:
+            by_role.fill_targets(model)
+        except TargetError:
+            fields = " or ".join(f"`{field}`" for field in (*FIELDS, "target_parameters") if hasattr(config, field))
+            raise TargetError(f"Please specify {fields} in `peft_config`".replace("meters` in", "meters`in")) from None
+    for field, value in found.items():
+        setattr(config, field, getattr(by_role, field) if value is None else value)
+
+
+WRITTEN: dict[tuple[Any, str], dict[Any, Any]] = {}
+"""What programs write into PEFT's mappings of default targets, by method and field."""
+
+
+def _check_kinds(model: nn.Module, config: Any, found: Sequence[str]) -> None:
+    modules, kinds = dict(walk(model)), config.adapter.kinds
+    wrong = next((modules[path] for path in found if kind_of(modules[path]).kind not in kinds), None)
+    if wrong is not None:
+        raise TargetError(
+            f"Target module {wrong} is not supported. Currently, only the following modules are supported: "
+            f"{', '.join(sorted(kinds))}."
+        )
+
+
+def _narrow_parameters(model: nn.Module, config: Any) -> list[str]:
+    wanted = getattr(config, "target_parameters", None)
+    if not wanted:
+        return []
+    names = [f"{path}.{name}" for path, module in walk(model) for name in module._parameters]
+    found = [name for name in names if any(matches(name, entry) for entry in wanted)]
+    config.target_parameters = [entry for entry in wanted if any(matches(name, entry) for name in found)] or None
+    return found
+
+
+def _nothing_found(config: Any, paths: Sequence[str]) -> str:
+    excluded = [path for path in paths if is_excluded(config, path)]
+    unmatched = [path for path in paths if path not in set(excluded)]
+    numbers = ""
+    if getattr(config, "layers_to_transform", None) is not None:
+        numbers += f" Note: You specified 'layers_to_transform': {config.layers_to_transform}."
+    if getattr(config, "layers_pattern", None) is not None:
+        numbers += f" You also specified 'layers_pattern': {config.layers_pattern}."
+    if excluded and not unmatched:
+        return (
+            "All modules were excluded. This is likely unintended. "
+            "Check your `target_modules`, `exclude_modules` and `modules_to_save` configuration."
+        )
+    if not config.target_modules:
+        return (
+            "No `target_modules` passed but also no `target_parameters` found. Please check the values for these "
+            "arguments."
+        )
+    if not excluded:
+        targets = config.target_modules if isinstance(config.target_modules, str) else set(config.target_modules)
+        return (
+            f"Target modules {targets} not found in the base model. Please check the target modules and try again."
+            + numbers
+        )
+    return (
+        "No modules were targeted for adaptation. This might be caused by a combination of mismatched target modules "
+        "and excluded modules. Please check your `target_modules` and `exclude_modules` configuration. You may also "
+        "have only targeted modules that are marked to be saved (`modules_to_save`)." + numbers
+    )
+
+
+def _warn_unused(config: Any, paths: Sequence[str], found: Sequence[str], parameters: Sequence[str]) -> None:
+    exclude = getattr(config, "exclude_modules", None)
+    exclude = exclude if exclude is None or isinstance(exclude, str) else set(exclude)
+    if exclude and not any(is_excluded(config, path) for path in paths):
+        warnings.warn(
+            f"You have passed exclude_modules={exclude} but no modules were excluded. "
+            "Please check that exclude_modules was set correctly.",
+            stacklevel=4,
+        )
+    if config.target_modules and not found:
+        warnings.warn(
+            f"target_modules={config.target_modules} were set but no module was matched.", RuntimeWarning, stacklevel=4
+        )
+    if getattr(config, "target_parameters", None) and not parameters:
+        warnings.warn(
+            f"target_parameters={config.target_parameters} were set but no parameter was matched.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _narrow_targets(config: Any, found: Sequence[str]) -> None:
+    """What is meant, spelled out as full paths: the core then has nothing to interpret."""
+    config.target_modules = list(found)
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    for field in config.subsets:
+        wanted = getattr(config, field)
+        if isinstance(wanted, (list, tuple, set)):
+            setattr(config, field, [entry for entry in wanted if any(matches(path, entry) for path in found)])
+
+
+def _narrow_patterns(config: Any, found: Sequence[str]) -> None:
+    for field in config.patterns:
+        patterns = getattr(config, field, None) or {}
+        unused = [p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", path) for path in found)]
+        if unused and field in ("rank_pattern", "alpha_pattern"):
+            warnings.warn(
+                f"The following {field} keys did not match any targeted module and were ignored: {sorted(unused)}.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        if unused:
+            setattr(config, field, {p: value for p, value in patterns.items() if p not in unused})
+
+
+def has_adapters(model: nn.Module) -> bool:
+    return any(bare(module) is not module for module in model.modules())
