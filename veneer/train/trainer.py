@@ -20,6 +20,7 @@ from .. import ops
 from ..errors import TrainingError
 from ..ops.allocator import keep_blocks
 from ..ops.attention import by_sequence
+from ..ops.optimizer import FlatAdamW
 from . import sharded
 from .collate import Shuffled
 from .encode import IGNORED
@@ -68,6 +69,12 @@ class ExactTrainer(Trainer):
         with nullcontext() if self.fast else ops.plain():
             keep_blocks()
             return super().train(*args, **kwargs)
+
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> Any:  # type: ignore[override]
+        """One flat buffer for AdamW; sharded parameters stay what they are."""
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        is_flat = kind is torch.optim.AdamW and ops.is_fast("optimizer") and not self.is_sharded
+        return (FlatAdamW if is_flat else kind), settings
 
     def get_train_dataloader(self) -> Any:
         padded, self.data_collator = self.data_collator, self.flat or self.data_collator
