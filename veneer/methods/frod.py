@@ -104,7 +104,7 @@ class FrodConfig(LayerConfig):
     runtime_offload_base_weight: bool = False
     """Of PEFT's; kept for the file."""
 
-    peft_type, adapter, recommended = Name("FROD"), FRoD, {"save_projection": False}
+    peft_type, adapter, learning_rate = Name("FROD"), FRoD, 1e-3
 
     def __post_init__(self) -> None:
         super().__post_init__()
