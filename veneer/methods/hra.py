@@ -3,7 +3,7 @@
     W' = W R,  R = (I - 2 u_1 u_1^T) ... (I - 2 u_r u_r^T),  each u of length one
 
 Yuan et al., 2024, arXiv:2405.17484. Trainable: r in per target. Mergeable. Starts as a no-op for even r: the vectors
-come in equal pairs, whose reflections cancel. `apply_GS` makes the vectors orthogonal first.
+come in equal pairs, whose reflections cancel. `apply_GS` makes the vectors orthogonal first. Computed in the WY form.
 """
 
 from __future__ import annotations
@@ -41,25 +41,29 @@ class HRA(Adapter):
         half = nn.init.kaiming_uniform_(torch.empty(len(self.hra_u), self.r // 2), a=math.sqrt(5))
         self.hra_u.copy_(half.repeat_interleave(2, dim=1))
 
-    def vectors(self) -> list[Tensor]:
-        """The r unit vectors, orthogonal to each other with `apply_GS`."""
+    def vectors(self) -> Tensor:
+        """The r unit vectors as columns, orthogonal to each other with `apply_GS`: (in, r)."""
+        if not self.apply_GS:
+            return self.hra_u / self.hra_u.norm(dim=0)
         found: list[Tensor] = []
         for u in self.hra_u.unbind(dim=1):
-            for other in found if self.apply_GS else ():
+            for other in found:
                 u = u - (other @ u) * other
             found.append(u / u.norm())
-        return found
+        return torch.stack(found, dim=1)
 
-    def reflect(self, x: Tensor, vectors: list[Tensor]) -> Tensor:
-        for u in vectors:
-            x = x - 2 * (x @ u).unsqueeze(-1) * u
-        return x
+    def reflect(self, x: Tensor, U: Tensor) -> Tensor:
+        """x through the reflections, first column first: I - U T U^T, T^-1 = I / 2 + U^T U above the diagonal."""
+        wide = U.to(torch.promote_types(U.dtype, torch.float32))
+        inverse = torch.triu(wide.T @ wide, diagonal=1) + torch.eye(self.r, device=U.device, dtype=wide.dtype) / 2
+        rows = torch.linalg.solve_triangular(inverse, wide.T, upper=True).to(U.dtype)
+        return x - (x @ U) @ rows
 
     def pre(self, x: Tensor) -> Tensor:
-        return self.reflect(x, self.vectors()[::-1])
+        return self.reflect(x, self.vectors().flip(1))
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self.reflect(W, [u.to(W.dtype) for u in self.vectors()]), b
+        return self.reflect(W, self.vectors().to(W.dtype)), b
 
     def expected_parameters(self) -> int:
         return self.r * self.target.in_features
