@@ -50,7 +50,7 @@ def test_a_method_is_a_small_file(path: Path):
 
 def test_the_core_is_small():
     """Some 150 lines of it are quantised layers, one small class a library; its layers choose the fast road."""
-    assert sum(code_lines(path) for path in CORE) <= 2600
+    assert sum(code_lines(path) for path in CORE) <= 2650
 
 
 def test_functions_are_short():

@@ -24,7 +24,7 @@ def attach(name: str, **settings):
 
 
 def layers(model) -> dict:
-    return state_of(model.get_base_model()).layers
+    return dict(state_of(model.get_base_model()).layers)
 
 
 def adapted(model) -> set[str]:

@@ -153,12 +153,12 @@ class Adapter(nn.Module):
         if not any(t.is_meta for t in present.values()):
             self.load_state_dict(tensors, strict=False)
             return
-        for key, tensor in tensors.items():
+        for key in tensors.keys() & present.keys():
             path, _, name = key.rpartition(".")
-            owner, old = self.get_submodule(path), present.get(key)
+            owner, old, tensor = self.get_submodule(path), present[key], tensors[key]
             if isinstance(old, nn.Parameter):
                 owner._parameters[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
-            elif old is not None:
+            else:
                 owner._buffers[name] = tensor
 
     def repeats(self) -> dict[str, str]:
