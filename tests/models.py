@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 from torch import Tensor, nn
 
@@ -191,6 +193,17 @@ def output(model: nn.Module, batch: dict, **facts) -> Tensor:
     model_inputs = {k: v for k, v in batch.items() if k != "x" and (is_adapted or k not in FACTS)}
     out = model(batch["x"], **facts) if "x" in batch else model(**model_inputs, **facts)
     return out if isinstance(out, Tensor) else out.get("logits", out[0])
+
+
+KEPT: deque = deque(maxlen=16)
+
+
+def state(model):
+    """Its State. That does not keep a model alive, so the last few are kept for tests that hold nothing but layers."""
+    from veneer.core.context import state_of
+
+    KEPT.append(model)
+    return state_of(model.get_base_model())
 
 
 def perturb(model: nn.Module, name: str = "default", seed: int = 2, scale: float = 0.1) -> nn.Module:

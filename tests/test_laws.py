@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from veneer import NotMergeable, VeneerError, embeddings, get_peft_model
 from veneer.core import checkpoint
 from veneer.core.config import all_methods
-from veneer.core.context import state_of
 
 from . import models
 from .cases import CASES, LAYER_CASES, MERGEABLE, ONE_EACH, Case
@@ -29,7 +28,7 @@ def every(cases):
 
 
 def state(model):
-    return state_of(model.get_base_model())
+    return models.state(model)
 
 
 def test_every_method_has_a_case():

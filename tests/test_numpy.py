@@ -15,7 +15,6 @@ from torch import nn
 
 import veneer
 from veneer import get_peft_model
-from veneer.core.context import state_of
 from veneer.methods.adalora import Allocation
 
 from . import models
@@ -38,7 +37,7 @@ def arr(t) -> np.ndarray:
 
 
 def state(model):
-    return state_of(model.get_base_model())
+    return models.state(model)
 
 
 def attach(model_name: str, config, scale: float = 0.3):

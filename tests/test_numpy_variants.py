@@ -14,7 +14,6 @@ import torch
 import veneer
 from veneer import ConfigError, LoraConfig, NotMergeable, PeftModel, TargetError, VeneerError, get_peft_model
 from veneer.core.config import Config
-from veneer.core.context import state_of
 
 from . import models
 from .cases import experts
@@ -25,7 +24,7 @@ TOLERANCE = dict(rtol=2e-4, atol=2e-5)
 
 
 def state(model):
-    return state_of(model.get_base_model())
+    return models.state(model)
 
 
 # A bias
