@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -150,7 +151,7 @@ def test_an_optimizer_without_the_adapter_ends_early(base, data, tmp_path, monke
         return self.optimizer
 
     monkeypatch.setattr(trainer.ExactTrainer, "create_optimizer", create)
-    fails("the adapter did not change", base, data, tmp_path / "out", max_steps=40, warmup=0)
+    fails("none of the optimizers that stepped holds its parameters", base, data, tmp_path / "out", max_steps=40)
     assert len(steps) == guards.PATIENCE
 
 
@@ -177,16 +178,17 @@ def test_what_cannot_bring_back_its_best_checkpoint_says_so_at_once(base, data, 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "probe.safetensors", "report.json"])
 def test_a_full_disk_at_the_end_leaves_nothing(base, data, tmp_path, monkeypatch, name):  # noqa: F811
-    from veneer import verify
-    from veneer.train import report
+    from veneer import files
 
-    def full(path, content, true=checkpoint.write_atomically):
-        if finish.STAGING in str(path) and path.name == name:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        true(path, content)
+    @contextmanager
+    def full(path, true=files.replacing):
+        with true(path) as temporary:
+            yield temporary
+            if finish.STAGING in str(path) and path.name == name:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for module in (checkpoint, verify, report):
-        monkeypatch.setattr(module, "write_atomically", full)
+    for module in (files, checkpoint):
+        monkeypatch.setattr(module, "replacing", full)
     fails("No space left on device .* go on with --resume", base, data, tmp_path / "out", max_steps=2)
     monkeypatch.undo()
     again = running.train(recipe(base, data, tmp_path / "out", max_steps=2), resume=True, console=Console(quiet=True))

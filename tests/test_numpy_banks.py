@@ -73,7 +73,8 @@ def test_pveras_seed_repeats_its_draws():
     layers = model.get_base_model().model.layers
     one, two = (layer.self_attn.q_proj.adapters["default"] for layer in layers)
     assert not torch.equal(one.noise(torch.zeros(9)), two.noise(torch.zeros(9)))
-    assert not torch.equal(one.noise(torch.zeros(9)), pvera(generator_seed=6).get_base_model().model.layers[
+    other = pvera(generator_seed=6)
+    assert not torch.equal(one.noise(torch.zeros(9)), other.get_base_model().model.layers[
         0
     ].self_attn.q_proj.adapters["default"].noise(torch.zeros(9)))  # fmt: skip
 

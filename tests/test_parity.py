@@ -155,7 +155,7 @@ def keys(directory, case: Case) -> set[str]:
 def test_pefts_file_loads_here(case: Case, tmp_path):
     theirs = moved(peft.get_peft_model(models.build(case.model), pefts_config(case)))
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = PeftModel.from_pretrained(models.build(case.model), tmp_path / "theirs")
+    ours = PeftModel.from_pretrained(models.build(case.model), tmp_path / "theirs", follow_paths=True)
     batch = case.inputs()
     torch.testing.assert_close(output(ours, batch), output(right(theirs, case), batch), **TOLERANCE)
     ours.save_pretrained(tmp_path / "ours")
@@ -413,7 +413,7 @@ def test_xlora_with_pefts_gate(tmp_path):
     torch.testing.assert_close(output(theirs, batch), output(ours, batch), **TOLERANCE)
     theirs.save_pretrained(tmp_path / "theirs")
     with pytest.raises(CheckpointError, match="internal_xlora_classifier"):
-        PeftModel.from_pretrained(models.build(case.model), tmp_path / "theirs")
+        PeftModel.from_pretrained(models.build(case.model), tmp_path / "theirs", follow_paths=True)
 
 
 def test_arrow_routes_as_pefts(tmp_path):

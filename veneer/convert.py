@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import checkpoint
-from .core.adapter import Adapter, Additive, LowRank, Parts, Replace
+from .core.adapter import Adapter, LowRank, Parts, Replace
 from .core.config import Config
 from .core.context import State, state_of
 from .core.layer import AdapterLayer
@@ -75,7 +75,8 @@ def factors_of(layer: AdapterLayer, name: str) -> Pair | None:
     part = next(iter(layer.adapters[name].parts))
     if len(layer.adapters[name].parts) > 1 or layer.target.groups > 1:
         return None
-    if not isinstance(part, LowRank) or type(part).fold is not Additive.fold or type(part).delta is not LowRank.delta:
+    kind = type(part)
+    if not isinstance(part, LowRank) or kind.fold is not LowRank.fold or kind.delta is not LowRank.delta:
         return None
     A, B = part.factors()
     wide = torch.promote_types(A.dtype, torch.float32)
