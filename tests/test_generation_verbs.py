@@ -274,6 +274,7 @@ def test_chat_on_a_terminal_survives_ctrl_c(bases, tmp_path):  # noqa: F811
         terminal.type("hello\r")
         terminal.until("more than the 256")  # no room for so long an answer; the talk goes on
         terminal.until("> ")
+        time.sleep(1)  # what is typed while the line editor starts is lost
         terminal.type("\x03")
         terminal.until("/quit")
         terminal.until("> ")
