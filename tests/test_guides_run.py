@@ -70,6 +70,7 @@ def test_the_commands_of_a_guide_run(guide: str, tiny_cache: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("VENEER_GUIDES"), reason="takes five minutes; `make guides` runs it")
 @pytest.mark.parametrize("guide", GUIDES)
 def test_they_run_on_the_real_model(guide: str, tmp_path: Path):
     """And the adapter of the guide is better than its base."""
