@@ -5,6 +5,7 @@ needs when it runs.
 """
 
 import importlib
+import logging
 import os
 import pkgutil
 import sys
@@ -44,6 +45,8 @@ for _verb in pkgutil.iter_modules(__path__):
 
 def main() -> None:
     """Run the command line. What the user can mend is one line on stderr and exit status 2, never a traceback."""
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # imported where installed, with advice
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app(prog_name="veneer")
     except SystemExit as stop:

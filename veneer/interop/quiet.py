@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging as stdlib
 import warnings
 
 
@@ -12,6 +11,4 @@ def quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # imported where installed, with advice
-        stdlib.getLogger(name).setLevel(stdlib.ERROR)
     warnings.filterwarnings("ignore", module=r"torch\.|transformers\.|accelerate\.")
