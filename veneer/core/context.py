@@ -68,8 +68,8 @@ class State:
 
     def adapters(self, name: str) -> dict[str, Adapter]:
         """The adapters called `name`, by path."""
-        held = ((path, layer._modules["adapters"]) for path, layer in self.layers.items())
-        return {path: adapters._modules[name] for path, adapters in held if name in adapters._modules}  # type: ignore
+        held = ((path, layer.adapters._modules) for path, layer in self.layers.items())  # a kind of layer may hold them
+        return {path: adapters[name] for path, adapters in held if name in adapters}  # type: ignore[misc]
 
     def modules(self, name: str) -> Iterator[nn.Module]:
         """Everything that holds parameters of the adapter called `name`."""
