@@ -35,7 +35,7 @@ def install(model: nn.Module) -> list[Any]:
 
 
 def _before(model: nn.Module, args: Any) -> None:
-    if model.training and torch.is_grad_enabled() and MARK not in model.__dict__:
+    if takes_part(model) and MARK not in model.__dict__:
         model.__dict__[MARK] = True
         for module, forward in _fitting(model):
             module.__dict__["forward"] = partial(forward, module)

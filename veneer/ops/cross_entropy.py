@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy as plain_cross_entropy
 from torch.utils._pytree import tree_map_only
 
 from ..errors import VeneerError
-from . import is_fast
+from . import is_autocast, is_fast
 
 CHUNK_BYTES = 64 << 20
 """Of fp32 logits at a time: smaller reads the weight more often, larger leaves the caches (measured, 49,152 tokens)."""
@@ -110,7 +110,7 @@ class Head:
         self.module, self.forward, self.width = module, module.forward, width
         self.learned = tuple(p for p in module.parameters() if p.requires_grad)
         self.device = weight.device.type
-        self.autocast = torch.is_autocast_enabled(self.device)
+        self.autocast = is_autocast(self.device)
         self.dtype = torch.get_autocast_dtype(self.device) if self.autocast else weight.dtype
         self.is_frozen = type(module) is nn.Linear and not self.learned and not self.autocast
         self.seen = self._now()
@@ -178,10 +178,17 @@ def linear_cross_entropy(
         labels: (n,); where they are `ignore_index`, nothing is computed.
         reduction: "mean" over supervised positions, or "sum".
     """
-    kept = (labels != ignore_index).nonzero().squeeze(1)
+    kept = _supervised(labels, ignore_index)
     picked = hidden if len(kept) == len(labels) else hidden.index_select(0, kept)
     total = _Sum.apply(picked, labels[kept], head, steps, label_smoothing, *head.learned)
     return total / torch.tensor(len(kept), dtype=total.dtype) if reduction == "mean" else total
+
+
+def _supervised(labels: Tensor, ignore_index: int) -> Tensor:
+    """Positions of labels (n,) that are learned; all of them on the meta device, where labels have no values."""
+    if labels.is_meta:
+        return torch.arange(len(labels), device=labels.device)
+    return (labels != ignore_index).nonzero().squeeze(1)
 
 
 def reference(
