@@ -338,10 +338,17 @@ def _can_be_lent(model: Any, head: nn.Module) -> bool:
     is_whole = type(weight) is nn.Parameter and not any(hasattr(weight, n) for n in ("ds_id", "_fsdp_flattened"))
     modules = (head, base)
     is_sharded = any(kind.__name__ == "FSDPModule" for m in (model, *modules) for kind in type(m).__mro__)
-    has_hooks = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
+    has_hooks = any(m._forward_hooks or m._backward_hooks or _meddles(m) for m in modules)
     own_forward = any("forward" in m.__dict__ for m in modules)
     ok = type(base) is nn.Linear and is_whole and not (is_sharded or has_hooks or own_forward)
     return ok and (head is base or _is_by_row(head))
+
+
+def _meddles(module: nn.Module) -> bool:
+    """Whether a hook may change what a module is given; those of the training guard note that it runs."""
+    from ..train.guard import Seen
+
+    return any(not isinstance(getattr(hook, "__self__", None), Seen) for hook in module._forward_pre_hooks.values())
 
 
 def _is_by_row(layer: Any) -> bool:
