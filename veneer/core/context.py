@@ -7,7 +7,7 @@ pre-hook on the Hugging Face model fills `facts` on each call, whoever makes it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from threading import RLock
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,6 +25,31 @@ BASE = "__base__"
 """The row of a mixed batch that runs without an adapter."""
 
 
+class Layers(MutableMapping[str, "AdapterLayer"]):
+    """Layers by path while their model holds them; torch traces it, but not `weakref.WeakValueDictionary`."""
+
+    def __init__(self, layers: Mapping[str, AdapterLayer] | None = None) -> None:
+        self._refs = {path: weakref.ref(layer) for path, layer in (layers or {}).items()}
+
+    def __getitem__(self, path: str) -> AdapterLayer:
+        layer = self._refs[path]()
+        if layer is None:
+            raise KeyError(path)
+        return layer
+
+    def __setitem__(self, path: str, layer: AdapterLayer) -> None:
+        self._refs[path] = weakref.ref(layer)
+
+    def __delitem__(self, path: str) -> None:
+        del self._refs[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([path for path, ref in self._refs.items() if ref() is not None])
+
+    def __len__(self) -> int:
+        return sum(ref() is not None for ref in self._refs.values())
+
+
 class State:
     """The adapters of one model and the facts of its current call."""
 
@@ -33,7 +58,7 @@ class State:
 
     def __init__(self) -> None:
         self.configs: dict[str, Config] = {}
-        self.layers: MutableMapping[str, AdapterLayer] = weakref.WeakValueDictionary()  # the model holds them
+        self.layers = Layers()
         self.shared = Modules()
         self.prompts = Modules()
         self.active: tuple[str, ...] = ()
@@ -58,8 +83,7 @@ class State:
         return {**self.__dict__, "layers": dict(self.layers), **of_call}
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
-        layers = weakref.WeakValueDictionary(attributes["layers"])
-        self.__dict__.update({**attributes, "layers": layers, "lock": RLock()})
+        self.__dict__.update({**attributes, "layers": Layers(attributes["layers"]), "lock": RLock()})
 
     def fact_names(self) -> set[str]:
         """The keyword arguments of a model call that belong to adapters."""

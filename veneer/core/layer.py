@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from ..errors import NotMergeable, VeneerError
 from ..interop.views import View
-from ..ops import is_fast
+from ..ops import is_autocast, is_fast
 from ..ops import low_rank_linear as low_rank
 from ..ops.low_rank_linear import Run
 from .adapter import Adapter, LowRank, Modules, Parts, Replace
@@ -89,7 +89,7 @@ class AdapterLayer(nn.Module):
     def _direct(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """The weight and bias of the base, where it and a low-rank update of it can be computed in one."""
         direct = self.target.direct() if is_fast("low_rank_linear") else None
-        if direct is None or x.dtype != direct[0].dtype or torch.is_autocast_enabled(x.device.type):
+        if direct is None or x.dtype != direct[0].dtype or is_autocast(x.device.type):
             return None
         return direct
 

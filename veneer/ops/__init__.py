@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from ..errors import ConfigError
 
 NAMES = frozenset(file.stem for file in Path(__file__).parent.glob("[a-z]*.py"))
@@ -20,6 +22,11 @@ NAMES = frozenset(file.stem for file in Path(__file__).parent.glob("[a-z]*.py"))
 def is_fast(name: str) -> bool:
     """Whether the fast path `name` may be taken."""
     return name not in _plain
+
+
+def is_autocast(device: str) -> bool:
+    """Whether operations on a type of device choose their dtype by themselves; never on "meta"."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 @contextmanager

@@ -31,11 +31,12 @@ def install(model: nn.Module) -> list[Any]:
     """The root hooks that bring the fast paths in."""
     from . import cross_entropy
 
-    return [model.register_forward_pre_hook(_before), *cross_entropy.install(model)]
+    first = model.register_forward_pre_hook(_before, prepend=True)  # other hooks run modules that are checkpointed
+    return [first, *cross_entropy.install(model)]
 
 
 def _before(model: nn.Module, args: Any) -> None:
-    if model.training and torch.is_grad_enabled() and MARK not in model.__dict__:
+    if takes_part(model) and MARK not in model.__dict__:
         model.__dict__[MARK] = True
         for module, forward in _fitting(model):
             module.__dict__["forward"] = partial(forward, module)

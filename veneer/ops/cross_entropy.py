@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy as plain_cross_entropy
 from torch.utils._pytree import tree_map_only
 
 from ..errors import VeneerError
-from . import is_fast
+from . import is_autocast, is_fast
 
 CHUNK_BYTES = 64 << 20
 """Of fp32 logits at a time: smaller reads the weight more often, larger leaves the caches (measured, 49,152 tokens)."""
@@ -110,7 +110,7 @@ class Head:
         self.module, self.forward, self.width = module, module.forward, width
         self.learned = tuple(p for p in module.parameters() if p.requires_grad)
         self.device = weight.device.type
-        self.autocast = torch.is_autocast_enabled(self.device)
+        self.autocast = is_autocast(self.device)
         self.dtype = torch.get_autocast_dtype(self.device) if self.autocast else weight.dtype
         self.is_frozen = type(module) is nn.Linear and not self.learned and not self.autocast
         self.seen = self._now()
@@ -178,10 +178,17 @@ def linear_cross_entropy(
         labels: (n,); where they are `ignore_index`, nothing is computed.
         reduction: "mean" over supervised positions, or "sum".
     """
-    kept = (labels != ignore_index).nonzero().squeeze(1)
+    kept = _supervised(labels, ignore_index)
     picked = hidden if len(kept) == len(labels) else hidden.index_select(0, kept)
     total = _Sum.apply(picked, labels[kept], head, steps, label_smoothing, *head.learned)
     return total / torch.tensor(len(kept), dtype=total.dtype) if reduction == "mean" else total
+
+
+def _supervised(labels: Tensor, ignore_index: int) -> Tensor:
+    """Positions of labels (n,) that are learned; all of them on the meta device, where labels have no values."""
+    if labels.is_meta:
+        return torch.arange(len(labels), device=labels.device)
+    return (labels != ignore_index).nonzero().squeeze(1)
 
 
 def reference(
@@ -331,10 +338,17 @@ def _can_be_lent(model: Any, head: nn.Module) -> bool:
     is_whole = type(weight) is nn.Parameter and not any(hasattr(weight, n) for n in ("ds_id", "_fsdp_flattened"))
     modules = (head, base)
     is_sharded = any(kind.__name__ == "FSDPModule" for m in (model, *modules) for kind in type(m).__mro__)
-    has_hooks = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
+    has_hooks = any(m._forward_hooks or m._backward_hooks or _meddles(m) for m in modules)
     own_forward = any("forward" in m.__dict__ for m in modules)
     ok = type(base) is nn.Linear and is_whole and not (is_sharded or has_hooks or own_forward)
     return ok and (head is base or _is_by_row(head))
+
+
+def _meddles(module: nn.Module) -> bool:
+    """Whether a hook may change what a module is given; those of the training guard note that it runs."""
+    from ..train.guard import Seen
+
+    return any(not isinstance(getattr(hook, "__self__", None), Seen) for hook in module._forward_pre_hooks.values())
 
 
 def _is_by_row(layer: Any) -> bool:
