@@ -51,9 +51,11 @@ def plan(
     """Show what a fine-tune would train, and the memory it takes, by the model's config alone; of data, an epoch."""
     from veneer.catalogue import config_for, page
     from veneer.core.config import all_methods
+    from veneer.interop.quiet import quiet
     from veneer.report.forecast import forecast, settings_of
     from veneer.skeleton import skeleton
 
+    quiet()
     given = settings_of(all_methods()[page(method).name], rank, targets, settings or [])
     found = forecast(
         skeleton(model, model_type), config_for(method, **given), batch_size, max_length, gradient_checkpointing

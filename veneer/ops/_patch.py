@@ -36,7 +36,13 @@ def install(model: nn.Module) -> list[Any]:
 
 
 def _before(model: nn.Module, args: Any) -> None:
-    if takes_part(model) and MARK not in model.__dict__:
+    if takes_part(model):
+        fit(model)
+
+
+def fit(model: nn.Module) -> None:
+    """Bring the fast paths of modules in, as the first training call does."""
+    if MARK not in model.__dict__:
         model.__dict__[MARK] = True
         for module, forward in _fitting(model):
             module.__dict__["forward"] = partial(forward, module)

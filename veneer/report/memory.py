@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..ops._patch import fit
+
 DEEP, SHORT = 8, (2, 4)
 """From so many layers on, this many are run instead."""
 
@@ -88,6 +90,7 @@ def step_peak(model: Any, batch_size: int, length: int) -> int:
     """
     model.train()
     ids = torch.empty(batch_size, length, dtype=torch.long, device="meta")
+    fit(model.get_base_model())  # all of its layers, before only some of them are run
     stack = _stack(model.get_base_model())
     if stack is not None:
         try:

@@ -100,8 +100,8 @@ class ExactTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The model's own mean, weighed by its share of the learned tokens of the step (all of them, in evaluation)."""
-        outputs = model(**inputs)
         own = _learned(inputs["labels"])
+        outputs = model(**inputs) if own else model(**{k: v for k, v in inputs.items() if k != "labels"})
         if own == 0:  # a batch of blanks: its mean would be nan
             loss = outputs.logits.sum() * 0.0
         elif num_items_in_batch is None:
