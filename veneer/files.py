@@ -76,8 +76,11 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_header(path)
         with safe_open(path, framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except CheckpointError:
+        raise
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
 

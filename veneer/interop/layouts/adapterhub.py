@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError, ConfigError, listing
-from .lora import Hints, Lora, Pair, find, number, paired, read_settings, read_tensors, write_settings, write_tensors
+from ...files import read_json
+from .lora import Hints, Lora, Pair, find, number, paired, read_tensors, write_settings, write_tensors
 
 name = "adapterhub"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter.safetensors"
@@ -45,7 +46,7 @@ def is_here(directory: Path) -> bool:
 def read(directory: Path, hints: Hints) -> Lora:
     file, path = find(directory, *FILES), directory / CONFIG
     assert file is not None
-    content = read_settings(path)
+    content = read_json(path)
     settings = content.get("config")
     if not isinstance(settings, dict) or settings.get("architecture") != "lora":
         raise ConfigError(f"{str(path)!r} is no LoRA adapter of AdapterHub")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, ConfigError, listing
-from .lora import Hints, Lora, Pair, find, paired, read_tensors, write_tensors
+from .lora import Hints, Lora, Pair, find, has_key, paired, read_tensors, write_tensors
 
 name = "kohya"
 WEIGHTS = "lora.safetensors"
@@ -26,13 +26,7 @@ def is_here(directory: Path) -> bool:
     file = find(directory, "*.safetensors")
     if file is None:
         return False
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return any(key.endswith(".lora_down.weight") for key in opened.keys())  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError):
-        return False
+    return has_key(file, ".lora_down.weight")
 
 
 def read(directory: Path, hints: Hints) -> Lora:

@@ -11,10 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ... import files
 from ...errors import CheckpointError, ConfigError, listing
-from ...files import read_json, write_atomically
-
-MOST_CONFIG_BYTES = 10_000_000
+from ...files import tensor_shapes, write_atomically
 
 
 @dataclass(frozen=True)
@@ -135,39 +134,28 @@ def find(directory: Path, *names: str) -> Path | None:
     return next((path for name in names for path in sorted(directory.glob(name)) if path.is_file()), None)
 
 
+def has_key(file: Path, ending: str) -> bool:
+    """A safetensors file has a tensor whose key ends so; one that is not whole has none."""
+    try:
+        return any(key.endswith(ending) for key in tensor_shapes(file))
+    except CheckpointError:
+        return False
+
+
 def read_tensors(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors by key, metadata) of a safetensors file, or on request of a pickle of tensors alone.
 
     Raises:
         CheckpointError: a pickle, or a broken file.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if path.suffix != ".safetensors":
-        return _unpickled(path, allow_pickle), {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError, ValueError, MemoryError) as error:
-        raise CheckpointError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
-
-
-def _unpickled(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return files.read_tensors(path)
     if not allow_pickle:
         raise CheckpointError(
             f"{str(path)!r} is a pickle, which can run code when it is loaded; if you trust it, pass --allow-pickle "
             "(only tensors are then taken)"
         )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's unpickler raises whatever the file makes it
-        raise CheckpointError(
-            f"{str(path)!r} is no pickle of tensors: {str(error).strip().split(chr(10))[0]}"
-        ) from None
-    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
-        raise CheckpointError(f"{str(path)!r} holds other things than tensors by name")
-    return {str(key): t for key, t in content.items()}
+    return files.read_pickle(path), {}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -175,12 +163,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     whole = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     write_atomically(path, save(whole, {"format": "pt", **(metadata or {})}))
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > MOST_CONFIG_BYTES:
-        raise CheckpointError(f"{str(path)!r} has {path.stat().st_size:,} bytes, too many for a config")
-    return read_json(path)
 
 
 def write_settings(path: Path, content: Mapping[str, Any]) -> None:

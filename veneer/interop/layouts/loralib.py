@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, ConfigError
-from .lora import Hints, Lora, Pair, find, paired, read_tensors, write_tensors
+from .lora import Hints, Lora, Pair, find, has_key, paired, read_tensors, write_tensors
 
 name = "loralib"
 WEIGHTS = "lora.safetensors"
@@ -28,13 +28,7 @@ def is_here(directory: Path) -> bool:
         return False
     if file.suffix != ".safetensors":
         return True
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return any(key.endswith(".lora_A") for key in opened.keys())  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError):
-        return False
+    return has_key(file, ".lora_A")
 
 
 def read(directory: Path, hints: Hints) -> Lora:

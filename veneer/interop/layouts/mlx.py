@@ -12,7 +12,8 @@ import re
 from pathlib import Path
 
 from ...errors import CheckpointError, ConfigError
-from .lora import Hints, Lora, Pair, number, paired, read_settings, read_tensors, write_settings, write_tensors
+from ...files import read_json
+from .lora import Hints, Lora, Pair, number, paired, read_tensors, write_settings, write_tensors
 
 name = "mlx"
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
@@ -24,7 +25,7 @@ def is_here(directory: Path) -> bool:
 
 
 def read(directory: Path, hints: Hints) -> Lora:
-    settings, path = read_settings(directory / CONFIG), directory / CONFIG
+    settings, path = read_json(directory / CONFIG), directory / CONFIG
     kind = settings.get("fine_tune_type", "lora")
     parameters = settings.get("lora_parameters")
     if kind != "lora" or not isinstance(parameters, dict):

@@ -13,10 +13,10 @@ from ... import embeddings
 from ...core import checkpoint
 from ...core.config import CONFIG_NAME, Config, at
 from ...errors import CheckpointError, ConfigError
-from ...files import PICKLE_NAME, WEIGHTS_NAME
+from ...files import PICKLE_NAME, WEIGHTS_NAME, read_json
 from ...methods.lora import LoRA, LoraConfig
 from ...notes import check_whole
-from .lora import Hints, Lora, Pair, paired, read_settings, read_tensors, write_tensors
+from .lora import Hints, Lora, Pair, paired, read_tensors, write_tensors
 
 name = "peft"
 PREFIX = "base_model.model."
@@ -27,7 +27,7 @@ PLAIN_STARTS = ("True", "False", "gaussian", "orthogonal", "eva")
 def is_here(directory: Path) -> bool:
     path = directory / CONFIG_NAME
     has_tensors = any((directory / file).is_file() for file in (WEIGHTS_NAME, PICKLE_NAME))
-    return path.is_file() and has_tensors and "peft_type" in read_settings(path)
+    return path.is_file() and has_tensors and "peft_type" in read_json(path)
 
 
 def read(directory: Path, hints: Hints) -> Lora:

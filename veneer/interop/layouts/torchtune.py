@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import CheckpointError, ConfigError, listing
-from .lora import Hints, Lora, Pair, find, number, paired, read_settings, read_tensors, write_settings, write_tensors
+from ...files import read_json
+from .lora import Hints, Lora, Pair, find, has_key, number, paired, read_tensors, write_settings, write_tensors
 
 name = "torchtune"
 CONFIG = "adapter_config.json"
@@ -43,17 +44,11 @@ def is_here(directory: Path) -> bool:
         return False
     if file.suffix == ".pt":
         return True
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return any(key.endswith(".lora_a.weight") for key in opened.keys())  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError):
-        return False
+    return has_key(file, ".lora_a.weight")
 
 
 def read(directory: Path, hints: Hints) -> Lora:
-    file, settings = find(directory, *FILES), read_settings(directory / CONFIG)
+    file, settings = find(directory, *FILES), read_json(directory / CONFIG)
     assert file is not None
     alpha = number(settings, "lora_alpha", directory / CONFIG)
     tensors, _ = read_tensors(file, hints.allow_pickle)
