@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback
 
 from .meter import Meter, rss
@@ -30,8 +30,6 @@ class Display(TrainerCallback):
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[facts]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
             console=self.console,
             expand=True,
         )
@@ -56,17 +54,17 @@ class Display(TrainerCallback):
             self.progress.stop()
             self.progress = None
 
-    def facts(self) -> str:
+    def facts(self, state: Any) -> str:
         loss = "" if self.loss is None else f"loss {self.loss:.4f}  "
         speed = self.meter.real_tokens / self.meter.seconds if self.meter.seconds else 0.0
-        return f"{loss}{speed:,.0f} tokens/s  {rss() / 1e9:.1f} GB"
+        left = (state.max_steps - state.global_step) * self.meter.seconds / max(1, state.global_step)
+        return f"{loss}{speed:,.0f} tokens/s  {rss() / 1e9:.1f} GB  {clock(left)} left"
 
     def _step(self, state: Any) -> None:
         if self.progress is not None:
-            self.progress.update(self.task, completed=state.global_step, facts=self.facts())
+            self.progress.update(self.task, completed=state.global_step, facts=self.facts(state))
         elif state.global_step % max(1, state.max_steps // LINES) == 0 or state.global_step in (1, state.max_steps):
-            left = (state.max_steps - state.global_step) * self.meter.seconds / max(1, state.global_step)
-            self._say(f"step {state.global_step}/{state.max_steps}  {self.facts()}  {clock(left)} left")
+            self._say(f"step {state.global_step}/{state.max_steps}  {self.facts(state)}")
 
     def _evaluated(self, state: Any, logs: Any) -> None:
         accuracy = f"  accuracy {logs['eval_accuracy']:.1%}" if "eval_accuracy" in logs else ""
