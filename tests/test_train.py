@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from veneer.errors import ConfigError, DataError, TrainingError, VeneerError
-from veneer.train.recipe import make
+from veneer.train.recipe import Recipe, Source, make
 from veneer.train.run import train
 
 from . import models
@@ -66,6 +66,7 @@ def same(one, other) -> bool:
 
 
 def test_a_run_leaves_an_adapter_a_recipe_and_a_report(base, data, tmp_path):
+    from huggingface_hub import ModelCard
     from transformers import AutoTokenizer
 
     from veneer import AutoPeftModelForCausalLM
@@ -86,6 +87,9 @@ def test_a_run_leaves_an_adapter_a_recipe_and_a_report(base, data, tmp_path):
     assert list((tmp_path / "out" / "logs").glob("events*"))
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.peft_config["default"].r == 4
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.library_name == "peft" and {"lora", "veneer"} <= set(card.data.tags)
+    assert f"{report['eval']['loss']:.4f}" in card.text and str(tmp_path) not in card.content
 
 
 def test_evaluation_is_the_mean_over_all_learned_tokens(base, data, tmp_path):
@@ -215,7 +219,7 @@ import os, signal
 from transformers import TrainerCallback
 from rich.console import Console
 from veneer.train import run, trainer
-from veneer.train.recipe import make
+from veneer.train.recipe import Recipe, Source, make
 def on_step_end(self, args, state, control, **kwargs):
     if state.global_step == {step}: os.kill(os.getpid(), signal.SIGKILL)
 trainer._Epochs.on_step_end = on_step_end
@@ -304,6 +308,28 @@ def test_damaged_rows_are_named(base, tmp_path, content: str, words: str):
 def test_a_typo_in_a_recipe_names_the_nearest(settings: dict, words: str):
     with pytest.raises(ConfigError, match=words):
         make(dict(model="m", data="d", output="o") | settings)
+
+
+def slips(word: str) -> set[str]:
+    """Words that one slip makes of another: a letter left out, doubled, or two exchanged."""
+    cuts = [(word[:i], word[i:]) for i in range(len(word))]
+    return {a + b[1:] for a, b in cuts} | {a + b[0] + b for a, b in cuts} | {a + b[1::-1] + b[2:] for a, b in cuts}
+
+
+def test_every_slip_in_a_key_is_an_error_that_names_the_key():
+    own = {"model": "m", "data": "d", "output": "o"}
+    count = 0
+    for key in Recipe.model_fields:
+        for slip in slips(key) - set(Recipe.model_fields) - {""}:
+            with pytest.raises(ConfigError, match=rf"no key '{slip}'; nearest: .*\b{key}\b"):
+                make(own | {slip: 1})
+            count += 1
+    for key in Source.model_fields:
+        for slip in slips(key) - set(Source.model_fields):
+            with pytest.raises(ConfigError, match=rf"no key 'data.0.{slip}'; nearest: .*\b{key}\b"):
+                make(own | {"data": {"path": "x", slip: 1}})
+            count += 1
+    assert count > 900
 
 
 @pytest.mark.parametrize(

@@ -393,6 +393,12 @@ class PeftModel(nn.Module):
             if is_main_process:
                 checkpoint.write(into, tensors, notes, config)
 
+    def push_to_hub(self, repo_id: str, **settings: Any) -> Any:
+        """Upload the adapters with a card (`veneer.sharing.push`)."""
+        from ..sharing import push
+
+        return push(self, repo_id, **settings)
+
     @classmethod
     def from_pretrained(
         cls,

@@ -16,14 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core.config import Config
 from ..errors import TrainingError
+from ..sharing import write_card
 from ..verify import Verification, record, unmoved, verify
 from .data import Data
 from .guards import Watch, writing
 from .meter import Meter
 from .page import PAGE_NAME, render
 from .recipe import Recipe
-from .report import REPORT_NAME, contents, write_report
+from .report import REPORT_NAME, contents, in_words, write_report
 from .samples import probe, samples
 from .setup import load_base
 from .trained import layers, outside
@@ -65,6 +67,7 @@ def finish(run: Run) -> dict[str, Any]:
             content |= {"unchanged_tensors": still} | _examined(run, folder)
             with writing("the report", output):
                 write_report(folder, content)
+                write_card(folder, Config.from_pretrained(folder), in_words(content))
                 (folder / PAGE_NAME).write_text(render(content), encoding="utf-8")
                 _publish(folder, output)
     return content

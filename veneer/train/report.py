@@ -51,6 +51,21 @@ def contents(recipe: Recipe, trainer: Any, meter: Meter, data: Data) -> dict[str
     }
 
 
+def in_words(content: dict[str, Any]) -> str:
+    """The main facts of a report as Markdown, for the adapter's card."""
+    after, learned = content["eval"] or {}, content["trainable_parameters"]
+    before = f" (before: {after['before']['loss']:.4f})" if after.get("before") else ""
+    facts = {
+        "base model": Path(content["model"]).name,
+        "trained": f"{learned:,} of {content['total_parameters']:,} parameters",
+        "data": f"{content['data']['kept']:,} rows, {content['supervised_tokens']:,} tokens learned",
+        "steps": f"{content['steps']:,}",
+        "evaluation loss": f"{after['loss']:.4f}{before}" if after else "not evaluated",
+        "made with": f"veneer {content['environment']['veneer']}",
+    }
+    return "\n".join(f"- {name}: {fact}" for name, fact in facts.items()) + "\n\n"
+
+
 def write_report(folder: Path, content: dict[str, Any]) -> None:
     write_atomically(folder / REPORT_NAME, (json.dumps(content, indent=2) + "\n").encode())
 

@@ -16,6 +16,7 @@ from ..errors import CheckpointError, ConfigError, listing
 from ..files import WEIGHTS_NAME
 from ..interop.quiet import quiet
 from ..loading import pad_of
+from ..sharing import CARD_NAME
 from ..verify import PROBE_NAME, digests
 from .collate import Collator, Rows, Shuffled
 from .data import Data, prepare
@@ -31,7 +32,7 @@ from .report import REPORT_NAME
 from .setup import adapt, facts_of, load_base, load_tokenizer
 from .trainer import ExactTrainer, arguments, last_checkpoint, metrics, token_sums
 
-OURS = (WEIGHTS_NAME, CONFIG_NAME, PROBE_NAME, RECIPE_NAME, REPORT_NAME, PAGE_NAME, "checkpoints", "logs")
+OURS = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, PROBE_NAME, RECIPE_NAME, REPORT_NAME, PAGE_NAME, "checkpoints", "logs")
 """What a run writes into its output directory."""
 FREE = {"output", "batch_size", "accumulate", "eval_batch_size", "keep", "log_every", "save_every", "samples", "wandb"}
 """Keys that may differ when a run is resumed; of the batch, the global size must stay."""

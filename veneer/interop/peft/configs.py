@@ -167,12 +167,12 @@ class PeftConfig(Config, metaclass=Called):
         text = json.dumps(content, indent=2, sort_keys=True)
         write_atomically(Path(directory) / name, text.encode())
         if settings.get("push_to_hub"):
-            from .hub import push_folder
+            from ...sharing import push_folder
 
             push_folder(directory, **settings)
 
     def push_to_hub(self, repo_id: str, **settings: Any) -> Any:
-        from .hub import push
+        from ...sharing import push
 
         return push(self, repo_id, **settings)
 

@@ -319,7 +319,7 @@ class PeftModel(core.PeftModel):
         write_card(self, Path(output_dir))
 
     def push_to_hub(self, repo_id: str, **settings: Any) -> Any:
-        from .hub import push
+        from ...sharing import push
 
         return push(self, repo_id, **settings)
 
