@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +28,7 @@ from veneer.loading import BASE, load
 from veneer.train.recipe import Source, make
 from veneer.train.run import train
 
+from .forked import veneer
 from .test_loading import adapter, bases  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -222,22 +220,16 @@ def test_rows_that_cannot_be_judged_are_named(bases, data, tmp_path):  # noqa: F
         task_of([data], "txt")
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    line = [sys.executable, "-m", "veneer", "eval", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=120)
-
-
 def test_the_command_prints_lines_json_and_answers(bases, data, tmp_path):  # noqa: F811
     one, two = adapter(bases, tmp_path / "one"), adapter(bases, tmp_path / "two", seed=1)
     given = ["--adapter", one, "--adapter", two, "--data", data.path, "--limit", "5", "--batch-size", "2"]
     given += ["--extract", "####", "--max-new-tokens", "4"]
     answers = tmp_path / "answers.jsonl"
-    done = command(*given, "--save", str(answers))
+    done = veneer("eval", *given, "--save", str(answers))
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["base", "one", "two", "5"]
     assert "base: 5 of 5" in done.stderr and "two writes: 5 of 5" in done.stderr
-    found = json.loads(command(*given, "--json").stdout)
+    found = json.loads(veneer("eval", *given, "--json").stdout)
     assert found["rows"] == 5 and set(found["results"]) == {"base", "one", "two"}
     assert f"loss {found['results']['two']['loss']:.4f}  perplexity" in done.stdout.splitlines()[2]
     assert "extracted match 0.0%" in done.stdout  # nobody is right, and it says so
@@ -245,10 +237,10 @@ def test_the_command_prints_lines_json_and_answers(bases, data, tmp_path):  # no
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
     assert [row["wanted"] for row in rows] == [row["answer"] for row in ROWS[:5]]
     assert set(rows[0]["answers"]) == {"base", "one", "two"}
-    assert json.loads(command(*given, "--json").stdout) == found
+    assert json.loads(veneer("eval", *given, "--json").stdout) == found
 
 
 def test_the_command_says_what_is_wrong_on_one_line(bases, data, tmp_path):  # noqa: F811
-    done = command("--adapter", adapter(bases, tmp_path / "one"), "--data", data.path + "l")
+    done = veneer("eval", "--adapter", adapter(bases, tmp_path / "one"), "--data", data.path + "l")
     assert done.returncode == 2 and "there is no data file" in done.stderr
     assert done.stderr.splitlines()[-1].endswith("nearest: rows.jsonl")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from veneer.core import checkpoint
 from veneer.errors import ConfigError, TrainingError
 from veneer.train import finish, guards, trainer
 from veneer.train import run as running
+from veneer.train.recipe import make
 
+from .forked import forked, veneer
 from .test_train import KILLED, base, data, recipe, run, same, tensors  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -57,9 +60,7 @@ def test_what_was_trained_is_what_was_verified(base, data, tmp_path):  # noqa: F
     assert [set(row) for row in report["samples"]["rows"]] == [{"prompt", "expected", "before", "after"}] * 2
     questions = {row["question"].rstrip("?") for row in map(json.loads, Path(data).read_text().splitlines())}
     assert report["samples"]["held_out"] and {r["prompt"] for r in report["samples"]["rows"]} <= questions
-    done = subprocess.run(
-        [sys.executable, "-m", "veneer", "verify", str(tmp_path / "out"), "--json"], capture_output=True, text=True
-    )
+    done = veneer("verify", str(tmp_path / "out"), "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["checks"] == report["verification"]
 
@@ -217,28 +218,35 @@ def test_a_disk_that_fills_while_it_runs(base, data, tmp_path):  # noqa: F811
 # Killed
 
 
-def killed(settings: dict, plant: str) -> None:
-    """The run in a process of its own, which `plant` kills."""
-    script = f"""
-import os, signal
-from rich.console import Console
-from veneer.train import finish, run, trainer
-from veneer.train.recipe import make
-def kill(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)
-{plant}
-run.train(make({settings!r}), console=Console(quiet=True))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+def killed(settings: dict, plant: Callable[[], None]) -> None:
+    """The run in a process of its own, which what is planted kills."""
+
+    def doomed() -> None:
+        plant()
+        running.train(make(settings), console=Console(quiet=True))
+
+    done = forked(doomed)
     assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def kill(*args, **kwargs) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_at(step: int) -> Callable[[], None]:
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == step:
+            kill()
+
+    return lambda: setattr(trainer._Epochs, "on_step_end", on_step_end)
 
 
 @pytest.mark.parametrize("where", ["at any step", "in verify", "in _publish"])
 def test_killed_anywhere_and_resumed_is_as_never_killed(base, data, tmp_path, where):  # noqa: F811
     """At a step that is drawn anew each time, and at the very end; bit for bit."""
     step = random.SystemRandom().randint(1, 19)
-    plant = f"trainer._Epochs.on_step_end = lambda s, a, state, *r, **k: state.global_step == {step} and kill() or None"
     settings = recipe(base, data, tmp_path / "killed", **KILLED)
-    killed(settings.model_dump(), plant if where == "at any step" else f"finish.{where[3:]} = kill")
+    killed(settings.model_dump(), kill_at(step) if where == "at any step" else lambda: setattr(finish, where[3:], kill))
     run(base, data, tmp_path / "whole", **KILLED)
     report = running.train(settings, resume=True, console=Console(quiet=True))
     assert same(tmp_path / "whole", tmp_path / "killed"), (where, step)
@@ -249,7 +257,7 @@ def test_a_run_that_stopped_early_stays_stopped(base, data, tmp_path):  # noqa: 
     """Killed after the last step: the resumed run has no step to take."""
     stops = dict(eval_data=data, eval_every=1, early_stopping=2, learning_rate=3.0, schedule="constant", warmup=0)
     settings = recipe(base, data, tmp_path / "killed", epochs=20, **stops)
-    killed(settings.model_dump(), "finish.verify = kill")
+    killed(settings.model_dump(), lambda: setattr(finish, "verify", kill))
     report = running.train(settings, resume=True, console=Console(quiet=True))
     whole = run(base, data, tmp_path / "whole", epochs=20, **stops)
     assert report["losses"] == whole["losses"] and same(tmp_path / "whole", tmp_path / "killed")

@@ -8,7 +8,6 @@ import os
 import pty
 import select
 import signal
-import subprocess
 import sys
 import time
 
@@ -23,6 +22,7 @@ from veneer.loading import BASE, load
 from veneer.streaming import Columns, Interrupt, show
 
 from .chat_templates import TEMPLATES
+from .forked import veneer
 from .test_loading import adapter, bases  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -161,28 +161,23 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
 
-def command(*arguments: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "veneer", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, env=environment(), timeout=120, input=given)
-
-
 def test_generate_takes_a_prompt_from_three_places(three, tmp_path):
     few = ["--adapter", three[0], "--max-new-tokens", "6"]
-    said = command("generate", "hello there", *few)
+    said = veneer("generate", "hello there", *few)
     assert said.returncode == 0 and said.stdout.strip(), said.stderr
-    assert command("generate", *few, given="hello there\n").stdout == said.stdout
+    assert veneer("generate", *few, given="hello there\n").stdout == said.stdout
     (tmp_path / "prompt.txt").write_text("hello there\n")
-    assert command("generate", "--file", str(tmp_path / "prompt.txt"), *few).stdout == said.stdout
-    assert command("generate", "hello", "--file", "x", *few).stderr.startswith("error: there are two prompts")
-    assert "the prompt is empty" in command("generate", *few, given="\n").stderr
+    assert veneer("generate", "--file", str(tmp_path / "prompt.txt"), *few).stdout == said.stdout
+    assert veneer("generate", "hello", "--file", "x", *few).stderr.startswith("error: there are two prompts")
+    assert "the prompt is empty" in veneer("generate", *few, given="\n").stderr
 
 
 def test_generate_shows_several_and_says_so_in_json(three):
     several = [word for place in three for word in ("--adapter", place)] + ["--max-new-tokens", "4"]
-    found = json.loads(command("generate", "hello", *several, "--compare", "--json").stdout)
+    found = json.loads(veneer("generate", "hello", *several, "--compare", "--json").stdout)
     assert [answer["name"] for answer in found["answers"]] == ["base", "a", "b", "p"]
     assert found["prompt"] == "hello" and found["settings"]["temperature"] == 0
-    shown = command("generate", "hello", *several).stdout
+    shown = veneer("generate", "hello", *several).stdout
     assert [line for line in shown.splitlines() if line.startswith("== ")] == ["== a ==", "== b ==", "== p =="]
     for answer in found["answers"][1:]:
         assert answer["text"].split("\n")[0] in shown
@@ -202,7 +197,7 @@ not any more
 
 
 def test_chat_works_when_piped(three):
-    done = command("chat", "--adapter", three[0], "--adapter", three[1], "--max-new-tokens", "4", given=TALK)
+    done = veneer("chat", "--adapter", three[0], "--adapter", three[1], "--max-new-tokens", "4", given=TALK)
     assert done.returncode == 0, done.stderr
     headings = [line for line in done.stdout.splitlines() if line.startswith("== ")]
     assert headings == ["== a ==", "== b ==", "== base ==", "== a ==", "== b =="]

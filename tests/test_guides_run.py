@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,10 +17,11 @@ from veneer import hub
 
 from . import models
 from .chat_templates import TEMPLATES
+from .forked import forked, veneer
 from .test_train_chat import tokenizer
 
 ROOT = Path(__file__).parent.parent
-GUIDES = ["evaluate", "use-an-adapter"]
+GUIDES = ["fine-tune", "evaluate", "use-an-adapter"]
 
 
 def commands(guide: str, language: str = "sh") -> str:
@@ -43,41 +44,58 @@ def tiny_cache(tmp_path_factory) -> Path:
     return cache
 
 
-def run(guide: str, where: Path, **environment: str) -> str:
-    shutil.copytree(ROOT / "examples" / "data", where / "examples" / "data")
-    shim = where / "bin" / "veneer"
-    shim.parent.mkdir()
-    shim.write_text(f'#!/bin/sh\nexec {sys.executable} -m veneer "$@"\n')
-    shim.chmod(0o755)
-    paths = {"PATH": f"{shim.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    (where / "guide.py").write_text(commands(guide, "python"))
-    script = f"set -o pipefail\n{commands(guide)}\n{sys.executable} guide.py"
-    done = subprocess.run(
-        ["bash", "-ec", script],
-        cwd=where,
-        capture_output=True,
-        text=True,
-        env=os.environ | paths | environment,
-        timeout=1800,
-    )
-    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+def run(guide: str) -> str:
+    """Run a guide's commands and its Python in this directory; what they show."""
+    shutil.copytree(ROOT / "examples" / "data", Path("examples") / "data")
+    shown = ""
+    for line in whole_lines(commands(guide)):
+        before, command = line.split("veneer ", 1) if "veneer " in line.split("\n")[0] else (line, None)
+        given = shell(before.rstrip("| ")) if before else ""
+        if command is None:
+            shown += given
+            continue
+        done = veneer(*shlex.split(command), given=given)
+        assert done.returncode == 0, line + done.stdout[-1500:] + done.stderr[-3000:]
+        shown += done.stdout
+    done = forked(lambda: exec(compile(commands(guide, "python"), guide, "exec"), {}))
+    assert done.returncode == 0, done.stderr
+    return shown + done.stdout
+
+
+def whole_lines(script: str) -> list[str]:
+    """Commands, each with the lines that belong to it: after a backslash, or up to END."""
+    found: list[str] = []
+    for line in script.splitlines():
+        if found and (found[-1].endswith("\\") or ("<<" in found[-1] and not found[-1].endswith("\nEND"))):
+            found[-1] = found[-1].removesuffix("\\") + ("\n" if "<<" in found[-1] else " ") + line
+        else:
+            found.append(line)
+    return [line for line in found if line.strip()]
+
+
+def shell(command: str) -> str:
+    done = subprocess.run(["bash", "-ec", command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.parametrize("guide", GUIDES)
-def test_the_commands_of_a_guide_run(guide: str, tiny_cache: Path, tmp_path: Path):
-    assert run(guide, tmp_path, VENEER_CACHE=str(tiny_cache))
+def test_the_commands_of_a_guide_run(guide: str, tiny_cache: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VENEER_CACHE", str(tiny_cache))
+    assert run(guide)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("VENEER_GUIDES"), reason="takes five minutes; `make guides` runs it")
+@pytest.mark.skipif(not os.environ.get("VENEER_GUIDES"), reason="takes minutes; `make guides` runs it")
 @pytest.mark.parametrize("guide", GUIDES)
-def test_they_run_on_the_real_model(guide: str, tmp_path: Path):
+def test_they_run_on_the_real_model(guide: str, tmp_path: Path, monkeypatch):
     """And the adapter of the guide is better than its base."""
-    shown = run(guide, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    shown = run(guide)
     if guide == "evaluate":
         lines = [line for line in shown.splitlines() if "token accuracy" in line]
         losses = {line.split()[0]: float(line.split()[2]) for line in lines[:2]}
         assert losses["my-adapter"] < 0.5 * losses["base"], losses
-    else:
+    elif guide == "use-an-adapter":
         assert '"task":' in shown

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from veneer.inspection import effective_rank, inspect, printable
 
 from . import models
 from .cases import ONE_EACH, Case
+from .forked import veneer
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -144,9 +143,7 @@ def test_hostile_configs_are_survived(adapter, name):
 
 def test_nothing_from_a_file_steers_the_terminal(adapter):
     rewrite(adapter, lambda t: t.update({"\x1b[2J\x07[red]x[/nope]": torch.ones(2)}))
-    done = subprocess.run(
-        [sys.executable, "-m", "veneer", "inspect", str(adapter), "--tensors"], capture_output=True, text=True
-    )
+    done = veneer("inspect", str(adapter), "--tensors")
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout and "\\x1b[2J\\x07[red]x[/nope]" in done.stdout
     assert printable("a\nb\x9b\u202e") == "a\\nb\\x9b\\u202e"
@@ -163,10 +160,9 @@ def test_a_directory_without_an_adapter_is_an_error(tmp_path):
 
 
 def test_the_command(adapter):
-    command = [sys.executable, "-m", "veneer", "inspect", str(adapter)]
-    shown = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "140"})
+    shown = veneer("inspect", str(adapter), COLUMNS="140")
     assert "LORA" in shown.stdout and "model.layers.0.self_attn.q_proj" in shown.stdout
-    found = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True).stdout)
+    found = json.loads(veneer("inspect", str(adapter), "--json").stdout)
     assert len(found["layers"]) == 4 and found["count"]
 
 
@@ -189,7 +185,6 @@ def test_the_angle_between_updates(adapter, tmp_path):
     found = diff(adapter, other)
     assert all(a.cosine == pytest.approx(-1) and a.norms[1] == pytest.approx(2 * a.norms[0]) for a in found.angles)
     assert len(found.angles) == 4 and all(t.relative == pytest.approx(3) for t in found.changed) and found.same == 4
-    command = [sys.executable, "-m", "veneer", "diff", str(adapter)]
-    done = subprocess.run([*command, str(other)], capture_output=True, text=True)
+    done = veneer("diff", str(adapter), str(other))
     assert done.returncode == 1 and "cosine -1.000" in done.stdout
-    assert subprocess.run([*command, str(adapter)], capture_output=True).returncode == 0
+    assert veneer("diff", str(adapter), str(adapter)).returncode == 0

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -26,6 +25,7 @@ from veneer.train.run import train
 
 from . import models
 from .cases import ONE_EACH, Case
+from .forked import veneer
 from .models import LLAMA
 from .test_train import base  # noqa: F401
 
@@ -185,13 +185,12 @@ def test_paths_and_sizes_are_written_short():
 
 
 def test_the_command_shows_and_prints_json():
-    command = [sys.executable, "-m", "veneer", "plan", "--model-type", "gpt2", "--rank", "8"]
-    start = time.monotonic()
-    shown = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "120"}, timeout=120)
-    assert "294,912" in shown.stdout and "transformer.h.{0-11}.attn.c_attn" in shown.stdout, time.monotonic() - start
-    found = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120).stdout)
+    command = ["plan", "--model-type", "gpt2", "--rank", "8"]
+    shown = veneer(*command)
+    assert "294,912" in shown.stdout and "transformer.h.{0-11}.attn.c_attn" in shown.stdout
+    found = json.loads(veneer(*command, "--json").stdout)
     assert found["trainable"] == 294_912 and found["memory"]["total"] > found["memory"]["step"] > 0
-    wrong = subprocess.run([*command, "--targets", "c_atn"], capture_output=True, text=True, timeout=120)
+    wrong = veneer(*command, "--targets", "c_atn")
     assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1 and "c_attn" in wrong.stderr
 
 
@@ -212,8 +211,5 @@ def test_an_epoch_is_planned_as_it_is_trained(base, tmp_path):  # noqa: F811
     spelled = [length for first, last, count in epoch.lengths for length in range(first, last + 1)]
     assert all(int(length) in spelled for length in report["data"]["lengths"])
     command = ["--model", base, "--data", f"{tmp_path / 'rows.jsonl'}*2", "--batch-size", "3", "--accumulate", "2"]
-    shown = subprocess.run(
-        [sys.executable, "-m", "veneer", "plan", *command, "--max-length", "84", "--json"],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    shown = veneer("plan", *command, "--max-length", "84", "--json")
     assert json.loads(shown.stdout)["data"] == json.loads(json.dumps(epoch.as_dict()))

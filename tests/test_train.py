@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from veneer.errors import ConfigError, DataError, TrainingError, VeneerError
+from veneer.train import trainer
 from veneer.train.recipe import Recipe, Source, make
 from veneer.train.run import train
 
 from . import models
 from .chat_templates import TEMPLATES
+from .forked import forked
 from .test_train_chat import tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -214,18 +215,16 @@ KILLED = dict(epochs=4, save_every=5, options={"lora_dropout": 0.1}, eval_split=
 @pytest.mark.parametrize("step", [3, 7, 11])
 def test_killed_and_resumed_is_as_never_killed(base, data, tmp_path, step: int):
     whole = run(base, data, tmp_path / "whole", **KILLED)
-    script = f"""
-import os, signal
-from transformers import TrainerCallback
-from rich.console import Console
-from veneer.train import run, trainer
-from veneer.train.recipe import Recipe, Source, make
-def on_step_end(self, args, state, control, **kwargs):
-    if state.global_step == {step}: os.kill(os.getpid(), signal.SIGKILL)
-trainer._Epochs.on_step_end = on_step_end
-run.train(make({recipe(base, data, tmp_path / "killed", **KILLED).model_dump()!r}), console=Console(quiet=True))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def doomed() -> None:
+        trainer._Epochs.on_step_end = on_step_end
+        run(base, data, tmp_path / "killed", **KILLED)
+
+    done = forked(doomed)
     assert done.returncode == -signal.SIGKILL, done.stderr
     half = tmp_path / "killed" / "checkpoints" / "checkpoint-19"  # a checkpoint the kill left half-written
     half.mkdir(parents=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from veneer.verify import PROBE_NAME, digests, record, verify
 
 from . import models
 from .cases import ONE_EACH, Case
+from .forked import veneer
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -124,10 +123,10 @@ def test_the_command(tmp_path):
     base = tmp_path / "base"
     models.build("llama").save_pretrained(base)
     trained(tmp_path / "adapter")
-    command = [sys.executable, "-m", "veneer", "verify", str(tmp_path / "adapter"), "--model", str(base)]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
+    command = ["verify", str(tmp_path / "adapter"), "--model", str(base)]
+    done = veneer(*command, "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["passed"], done.stderr
     edit(tmp_path / "adapter", scale_one)
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = veneer(*command)
     assert done.returncode == 2 and "FAILED same outputs" in done.stdout
     assert done.stderr.startswith("error: the adapter in ") and len(done.stderr.splitlines()) == 1
