@@ -117,6 +117,11 @@ class Adapter(nn.Module):
         return False
 
     @property
+    def is_dense(self) -> bool:
+        """`post` makes the update as a whole matrix; `fold` gives the same, and needs nothing but its parameters."""
+        return False
+
+    @property
     def dtype(self) -> torch.dtype | None:
         """The dtype its mathematics runs in: that of its first floating tensor, or the shared module's."""
         if "_dtype" not in self.__dict__:
@@ -225,6 +230,10 @@ class Additive(Adapter):
     @property
     def commutes(self) -> bool:
         return not self.reads_weight
+
+    @property
+    def is_dense(self) -> bool:
+        return type(self).post is Additive.post and self.shared is None
 
     def delta(self) -> Tensor:
         raise NotImplementedError  # a subclass that forgets it fails in every law

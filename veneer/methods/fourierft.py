@@ -30,16 +30,32 @@ class FourierFT(Additive):
         self.fourierft_spectrum = nn.Parameter(torch.zeros(n) if config.init_weights else torch.randn(n))
         generator = torch.Generator(device="cpu").manual_seed(config.random_loc_seed)
         places = torch.randperm(size, generator=generator, device="cpu")[:n]
-        self.register_buffer("places", places, persistent=False)
+        entries, half = hermitian_half(places, target.out_features, target.in_features)
+        self.register_buffer("entries", entries, persistent=False)
+        self.register_buffer("spots", half, persistent=False)
 
     def delta(self) -> Tensor:
-        shape = self.target.out_features, self.target.in_features
+        rows, columns = self.target.out_features, self.target.in_features
         spectrum = self.fourierft_spectrum.float()
-        S = spectrum.new_zeros(shape[0] * shape[1]).index_put((self.places,), spectrum).view(shape)
-        return (torch.fft.ifft2(S).real * self.scaling).to(self.fourierft_spectrum.dtype)
+        S = spectrum.new_zeros(rows * (columns // 2 + 1)).index_add(0, self.spots, spectrum[self.entries] / 2)
+        delta = torch.fft.irfft2(S.view(rows, -1), (rows, columns)) * self.scaling
+        return delta.to(self.fourierft_spectrum.dtype)
 
     def describe(self) -> str:
         return f"n={self.fourierft_spectrum.numel()}"
+
+
+def hermitian_half(places: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Where the entries of a real spectrum S (rows, columns) stand in the left half of (S(u, v) + S(-u, -v)) / 2.
+
+    The real part of the inverse transform of S is the inverse transform of that, which half of it determines.
+    Returns (number of the entry, its place among rows x (columns // 2 + 1)), one to two for each entry.
+    """
+    u, v = places // columns, places % columns
+    u, v = torch.cat((u, -u % rows)), torch.cat((v, -v % columns))
+    kept = v <= columns // 2
+    entries = torch.arange(len(places), device=places.device).repeat(2)
+    return entries[kept], (u * (columns // 2 + 1) + v)[kept]
 
 
 @dataclass(kw_only=True)

@@ -3,9 +3,8 @@
     W' = W0 + W0 * A + B,   b' = b0 + b0 * D + E + W0 C,   W0, b0 pretrained
 
 Chavan et al., 2023, arXiv:2306.07967. Trainable by the defaults: 2 r (in + out) + r (in + 1) + 2 per target, without a
-bias 2 r (in + out). Mergeable. Starts as a no-op: one factor of each path is zero. The paper searches the best form of
-each path and layer; here, as in PEFT, A and B have one form in common, D and E another. A path that is off is in PEFT's
-files as a tensor of zeros, and so in ours. Unlike PEFT, GPT-2's Conv1D is a target too.
+bias 2 r (in + out). Mergeable. Starts as a no-op: a factor of each path is zero. The paper searches each path's form;
+here, as in PEFT, A and B have one in common, D and E another. A path that is off is zeros in the file.
 """
 
 from __future__ import annotations
@@ -49,6 +48,8 @@ class Path(nn.Module):
 
 
 class GLoRA(Additive):
+    is_dense = True
+
     def __init__(self, config: GloraConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
         self.has_bias = target.bias() is not None
@@ -56,9 +57,8 @@ class GLoRA(Additive):
             raise TargetError(f'{target.path!r} has no bias; with config_A_B = "none" GLoRA changes nothing there')
         C, D = (config.config_C, config.config_D_E) if self.has_bias else ("none", "none")
         out_features, in_features = target.out_features, target.in_features
-        forms = [config.config_A_B] * 2 + [C] + [D] * 2
         shapes = [(out_features, in_features)] * 2 + [(in_features, 1)] + [(out_features,)] * 2
-        for name, form, shape in zip("ABCDE", forms, shapes, strict=True):
+        for name, form, shape in zip("ABCDE", [config.config_A_B] * 2 + [C, D, D], shapes, strict=True):
             setattr(self, f"glora_{name}", Path(form, shape, config.r, config.init_weights))
 
     def paths(self) -> dict[str, Path]:

@@ -56,6 +56,10 @@ class HiRA(Additive):
             A.normal_(std=1 / self.r) if how == "gaussian" else nn.init.kaiming_uniform_(A, a=math.sqrt(5))
             B.zero_()
 
+    @property
+    def is_dense(self) -> bool:
+        return self.target.kind != "embedding" and not isinstance(self.dropout, nn.Dropout)
+
     def delta(self) -> Tensor:
         A, B = self.matrices()
         return self.target.original_weight().to(A.dtype) * (B @ A)
