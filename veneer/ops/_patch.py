@@ -29,10 +29,10 @@ def kind_of(module: nn.Module) -> tuple[Any, ...]:
 
 def install(model: nn.Module) -> list[Any]:
     """The root hooks that bring the fast paths in."""
-    from . import cross_entropy
+    from . import cross_entropy, padding
 
     first = model.register_forward_pre_hook(_before, prepend=True)  # other hooks run modules that are checkpointed
-    return [first, *cross_entropy.install(model)]
+    return [first, *padding.install(model), *cross_entropy.install(model)]
 
 
 def _before(model: nn.Module, args: Any) -> None:
@@ -50,6 +50,7 @@ def fit(model: nn.Module) -> None:
 
 def uninstall(model: nn.Module) -> None:
     """Give every module its own `forward` back."""
+    model.__dict__.pop("_veneer_keeps_apart", None)
     if model.__dict__.pop(MARK, None):
         for module in model.modules():
             own = module.__dict__.get("forward")

@@ -47,6 +47,11 @@ def by_sequence(model: nn.Module) -> Iterator[None]:
             config._attn_implementation = name
 
 
+def is_replaceable(model: nn.Module) -> bool:
+    """Whether the model's attention is one that `by_sequence` stands in for."""
+    return bool(_configs(model))
+
+
 def _configs(model: nn.Module) -> list[Any]:
     """The configs that the model's modules look attention up in."""
     found = {id(c): c for m in model.modules() if (c := m.__dict__.get("config")) is not None}

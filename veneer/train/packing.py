@@ -72,15 +72,14 @@ def goes_by_sequence(model: Any, rows: Sequence[Encoded]) -> bool:
         return False
     try:
         with by_sequence(model):
-            return keeps_apart(model, rows) and adapts_by_token(model)
+            return keeps_apart(model, rows) and adapts_by_token(model._state)
     except (NotImplementedError, RuntimeError, TypeError, ValueError):  # a model that does not take such a row
         return False
 
 
-def adapts_by_token(model: Any) -> bool:
+def adapts_by_token(state: Any) -> bool:
     """Whether the adapters on a model that was just called treat each token by itself: they have learned no facts of
     its rows, put no prompt before them, and sit on modules of such a kind."""
-    state = model._state
     prompts = any(name in state.prompts for name in state.active)
     return not state.facts and not prompts and {layer.target.kind for layer in state.layers.values()} <= BY_TOKEN
 
