@@ -68,7 +68,9 @@ def trained(name, *switched_off, checkpointing=False):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_methods_learn_as_on_the_plain_path(name, checkpointing, monkeypatch):
     calls = []
-    monkeypatch.setattr("veneer.core.layer.folded_linear", lambda *given: calls.append(0) or folded_linear(*given))
+    monkeypatch.setattr(
+        "veneer.ops.folded_linear.folded_linear", lambda *given: calls.append(0) or folded_linear(*given)
+    )
     fast = trained(name, checkpointing=checkpointing)
     assert len(calls) >= 14
     calls.clear()
@@ -91,7 +93,7 @@ def test_no_matrix_is_kept_for_the_backward_pass(name):
 
 def test_half_precision_adds_the_update_beside_the_weight(monkeypatch):
     """Folded, it would be rounded with the weight."""
-    monkeypatch.setattr("veneer.core.layer.folded_linear", None)
+    monkeypatch.setattr("veneer.ops.folded_linear.folded_linear", None)
     model = get_peft_model(models.build("llama").bfloat16(), CONFIGS["hira"])
     model(**models.inputs("llama"))
 

@@ -198,6 +198,16 @@ def test_any_start_becomes_plain_lora(start: Start, more: dict, tmp_path):
         torch.testing.assert_close(output(loaded, batch), before, **TOLERANCE)
 
 
+@every_start
+def test_a_start_is_saved_as_plain_lora_by_pefts_argument(start: Start, tmp_path):
+    model, batch = models.perturb(started(start)), models.inputs("llama")
+    model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion="not read")
+    assert veneer.PeftConfig.from_pretrained(tmp_path).init_lora_weights is True
+    for library in (veneer, peft):
+        loaded = library.PeftModel.from_pretrained(models.build("llama"), tmp_path).eval()
+        torch.testing.assert_close(output(loaded, batch), output(model, batch), **TOLERANCE)
+
+
 @pytest.mark.parametrize("how", ["pissa", "corda"])
 def test_what_has_other_tensors_of_its_rank_has_no_plain_form(how: str):
     """A start from data could not be saved then, so it is refused before anything is trained."""

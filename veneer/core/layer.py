@@ -17,9 +17,9 @@ from torch.func import functional_call
 
 from ..errors import NotMergeable, VeneerError
 from ..interop.views import View
+from ..ops import folded_linear as folded
 from ..ops import is_autocast, is_fast
 from ..ops import low_rank_linear as low_rank
-from ..ops.folded_linear import folded_linear
 from ..ops.low_rank_linear import Run
 from .adapter import Adapter, LowRank, Modules, Parts, Replace
 from .context import BASE, State
@@ -76,8 +76,9 @@ class AdapterLayer(nn.Module):
     def _run(self, stack: Stack, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         below, above = _split(stack)
         x = _first(args, kwargs)
-        if len(stack) == 1 and stack[0].is_dense and (folds := self._foldable(x, stack[0])) is not None:
-            return folded_linear(x, *folds, stack[0].fold, list(stack[0].parameters()))
+        suits = len(stack) == 1 and stack[0].is_dense and folded.suits(x, stack[0].dtype, self.target.dtype)
+        if suits and (base := self.target.direct()) is not None:
+            return folded.folded_linear(x, *base, stack[0].fold, list(stack[0].parameters()))
         direct = self._direct(x) if not below and above[0].is_product else None
         if direct is not None:
             inputs, x = _down(above[1:], x)
@@ -95,12 +96,6 @@ class AdapterLayer(nn.Module):
         if direct is None or x.dtype != direct[0].dtype or is_autocast(x.device.type):
             return None
         return direct
-
-    def _foldable(self, x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor | None] | None:
-        """Weight and bias where a dense update can be added to them for one call: in fp32, where that loses nothing."""
-        is_wide = x.dtype == adapter.dtype == self.target.dtype == torch.float32 and not is_autocast(x.device.type)
-        may = is_fast("folded_linear") and not torch.compiler.is_compiling()
-        return self.target.direct() if is_wide and may else None
 
     def _updated(self, x: Tensor, direct: tuple[Tensor, Tensor | None], products: Stack, runs: Sequence[Run]) -> Tensor:
         """The base with low-rank updates by runs of rows. What needs no gradient is put together once a call."""

@@ -366,6 +366,7 @@ class PeftModel(nn.Module):
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | Path | None = None,
         **ignored: Any,
     ) -> None:
         """Write each adapter: "default" into the directory, any other into a folder of its name.
@@ -374,10 +375,14 @@ class PeftModel(nn.Module):
             selected_adapters: which ones; None: all.
             save_embedding_layers: whether the files also hold the base embeddings; "auto": PEFT's rule.
             is_main_process: false on the processes of a distributed run that must not write.
+            path_initial_model_for_weight_conversion: if given, each is written as a plain LoRA on the base as it was,
+                as by `veneer.save_as_lora`. PEFT reads the start from that path; here the adapter knows its own.
             ignored: what callers written for PEFT pass (`state_dict`); an adapter's tensors come from the model.
         """
         if not safe_serialization:
             raise CheckpointError("veneer writes safetensors only; pickles can run code when they are loaded")
+        from ..convert import save_as_lora
+
         directory = Path(save_directory)
         for name in selected_adapters or list(self.peft_config):
             into = directory if self._known(name) == "default" else directory / name
@@ -389,9 +394,12 @@ class PeftModel(nn.Module):
             config = self.peft_config[name].saved()
             config.inference_mode = True
             into = directory if name == "default" else directory / name
-            tensors, notes = checkpoint.collect(self.get_base_model(), self._state, name, whole)
-            if is_main_process:
-                checkpoint.write(into, tensors, notes, config)
+            if path_initial_model_for_weight_conversion is None:
+                tensors, notes = checkpoint.collect(self.get_base_model(), self._state, name, whole)
+                if is_main_process:
+                    checkpoint.write(into, tensors, notes, config)
+            elif is_main_process:
+                save_as_lora(into, self, adapter_name=name)
 
     def push_to_hub(self, repo_id: str, **settings: Any) -> Any:
         """Upload the adapters with a card (`veneer.sharing.push`)."""

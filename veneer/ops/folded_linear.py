@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import is_autocast, is_fast
+
 Fold = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+def suits(x: Tensor, *dtypes: torch.dtype | None) -> bool:
+    """Whether to go this way: in fp32 alone, where a weight loses nothing to the sum, and not while being compiled."""
+    is_wide = all(dtype == torch.float32 for dtype in (x.dtype, *dtypes)) and not is_autocast(x.device.type)
+    return is_wide and is_fast("folded_linear") and not torch.compiler.is_compiling()
 
 
 def folded_linear(x: Tensor, W: Tensor, b: Tensor | None, fold: Fold, learned: Sequence[Tensor]) -> Tensor:

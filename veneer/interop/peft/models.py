@@ -292,6 +292,7 @@ class PeftModel(core.PeftModel):
         path_initial_model_for_weight_conversion: str | None = None,
         **settings: Any,
     ) -> None:
+        from ...convert import save_as_lora
         from .saving import save_adapter, write_card
 
         if os.path.isfile(save_directory):
@@ -308,6 +309,9 @@ class PeftModel(core.PeftModel):
             write_card(self, directory)
         for name in names:
             into = directory if name == "default" else directory / name
+            if path_initial_model_for_weight_conversion is not None:
+                save_as_lora(into, self, adapter_name=name)
+                continue
             tensors = get_peft_model_state_dict(
                 self, settings.get("state_dict"), name, save_embedding_layers=save_embedding_layers
             )
