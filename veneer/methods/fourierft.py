@@ -30,6 +30,7 @@ class FourierFT(Additive):
         self.fourierft_spectrum = nn.Parameter(torch.zeros(n) if config.init_weights else torch.randn(n))
         generator = torch.Generator(device="cpu").manual_seed(config.random_loc_seed)
         places = torch.randperm(size, generator=generator, device="cpu")[:n]
+        self.register_buffer("places", places, persistent=False)
         entries, half = hermitian_half(places, target.out_features, target.in_features)
         self.register_buffer("entries", entries, persistent=False)
         self.register_buffer("spots", half, persistent=False)

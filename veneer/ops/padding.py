@@ -105,11 +105,19 @@ def _is_fit(model: Any) -> bool:
     routes = getattr(config, "output_router_logits", False)
     if state is None or checkpoints or routes or config.is_encoder_decoder or not is_replaceable(model):
         return False
-    if not adapts_by_token(state):
+    if not adapts_by_token(state) or any(_is_special(module) for module in model.modules()):
         return False
     if SEEN not in model.__dict__:
         model.__dict__[SEEN] = _keeps_apart(model, model.base_model)
     return bool(model.__dict__[SEEN])
+
+
+def _is_special(module: nn.Module) -> bool:
+    """The module's weights are sharded over processes, which come together for calls of the whole model alone, or
+    quantised, which libraries may lay out anew for a call without gradients, as the trial is one."""
+    shards = any(kind.__name__ in ("FSDPModule", "FullyShardedDataParallel") for kind in type(module).__mro__)
+    own = module._parameters.values()
+    return shards or any(p is not None and (type(p) is not nn.Parameter or hasattr(p, "ds_id")) for p in own)
 
 
 @torch.no_grad()
