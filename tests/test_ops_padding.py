@@ -35,6 +35,15 @@ def test_the_same_loss_and_gradients_as_with_padding(name, seen):
         torch.testing.assert_close(grads[key], want_grads[key], rtol=1e-4, atol=1e-5)
 
 
+def test_trainers_count_of_items_comes_along(seen):
+    model, batch = adapted("llama"), padded(rows()) | {"num_items_in_batch": torch.tensor(40)}
+    with ops.plain("padding"):
+        want, _ = gradients(model, batch)
+    loss, _ = gradients(model, batch)
+    assert seen == [sum(LENGTHS)]
+    torch.testing.assert_close(loss, want)
+
+
 def test_outputs_have_the_shapes_of_the_batch_and_the_values_of_its_tokens():
     model, batch = adapted("llama"), padded(rows())
     with ops.plain():

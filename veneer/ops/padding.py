@@ -22,7 +22,8 @@ from ._patch import takes_part
 from .attention import by_sequence, is_replaceable
 
 KNOWN = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_key_values", "use_cache"}
-"""What a body may be given, beside switches that are off."""
+KNOWN |= {"num_items_in_batch", "return_dict"}
+"""What a body may be given, beside switches that are off; Trainer's count of items is for the loss, and comes along."""
 SEEN = "_veneer_keeps_apart"
 
 
