@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
+
+SECONDS = 300
+"""After which a process that hangs is ended."""
 
 
 def veneer(*arguments: str, given: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -38,6 +42,7 @@ def forked(run: Callable[[], Any], given: str = "") -> subprocess.CompletedProce
 
 def _child(run: Callable[[], Any], files: list[Path]) -> NoReturn:
     status = 1
+    signal.alarm(SECONDS)
     try:
         for number, file in enumerate(files):
             os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)

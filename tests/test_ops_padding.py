@@ -96,6 +96,19 @@ def test_what_looks_past_its_token_keeps_the_padding(seen):
     assert not seen and not hasattr(bert.base_model, "_veneer_lent_body")
 
 
+def test_a_model_that_mixes_neighbours_a_little_keeps_the_padding(seen):
+    model = adapted("llama")
+    mlp = type(model.get_base_model().model.layers[0].mlp)
+
+    class Shifted(mlp):
+        def forward(self, x):
+            return super().forward(x) + 1e-2 * x.roll(1, 1)
+
+    model.get_base_model().model.layers[0].mlp.__class__ = Shifted
+    gradients(model, padded(rows()))
+    assert not seen
+
+
 def test_the_trial_leaves_the_model_as_it_was(seen):
     model = adapted("llama")
     still = model.get_base_model().model.layers[0]

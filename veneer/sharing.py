@@ -8,6 +8,7 @@ from typing import Any
 
 from .core.config import Config
 from .files import write_atomically
+from .loading import AUTO_CLASSES
 
 CARD_NAME = "README.md"
 USE = """## Use
@@ -17,16 +18,10 @@ from transformers import {auto}
 from veneer import PeftModel  # or from peft
 
 base = {auto}.from_pretrained({base!r})
-model = PeftModel.from_pretrained(base, {here!r})
+model = PeftModel.from_pretrained(base, "this adapter")
 ```
 """
 PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
-CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-}
 
 
 def write_card(directory: Path, config: Config, facts: str = "") -> None:
@@ -37,16 +32,17 @@ def write_card(directory: Path, config: Config, facts: str = "") -> None:
     """
     from huggingface_hub import ModelCardData
 
-    kind, method = config.task_type or "", config.peft_type.lower()
+    kind, method = config.task_type, config.peft_type.lower()
     name = config.base_model_name_or_path
     base = name if name and not Path(name).exists() else None
     data = ModelCardData(
         base_model=base,
         library_name="peft",
-        pipeline_tag=PIPELINES.get(kind),
+        pipeline_tag=PIPELINES.get(kind or ""),
         tags=[method, "veneer", *([f"base_model:adapter:{base}"] if base else [])],
     )
-    use = USE.format(auto=CLASSES.get(kind, "AutoModel"), base=base or "the base model", here="this adapter")
+    auto = AUTO_CLASSES[kind] if kind in AUTO_CLASSES else "AutoModel"  # type: ignore[index]
+    use = USE.format(auto=auto, base=base or "the base model")
     of = f" for {base}" if base else ""
     text = f"---\n{data.to_yaml()}\n---\n\n# A {method} adapter{of}\n\n{facts}{use}"
     write_atomically(directory / CARD_NAME, text.encode())

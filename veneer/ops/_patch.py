@@ -50,7 +50,9 @@ def fit(model: nn.Module) -> None:
 
 def uninstall(model: nn.Module) -> None:
     """Give every module its own `forward` back."""
-    model.__dict__.pop("_veneer_keeps_apart", None)
+    from . import padding
+
+    model.__dict__.pop(padding.SEEN, None)
     if model.__dict__.pop(MARK, None):
         for module in model.modules():
             own = module.__dict__.get("forward")

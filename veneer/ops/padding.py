@@ -25,6 +25,8 @@ KNOWN = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_k
 KNOWN |= {"num_items_in_batch", "return_dict"}
 """What a body may be given, beside switches that are off; Trainer's count of items is for the loss, and comes along."""
 SEEN = "_veneer_keeps_apart"
+BY_TOKEN = {"linear", "embedding", "norm", "param"}
+"""Kinds of module that treat each token by itself."""
 
 
 def install(model: nn.Module) -> Iterator[Any]:
@@ -99,7 +101,6 @@ def with_padding(hidden: Tensor, kept: Tensor) -> Tensor:
 def _is_fit(model: Any) -> bool:
     """Whether nothing in the model or its adapters looks past its own token but attention, which is seen by trying."""
     from ..core.context import state_of
-    from ..train.packing import adapts_by_token
 
     config, state = model.config, state_of(model)
     checkpoints = getattr(model, "is_gradient_checkpointing", False)
@@ -111,6 +112,13 @@ def _is_fit(model: Any) -> bool:
     if SEEN not in model.__dict__:
         model.__dict__[SEEN] = _keeps_apart(model, model.base_model)
     return bool(model.__dict__[SEEN])
+
+
+def adapts_by_token(state: Any) -> bool:
+    """Whether the adapters on a model that was just called treat each token by itself: they have learned no facts of
+    its rows, put no prompt before them, and sit on modules of such a kind."""
+    prompts = any(name in state.prompts for name in state.active)
+    return not state.facts and not prompts and {layer.target.kind for layer in state.layers.values()} <= BY_TOKEN
 
 
 def _is_special(module: nn.Module) -> bool:
@@ -132,7 +140,8 @@ def _keeps_apart(model: Any, body: Any) -> bool:
         with by_sequence(model):
             both = body(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state[:, 6:]
         alone = body(input_ids=ids[:, 6:], use_cache=False).last_hidden_state
-        return torch.allclose(both, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max()))
+        near = 1e-4 if alone.dtype == torch.float32 else 1e-2
+        return torch.allclose(both, alone, rtol=near, atol=near * float(alone.abs().max()))
     except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError):  # it takes no such row
         return False
     finally:

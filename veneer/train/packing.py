@@ -10,12 +10,11 @@ import torch
 from ..errors import TrainingError
 from ..ops import is_fast
 from ..ops.attention import by_sequence
+from ..ops.padding import adapts_by_token
 from .encode import IGNORED, Encoded
 
 ONE_ROW = {"input_ids", "labels", "position_ids"}
 """What a row may hold to be laid behind another; anything else belongs to a row as a whole."""
-BY_TOKEN = {"linear", "embedding", "norm", "param"}
-"""Kinds of module that treat each token by itself."""
 OPEN = 64
 """Sequences that are still being filled."""
 
@@ -75,13 +74,6 @@ def goes_by_sequence(model: Any, rows: Sequence[Encoded]) -> bool:
             return keeps_apart(model, rows) and adapts_by_token(model._state)
     except (NotImplementedError, RuntimeError, TypeError, ValueError):  # a model that does not take such a row
         return False
-
-
-def adapts_by_token(state: Any) -> bool:
-    """Whether the adapters on a model that was just called treat each token by itself: they have learned no facts of
-    its rows, put no prompt before them, and sit on modules of such a kind."""
-    prompts = any(name in state.prompts for name in state.active)
-    return not state.facts and not prompts and {layer.target.kind for layer in state.layers.values()} <= BY_TOKEN
 
 
 @torch.no_grad()

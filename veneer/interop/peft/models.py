@@ -310,7 +310,8 @@ class PeftModel(core.PeftModel):
         for name in names:
             into = directory if name == "default" else directory / name
             if path_initial_model_for_weight_conversion is not None:
-                save_as_lora(into, self, adapter_name=name)
+                if is_main_process:
+                    save_as_lora(into, self, adapter_name=name)
                 continue
             tensors = get_peft_model_state_dict(
                 self, settings.get("state_dict"), name, save_embedding_layers=save_embedding_layers
