@@ -3,6 +3,7 @@
     python -m bench.train --data train.jsonl                    # all rows of the table, 3 pairs each
     python -m bench.train --data train.jsonl --case nodrop      # one of them
     python -m bench.train --data train.jsonl --steps 2 --pairs 1 --rows 16   # a quick look
+    python -m bench.train --data train.jsonl --one nodrop --profile          # where the time of its last step goes
 
 Every run is a process of its own, so that its peak memory is its own; the two libraries take turns. A run trains on the
 same batches in the same order from the same start; its speed is real tokens (no padding) over the seconds of its steps
@@ -78,7 +79,9 @@ class Run:
 # One run
 
 
-def measure(case: Case, library: str, data: Path, steps: int, rows: int, keep: Path | None) -> dict[str, Any]:
+def measure(
+    case: Case, library: str, data: Path, steps: int, rows: int, keep: Path | None, profiled: bool = False
+) -> dict[str, Any]:
     """Train one way; what it cost, and what came out. The first step's gradients go to the file `keep`."""
     torch.manual_seed(0)
     base, tokenizer = gpt2() if case.is_gpt2 else load_base()
@@ -91,11 +94,31 @@ def measure(case: Case, library: str, data: Path, steps: int, rows: int, keep: P
     model = adapted(base, library, lora, case.moved)
     clock = Clock(keep)
     trainer = trainer_of(case, library, model, found, tokenizer, steps, clock)
+    if profiled:
+        trainer.add_callback(profiler(steps))
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     real = [sum(len(found.ids[i]) for i in which) for which in batches(case, rows, steps)]
     timed = sum(real[1:]) / sum(clock.seconds[1:]) if steps > 1 else real[0] / clock.seconds[0]
     return vars(Run(timed, peak_bytes(), losses, clock.seconds))
+
+
+def profiler(steps: int) -> Any:
+    """A callback that prints which operations the last of so many steps spends its time in."""
+    from transformers import TrainerCallback
+
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+    class Callback(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+            if state.global_step == steps - 1:
+                profile.__enter__()
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            profile.__exit__(None, None, None)
+            print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
+
+    return Callback()
 
 
 def gpt2() -> tuple[Any, Any]:
@@ -324,12 +347,13 @@ def main(
     rows: Annotated[int, typer.Option(help="Rows to draw batches from.")] = 160,
     agree: Annotated[bool, typer.Option(help="Also 20 steps of each without dropout, to compare losses.")] = True,
     out: Annotated[Path, typer.Option(help="Where the table goes.")] = DOCS,
-    one: Annotated[str | None, typer.Option(hidden=True)] = None,
+    profiled: Annotated[bool, typer.Option("--profile", help="With --one: where the last step's time goes.")] = False,
+    one: Annotated[str | None, typer.Option(help="One run of one case, in this process.")] = None,
     library: Annotated[str, typer.Option(hidden=True)] = "veneer",
     keep: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     if one:
-        print(json.dumps(measure(CASES[one], library, data, steps, rows, keep)))
+        print(json.dumps(measure(CASES[one], library, data, steps, rows, keep, profiled)))
         return
     found: dict[str, Any] = {"steps": steps, "pairs": pairs, "machine": machine(), "cases": {}}
     tokens, arguments = read_rows(data, load_base()[1], rows, 1024), ["--data", str(data), "--steps", str(steps)]
