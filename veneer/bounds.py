@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,8 +25,13 @@ class Bounded(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.most = max(LEAST, sum(p.numel() * p.element_size() for p in model.parameters()))
+        self.model = model
         self.makers = _device_constructors()
+
+    @cached_property
+    def most(self) -> int:
+        """Bytes of the base model, which are counted when something large is asked for."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -47,7 +53,7 @@ class Bounded(TorchFunctionMode):
         except (RuntimeError, OverflowError) as error:
             raise CheckpointError(f"the config asks for a tensor that no memory can hold: {error}") from None
         is_free = kwargs.get("device") is None or torch.device(kwargs["device"]).type == "meta"
-        if size > self.most and not is_free:
+        if size > LEAST and size > self.most and not is_free:
             raise CheckpointError(
                 f"the config asks for a tensor of {size:,} bytes, more than its base model has ({self.most:,}); "
                 "look at its ranks and sizes"

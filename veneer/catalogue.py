@@ -50,10 +50,9 @@ class Page:
         return asdict(self)
 
 
-@cache
 def pages() -> dict[str, Page]:
     """The page of every method, by name."""
-    return {name: _page(name, config) for name, config in sorted(all_methods().items())}
+    return {name: _page(name) for name in sorted(all_methods())}
 
 
 def page(name: str) -> Page:
@@ -62,11 +61,11 @@ def page(name: str) -> Page:
     Raises:
         ConfigError: there is no such method.
     """
-    known = pages()
-    found = known.get(name.lower().replace("-", "_"))
-    if found is None:
+    known = all_methods()
+    plain = name.lower().replace("-", "_")
+    if plain not in known:
         raise ConfigError(f"there is no method {name!r}{nearest(name.lower(), known)}; `veneer methods` lists all")
-    return found
+    return _page(plain)
 
 
 def config_for(name: str, **settings: Any) -> Config:
@@ -92,7 +91,9 @@ def trainable(name: str, model: Any, **settings: Any) -> int | None:
     return count
 
 
-def _page(name: str, config: type[Config]) -> Page:
+@cache
+def _page(name: str) -> Page:
+    config = all_methods()[name]
     text = inspect.cleandoc(sys.modules[config.__module__].__doc__ or "")
     claim, _, rest = text.partition("\n\n")
     claim = " ".join(claim.split())

@@ -6,7 +6,7 @@ the adapters they read, and `parallel` asks several adapters about the same rows
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -116,8 +116,8 @@ class Weighted(Reader):
             torch.tensor([given[name] for name in self.names]), requires_grad=config.learned
         )
 
-    def learned(self) -> Iterator[nn.Parameter]:
-        return self.parameters() if self.config.learned else iter(())
+    def learned(self) -> list[nn.Parameter]:
+        return super().learned() if self.config.learned else []
 
     def expected_parameters(self) -> int:
         return len(self.names) * self.config.learned

@@ -43,8 +43,11 @@ class Layers(MutableMapping[str, "AdapterLayer"]):
     def __delitem__(self, path: str) -> None:
         del self._refs[path]
 
+    def items(self) -> list[tuple[str, AdapterLayer]]:  # type: ignore[override]  # a third of the time of the mixin's
+        return [(path, layer) for path, ref in self._refs.items() if (layer := ref()) is not None]
+
     def __iter__(self) -> Iterator[str]:
-        return iter([path for path, ref in self._refs.items() if ref() is not None])
+        return iter([path for path, _ in self.items()])
 
     def __len__(self) -> int:
         return sum(ref() is not None for ref in self._refs.values())

@@ -14,7 +14,7 @@ from ..bounds import Bounded
 from ..errors import TargetError, VeneerError, listing
 from ..files import WEIGHTS_NAME
 from . import checkpoint
-from .adapter import Adapter, Bias, Replace, Tensors, TiedReplace
+from .adapter import Adapter, Bias, Replace, Tensors, TiedReplace, modules_of
 from .config import CONFIG_NAME, Config, LayerConfig, PromptConfig
 from .context import BASE, State, state_of
 from .layer import AdapterLayer, walk
@@ -172,7 +172,7 @@ class Wrapper:
 
 def _settle(module: nn.Module, device: torch.device, dtype: torch.dtype | None, lift: bool) -> None:
     """Meta tensors stay until they are loaded. Half precision is lifted; without lifting the base's dtype is taken."""
-    parts = list(module.modules())
+    parts = modules_of(module)
     for tensor in (t for part in parts for t in (*part._parameters.values(), *part._buffers.values()) if t is not None):
         if tensor.is_meta or not tensor.is_floating_point():
             wanted = tensor.dtype

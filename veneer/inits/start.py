@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,10 +123,10 @@ class Started(LowRank):
             if not mine.is_meta:
                 mine.copy_(theirs)
 
-    def learned(self) -> Iterator[nn.Parameter]:
+    def learned(self) -> list[nn.Parameter]:
         if not self.holds_A:
             return super().learned()
-        return (p for name, p in self.named_parameters() if not name.startswith(("lora_A", "lora_embedding_A")))
+        return [p for name, p in self.named_parameters() if not name.startswith(("lora_A", "lora_embedding_A"))]
 
     def export(self) -> Tensors:
         tensors = super().export()

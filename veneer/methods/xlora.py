@@ -65,8 +65,8 @@ class XLoRA(Adapter):
             if lora is not None:
                 self.experts[str(i)] = lora.requires_grad_(config.use_trainable_adapters)
 
-    def learned(self) -> Iterator[nn.Parameter]:
-        yield from self.parameters() if self.config.use_trainable_adapters else ()
+    def learned(self) -> list[nn.Parameter]:
+        return super().learned() if self.config.use_trainable_adapters else []
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         scalings = self.target.fact(self.shared)
