@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -26,6 +27,18 @@ def veneer(*arguments: str, given: str = "", **environment: str) -> subprocess.C
         main()
 
     return forked(run, given)
+
+
+def script(path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What running a file as a program shows."""
+
+    def run() -> None:
+        os.environ.update(environment)
+        sys.path.insert(0, str(path.parent))
+        sys.argv = [str(path)]
+        runpy.run_path(str(path), run_name="__main__")
+
+    return forked(run)
 
 
 def forked(run: Callable[[], Any], given: str = "") -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import os
 import random
 import signal
@@ -20,15 +22,6 @@ from .models import output, perturb
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).parent.parent
-SAVES = """
-import os, sys, warnings
-warnings.simplefilter("ignore")
-from tests.test_atomic import adapted
-versions = [adapted(0), adapted(1)]
-print("ready", flush=True)
-for i in range(10**6):
-    versions[i % 2].save_pretrained(sys.argv[1])
-"""
 OFFLINE = """
 import socket, sys, warnings
 warnings.simplefilter("ignore")
@@ -80,6 +73,12 @@ def adapted(version: int):
     return perturb(get_peft_model(models.build("llama"), config).eval(), seed=version)
 
 
+def save_for_ever(where: Path) -> None:
+    versions = [adapted(0), adapted(1)]
+    for i in itertools.count():
+        versions[i % 2].save_pretrained(where)
+
+
 def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
@@ -91,10 +90,8 @@ def test_killed_saves_leave_a_whole_adapter(tmp_path):
     adapted(0).save_pretrained(tmp_path)
     seen = set()
     for _ in range(8):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SAVES, tmp_path], stdout=subprocess.PIPE, text=True, env=environment(), cwd=ROOT
-        )
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(tmp_path,))
+        process.start()
         for _ in range(5):
             time.sleep(rng.uniform(0.0, 0.05))
             os.kill(process.pid, signal.SIGSTOP)  # as good as a crash for who looks now
@@ -104,7 +101,7 @@ def test_killed_saves_leave_a_whole_adapter(tmp_path):
             seen.add(found[0])
             os.kill(process.pid, signal.SIGCONT)
         process.kill()
-        process.wait()
+        process.join()
     assert seen == {0, 1}
     adapted(1).save_pretrained(tmp_path)
     assert torch.equal(output(PeftModel.from_pretrained(models.build("llama"), tmp_path), batch), expected[1])

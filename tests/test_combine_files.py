@@ -12,6 +12,7 @@ from veneer import BaseMismatch, IA3Config, LoraConfig, NotMergeable, PeftModel,
 from veneer.combine_files import combine
 
 from . import models
+from .forked import veneer
 from .models import output, perturb
 
 SETTINGS = {
@@ -105,12 +106,10 @@ def test_refusals_write_nothing(tmp_path):
 
 
 def test_the_command(tmp_path):
-    from .test_cli import run
-
     paths = adapters(tmp_path, "one", "two")
-    done = run("combine", *paths, "--weights", "0.7,0.3", "--out", str(tmp_path / "out"), "--json")
+    done = veneer("combine", *paths, "--weights", "0.7,0.3", "--out", str(tmp_path / "out"), "--json")
     assert json.loads(done.stdout)["modules"] == 6, done.stderr
-    done = run("combine", *paths, "--weights", "1,-1", "--method", "cat", "--out", str(tmp_path / "two-out"))
+    done = veneer("combine", *paths, "--weights", "1,-1", "--method", "cat", "--out", str(tmp_path / "two-out"))
     assert done.returncode == 0 and "rank 7" in done.stdout and "files alone" in done.stdout
-    done = run("combine", *paths, "--weights", "a,b", "--out", str(tmp_path / "x"))
+    done = veneer("combine", *paths, "--weights", "a,b", "--out", str(tmp_path / "x"))
     assert done.returncode == 2

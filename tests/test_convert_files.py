@@ -14,6 +14,7 @@ from veneer.interop.layouts.conversion import LAYOUTS, convert, detected
 from veneer.interop.layouts.lora import Hints
 
 from . import models
+from .forked import veneer
 from .models import output, perturb
 
 TARGETS = ["q_proj", "k_proj", "down_proj"]
@@ -259,12 +260,10 @@ def test_what_is_no_adapter_and_what_is_no_layout(tmp_path):
 
 
 def test_the_command(tmp_path):
-    from .test_cli import run
-
     source = str(adapter(tmp_path))
-    done = run("convert", source, str(tmp_path / "out"), "--to", "mlx", "--json")
+    done = veneer("convert", source, str(tmp_path / "out"), "--to", "mlx", "--json")
     assert json.loads(done.stdout)["modules"] == 6, done.stderr
-    done = run("convert", str(tmp_path / "out"), str(tmp_path / "back"), "--to", "peft")
+    done = veneer("convert", str(tmp_path / "out"), str(tmp_path / "back"), "--to", "peft")
     assert done.returncode == 0 and "6 modules" in done.stdout
-    done = run("convert", source, str(tmp_path / "x"), "--to", "adapterhub")
+    done = veneer("convert", source, str(tmp_path / "x"), "--to", "adapterhub")
     assert done.returncode == 2 and "--model" in done.stderr and len(done.stderr.splitlines()) == 1

@@ -30,7 +30,6 @@ def free_port() -> int:
 
 def run(rank: int, work, port: int, *args) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TRANSFORMERS_VERBOSITY="error")
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
         work(rank, *args)
@@ -39,7 +38,7 @@ def run(rank: int, work, port: int, *args) -> None:
 
 
 def both(work, *args) -> None:
-    mp.spawn(run, (work, free_port(), *args), nprocs=2)
+    mp.start_processes(run, (work, free_port(), *args), nprocs=2, start_method="fork")
 
 
 def train(model, inner, rows, case, steps: int = 3) -> list[torch.Tensor]:

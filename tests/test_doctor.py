@@ -22,8 +22,8 @@ from veneer.deployment import PEFT_TYPES, diagnose
 from veneer.environment import environment
 
 from . import models
+from .forked import veneer
 from .models import output, perturb
-from .test_cli import run
 
 
 def adapter(tmp_path, config=None, **settings):
@@ -116,12 +116,12 @@ def test_the_environment():
 
 def test_the_command(tmp_path):
     path = str(adapter(tmp_path, use_dora=True))
-    done = run("doctor", path, "--for", "vllm")
+    done = veneer("doctor", path, "--for", "vllm")
     assert done.returncode == 1 and "does not run in vllm" in done.stdout and "veneer merge" in done.stdout
-    done = run("doctor", path, "--for", "peft", "--json")
+    done = veneer("doctor", path, "--for", "peft", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["runs"] is True, done.stderr
-    done = run("doctor", "--json", OMP_NUM_THREADS="1")
+    done = veneer("doctor", "--json", OMP_NUM_THREADS="1")
     assert done.returncode == 0 and json.loads(done.stdout)["packages"]["torch"]
-    assert run("doctor", path).returncode == 2
+    assert veneer("doctor", path).returncode == 2
     with pytest.raises(ConfigError, match="nearest: vllm"):
         diagnose(path, "vlm")

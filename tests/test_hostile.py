@@ -6,8 +6,6 @@ import json
 import os
 import resource
 import struct
-import subprocess
-import sys
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -22,6 +20,7 @@ from veneer import CheckpointError, ConfigError, LoraConfig, PeftModel, VeneerEr
 
 from . import models
 from .cases import ONE_EACH, Case
+from .forked import script
 from .models import output, perturb
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -56,8 +55,7 @@ def memory(more: int = 1 << 31):
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda p: p.stem)
 def test_attacks_fail(attack: Path):
     """Each script of `attacks/` tries one exploit, and exits with 0 where it failed."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, attack], capture_output=True, text=True, timeout=300, env=environment)
+    done = script(attack)
     assert done.returncode == 0 and "failed" in done.stdout, done.stdout + done.stderr
 
 

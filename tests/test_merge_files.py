@@ -15,6 +15,7 @@ from veneer.merging.merge import merge
 
 from . import models
 from .cases import CASES
+from .forked import veneer
 from .models import output, perturb
 
 EAGER = {"mixtral": {"experts_implementation": "eager"}}
@@ -258,13 +259,11 @@ def test_a_damaged_base_is_refused(length, tmp_path):
 
 
 def test_the_command(tmp_path):
-    from .test_cli import run
-
     adapter(tmp_path, dtype=torch.bfloat16)
     words = ("merge", str(tmp_path / "adapter"), "--model", str(tmp_path / "base"))
-    done = run(*words, "--out", str(tmp_path / "out"))
+    done = veneer(*words, "--out", str(tmp_path / "out"))
     assert done.returncode == 0 and "of the change lost" in done.stdout, done.stderr
-    report = json.loads(run(*words, "--out", str(tmp_path / "two"), "--json").stdout)
+    report = json.loads(veneer(*words, "--out", str(tmp_path / "two"), "--json").stdout)
     assert len(report["tensors"]) == 6 and 0 < report["lost"] < 0.1
-    done = run(*words, "--out", str(tmp_path / "out"))
+    done = veneer(*words, "--out", str(tmp_path / "out"))
     assert done.returncode == 2 and "nothing is overwritten" in done.stderr and len(done.stderr.splitlines()) == 1

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from accelerate.state import AcceleratorState
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -46,7 +47,7 @@ def data(tmp_path_factory) -> str:
 def process(rank: int, port: int, environment: dict[str, str], runs: list[tuple[dict, dict]]) -> None:
     os.environ |= environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2", "HF_HUB_OFFLINE": "1"}
-    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # that of the process this one is a copy of
     for recipe, how in runs:
         train(make(recipe), console=Console(quiet=True), **how)
     torch.distributed.destroy_process_group()
@@ -54,7 +55,8 @@ def process(rank: int, port: int, environment: dict[str, str], runs: list[tuple[
 
 def two(runs: list[tuple[dict, dict]], sharded: bool = False) -> None:
     """Recipes, one after the other, on two processes; beside each what `train` is called with."""
-    mp.spawn(process, (free_port(), SHARDED if sharded else {}, runs), nprocs=2)
+    given = (free_port(), SHARDED if sharded else {}, runs)
+    mp.start_processes(process, given, nprocs=2, start_method="fork")  # without the seconds that imports take
 
 
 def one(recipe: dict, **how) -> dict:

@@ -247,7 +247,7 @@ class AdapterLayer(nn.Module):
         self.kept = {}
         if self.kept_module is None:
             self.kept_module = self.base_layer
-        self.base_layer = copy.deepcopy(replacement).requires_grad_(False)
+        self.base_layer = copy.deepcopy(replacement).requires_grad_(False).to(self.target.dtype)
 
     def unmerge(self) -> None:
         """Bind the kept Parameters back: bit-exact for every method and dtype."""

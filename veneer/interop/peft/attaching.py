@@ -145,7 +145,7 @@ def activate(state: State, names: str | Sequence[str], inference_mode: bool = Fa
     for layer in state.layers.values():
         here = [name for name in wanted if name in layer.adapters]
         if getattr(layer, "is_copy", False) and len(here) > 1:
-            raise VeneerError(f"Only one adapter can be set at a time for {layer.path}, got {len(here)}")
+            raise VeneerError(f"Only one adapter can be set at a time for {layer._get_name()}, got {len(here)}")
     merged = [layer for layer in state.layers.values() if layer.merged_adapters]
     if merged:
         warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)

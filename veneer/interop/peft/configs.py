@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import enum
+import importlib.metadata
 import inspect
 import json
 import os
+import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,32 +39,11 @@ MultitaskPromptTuningInit = enum.Enum(  # type: ignore[misc]
 UNWRITTEN = {"runtime_config"}
 
 
-class Names(list[str]):
-    """`target_modules` as PEFT has it, a set; kept in order here, and equal to the set of its entries."""
+class Names(set[str]):
+    """`target_modules` as PEFT has it, a set; it is gone through in one order, so that files are the same each time."""
 
-    __hash__ = None  # type: ignore[assignment]
-
-    def __eq__(self, other: object) -> bool:
-        return set(self) == other if isinstance(other, (set, frozenset)) else super().__eq__(other)
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    def add(self, name: str) -> None:
-        if name not in self:
-            self.append(name)
-
-    def issubset(self, other: Iterable[str]) -> bool:
-        return set(self).issubset(other)
-
-    def issuperset(self, other: Iterable[str]) -> bool:
-        return set(self).issuperset(other)
-
-    def union(self, *others: Iterable[str]) -> set[str]:
-        return set(self).union(*others)
-
-    def __or__(self, other: Iterable[str]) -> set[str]:
-        return self.union(other)
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(super().__iter__()))
 
 
 def check_as_peft(config: Any) -> None:
@@ -78,8 +59,24 @@ def check_as_peft(config: Any) -> None:
     given = set(targets) if isinstance(targets, (list, set, tuple)) else set()
     if given and isinstance(inside, (list, set, tuple)) and not set(inside) <= given:
         raise ConfigError("`feedforward_modules` should be a subset of `target_modules`")
-    if config.peft_type == "ADALORA" and not (config.total_step or 0) > 0:
+    if config.peft_type == "ADALORA":
+        _check_schedule(config)
+
+
+def _check_schedule(config: Any) -> None:
+    if config.r != 8:
+        warnings.warn(
+            "Note that `r` is not used in AdaLora and will be ignored. If you intended to set the initial rank, use "
+            "`init_r` instead.",
+            stacklevel=6,
+        )
+    if not (config.total_step or 0) > 0:
         raise ConfigError("AdaLoRA does not work when `total_step` is None, supply a value > 0.")
+    if config.tinit >= config.total_step - config.tfinal:
+        raise ConfigError(
+            "The supplied schedule values don't allow for a budgeting phase. Decrease `tfinal`/`tinit` or increase "
+            "`total_step`."
+        )
 
 
 @dataclass
@@ -130,10 +127,28 @@ class PeftConfig(Config, metaclass=Called):
             if is_strict():
                 raise
             self.__dict__["refused"] = error  # PEFT looks at most settings when the adapter is put on
-        self.peft_version = self.peft_version or table.VERSION
+        self.peft_version = self.peft_version or self._get_peft_version()
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name, None), (list, tuple)):
+            if isinstance(getattr(self, name, None), (list, tuple, set)):
                 setattr(self, name, Names(getattr(self, name)))
+
+    @staticmethod
+    def _get_peft_version() -> str:
+        """The version that a file says wrote it: the module's, and of one that is not released also the commit."""
+        module = sys.modules.get("peft.config")
+        version = str(getattr(module, "__version__", table.VERSION))
+        if ".dev" not in version:
+            return version
+        try:
+            commit = module._get_commit_hash("peft")  # type: ignore[union-attr]
+        except Exception:  # whatever goes wrong there must not stop a config from being made
+            warnings.warn(
+                "A dev version of PEFT is used but there was an error while trying to determine the commit hash. "
+                "Please open an issue: https://github.com/huggingface/peft/issues",
+                stacklevel=5,
+            )
+            commit = None
+        return f"{version}@{commit or 'UNKNOWN'}"
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -151,6 +166,8 @@ class PeftConfig(Config, metaclass=Called):
         absent = table.ABSENT.get(str(kind), "").split()
         for f in fields(self):
             value = getattr(self, f.name)
+            if f.name in UNWRITTEN:
+                continue
             if f.name not in absent or value != default_of(f):
                 found[f.name] = core_config._plain(value)
         if "loftq_config" in found:
@@ -160,7 +177,7 @@ class PeftConfig(Config, metaclass=Called):
     def save_pretrained(self, directory: str | Path, name: str = core_config.CONFIG_NAME, **settings: Any) -> None:
         if os.path.isfile(directory):
             raise AssertionError(f"Provided path ({directory}) should be a directory, not a file")
-        content = {name: value for name, value in self.to_dict().items() if name not in UNWRITTEN}
+        content = self.to_dict()
         content["auto_mapping"] = settings.get("auto_mapping_dict") or content.get("auto_mapping")
         content = {name: list(v) if isinstance(v, (set, tuple)) else v for name, v in content.items()}
         Path(directory).mkdir(parents=True, exist_ok=True)
@@ -207,7 +224,7 @@ class PeftConfig(Config, metaclass=Called):
             raise ConfigError(f"{found.__name__} has no such fields: {', '.join(unknown)}")
         if unknown and kind is None:
             raise TypeError(
-                f"The {cls.__name__} config that is trying to be loaded is missing required keys: peft_type."
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
             )
         if unknown:
             warnings.warn(
@@ -236,6 +253,15 @@ class PeftConfig(Config, metaclass=Called):
     @classmethod
     def _get_peft_type(cls, model_id: str | Path, **hub: Any) -> str:
         return cls.from_json_file(_config_file(model_id, **hub))["peft_type"]
+
+
+def _get_commit_hash(package: str) -> str | None:
+    """The commit that a package was installed from, where its metadata tell."""
+    try:
+        found = importlib.metadata.distribution(package).read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return None if not found else json.loads(found).get("vcs_info", {}).get("commit_id")
 
 
 def hub_arguments() -> set[str]:

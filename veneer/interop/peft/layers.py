@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ...core.adapter import Adapter, LowRank, Matrix, Replace
 from ...core.context import State
 from ...core.layer import AdapterLayer
+from ...core.target import Target
+from ...errors import NotMergeable
 from . import table
 from .slots import DropoutSlot, HeldSlot, ModuleSlot, SharedSlot, TensorSlot, as_factor
 
@@ -214,6 +216,22 @@ class PeftLayer(AdapterLayer):
     def _all_available_adapter_names(self) -> list[str]:
         return sorted(self.adapters.keys())
 
+    @property
+    def _adapters(self) -> set[str]:
+        return set(self.adapters.keys())
+
+    @property
+    def in_features(self) -> int:
+        return self._adapted().in_channels
+
+    @property
+    def out_features(self) -> int:
+        return self._adapted().out_features
+
+    def _adapted(self) -> Target:
+        """What the adapters see: the module, or one of its parameters."""
+        return next((part.target for adapter in self.adapters.values() for part in adapter.parts), self.target)
+
     def get_base_layer(self) -> nn.Module:
         return self.base
 
@@ -297,7 +315,15 @@ class PeftLayer(AdapterLayer):
             names, safe = (safe or None), names  # type: ignore[assignment]
         if names is None:
             names = to_merge(self, adapter_names)
-        super().merge([n for n in names if n in self.adapters], safe if safe_merge is None else safe_merge)
+        wanted = [n for n in names if n in self.adapters]
+        try:
+            super().merge(wanted, safe if safe_merge is None else safe_merge)
+        except NotMergeable as error:
+            if "not finite" not in str(error):
+                raise
+            raise NotMergeable(
+                f"NaNs detected in the merged weights. The adapter {', '.join(wanted)} seems to be broken"
+            ) from error
 
     def unmerge(self) -> None:
         if not self.merged:

@@ -71,9 +71,12 @@ def narrowed(model: nn.Module, config: Any) -> Any:
     Raises:
         TargetError: nothing is left; in PEFT's words.
     """
-    if is_strict():
-        return copy.copy(config)
     config = copy.copy(config)
+    for name in FIELDS:
+        if isinstance(getattr(config, name, None), set):
+            setattr(config, name, sorted(getattr(config, name)))
+    if is_strict():
+        return config
     paths = [path for path, _ in walk(model) if path]
     _narrow_copies(config, paths)
     if not hasattr(config, "target_modules") or getattr(config, "members", None) is None:

@@ -19,6 +19,7 @@ from ...interop import transformers as interop
 from . import table
 from .attaching import activate, put_on, set_requires_grad, take_off
 from .configs import PeftConfig, PeftType, as_peft
+from .layers import PeftLayer
 from .matching import has_adapters
 from .slots import PromptEncoders
 from .state import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
@@ -70,6 +71,18 @@ class PeftModel(core.PeftModel):
         """Under activation checkpointing that re-enters, something must need a gradient before the first layer."""
         if getattr(model, "is_activation_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
+
+    def prepare_model_for_gradient_checkpointing(self, model: Any) -> None:
+        """Let the embeddings' output require a gradient, which checkpointing that re-enters needs."""
+        self._prepare_model_for_gradient_checkpointing(model)
+
+    def _prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
+        if not any(getattr(model, name, False) for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")):
+            if hasattr(model, "enable_input_require_grads"):
+                model.enable_input_require_grads()
+            elif hasattr(model, "get_input_embeddings"):
+                model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_(True) and None)
+        return model
 
     # Access
 
@@ -170,6 +183,7 @@ class PeftModel(core.PeftModel):
         state = self._state
         before = state.enabled
         if not self._is_prompt_learning:
+            before = self._warn_of_irregular(before)
             self.base_model.disable_adapter_layers()
         state.enabled, self._adapters_disabled = False, True
         try:
@@ -178,6 +192,17 @@ class PeftModel(core.PeftModel):
             state.enabled, self._adapters_disabled = before, not before
             if before and not self._is_prompt_learning:
                 self.base_model.enable_adapter_layers()
+
+    def _warn_of_irregular(self, enabled: bool) -> bool:
+        """Whether the layers are on again after `disable_adapter`: all of them, where only some were."""
+        ways = {layer.disable_adapters for layer in self._state.layers.values() if isinstance(layer, PeftLayer)}
+        if len(ways) > 1:
+            warnings.warn(
+                "The model contains some adapter layers that are enabled and others that are disabled. This is most "
+                "likely unintentional. After exiting the disable_adapter context, all adapters will be enabled",
+                stacklevel=4,
+            )
+        return enabled or len(ways) > 1
 
     # Adapters
 
@@ -470,6 +495,9 @@ class PeftModelForCausalLM(PeftModel):
 
 class PeftModelForSeq2SeqLM(PeftModelForCausalLM):
     task = TaskType.SEQ_2_SEQ_LM
+
+    def generate(self, **kwargs: Any) -> Any:  # PEFT's takes no positional arguments
+        return super().generate(**kwargs)
 
 
 class PeftModelForSequenceClassification(PeftModel):

@@ -129,7 +129,8 @@ AVAILABLE = {
 
 MODULES = {
     "peft.auto": "AutoPeftModel*",
-    "peft.config": "PeftConfig PeftConfigMixin PromptLearningConfig CONFIG_NAME MIN_EXPECTED_CONFIG_KEYS",
+    "peft.config": "PeftConfig PeftConfigMixin PromptLearningConfig CONFIG_NAME MIN_EXPECTED_CONFIG_KEYS "
+    "_get_commit_hash",
     "peft.functional": "cast_adapter_dtype delete_adapter get_peft_model_state_dict inject_adapter_in_model "
     "set_adapter set_peft_model_state_dict set_requires_grad",
     "peft.helpers": "DoraCaching check_if_peft_model disable_input_dtype_casting find_kappa_target_modules "

@@ -22,12 +22,17 @@ class Live(MutableMapping[str, Any]):
 
     def __init__(self, layer: Any, attribute: str, kind: str, key: str = "") -> None:
         self.layer, self.attribute, self.kind, self.key = layer, attribute, kind, key
+        self.taken: dict[str, nn.Module] = {}
+        """Modules whose parameter FSDP has taken out, by the adapter's name: it puts a plain tensor in its place."""
 
     def _owner(self, name: str) -> dict[str, Any]:
+        return self.holder(name).__dict__[self.kind]  # type: ignore[no-any-return]
+
+    def holder(self, name: str) -> nn.Module:
+        """The module that holds an adapter's entry."""
         for module in self._holders(name):
-            held = module.__dict__[self.kind]
-            if held.get(self.attribute) is not None:
-                return held
+            if module.__dict__[self.kind].get(self.attribute) is not None:
+                return module
         raise KeyError(name)
 
     def _holders(self, name: str) -> Iterator[nn.Module]:
@@ -38,7 +43,9 @@ class Live(MutableMapping[str, Any]):
         return self._owner(name)[self.attribute]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._owner(name)[self.attribute] = value
+        module = self.taken.pop(name, None) or self.holder(name)
+        module.__dict__.pop(self.attribute, None)
+        module.__dict__[self.kind][self.attribute] = value
 
     def __delitem__(self, name: str) -> None:
         self._owner(name)[self.attribute] = None
@@ -82,6 +89,27 @@ class TensorSlot(nn.ParameterDict):
 
     def _tensors(self) -> dict[str, Any]:
         return {**self._buffers, **self._parameters}
+
+    def __delattr__(self, name: str) -> None:
+        live = self._parameters
+        module = live.taken.get(name) or live.holder(name)
+        delattr(module, live.attribute)
+        live.taken[name] = module
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        live = self.__dict__.get("_parameters")
+        if not isinstance(live, Live) or name not in live.taken:
+            super().__setattr__(name, value)
+        elif isinstance(value, nn.Parameter):
+            live[name] = value
+        else:
+            setattr(live.taken[name], live.attribute, value)
+
+    def __getattr__(self, name: str) -> Any:
+        live = self.__dict__.get("_parameters")
+        if isinstance(live, Live) and name in live.taken:
+            return getattr(live.taken[name], live.attribute)
+        return super().__getattr__(name)
 
     def __getitem__(self, key: str) -> Any:
         return self._tensors()[key]
@@ -176,6 +204,9 @@ class Weight(MutableMapping[str, Any]):
             raise KeyError(name)
         return self.owner._parameters[self.attribute]
 
+    def __contains__(self, name: object) -> bool:
+        return name == "weight" and self.attribute in self.owner._parameters
+
     def __setitem__(self, name: str, value: Any) -> None:
         self.owner._parameters[self.attribute] = value
 
@@ -198,6 +229,20 @@ class Held(nn.Module):
     def __init__(self, owner: nn.Module, attribute: str) -> None:
         super().__init__()
         self.__dict__["_parameters"] = Weight(owner, attribute)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._parameters.owner, self._parameters.attribute)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            setattr(self._parameters.owner, self._parameters.attribute, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            return getattr(self._parameters.owner, self._parameters.attribute)
+        return super().__getattr__(name)
 
 
 class Holding(Live):
