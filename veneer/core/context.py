@@ -110,9 +110,8 @@ class State:
 
     def activate(self, names: tuple[str, ...]) -> None:
         """Make `names` the active adapters; requires_grad follows: declared trainable and active."""
-        touched = {*self.active, *names}
-        self.active = names
-        for name in touched:
+        before, self.active = self.active, names
+        for name in {*before, *names}:
             self.mark(name)
 
     def mark(self, name: str) -> None:

@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from ..errors import NotMergeable, VeneerError
 from ..interop.views import View
+from ..maths.dropout import evaluating
 from ..ops import folded_linear as folded
 from ..ops import is_autocast, is_fast
 from ..ops import low_rank_linear as low_rank
@@ -214,7 +215,8 @@ class AdapterLayer(nn.Module):
             self._swap(stack[whole].module)
         rest = stack[whole + 1 :]
         if rest:
-            new = self.folded(rest)
+            with evaluating(rest):
+                new = self.folded(rest)
             if safe and not all(torch.isfinite(t).all() for t in new.values()):
                 raise NotMergeable(f"merging {', '.join(names)} into {self.path!r} gives values that are not finite")
             old = self.target.replace(new)
@@ -234,19 +236,19 @@ class AdapterLayer(nn.Module):
         In new memory: where the weight is mapped from a file, each page that is written is copied first, which takes
         nine times as long.
         """
-        W = self.target.weight()
-        wide = W.to(torch.promote_types(W.dtype, torch.float32))
-        for A, B in (adapter.factors() for adapter in self.stack(names)):  # type: ignore[operator]
-            wide = torch.addmm(wide, B.to(wide.dtype), A.to(wide.dtype))
-        self.base_layer.weight.data = self.target.as_stored(wide.to(W.dtype)).contiguous()
+        W, stack = self.target.weight(), self.stack(names)
+        wide = torch.promote_types(W.dtype, torch.float32)
+        with evaluating(stack):
+            A, B = zip(*(adapter.factors() for adapter in stack), strict=True)  # type: ignore[operator]
+        merged = torch.addmm(W.to(wide), torch.cat(B, dim=1).to(wide), torch.cat(A).to(wide)).to(W.dtype)
+        self.base_layer.weight.data = self.target.as_stored(merged).contiguous()
         self.merged_adapters += tuple(n for n in names if n in self.adapters and n not in self.merged_adapters)
 
     def _swap(self, replacement: nn.Module) -> None:
         """Put the trained copy of the module in its place; the weights merged into the old one go back first."""
         self.target.restore(self.kept)
         self.kept = {}
-        if self.kept_module is None:
-            self.kept_module = self.base_layer
+        self.kept_module = self.kept_module or self.base_layer
         self.base_layer = copy.deepcopy(replacement).requires_grad_(False).to(self.target.dtype)
 
     def unmerge(self) -> None:

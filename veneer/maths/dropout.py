@@ -1,9 +1,12 @@
-"""Masks that leave out whole rows of an update, or all of it."""
+"""What training leaves out at random: entries, whole rows of an update, or all of it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def row_mask(rows: int, p: float, p_all: float, rescale: bool, like: Tensor) -> Tensor:
@@ -40,3 +43,16 @@ def mask_of(bits: Tensor, shape: torch.Size) -> Tensor:
     values, places = (torch.arange(n, dtype=torch.int64, device=bits.device) for n in (256, 8))
     table = ((values[:, None] >> places) & 1).to(torch.uint8).view(torch.int64).flatten()
     return table[bits.int()].view(torch.uint8)[: shape.numel()].view(shape)
+
+
+@contextmanager
+def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, what training does at random is left out."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.train()

@@ -48,7 +48,7 @@ class DEFT(Adapter):
     def projection(self) -> tuple[Tensor, Tensor]:
         """Q and P', both (out, r): x is taken away as Q P'^T x."""
         if self.config.decomposition_method == "qr":
-            Q = torch.linalg.qr(self.deft_P)[0]
+            Q = torch.linalg.qr(self.deft_P.float())[0].to(self.deft_P.dtype)
             return Q, Q
         return self.deft_P, self.deft_P.relu()
 

@@ -2,7 +2,8 @@
 
     y = norm(x) * w' + b'
 
-Zhao et al., 2023, arXiv:2312.11420. Trainable: the norms' own parameters. Mergeable. Starts as a no-op.
+Zhao et al., 2023, arXiv:2312.11420. Trainable: the norms' own parameters. Mergeable. Starts as a no-op. As in PEFT, a
+target that is no norm is trained whole.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ..core.target import Target
 
 
 class LNTuning(Adapter):
-    kinds = frozenset({"norm"})
+    kinds = frozenset({"norm", "linear", "conv", "embedding"})
 
     def __init__(self, config: LNTuningConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)

@@ -1,4 +1,4 @@
-"""OFT: rotate blocks of the input by learned orthogonal matrices.
+"""OFT: rotate blocks of the input, of an embedding those of the output, by learned orthogonal matrices.
 
     W' = W R^T,  x R: each block of x times its rotation R_i, the Cayley transform of a skew-symmetric Q_i
 
@@ -23,21 +23,24 @@ from ..maths.cayley import cayley, cayley_neumann, skew
 
 
 class OFT(Adapter):
-    kinds = frozenset({"linear", "conv"})
+    kinds = frozenset({"linear", "conv", "embedding"})
 
     def __init__(self, config: OFTConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
         self.has_pre = target.kind == "linear"  # a convolution's columns are patches: it has the weight form only
-        self.size = config.size_for(target.in_features)
-        self.blocks = target.in_features // self.size
-        self.oft_R = Matrix(1 if config.block_share else self.blocks, self.size * (self.size - 1) // 2)
+        self.has_post = target.kind == "embedding"
+        width = target.out_features if self.has_post else target.in_features
+        self.size = config.size_for(width)
+        self.blocks = width // self.size
+        R = Matrix(1 if config.block_share else self.blocks, self.size * (self.size - 1) // 2)
+        setattr(self, "oft_embedding_R" if self.has_post else "oft_R", R)  # the file's names
         with torch.no_grad():
-            self.oft_R.weight.zero_() if config.init_weights else nn.init.kaiming_uniform_(self.oft_R.weight, a=5**0.5)
+            R.weight.zero_() if config.init_weights else nn.init.kaiming_uniform_(R.weight, a=5**0.5)
 
     def rotations(self) -> Tensor:
         """One orthogonal matrix for each block: (blocks, size, size)."""
         config = self.config
-        Q = skew(self.oft_R.weight, self.size)
+        Q = skew((self.oft_embedding_R if self.has_post else self.oft_R).weight, self.size)
         if config.coft:
             limit = config.eps / len(Q) ** 0.5
             inside = Q * (limit / Q.norm(dim=(1, 2), keepdim=True).clamp_min(1e-30)).clamp_max(1)
@@ -60,8 +63,12 @@ class OFT(Adapter):
     def pre(self, x: Tensor) -> Tensor:
         return self.rotate(x, self.rotations())
 
+    def post(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.rotate(y, self.rotations())
+
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self.rotate(W, self.rotations().to(W.dtype).mT), b
+        R = self.rotations().to(W.dtype)
+        return (self.rotate(W.T, R).T if self.has_post else self.rotate(W, R.mT)), b
 
     def describe(self) -> str:
         return f"{self.blocks} blocks of {self.size}"

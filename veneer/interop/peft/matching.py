@@ -14,6 +14,7 @@ from ...core.layer import bare, walk
 from ...core.select import matches
 from ...core.target import adapts
 from ...errors import TargetError
+from . import table
 from .defaults import default
 from .strictness import is_strict
 
@@ -124,6 +125,9 @@ def fill_defaults(model: Any, config: Any) -> None:
         try:
             by_role.fill_targets(model)
         except TargetError:
+            if table.METHODS[kind.value].takes_any:
+                config.target_modules = "all-linear"
+                return
             fields = " or ".join(f"`{field}`" for field in (*FIELDS, "target_parameters") if hasattr(config, field))
             raise TargetError(f"Please specify {fields} in `peft_config`".replace("meters` in", "meters`in")) from None
     for field, value in found.items():

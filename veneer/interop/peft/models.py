@@ -535,9 +535,9 @@ MIXABLE = {PeftType(kind): TUNERS[PeftType(kind)] for kind, row in table.METHODS
 class PeftMixedModel(PeftModel):
     """Adapters of several methods on one model, several active at a time. Unlike PEFT's it saves and loads."""
 
-    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str = "default", **settings: Any) -> None:
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str = "default", *more: Any, **named: Any):
         _check_mixable(peft_config)
-        super().__init__(model, peft_config, adapter_name, **settings)
+        super().__init__(model, peft_config, adapter_name, *more, **named)
 
     @staticmethod
     def _tuner(config: Any) -> Any:

@@ -91,7 +91,7 @@ class TensorSlot(nn.ParameterDict):
         return {**self._buffers, **self._parameters}
 
     def __delattr__(self, name: str) -> None:
-        live = self._parameters
+        live: Any = self._parameters
         module = live.taken.get(name) or live.holder(name)
         delattr(module, live.attribute)
         live.taken[name] = module
@@ -230,19 +230,20 @@ class Held(nn.Module):
         super().__init__()
         self.__dict__["_parameters"] = Weight(owner, attribute)
 
+        self.__dict__["place"] = owner, attribute
+
     def __delattr__(self, name: str) -> None:
-        delattr(self._parameters.owner, self._parameters.attribute)
+        delattr(*self.place)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
-            setattr(self._parameters.owner, self._parameters.attribute, value)
+            owner, attribute = self.place
+            setattr(owner, attribute, value)
         else:
             super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            return getattr(self._parameters.owner, self._parameters.attribute)
-        return super().__getattr__(name)
+        return getattr(*self.place) if name == "weight" else super().__getattr__(name)
 
 
 class Holding(Live):
@@ -347,6 +348,7 @@ CONVOLUTIONS: dict[int, type[Any]] = {3: Factor1d, 4: Factor2d, 5: Factor3d}
 
 def as_factor(matrix: Matrix, base: Any) -> None:
     """Make a layer of torch's of a factor in place: its weight stays the same Parameter."""
+    parameters = matrix._parameters if "weight" in matrix._parameters else {}  # MiCA's second factor is fixed
     weight, kind = matrix.weight, CONVOLUTIONS.get(matrix.weight.dim(), Factor)
     bias = matrix._parameters.get("bias")
     matrix.__class__ = kind
@@ -359,4 +361,4 @@ def as_factor(matrix: Matrix, base: Any) -> None:
         read = ("stride", "padding", "dilation", "padding_mode", "_reversed_padding_repeated_twice")
         own |= {"_reversed_padding_repeated_twice": made._reversed_padding_repeated_twice}
         matrix.__dict__.update(own | ({n: base.__dict__[n] for n in read} if reads else {}))
-    matrix._parameters = {"weight": weight, "bias": bias}
+    matrix._parameters = {**parameters, "bias": bias}

@@ -28,6 +28,8 @@ class Row:
     """`PeftMixedModel` takes it."""
     shares: bool = False
     """Its layers share a module, which injection without a tuner has no place for."""
+    takes_any: bool = False
+    """Without targets, on a model that has no default, it takes all linear layers."""
     aliases: dict[str, str] = field(default_factory=dict)
     """Attributes that have another name here."""
 
@@ -140,7 +142,10 @@ METHODS: dict[str, Row] = {
         *(("oft_R", "oft_embedding_R"), ("r", "oft_block_size", "oft_dropout")),
         aliases={"oft_dropout": "dropout"},
     ),
-    "OSF": Row("osf", "OSFConfig", "OSFModel", "osf_", ("OSFLayer", "Linear"), ("osf_svd_params",)),
+    "OSF": Row(
+        *("osf", "OSFConfig", "OSFModel", "osf_", ("OSFLayer", "Linear"), ("osf_svd_params",)),
+        takes_any=True,
+    ),
     "P_TUNING": Row("p_tuning", "PromptEncoderConfig", "PromptEncoder", "p_tuning_"),
     "PEANUT": Row(
         *("peanut", "PeanutConfig", "PeanutModel", "peanut_", ("PeanutLayer", "Linear")),

@@ -53,6 +53,17 @@ class BaseTuner(Adapted):
         activate(state, adapter_name, config.inference_mode)
         self.__dict__["_set"] = [adapter_name]
 
+    def _init_tinylora_v(self, config: Any, adapter_name: str) -> None:
+        self._draw(adapter_name, config.init_v_bound)
+
+    def _init_vblora_vector_bank(self, config: Any, adapter_name: str) -> None:
+        self._draw(adapter_name, config.init_vector_bank_bound)
+
+    def _draw(self, adapter_name: str, bound: float) -> None:
+        """Give what the layers share new values, uniform between minus the bound and the bound."""
+        for parameter in self.state.shared[adapter_name].parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
     # Access
 
     @property
