@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from .convert import adapter_state
 from .core import checkpoint
-from .core.adapter import Matrix, Tensors
+from .core.adapter import Tensors
 from .core.config import Config
 from .core.context import State
 from .core.layer import AdapterLayer
@@ -184,5 +184,5 @@ def _widen_part(layer: AdapterLayer, part: LoRA, rank: int, alpha: float) -> Non
         shape = like if t.dim() == len(like) else t.shape
         holder: Any = part.get_submodule(key.split(".")[0]) if key.endswith(".weight") else part
         value = nn.Parameter(_padded(t, shape))
-        setattr(holder, "weight" if isinstance(holder, Matrix) else key, value)
+        setattr(holder, key.rpartition(".")[2], value)
     part.r, part.lora_alpha = rank, int(alpha) if float(alpha).is_integer() else alpha

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from .core.context import State
 from .core.model import PeftModel
 from .errors import CheckpointError, NotMergeable, VeneerError, listing
 from .files import WEIGHTS_NAME, find_file, write_atomically
+from .maths.dropout import evaluating
 
 PROBE_NAME = "probe.safetensors"
 MOST_COLUMNS = 1024
@@ -90,7 +90,7 @@ def record(
     """
     from safetensors.torch import save
 
-    with _evaluating(model):
+    with evaluating(model):
         output = _output(model, batch)
     if not is_main_process:
         return
@@ -223,16 +223,6 @@ def _jitter(state: State) -> None:
 
 
 # Small things
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was)
 
 
 @torch.no_grad()

@@ -215,7 +215,7 @@ class AdapterLayer(nn.Module):
             self._swap(stack[whole].module)
         rest = stack[whole + 1 :]
         if rest:
-            with evaluating(rest):
+            with evaluating(*rest):
                 new = self.folded(rest)
             if safe and not all(torch.isfinite(t).all() for t in new.values()):
                 raise NotMergeable(f"merging {', '.join(names)} into {self.path!r} gives values that are not finite")
@@ -238,7 +238,7 @@ class AdapterLayer(nn.Module):
         """
         W, stack = self.target.weight(), self.stack(names)
         wide = torch.promote_types(W.dtype, torch.float32)
-        with evaluating(stack):
+        with evaluating(*stack):
             A, B = zip(*(adapter.factors() for adapter in stack), strict=True)  # type: ignore[operator]
         merged = torch.addmm(W.to(wide), torch.cat(B, dim=1).to(wide), torch.cat(A).to(wide)).to(W.dtype)
         self.base_layer.weight.data = self.target.as_stored(merged).contiguous()

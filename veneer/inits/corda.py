@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -21,7 +22,8 @@ from ..core.config import at
 from ..core.target import Target, is_conv1d
 from ..errors import ConfigError, VeneerError, listing
 from ..fields import Settings
-from .gather import alone, cached, evaluating, linear_targets, note, read_cache, taken, write_cache
+from ..maths.dropout import evaluating
+from .gather import alone, cached, linear_targets, note, read_cache, taken, write_cache
 
 if TYPE_CHECKING:
     from ..methods.lora import LoraConfig
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 class CordaConfig(Settings):
     """How CorDA finds its start."""
 
-    cache_file: str | None = None
+    cache_file: str | Path | None = None
     """Where the start is kept; when the file exists, nothing is computed."""
     covariance_file: str | None = None
     """Where the covariances are kept, to be used again for other ranks."""
@@ -91,8 +93,12 @@ def covariances(
     hooked = linear_targets(model, config)
     sums = {path: Covariance(settings.use_float16_for_covariance) for path in modules}
     handles = [hooked[path].register_forward_pre_hook(seen) for path, seen in sums.items() if path in hooked]
-    with alone(model), evaluating(model, handles):
-        run_model()
+    try:
+        with alone(model), evaluating(model):
+            run_model()
+    finally:
+        for handle in handles:
+            handle.remove()
     idle = [path for path, seen in sums.items() if not seen.samples]
     if idle:
         raise VeneerError(f"run_model never ran these targets:{listing(idle)}")

@@ -27,8 +27,9 @@ from ..core.inject import HALF, attach, detach
 from ..core.target import is_conv1d
 from ..errors import ConfigError, VeneerError, listing
 from ..fields import Settings
+from ..maths.dropout import evaluating
 from ..maths.svd import randomised_svd
-from .gather import alone, evaluating, linear_targets
+from .gather import alone, linear_targets
 
 if TYPE_CHECKING:
     from ..core.model import PeftModel

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,20 +67,7 @@ def alone(model: Any) -> AbstractContextManager[None]:
     return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
 
-@contextmanager
-def evaluating(model: nn.Module, handles: Iterable[Any] = ()) -> Iterator[None]:
-    """Inside, the model runs without dropout; after it, the hooks are gone and it is in the mode it was in."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-
-
-def read_cache(path: str | None) -> dict[str, Tensor] | None:
+def read_cache(path: str | Path | None) -> dict[str, Tensor] | None:
     """Tensors kept by an earlier run; None without any."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -94,7 +80,7 @@ def read_cache(path: str | None) -> dict[str, Tensor] | None:
         raise ConfigError(f"{path!r} was not written by veneer (it is no safetensors file): {error}") from None
 
 
-def write_cache(path: str | None, tensors: dict[str, Tensor]) -> None:
+def write_cache(path: str | Path | None, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save
 
     if path is not None:

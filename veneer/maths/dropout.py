@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -46,13 +46,13 @@ def mask_of(bits: Tensor, shape: torch.Size) -> Tensor:
 
 
 @contextmanager
-def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+def evaluating(*modules: nn.Module) -> Iterator[None]:
     """Inside, what training does at random is left out."""
-    training = [module for module in modules if module.training]
-    for module in training:
+    before = [(module, module.training) for module in modules]
+    for module in modules:
         module.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.train()
+        for module, was in before:
+            module.train(was)

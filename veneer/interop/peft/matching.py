@@ -80,6 +80,9 @@ def narrowed(model: nn.Module, config: Any) -> Any:
         return config
     paths = [path for path, _ in walk(model) if path]
     _narrow_copies(config, paths)
+    if getattr(config, "ensure_weight_tying", False) and config.modules_to_save:
+        first = _without_followers(model, [p for p in paths if any(matches(p, n) for n in config.modules_to_save)])
+        config.modules_to_save = [n for n in config.modules_to_save if any(matches(p, n) for p in first)]
     if not hasattr(config, "target_modules") or getattr(config, "members", None) is None:
         return config
     if config.target_modules is not None or not getattr(config, "target_parameters", None):
@@ -88,6 +91,7 @@ def narrowed(model: nn.Module, config: Any) -> Any:
     if config.target_modules == "all-linear":
         return config
     found = [path for path in paths if check_target_module_exists(config, path)]
+    found = _without_followers(model, found) if getattr(config, "ensure_weight_tying", False) else found
     bare_parameters = _narrow_parameters(model, config)
     _check_kinds(model, config, found)
     if not found and not bare_parameters:
@@ -97,6 +101,16 @@ def narrowed(model: nn.Module, config: Any) -> Any:
         _narrow_targets(config, found)
     _narrow_patterns(config, [*found, *bare_parameters])
     return config
+
+
+def _without_followers(model: nn.Module, paths: Sequence[str]) -> list[str]:
+    """Of modules that share one weight the first: with `ensure_weight_tying` the others follow what is put on it."""
+    modules = dict(walk(model))
+    weights = {path: getattr(bare(modules[path]), "weight", None) for path in paths}
+    seen: dict[int, str] = {}
+    for path, weight in weights.items():
+        seen.setdefault(id(path if weight is None else weight), path)
+    return list(seen.values())
 
 
 def _narrow_copies(config: Any, paths: Sequence[str]) -> None:

@@ -147,5 +147,5 @@ def _join(found: dict[str, ModuleType]) -> None:
         if parent:
             found[parent].__dict__.setdefault(name, module)
     top = found["peft"].__dict__
-    top["__version__"] = table.VERSION
+    top["__version__"] = found["peft.config"].__dict__["__version__"] = table.VERSION
     top["__all__"] = sorted(n for n in top if not n.startswith("_") and not isinstance(top[n], ModuleType))
