@@ -14,6 +14,8 @@ import pytest
 import veneer.cli
 from veneer.core.config import all_methods
 
+from . import forked
+
 engine = importlib.import_module("veneer.hub")
 
 
@@ -113,7 +115,7 @@ def test_what_a_verb_raises_becomes_a_status(monkeypatch: pytest.MonkeyPatch, ca
 
 
 def test_methods_lists_every_method_with_its_facts():
-    done = run("methods", COLUMNS="200")
+    done = forked.veneer("methods", COLUMNS="200")
     assert done.returncode == 0 and done.stderr == ""
     for name in all_methods():
         assert any(line.split()[:1] == [name] for line in done.stdout.splitlines()), name
@@ -121,7 +123,7 @@ def test_methods_lists_every_method_with_its_facts():
 
 
 def test_methods_counts_on_an_architecture_without_a_download():
-    done = run("methods", "--model-type", "gpt2", "--json", HF_HUB_OFFLINE="1")
+    done = forked.veneer("methods", "--model-type", "gpt2", "--json", HF_HUB_OFFLINE="1")
     rows = {row["name"]: row for row in json.loads(done.stdout)}
     assert set(rows) == set(all_methods())
     assert rows["lora"]["trainable"] == 294_912
@@ -136,19 +138,19 @@ of their own, which GPT-2 lacks, AdaMSS on the weights' values."""
 
 
 def test_the_page_of_a_method():
-    done = run("methods", "vera")
+    done = forked.veneer("methods", "vera")
     assert (
         done.stdout.startswith("VeRA:") and "r = 256" in done.stdout and "Rank of the shared projections" in done.stdout
     )
-    page = json.loads(run("methods", "VERA", "--json").stdout)
+    page = json.loads(forked.veneer("methods", "VERA", "--json").stdout)
     assert page["paper"] == "arXiv:2310.11454" and "diag(b) B diag(d) A" in page["formula"]
     assert {field["name"] for field in page["fields"]} >= {"r", "d_initial"}
 
 
 def test_an_unknown_method_or_architecture_names_the_nearest():
-    done = run("methods", "verra")
+    done = forked.veneer("methods", "verra")
     assert done.returncode == 2 and done.stderr.startswith("error: there is no method 'verra'; nearest: vera")
-    done = run("methods", "lora", "--model-type", "gpt")
+    done = forked.veneer("methods", "lora", "--model-type", "gpt")
     assert done.returncode == 2 and "gpt2" in done.stderr
-    done = run("methods", "lora", "--model-type", "gpt2", "--model", "x")
+    done = forked.veneer("methods", "lora", "--model-type", "gpt2", "--model", "x")
     assert done.returncode == 2 and "either" in done.stderr
