@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test differential guides fuzz check docs clean
+.PHONY: install demo test differential reference guides fuzz check docs clean
 
 install: .venv/installed
 
@@ -23,6 +23,10 @@ test: install
 # The same 500 random sequences of calls on veneer under the name peft and on the real PEFT.
 differential: install
 	VENEER_DIFFERENTIAL=500 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_differential.py
+
+# PEFT's own tests, on PEFT and on veneer under its name; see tests/reference.
+reference: install
+	$(BIN)/python -m tests.reference
 
 # The commands of docs/guides on the real model.
 guides: install

@@ -200,6 +200,7 @@ CASES = [
     Case("oft", "square", dict(oft_block_size=3, target_modules=["conv"])),
     Case("oft", "conv", dict(oft_block_size=3, target_modules=["first", "head"])),
     Case("oft", "conv", dict(oft_block_size=3, target_modules=["third"]), "conv1d"),
+    Case("oft", "llama", dict(oft_block_size=5, target_modules=["embed_tokens", "q_proj"]), "embedding"),
     Case("vera", "llama", dict(r=5, target_modules=LINEARS)),
     Case("vera", "gpt2", dict(r=5, target_modules=["c_attn", "c_fc"], save_projection=False), "unsaved"),
     Case("fourierft", "llama", dict(n_frequency=40, scaling=20.0, target_modules=LINEARS, init_weights=True)),
@@ -213,6 +214,7 @@ CASES = [
     Case("adalora", "gpt2", dict(init_r=4, target_r=2, total_step=20, target_modules=["c_attn"])),
     Case("ln_tuning", "llama", dict()),
     Case("ln_tuning", "gpt2", dict(target_modules=["ln_1", "ln_f"])),
+    Case("ln_tuning", "llama", dict(target_modules=["norm", "q_proj"]), "linear"),
     Case("trainable_tokens", "llama", dict(token_indices=[3, 11, 66])),
     Case("trainable_tokens", "gpt2", dict(token_indices=[5, 4]), "tied"),
     Case(

@@ -285,3 +285,88 @@ assert torch.equal(fresh(x), model(x))
 half = copy.deepcopy(model).to(torch.bfloat16)
 assert half.base_model.model.lin0.lora_A.default.weight.dtype == torch.bfloat16 and half(x.bfloat16()).isfinite().all()
 """)
+
+
+def test_fsdp_takes_the_parameters_and_gives_their_values_back():
+    """Those that stand in containers by adapter name, and DoRA's magnitudes, are another module's here."""
+    program("""
+import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+dist.init_process_group(backend="gloo", store=dist.HashStore(), rank=0, world_size=1)
+configs = [
+    lora(use_dora=True), IA3Config(target_modules=["lin0"], feedforward_modules=[], init_ia3_weights=False),
+    VeraConfig(target_modules=["lin0"], r=4, init_weights=False), C3AConfig(target_modules=["lin0"], block_size=10,
+    init_weights=False), OFTConfig(target_modules=["lin0"], oft_block_size=5, init_weights=False),
+]
+for config in configs:
+    adapted = get_peft_model(mlp(), config).eval()
+    expected = adapted(x).detach()
+    wrapped = FSDP(adapted, use_orig_params=True, device_id=torch.device("cpu"))
+    with torch.no_grad():
+        assert torch.allclose(wrapped(x), expected), config.peft_type
+    tensors = get_peft_model_state_dict(wrapped)
+    fresh = get_peft_model(mlp(), type(config)(**{n: getattr(config, n) for n in ("target_modules",)}, **{
+        n: getattr(config, n) for n in ("r", "use_dora", "block_size", "oft_block_size", "feedforward_modules")
+        if hasattr(config, n)})).eval()
+    set_peft_model_state_dict(fresh, tensors)
+    assert torch.allclose(fresh(x), expected), config.peft_type
+dist.destroy_process_group()
+""")
+
+
+def test_tied_modules_may_be_named_together_where_tying_is_ensured():
+    program("""
+from transformers import LlamaConfig, LlamaForCausalLM
+sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=30)
+for field in ("modules_to_save", "target_modules"):
+    base = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
+    settings = {"target_modules": ["q_proj"]} | {field: ["lm_head", "embed_tokens"]}
+    model = get_peft_model(base, LoraConfig(r=2, ensure_weight_tying=True, **settings))
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert any("embed_tokens" in n for n in names) and not any("lm_head" in n and "save" in n for n in names), names
+""")
+
+
+def test_a_compiled_model_is_prepared_for_other_ranks():
+    program("""
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+with tempfile.TemporaryDirectory() as folder:
+    other = get_peft_model(mlp(), lora(r=7))
+    other.save_pretrained(folder)
+    model = get_peft_model(mlp(), lora(r=3)).eval()
+    before = model(x)
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    assert torch.allclose(model(x), before) and model.base_model.model.lin0.lora_A.default.weight.shape[0] == 8
+    hotswap_adapter(model, folder, "default")
+    assert torch.allclose(model(x), other.eval()(x))
+""")
+
+
+def test_configs_say_what_peft_s_say():
+    program("""
+assert isinstance(lora().target_modules, set) and lora().peft_version == peft.__version__ == peft.config.__version__
+assert "runtime_config" not in lora().to_dict()
+wrong = caught(lambda: AdaLoraConfig(total_step=10, tinit=8, tfinal=4), ValueError)
+assert "don't allow for a budgeting phase" in wrong
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    AdaLoraConfig(total_step=10, r=3)
+assert any("`r` is not used in AdaLora" in str(w.message) for w in seen)
+""")
+
+
+def test_layers_that_are_on_and_off_are_told_when_all_are_switched_off():
+    program("""
+model = get_peft_model(mlp(), lora(target_modules=["lin0", "lin1"]))
+first = model.base_model.model.lin0
+first.enable_adapters(False)
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    with model.disable_adapter():
+        pass
+assert any("some adapter layers that are enabled" in str(w.message) for w in seen) and not first.disable_adapters
+assert first.in_features == 10 and first.out_features == 20
+broken = get_peft_model(mlp(), lora())
+broken.base_model.model.lin0.lora_A.default.weight.data.fill_(float("nan"))
+assert "NaNs detected in the merged weights" in caught(lambda: broken.merge_adapter(safe_merge=True), ValueError)
+""")

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from veneer import LoraConfig, NotMergeable, VeneerError, get_peft_model, merge_report
+from veneer import (
+    BOFTConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    NotMergeable,
+    OFTConfig,
+    VeneerError,
+    get_peft_model,
+    merge_report,
+)
 from veneer.core.adapter import Replace
 from veneer.core.context import state_of
 
@@ -190,3 +200,50 @@ def test_the_report_says_what_rounding_takes():
     assert shares[0] < 1e-5 < 1e-3 < shares[1] < 0.1 < 0.5 < shares[2]
     with pytest.raises(VeneerError, match="unmerge_adapter"):
         merge_report(model)
+
+
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
+def test_a_merged_copy_of_a_module_has_the_dtype_of_the_old_one(how: str):
+    """It is trained in fp32; a model of two dtypes would not run."""
+    model = lora(dtype=torch.bfloat16, modules_to_save=["o_proj"])
+    batch, active = models.inputs("llama"), output(model, models.inputs("llama"))
+    merged = getattr(model, how)() or model
+    base = merged if how == "merge_and_unload" else merged.get_base_model()
+    assert base.model.layers[0].self_attn.o_proj.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(output(merged, batch), active, rtol=0.1, atol=0.1)
+
+
+RANDOM = [
+    IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False),
+    BOFTConfig(target_modules=["q_proj"], boft_block_size=5, boft_dropout=0.6, init_weights=False),
+    OFTConfig(target_modules=["q_proj"], oft_block_size=5, module_dropout=0.6, init_weights=False),
+    LoHaConfig(target_modules=["q_proj"], r=3, rank_dropout=0.6, init_weights=False),
+]
+
+
+@pytest.mark.parametrize("config", RANDOM, ids=lambda config: config.peft_type)
+def test_merging_leaves_out_what_training_draws(config):
+    """A merge of a model that is in training is that of the same model in evaluation."""
+    model = get_peft_model(models.build("llama"), config)
+    merged = []
+    for mode in (True, False):
+        model.train(mode).merge_adapter()
+        assert model.training is mode and all(m.training is mode for m in model.modules())
+        merged.append({name: p.clone() for name, p in model.get_base_model().named_parameters()})
+        model.unmerge_adapter()
+    assert all(torch.equal(merged[0][name], p) for name, p in merged[1].items())
+
+
+def test_an_in_place_merge_keeps_the_parameters_and_leaves_the_file_alone(tmp_path):
+    """The weights may be mapped from a file: the merged ones are in new memory, in the same Parameters."""
+    models.build("gpt2").save_pretrained(tmp_path)
+    base = models.build("gpt2").from_pretrained(tmp_path)
+    weights = {name: (p, p.detach().clone(), p.data_ptr()) for name, p in base.named_parameters()}
+    model = perturb(get_peft_model(base, LoraConfig(r=4, target_modules=["c_attn"])).eval())
+    active = output(model, models.inputs("gpt2"))
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(output(merged, models.inputs("gpt2")), active, rtol=1e-4, atol=1e-5)
+    for name, p in merged.named_parameters():
+        before, values, place = weights[name]
+        assert p is before and p.is_contiguous()
+        assert torch.equal(p, values) is (p.data_ptr() == place) is ("c_attn.weight" not in name)

@@ -294,6 +294,17 @@ def test_oft_keeps_small_rotations_small():
     agree(layer, W @ block_diagonal([(eye - Q) @ np.linalg.inv(eye + Q) for Q in Qs]).T, b)
 
 
+def test_oft_on_an_embedding():
+    """A token's vector times the blocks of R."""
+    config = veneer.OFTConfig(target_modules=["embed_tokens"], oft_block_size=5, use_cayley_neumann=False)
+    (layer,) = state(attach("llama", config)).layers.values()
+    Qs = skews(arr(layer.adapters["default"].oft_embedding_R.weight), 5)
+    R = block_diagonal([(np.eye(5) - Q) @ np.linalg.inv(np.eye(5) + Q) for Q in Qs])
+    ids = torch.tensor([[3, 11, 66]])
+    np.testing.assert_allclose(arr(layer(ids)), arr(layer.base_layer.weight)[ids[0]][None] @ R, atol=1e-5)
+    assert np.abs(R - np.eye(len(R))).max() > 0.05
+
+
 # Norms and tokens
 
 
