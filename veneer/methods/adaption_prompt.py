@@ -99,7 +99,7 @@ class AdaptionPromptConfig(LayerConfig):
 
     peft_type, adapter, example = Name("ADAPTION_PROMPT"), AdaptionPrompt, {"adapter_len": 10, "adapter_layers": 2}
     default_roles = ("attention",)
-    learning_rate = 9e-3
+    learning_rate = 5e-2
 
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, str):  # a name's ending, as PEFT writes it

@@ -53,7 +53,7 @@ class CartridgeConfig(PromptConfig):
 
     peft_type, prompt = Name("CARTRIDGE"), Cartridge
     fills_cache = True
-    learning_rate = 2e-2
+    learning_rate = 6e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()
