@@ -44,7 +44,7 @@ class Layers(MutableMapping[str, "AdapterLayer"]):
         del self._refs[path]
 
     def items(self) -> list[tuple[str, AdapterLayer]]:  # type: ignore[override]  # a third of the time of the mixin's
-        return [(path, layer) for path, ref in self._refs.items() if (layer := ref()) is not None]
+        return [(path, layer) for path, layer in ((p, ref()) for p, ref in self._refs.items()) if layer is not None]
 
     def __iter__(self) -> Iterator[str]:
         return iter([path for path, _ in self.items()])

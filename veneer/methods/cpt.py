@@ -6,8 +6,7 @@
 Blau et al., 2024, arXiv:2410.17222. Trainable: n x width, of which the answers stay. Not mergeable. Types of tokens:
 4k + 1 an example's input format, + 2 its input, + 3 its output format, + 4 its answer; the input's come with a call as
 `input_type_mask`. PEFT shifts them by the largest of the prompt's, which loses every label unless that is a multiple of
-4 (by default it is not); here by the next multiple. From a file, training goes on around the tokens. It is for tasks
-with examples in the context: give those as `cpt_token_ids`; without them it gains nothing.
+4 (by default it is not); here by the next multiple. Without examples in the context (`cpt_token_ids`) it gains nothing.
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@ The P_i (r, r) are random and frozen. Neighbouring targets may share a v. Morris
 Trainable: u numbers per v. Mergeable. Starts as a no-op: v is zero.
 
 As in PEFT's files, the singular values are shared evenly between A and B (in the paper they all go to B), and A and B
-are in the file. Where W has a rank below r, r is that rank. It is for the smallest files: with 3,840 numbers for
-SmolLM2-135M it gains a third of what LoRA's 460,800 gain in 60 rows of GSM8K.
+are in the file. r is at most W's rank. For the smallest files: 3,840 numbers gain a third of what LoRA's 460,800 do.
 """
 
 from __future__ import annotations
