@@ -7,7 +7,6 @@ import torch
 
 from veneer import (
     BOFTConfig,
-    IA3Config,
     LoHaConfig,
     LoraConfig,
     NotMergeable,
@@ -214,7 +213,6 @@ def test_a_merged_copy_of_a_module_has_the_dtype_of_the_old_one(how: str):
 
 
 RANDOM = [
-    IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False),
     BOFTConfig(target_modules=["q_proj"], boft_block_size=5, boft_dropout=0.6, init_weights=False),
     OFTConfig(target_modules=["q_proj"], oft_block_size=5, module_dropout=0.6, init_weights=False),
     LoHaConfig(target_modules=["q_proj"], r=3, rank_dropout=0.6, init_weights=False),

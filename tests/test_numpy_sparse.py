@@ -360,6 +360,11 @@ def test_kmeans_is_scikit_learns():
     assert len({tuple(kmeans(copies, 4, 10)[i : i + 5]) for i in (0, 5, 10, 15)}) == 4
 
 
+def test_adamss_needs_fewer_directions_than_rows():
+    with pytest.raises(ConfigError, match=r"r = 100 .* must be below its out = 14"):
+        get_peft_model(models.build("llama"), AdamssConfig(target_modules=["k_proj"]))
+
+
 def test_adamss_freezes_the_least_important_subspaces():
     """By hand: averages of |p g| and of its spread since the last choice, the product's mean, A's and B's together."""
     settings = dict(use_asa=True, asa_target_subspaces=5, init_warmup=2, final_warmup=9, mask_interval=3)

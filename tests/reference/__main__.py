@@ -21,9 +21,10 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 
+from veneer.interop.peft.table import VERSION
+
 ROOT = Path(__file__).parent.parent.parent
 HOME = ROOT / "build" / "reference"
-VERSION = "0.21.2"
 LEFT_OUT = ("gpu", "gptqmodel", "megatron", "hub", "torch_compile", "quantization", "stablediffusion", "vision")
 """Parts of the names of files that want a GPU, a network or other libraries."""
 

@@ -6,8 +6,8 @@ V (r, in + 1) is frozen; its last column, where there is a bias, moves that. A_k
 of U_k, B_k at zero. With `use_asa` the subspaces of least importance are frozen one after another. Zheng et al., 2025,
 NeurIPS, on low-rank representation: Liu et al., 2010, arXiv:1010.2955. Trainable: sum_k r_k (r + rows of k) per target.
 Mergeable. Starts as a no-op. The file holds V, not the clusters: those are found again in the base model, always on the
-CPU; PEFT finds others on a GPU, and files from there are refused. Unlike in PEFT, GPT-2's Conv1D is a target, and as
-many subspaces learn on as asked (there one fewer).
+CPU; PEFT finds others on a GPU, and files from there are refused. Unlike in PEFT, GPT-2's Conv1D is a target, r must be
+below out (the rows of a whole U are equally far apart), as many subspaces learn on as asked (there one fewer).
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class AdaMSS(Adapter):
         W, b = target.original_weight().detach(), target.original_bias()
         self.moves_bias = b is not None
         W = (W if b is None else torch.cat([W, b.detach()[:, None]], dim=1)).float().cpu()
+        if min(config.r, W.shape[1]) >= len(W):
+            raise ConfigError(f"r = {config.r} on {target.path!r} must be below its out = {len(W)}")
         U, _, Vh = randomised_svd(W, min(config.r, *W.shape), iterations=2, seed=config.random_seed)
         labels = torch.from_numpy(kmeans(U.numpy(), min(config.num_subspaces, len(U)), iterations=10))
         clusters = [(labels == k).nonzero()[:, 0] for k in labels.unique()]

@@ -4,9 +4,7 @@
 
 Li and Liang, 2021, arXiv:2101.00190. Trainable: n x layers x 2 x width, or the embedding and the MLP. Not mergeable: it
 lives in the cache. The file holds the projected result, so a projection can be used but not trained on from a file.
-
-It is for long runs: its start is random and disturbs the model (SmolLM2-135M ends 60 rows of GSM8K above the loss that
-it had without). CARTRIDGE is the same with a start from the model's own cache, and learns at once.
+Its start is random and disturbs the model, so that a small rate is not enough.
 """
 
 from __future__ import annotations
@@ -80,6 +78,7 @@ class PrefixTuningConfig(PromptConfig):
     init_weights: str | None = None
     """"zero": keys and values start at zero; None: random."""
 
+    learning_rate = 6e-2
     peft_type, prompt = Name("PREFIX_TUNING"), PrefixTuning
     fills_cache = True
 
