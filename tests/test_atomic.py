@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from veneer import CheckpointError, LoraConfig, PeftModel, get_peft_model
+from veneer.core import checkpoint
 
 from . import models
 from .models import output, perturb
@@ -125,6 +126,22 @@ def test_a_crash_between_the_renames_is_mended_by_the_next_load(cut: int, tmp_pa
     monkeypatch.undo()
     loaded = PeftModel.from_pretrained(models.build("llama"), tmp_path)
     assert torch.equal(output(loaded, batch), output(adapted(int(cut == 2)), batch))
+
+
+@pytest.mark.parametrize("saves", [1, 2, 3])
+def test_a_save_while_one_loads_gives_one_of_the_adapters(saves: int, tmp_path, monkeypatch):
+    """Another process saves after the config was read and before the tensors are."""
+    read, batch, done = checkpoint.read, models.inputs("llama"), []
+    adapted(0).save_pretrained(tmp_path)
+
+    def late(*args, **kwargs):
+        for i in range(0 if done else saves):
+            done.append(adapted((i + 1) % 2).save_pretrained(tmp_path))
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "read", late)
+    loaded = PeftModel.from_pretrained(models.build("llama"), tmp_path)
+    assert torch.equal(output(loaded, batch), output(adapted(saves % 2), batch))
 
 
 def test_a_config_that_is_not_the_tensors_own_is_refused(tmp_path):

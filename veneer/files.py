@@ -221,6 +221,12 @@ def replacing(path: Path) -> Iterator[Path]:
     _settle(path.parent)
 
 
+def identity(path: Path) -> tuple[int, int]:
+    """What is another when another file has taken this place."""
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns
+
+
 def _settle(directory: Path) -> None:
     """The rename itself reaches the disk, where directories can be synchronised (not on Windows)."""
     try:

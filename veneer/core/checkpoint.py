@@ -5,6 +5,7 @@ A key is the place of a part in the model, then the attribute's name. Saving and
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from ..files import (
     WEIGHTS_NAME,
     find_file,
     find_weights,
+    identity,
     read_json,
     read_pickle,
     read_tensors,
@@ -66,10 +68,8 @@ def slots(state: State, name: str) -> Tensors:
 
 def repeats(state: State, name: str) -> dict[str, str]:
     """Keys that a file may hold besides the slots, each with the slot whose tensor it repeats."""
-    layers = [(prefix, part) for prefix, part in parts(state, name) if isinstance(part, Adapter)]
-    return {
-        prefix + key: f"base_model.model.{whose}" for prefix, part in layers for key, whose in part.repeats().items()
-    }
+    layers = [(prefix, part.repeats()) for prefix, part in parts(state, name) if isinstance(part, Adapter)]
+    return {prefix + key: f"base_model.model.{whose}" for prefix, own in layers for key, whose in own.items()}
 
 
 # Writing
@@ -134,12 +134,15 @@ def load(
     if config is not None:
         return copy.copy(config), *read(source, allow_pickle=allow_pickle, **hub)
     path = find_file(source, CONFIG_NAME, **hub)
-    config = Config.from_dict(read_json(path))
+    found, config = identity(path), Config.from_dict(read_json(path))
     tensors, notes = read(source, allow_pickle=allow_pickle, **hub)
     other = own_notes.unlike(config, notes)
-    if other and path.with_name(NEXT_NAME).is_file():
-        config = Config.from_dict(read_json(path.with_name(NEXT_NAME)))
-        other = own_notes.unlike(config, notes)
+    if other:
+        with contextlib.suppress(CheckpointError):  # there is none, unless a save was cut off or is under way
+            config = Config.from_dict(read_json(path.with_name(NEXT_NAME)))
+            other = own_notes.unlike(config, notes)
+    if other and identity(path) != found:  # another process saved in the meantime
+        return load(source, allow_pickle=allow_pickle, follow_paths=follow_paths, **hub)
     if other:
         raise CheckpointError(
             f"{str(path)!r} is not the config that the tensors beside it were written with:{listing(other)}\n"
@@ -167,8 +170,7 @@ def read(source: str | Path, *, allow_pickle: bool = False, **hub: Any) -> tuple
 
 
 def _check_finite(tensors: Tensors, what: str) -> None:
-    broken = not_finite(tensors)
-    if broken:
+    if broken := not_finite(tensors):
         raise CheckpointError(f"{what} holds values that are not finite in:{listing(broken)}")
 
 
@@ -196,20 +198,18 @@ def check(state: State, name: str, tensors: Tensors) -> None:
     missing = [k for k in expected if k not in tensors]
     unlike = [k for k, whose in copies.items() if not _repeats(tensors[k], tensors[whose])]
     unexpected = [k for k in tensors if k not in expected and k not in extra]
+    both = [(k, tensors[k], t) for k, t in expected.items() if k in tensors]
     shapes = [
-        f"{k}: {tuple(tensors[k].shape)} in the file, {tuple(t.shape)} in the model"
-        for k, t in expected.items()
-        if k in tensors and tensors[k].shape != t.shape
+        f"{k}: {tuple(found.shape)} in the file, {tuple(t.shape)} in the model"
+        for k, found, t in both
+        if found.shape != t.shape
     ]
     kinds = [
-        f"{k}: {tensors[k].dtype} in the file"
-        for k, t in expected.items()
-        if k in tensors and tensors[k].is_floating_point() != t.is_floating_point()
+        f"{k}: {found.dtype} in the file" for k, found, t in both if found.is_floating_point() != t.is_floating_point()
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes, "of another kind": kinds}
     problems |= {"unlike those they should repeat": unlike}
-    found = [f"{len(keys)} {how}:{listing(keys)}" for how, keys in problems.items() if keys]
-    if found:
+    if found := [f"{len(keys)} {how}:{listing(keys)}" for how, keys in problems.items() if keys]:
         raise CheckpointError(f"the file does not fit adapter {name!r} on this model; tensors " + "\nand ".join(found))
 
 
