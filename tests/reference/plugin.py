@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+import tests
+
+tests.__path__.append(str(Path("peft_tests").absolute()))  # some of theirs import helpers from a package of that name
 SECONDS = 30
 FEW = 1000
 """A file with at most so many tests is run whole."""

@@ -75,6 +75,7 @@ class PeftLayer(AdapterLayer):
                 for attribute in (*part.shared._parameters, *part.shared._buffers):
                     self._modules.setdefault(attribute, SharedSlot(self.state, attribute))
         self._rename()
+        self.__class__ = class_for(self)
 
     def _show(self, attribute: str, kind: Any, key: str = "") -> None:
         row = self.row()
@@ -160,12 +161,8 @@ class PeftLayer(AdapterLayer):
 
     def _get_name(self) -> str:
         row = self.row()
-        if self.is_copy:
-            return "ModulesToSaveWrapper"
-        if row is None or not row.layers:
-            return type(self).__name__
-        fitting = [name for name in row.layers[1:] if fits(self, name)]
-        return f"{row.package}.{(fitting or row.layers)[0]}"
+        name = type(self).__name__
+        return name if self.is_copy or row is None or not row.layers else f"{row.package}.{shown_class(self, row)}"
 
     def __repr__(self) -> str:
         return nn.Module.__repr__(self)
@@ -516,7 +513,7 @@ class AuxiliaryTrainingWrapper(metaclass=CopyMarker):
     """A module of which copies are trained."""
 
 
-class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
+class ModulesToSaveWrapper(PeftLayer, AuxiliaryTrainingWrapper):
     """The same; PEFT has another one for tokens, which is an adapter here."""
 
 
@@ -524,15 +521,41 @@ class TrainableTokensWrapper:
     """PEFT's wrapper for trained tokens beside another method; here they are an adapter of the same layer."""
 
 
-def layer_classes(kind: str, row: table.Row) -> dict[str, type]:
-    """PEFT's layer classes of one method, by name."""
+def layer_classes(kind: str, row: table.Row) -> dict[str, Any]:
+    """PEFT's layer classes of one method, by name: a general one to mix in, and those of which layers are made."""
     module = f"peft.tuners.{row.package}.layer"
-    made: dict[str, type] = {}
+    names = {"kind": kind, "__module__": module, "adapter_layer_names": OfClass("adapter_layer_names", row.trained)}
+    names["other_param_names"] = OfClass("other_param_names", row.other)
+    made: dict[str, Any] = {}
     for name in row.layers:
-        bases = (made[row.layers[0]],) if made else (BaseTunerLayer,)
-        names = {"kind": kind, "__module__": module, "adapter_layer_names": row.trained}
-        made[name] = Marker(name, bases, names)
+        general = (made[row.layers[0]],) if made else (BaseTunerLayer,)
+        is_mixin = not made and len(row.layers) > 1
+        made[name] = Marker(name, general if is_mixin else (PeftLayer, *general), dict(names))
     return made
+
+
+class OfClass:
+    """An attribute that a class has as such, and a layer by the adapters it holds."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        self.name, self.value = name, value
+
+    def __get__(self, layer: Any, owner: type) -> Any:
+        return getattr(PeftLayer, self.name).fget(layer) if isinstance(layer, PeftLayer) else self.value
+
+
+def shown_class(layer: PeftLayer, row: table.Row) -> str:
+    """The name of PEFT's class for a layer."""
+    return next((name for name in row.layers[1:] if fits(layer, name)), row.layers[0])
+
+
+def class_for(layer: PeftLayer) -> type[PeftLayer]:
+    """The class that a layer is of in PEFT, by its method and its module."""
+    row = layer.row()
+    if layer.is_copy or row is None or not row.layers:
+        return ModulesToSaveWrapper if layer.is_copy else PeftLayer
+    found = LAYERS[min(layer.kinds())][shown_class(layer, row)]
+    return found if issubclass(found, PeftLayer) else PeftLayer
 
 
 LAYERS = {kind: layer_classes(kind, row) for kind, row in table.METHODS.items()}

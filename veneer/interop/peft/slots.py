@@ -141,8 +141,8 @@ class TensorSlot(nn.ParameterDict):
     def get(self, key: str, default: Any = None) -> Any:
         return self._tensors().get(key, default)
 
-    def extra_repr(self) -> str:
-        return "\n".join(f"({name}): {type(t).__name__} {tuple(t.shape)}" for name, t in self.items())
+    def _get_name(self) -> str:
+        return "ParameterDict"
 
 
 class SharedLive(Live):
