@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
 
 class VeneerError(ValueError):
-    """Something the user asked for cannot be done; the message says what was asked, found, and what to do."""
+    """Something the user asked for cannot be done; the message says what was asked, found, and what to do.
+
+    A drop-in for another library may say some of it in that library's words, and be of its class besides.
+    """
+
+    wording: Callable[[str], str] = staticmethod(str)
+    also: Callable[[str], type[Exception] | None] = staticmethod(lambda text: None)
+
+    def __new__(cls, *args: object) -> VeneerError:
+        kind = cls.also(str(args[0])) if args else None
+        if kind is None or issubclass(cls, kind):
+            return super().__new__(cls, *args)
+        return super().__new__(type(cls.__name__, (cls, kind), {"__module__": cls.__module__}), *args)
+
+    def __str__(self) -> str:
+        return self.wording(super().__str__())
 
 
 class ConfigError(VeneerError):

@@ -57,6 +57,7 @@ class PromptTuningConfig(PromptConfig):
     """Arguments for the tokenizer's `from_pretrained`."""
 
     peft_type, prompt = Name("PROMPT_TUNING"), PromptTuning
+    learning_rate = 0.3
     inits: ClassVar[tuple[str, ...]] = INITS
     """What `prompt_tuning_init` may be."""
 

@@ -90,6 +90,7 @@ class TrainableTokensConfig(LayerConfig):
     """Start at the tokens' own embeddings; False: random."""
 
     peft_type, adapter = Name("TRAINABLE_TOKENS"), TrainableTokens
+    learning_rate = 3e-2
     example = {"token_indices": [0, 1, 2]}
     file_holds_embedding = False
 

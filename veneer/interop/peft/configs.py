@@ -20,7 +20,9 @@ from ...core.config import Config, PromptConfig, TaskType, all_methods, default_
 from ...errors import CheckpointError, ConfigError
 from ...files import find_file, read_json, write_atomically
 from . import table
+from .checks import check_as_peft
 from .strictness import is_strict
+from .wording import is_at_once
 
 PeftType = enum.Enum("PeftType", {name: name for name in table.METHODS}, type=str, module=__name__)  # type: ignore[misc]
 PromptTuningInit = enum.Enum(  # type: ignore[misc]
@@ -44,39 +46,6 @@ class Names(set[str]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(super().__iter__()))
-
-
-def check_as_peft(config: Any) -> None:
-    """What PEFT refuses as soon as a config is made, in its words."""
-    targets, numbers = getattr(config, "target_modules", None), getattr(config, "layers_to_transform", None)
-    pattern, inside = getattr(config, "layers_pattern", None), getattr(config, "feedforward_modules", None)
-    if isinstance(targets, str) and targets != "all-linear" and numbers is not None:
-        raise ConfigError("`layers_to_transform` cannot be used when `target_modules` is a str.")
-    if isinstance(targets, str) and targets != "all-linear" and pattern is not None:
-        raise ConfigError("`layers_pattern` cannot be used when `target_modules` is a str.")
-    if pattern and numbers is None:
-        raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-    given = set(targets) if isinstance(targets, (list, set, tuple)) else set()
-    if given and isinstance(inside, (list, set, tuple)) and not set(inside) <= given:
-        raise ConfigError("`feedforward_modules` should be a subset of `target_modules`")
-    if config.peft_type == "ADALORA":
-        _check_schedule(config)
-
-
-def _check_schedule(config: Any) -> None:
-    if config.r != 8:
-        warnings.warn(
-            "Note that `r` is not used in AdaLora and will be ignored. If you intended to set the initial rank, use "
-            "`init_r` instead.",
-            stacklevel=6,
-        )
-    if not (config.total_step or 0) > 0:
-        raise ConfigError("AdaLoRA does not work when `total_step` is None, supply a value > 0.")
-    if config.tinit >= config.total_step - config.tfinal:
-        raise ConfigError(
-            "The supplied schedule values don't allow for a budgeting phase. Decrease `tfinal`/`tinit` or increase "
-            "`total_step`."
-        )
 
 
 @dataclass
@@ -124,7 +93,7 @@ class PeftConfig(Config, metaclass=Called):
         try:
             super().__post_init__()
         except ConfigError as error:
-            if is_strict():
+            if is_strict() or is_at_once(error):
                 raise
             self.__dict__["refused"] = error  # PEFT looks at most settings when the adapter is put on
         self.peft_version = self.peft_version or self._get_peft_version()

@@ -22,6 +22,7 @@ def install(strict: bool) -> None:
     Raises:
         VeneerError: the real PEFT is imported already, and code holds on to it.
     """
+    from . import wording
     from .strictness import set_strict
 
     present = sys.modules.get("peft")
@@ -35,6 +36,7 @@ def install(strict: bool) -> None:
         sys.meta_path.insert(0, Distributions())
         sys.modules.update(modules())
         _use_layers()
+        wording.use()
         _forget_probes()
 
 
