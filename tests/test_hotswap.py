@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -105,6 +107,21 @@ def test_convolutions_and_embeddings_swap_too(tmp_path):
         prepare_model_for_compiled_hotswap(model, target_rank=4)
         hotswap_adapter(model, tmp_path / name / "4")
         torch.testing.assert_close(output(model, batch), found[0], **TOLERANCE)
+
+
+def test_the_groups_of_a_convolution_are_widened_one_by_one(tmp_path):
+    x, found = torch.randn(1, 4, 8, 8), []
+    base = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, groups=2))
+    for r in (4, 2):
+        model = get_peft_model(copy.deepcopy(base), LoraConfig(r=r, target_modules=["0"]))
+        perturb(model.eval(), seed=r).save_pretrained(tmp_path / str(r))
+        found.append(model(x))
+    model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "2")
+    prepare_model_for_compiled_hotswap(model, target_rank=4)
+    torch.testing.assert_close(model(x), found[1], **TOLERANCE)
+    for r in (4, 2):
+        hotswap_adapter(model, tmp_path / str(r))
+        torch.testing.assert_close(model(x), found[(4, 2).index(r)], **TOLERANCE)
 
 
 def test_another_method_of_equal_settings_swaps(tmp_path):

@@ -40,9 +40,13 @@ class TiedLoRA(LowRank):
         A, B = self.shared.factors()
         return B.T, A.T
 
+    def names(self) -> tuple[str, str]:
+        """What a file calls A and B here."""
+        return _names(self.target)
+
     def export(self) -> Tensors:
         A, B = self.shared.matrices()
-        return {name: t.detach().T.contiguous() for name, t in zip(_names(self.target), (B, A), strict=True)}
+        return {name: t.detach().T.contiguous() for name, t in zip(self.names(), (B, A), strict=True)}
 
     def absorb(self, tensors: Tensors) -> None:
         pass  # what the first has taken

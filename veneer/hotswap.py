@@ -12,6 +12,7 @@ lower rank filled up with zeros.
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -79,20 +80,43 @@ def prepare_model_for_compiled_hotswap(
     Args:
         target_rank: the highest rank to come; None: only check.
         config: PEFT's; the configs on the model follow by themselves.
-        check_compiled: "error" or "ignore" when the model is compiled already, and would be compiled anew.
+        check_compiled: "error", "warn" or "ignore" when the model is compiled already, and would be compiled anew.
 
     Raises:
         VeneerError: there is no LoRA, one has a higher rank, or the model is compiled.
     """
-    compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
-    if compiled and check_compiled == "error":
+    if check_compiled not in ("error", "warn", "ignore"):
+        raise VeneerError(f"check_compiled must be 'error', 'warn' or 'ignore', not {check_compiled!r}")
+    if _is_compiled(model) and check_compiled == "error":
         raise VeneerError("call prepare_model_for_compiled_hotswap before compiling the model")
+    if _is_compiled(model) and check_compiled == "warn":
+        warnings.warn(
+            "prepare_model_for_compiled_hotswap was called with a model that is already compiled; it will be compiled "
+            "again",
+            stacklevel=2,
+        )
     inner = _uncompiled(model)
-    names = [n for n, c in inner.peft_config.items() if isinstance(c, LoraConfig)]
+    names = [n for n, c in getattr(inner, "peft_config", {}).items() if isinstance(c, LoraConfig)]
     if not names:
         raise VeneerError("the model has no LoRA adapter; load the first one before preparing to swap it")
     for name in names if target_rank is not None else ():
         _widen(adapter_state(inner, name), name, target_rank or 0)
+
+
+def make_room(model: nn.Module, adapter_name: str, config: Config) -> None:
+    """Give a LoRA the highest rank of one that is to take its place, unless compiled code holds on to its tensors."""
+    state = adapter_state(_uncompiled(model), adapter_name)
+    present = state.configs[adapter_name]
+    both = isinstance(present, LoraConfig) and isinstance(config, LoraConfig)
+    if not both or _is_compiled(model) or _keeps_rank(present, config):
+        return
+    rank = max([config.r, *config.rank_pattern.values()])
+    if any(part.r < rank for _, part in checkpoint.parts(state, adapter_name) if isinstance(part, LoRA)):
+        _widen(state, adapter_name, max([rank, present.r, *present.rank_pattern.values()]))
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules())
 
 
 def _uncompiled(model: nn.Module) -> Any:
@@ -141,15 +165,17 @@ def _fit(part: LoRA, config: LoraConfig, given: Tensors, own: Tensors) -> Tensor
             f"the file has rank {new.r} on {part.target.path!r}, the adapter in memory {part.r}; call "
             f"prepare_model_for_compiled_hotswap(model, target_rank={new.r}) before the model is compiled"
         )
-    if new.r != part.r and part.target.groups > 1:
-        raise CheckpointError(f"{part.target.path!r} is a grouped convolution: its rank {part.r} cannot become {new.r}")
-    factor = new.scaling / part.scaling
-    return {key: _padded(t * factor if "_B" in key else t, own[key].shape) for key, t in given.items()}
+    factor, groups = new.scaling / part.scaling, part.target.groups
+    return {key: _padded(t * factor if "_B" in key else t, own[key].shape, groups) for key, t in given.items()}
 
 
-def _padded(t: Tensor, shape: torch.Size) -> Tensor:
+def _padded(t: Tensor, shape: torch.Size, groups: int = 1) -> Tensor:
+    """Filled up with zeros; of a grouped convolution each group's share of the rows."""
     if t.dim() != len(shape):
         return t
+    if groups > 1 and t.shape[0] % groups == 0 == shape[0] % groups:
+        share = torch.Size((shape[0] // groups, *shape[1:]))
+        return torch.cat([_padded(part, share) for part in t.chunk(groups)])
     more = [amount for have, want in zip(t.shape, shape, strict=True) for amount in (max(0, want - have), 0)]
     return F.pad(t, more[::-1])
 
@@ -170,9 +196,8 @@ def _widen(state: State, name: str, rank: int) -> None:
         _widen_part(layers[path], part, rank, part.scaling * full)
     alphas = {path: part.lora_alpha for path, part in parts.items()}
     first = next(iter(alphas.values()))
-    config.r, config.rank_pattern, config.lora_alpha = rank, {}, first
+    config.r, config.rank_pattern, config.lora_alpha = rank, dict.fromkeys(config.rank_pattern, rank), first
     config.alpha_pattern = {path: alpha for path, alpha in alphas.items() if alpha != first}
-    state.mark(name)
 
 
 def _widen_part(layer: AdapterLayer, part: LoRA, rank: int, alpha: float) -> None:
@@ -182,7 +207,7 @@ def _widen_part(layer: AdapterLayer, part: LoRA, rank: int, alpha: float) -> Non
     for key, t in own.items():
         like = (A if "_A" in key else B).weight.shape
         shape = like if t.dim() == len(like) else t.shape
-        holder: Any = part.get_submodule(key.split(".")[0]) if key.endswith(".weight") else part
-        value = nn.Parameter(_padded(t, shape))
-        setattr(holder, key.rpartition(".")[2], value)
+        holder: Any = part.get_submodule(key.rpartition(".")[0])
+        name = key.rpartition(".")[2]
+        setattr(holder, name, nn.Parameter(_padded(t, shape, part.target.groups), getattr(holder, name).requires_grad))
     part.r, part.lora_alpha = rank, int(alpha) if float(alpha).is_integer() else alpha

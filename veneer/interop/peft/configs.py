@@ -126,6 +126,12 @@ class PeftConfig(Config, metaclass=Called):
     def meaning(self) -> list[str]:
         return as_ours(self).meaning()
 
+    def role(self, path: str) -> str:
+        """Lily's: which entry of the targets a module is of, as they were written and not as they were narrowed."""
+        written = copy.copy(self)
+        written.target_modules = self.__dict__.get("written", self.target_modules)
+        return super(PeftConfig, written).role(path)  # type: ignore[misc]
+
     # The file
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
 
-from ...core.adapter import Adapter, LowRank, Matrix, Replace
+from ...beside import TiedLoRA
+from ...core.adapter import Adapter, LowRank, Matrix, Replace, TiedReplace
 from ...core.context import State
 from ...core.layer import AdapterLayer
 from ...core.target import Target
 from ...errors import NotMergeable
 from . import table
-from .slots import DropoutSlot, HeldSlot, ModuleSlot, SharedSlot, TensorSlot, as_factor
+from .slots import DropoutSlot, HeldSlot, ModuleSlot, SharedSlot, TensorSlot, TiedSlot, as_factor
 
 SHOWN = {own: shown for shown, own in table.EVERYWHERE.items()}
 CONVOLUTION = {1: "Conv1d", 2: "Conv2d", 3: "Conv3d"}
@@ -71,6 +73,8 @@ class PeftLayer(AdapterLayer):
             for attribute, tensor in (*part._parameters.items(), *part._buffers.items()):
                 if tensor is not None:
                     self._show(attribute, HeldSlot if attribute in table.IN_MODULES else TensorSlot, part.key)
+            if isinstance(part, TiedReplace):
+                self._show("module", TiedSlot, part.key)
             if is_flat(part.shared):
                 for attribute in (*part.shared._parameters, *part.shared._buffers):
                     self._modules.setdefault(attribute, SharedSlot(self.state, attribute))
@@ -136,7 +140,7 @@ class PeftLayer(AdapterLayer):
         if kind is not None and name in kind.other:
             return Reading(self, kind.aliases.get(name, table.EVERYWHERE.get(name, name)))
         if kind is not None and name in kind.trained and name not in self._modules:
-            return nn.ParameterDict()
+            return followed(self, name) or nn.ParameterDict()
         return super().__getattr__(name)
 
     # What it is
@@ -426,6 +430,30 @@ def group_of(key: str) -> str:
     """Where adapters stand whose tensors have a further part in their names: tokens, or a module's other parameters."""
     count = key.count("base_layer.")
     return f"base_layer_{count}" if count else key.strip(".")
+
+
+def followed(layer: PeftLayer, attribute: str) -> dict[str, Any]:
+    """By adapter: what a layer shows under a name, but another layer holds."""
+    found = {}
+    for name, adapter in layer.adapters.items():
+        for part in adapter.parts:
+            shown = _transposed(part) if isinstance(part, TiedLoRA) else _borrowed(layer.state, name, part)
+            found |= {name: shown[attribute]} if attribute in shown else {}
+    return found
+
+
+def _transposed(part: TiedLoRA) -> dict[str, Any]:
+    """The other layer's factors, each in the place of the other."""
+    A, B = part.shared.matrices()
+    shown = zip(part.names(), (B.T, A.T), strict=True)
+    return {n.removesuffix(".weight"): SimpleNamespace(weight=t) if "." in n else t for n, t in shown}
+
+
+def _borrowed(state: State, name: str, part: Adapter) -> dict[str, Any]:
+    """Modules of the same name on the layers whose tensors this one's would repeat."""
+    owners = {key: whose.removesuffix(f".{key}") for key, whose in part.repeats().items()}
+    names = {key.partition(".")[0]: path for key, path in owners.items() if path in state.layers}
+    return {attribute: getattr(state.layers[path], attribute)[name] for attribute, path in names.items()}
 
 
 def is_flat(shared: Any) -> bool:

@@ -80,9 +80,10 @@ def narrowed(model: nn.Module, config: Any) -> Any:
         return config
     paths = [path for path, _ in walk(model) if path]
     _narrow_copies(config, paths)
-    if getattr(config, "ensure_weight_tying", False) and config.modules_to_save:
-        first = _without_followers(model, [p for p in paths if any(matches(p, n) for n in config.modules_to_save)])
-        config.modules_to_save = [n for n in config.modules_to_save if any(matches(p, n) for p in first)]
+    saved = [p for p in paths if any(matches(p, n) for n in getattr(config, "modules_to_save", None) or ())]
+    if getattr(config, "ensure_weight_tying", False) and saved:
+        first = _without_followers(model, saved)
+        config.modules_to_save = first if len(first) < len(saved) else config.modules_to_save
     if not hasattr(config, "target_modules") or getattr(config, "members", None) is None:
         return config
     if config.target_modules is not None or not getattr(config, "target_parameters", None):
@@ -91,6 +92,7 @@ def narrowed(model: nn.Module, config: Any) -> Any:
     if config.target_modules == "all-linear":
         return config
     found = [path for path in paths if check_target_module_exists(config, path)]
+    _warn_of_ties(model, config, [*saved, *found])
     found = _without_followers(model, found) if getattr(config, "ensure_weight_tying", False) else found
     bare_parameters = _narrow_parameters(model, config)
     _check_kinds(model, config, found)
@@ -111,6 +113,47 @@ def _without_followers(model: nn.Module, paths: Sequence[str]) -> list[str]:
     for path, weight in weights.items():
         seen.setdefault(id(path if weight is None else weight), path)
     return list(seen.values())
+
+
+TIED = "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but "
+RISK = (
+    "This can lead to complications, for example when merging the adapter or converting your model to formats other "
+    "than safetensors. Check the discussion here: https://github.com/huggingface/peft/issues/2777"
+)
+
+
+def _warn_of_ties(model: nn.Module, config: Any, paths: Sequence[str]) -> None:
+    """What PEFT says where an adapter is put on a module that shares its weight, or should have been."""
+    modules, followers = dict(walk(model)), tied_modules(model)
+    asked = getattr(config, "ensure_weight_tying", None)
+    touched = bool(followers) and any(getattr(bare(modules[p]), "weight", None) is followers[0] for p in paths)
+    if asked and not followers:
+        words = "You have requested `ensure_weight_tying`, but no tied modules were found in the model"
+    elif asked and not touched:
+        words = (
+            "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` or "
+            "`target_modules`"
+        )
+    elif touched and asked is None:
+        words = f"{TIED}no implementation exists to tie the adapters. {RISK}"
+    elif touched and not asked:
+        words = f"{TIED}`ensure_weight_tying` is not set to True. {RISK}"
+    else:
+        return
+    warnings.warn(words, stacklevel=6)
+
+
+def tied_modules(model: Any) -> list[Any]:
+    """The input embedding's weight, as often as other modules have it; none where the config says they are not tied."""
+    settings = getattr(model, "config", None)
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return []
+    weight = getattr(bare(embedding), "weight", None)
+    if weight is None or not getattr(settings, "tie_word_embeddings", False):
+        return []
+    return [weight for _, m in walk(model) if m is not embedding and getattr(bare(m), "weight", None) is weight]
 
 
 def _narrow_copies(config: Any, paths: Sequence[str]) -> None:
@@ -226,6 +269,7 @@ def _warn_unused(config: Any, paths: Sequence[str], found: Sequence[str], parame
 
 def _narrow_targets(config: Any, found: Sequence[str]) -> None:
     """What is meant, spelled out as full paths: the core then has nothing to interpret."""
+    config.__dict__["written"] = config.target_modules
     config.target_modules = list(found)
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     for field in config.subsets:

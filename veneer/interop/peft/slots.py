@@ -267,6 +267,21 @@ class HeldSlot(Modules):
         self.__dict__["_modules"] = Holding(layer, attribute, "_parameters", key)
 
 
+class Twins(Live):
+    """The copies that a layer runs with which are another layer's: a module with that one's weight."""
+
+    def _owner(self, name: str) -> dict[str, Any]:
+        for part in self._holders(name):
+            return {self.attribute: part.module}
+        raise KeyError(name)
+
+
+class TiedSlot(ModuleSlot):
+    def __init__(self, layer: PeftLayer, attribute: str, key: str = "") -> None:
+        super().__init__(layer, attribute)
+        self.__dict__["_modules"] = Twins(layer, attribute, "_modules", key)
+
+
 class ShownPrompt(nn.Module):
     """A prompt as PEFT's encoder: its values are the weight of `embedding`."""
 

@@ -124,8 +124,8 @@ LATER = (
         r"gralora_k, but got \3 and \1",
     ),
     Row(
-        r"r = (\d+) on '.*' must be at most (\d+), its smaller width",
-        r"`r` (\1) must be less than or equal to min(in_features, out_features) (\2)",
+        r"r = (\d+) on '.*' must be at most the smaller of in, out = (\(.*\))",
+        r"`r` (\1) must be less than or equal to min(in_features, out_features) \2",
     ),
     Row(
         r"r = (\d+) on '.*' must (?:be at most its in = (\d+)|divide its in = (\d+) and out)",
@@ -150,6 +150,14 @@ LATER = (
     Row(
         r"call prepare_model_for_compiled_hotswap before compiling the model",
         "Call prepare_model_for_compiled_hotswap *before* compiling the model",
+    ),
+    Row(
+        r"check_compiled must be 'error', 'warn' or 'ignore', not (.*)",
+        r"check_compiles should be one of 'error', 'warn', or 'ignore', got \1 instead.",
+    ),
+    Row(
+        r"the model has no LoRA adapter; load the first one before preparing to swap it",
+        "No adapter layers found on the model, make sure that the adapter is loaded first.",
     ),
     Row(
         r"adapter '.*' is PeftType\.(\w+), the file (\w+)",
