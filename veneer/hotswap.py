@@ -107,8 +107,9 @@ def make_room(model: nn.Module, adapter_name: str, config: Config) -> None:
     """Give a LoRA the highest rank of one that is to take its place, unless compiled code holds on to its tensors."""
     state = adapter_state(_uncompiled(model), adapter_name)
     present = state.configs[adapter_name]
-    both = isinstance(present, LoraConfig) and isinstance(config, LoraConfig)
-    if not both or _is_compiled(model) or _keeps_rank(present, config):
+    if not (isinstance(present, LoraConfig) and isinstance(config, LoraConfig)):
+        return
+    if _is_compiled(model) or _keeps_rank(present, config):
         return
     rank = max([config.r, *config.rank_pattern.values()])
     if any(part.r < rank for _, part in checkpoint.parts(state, adapter_name) if isinstance(part, LoRA)):

@@ -35,7 +35,7 @@ class CordaConfig(Settings):
 
     cache_file: str | Path | None = None
     """Where the start is kept; when the file exists, nothing is computed."""
-    covariance_file: str | None = None
+    covariance_file: str | Path | None = None
     """Where the covariances are kept, to be used again for other ranks."""
     corda_method: Literal["ipm", "kpm"] = "ipm"
     """"ipm" learns along the data's main directions; "kpm" along its least ones, which keeps what the model knows."""

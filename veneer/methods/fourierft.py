@@ -22,7 +22,7 @@ from ..errors import ConfigError
 class FourierFT(Additive):
     def __init__(self, config: FourierFTConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
-        n = at(target.path, config.n_frequency_pattern, config.n_frequency)
+        self.n_frequency = n = at(target.path, config.n_frequency_pattern, config.n_frequency)
         size = target.in_features * target.out_features
         if not 1 <= n <= size:
             raise ConfigError(f"n_frequency on {target.path!r} must lie between 1 and in x out = {size}, not {n}")

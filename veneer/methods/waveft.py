@@ -39,6 +39,7 @@ class WaveFT(Additive):
         super().__init__(config, target, shared)
         size = target.in_features * target.out_features
         n = shared.share(size) if shared else at(target.path, config.n_frequency_pattern, config.n_frequency)
+        self.n_frequency = n
         if not 1 <= n <= size:
             raise ConfigError(f"n_frequency on {target.path!r} must lie between 1 and in x out = {size}, not {n}")
         self.scaling = config.scaling

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -258,6 +258,50 @@ WARNED = (
     Rule("RANDLORA", lambda c: not c.save_projection, SAVES_PROJECTION.format("basis_A and basis_B")),
     Rule("VERA", lambda c: not c.save_projection, SAVES_PROJECTION.format("vera_A and vera_B")),
 )
+
+
+class Shared(NamedTuple):
+    """A setting in which all adapters of one method on a model must agree."""
+
+    kinds: str
+    field: str
+    words: str
+
+
+SAVED = "{0} must be saved for all adapters or none, but got multiple different values: {{values}}"
+KEY = "{0} must be the same for all adapters. Got config.projection_prng_key={{new}} but previous config had {{old}}."
+
+BESIDE = (
+    Shared("VERA", "projection_prng_key", KEY.format("Vera PRNG initialisation key")),
+    Shared("PVERA", "projection_prng_key", KEY.format("PVeRA PRNG initialisation key")),
+    Shared("RANDLORA", "projection_prng_key", KEY.format("RandLora PRNG initialisation key")),
+    Shared("FROD", "projection_prng_key", KEY.format("FRoD projection initialization key")),
+    Shared("VERA", "save_projection", SAVED.format("VeRA projection weights")),
+    Shared("PVERA", "save_projection", SAVED.format("PVeRA projection weights")),
+    Shared("RANDLORA", "save_projection", SAVED.format("RandLora projection weights")),
+    Shared("FROD", "save_projection", SAVED.format("FRoD projection weights")),
+    Shared("SUPERTUNING", "save_precomputed_indices", SAVED.format("Super-Tuning indices")),
+    Shared(
+        "FROD",
+        "runtime_offload_base_weight",
+        "FRoD runtime base-weight offloading must be enabled for all adapters or none, but got multiple different "
+        "values: {values}",
+    ),
+)
+
+
+def check_beside(config: Any, others: Iterable[Any]) -> None:
+    """Raise what PEFT refuses of an adapter because of those that are on the model."""
+    same = [other for other in others if other.peft_type == config.peft_type]
+    for kind, field, words in BESIDE if same else ():
+        if config.peft_type != kind:
+            continue
+        new, old = getattr(config, field), getattr(same[0], field)
+        if new != old:
+            raise ConfigError(words.format(new=new, old=old, values=sorted([new, old])))
+    kinds = {getattr(c, "kasa_config", None) is None for c in (config, *same)}
+    if len(kinds) > 1:
+        raise ConfigError("KaSA cannot be combined with adapters that don't use KaSA, in PEFT; veneer's own API does.")
 
 
 def check_as_peft(config: Any) -> None:

@@ -128,8 +128,8 @@ class PeftConfig(Config, metaclass=Called):
 
     def role(self, path: str) -> str:
         """Lily's: which entry of the targets a module is of, as they were written and not as they were narrowed."""
-        written = copy.copy(self)
-        written.target_modules = self.__dict__.get("written", self.target_modules)
+        written: Any = copy.copy(self)
+        written.target_modules = self.__dict__.get("written", written.target_modules)
         return super(PeftConfig, written).role(path)  # type: ignore[misc]
 
     # The file

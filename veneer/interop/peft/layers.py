@@ -39,6 +39,7 @@ class PeftLayer(AdapterLayer):
         super().__init__(base_layer, path, state)
         self.__dict__["adapters"] = self._modules.pop("adapters")
         self.own: tuple[tuple[str, ...], bool] | None = None
+        self.__dict__["readings"] = {}
 
     # Running
 
@@ -120,6 +121,7 @@ class PeftLayer(AdapterLayer):
         if name == "base_layer" and "original_module" in self.__dict__.get("_modules", {}):
             self._modules["original_module"] = value
         elif isinstance(value, Mapping) and name in self.other_param_names:
+            self.__dict__["readings"].pop(name, getattr(self, name)).keep()
             getattr(self, name).update(value)
         else:
             super().__setattr__(name, value)
@@ -138,7 +140,8 @@ class PeftLayer(AdapterLayer):
                 return getattr(active.module, name)
         kind = self.row()
         if kind is not None and name in kind.other:
-            return Reading(self, kind.aliases.get(name, table.EVERYWHERE.get(name, name)))
+            attribute = kind.aliases.get(name, table.EVERYWHERE.get(name, name))
+            return self.__dict__["readings"].setdefault(name, Reading(self, attribute))
         if kind is not None and name in kind.trained and name not in self._modules:
             return followed(self, name) or nn.ParameterDict()
         return super().__getattr__(name)
@@ -381,8 +384,15 @@ class Reading(Mapping[str, Any]):
 
     def __init__(self, layer: PeftLayer, attribute: str) -> None:
         self._layer, self._attribute = layer, attribute
+        self._kept: dict[str, Any] | None = None
+
+    def keep(self) -> None:
+        """Stay as it is: another dict has taken its place on the layer."""
+        self._kept = dict(self)
 
     def __getitem__(self, name: str) -> Any:
+        if self._kept is not None:
+            return self._kept[name]
         if name not in self._layer.adapters:
             raise KeyError(name)
         for holder in (*self._layer.parts(name), self._layer.state.configs.get(name)):
@@ -406,13 +416,15 @@ class Reading(Mapping[str, Any]):
         return dict(self)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
         try:
             return self[name]
         except KeyError:
             raise AttributeError(name) from None
 
     def __iter__(self) -> Iterator[str]:
-        for name in list(self._layer.adapters.keys()):
+        for name in list(self._layer.adapters.keys() if self._kept is None else self._kept):
             try:
                 self[name]
             except KeyError:
@@ -434,7 +446,7 @@ def group_of(key: str) -> str:
 
 def followed(layer: PeftLayer, attribute: str) -> dict[str, Any]:
     """By adapter: what a layer shows under a name, but another layer holds."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, adapter in layer.adapters.items():
         for part in adapter.parts:
             shown = _transposed(part) if isinstance(part, TiedLoRA) else _borrowed(layer.state, name, part)

@@ -98,7 +98,7 @@ def narrowed(model: nn.Module, config: Any) -> Any:
     _check_kinds(model, config, found)
     if not found and not bare_parameters:
         raise TargetError(_nothing_found(config, paths))
-    _warn_unused(config, paths, found, bare_parameters)
+    _warn_unused(config, paths, found)
     if config.target_modules is not None:
         _narrow_targets(config, found)
     _narrow_patterns(config, [*found, *bare_parameters])
@@ -212,6 +212,10 @@ def _narrow_parameters(model: nn.Module, config: Any) -> list[str]:
     names = [f"{path}.{name}" for path, module in walk(model) for name in module._parameters]
     found = [name for name in names if any(matches(name, entry) for entry in wanted)]
     config.target_parameters = [entry for entry in wanted if any(matches(name, entry) for name in found)] or None
+    if not found and config.target_modules:
+        warnings.warn(
+            f"target_parameters={list(wanted)} were set but no parameter was matched.", RuntimeWarning, stacklevel=5
+        )
     return found
 
 
@@ -246,7 +250,7 @@ def _nothing_found(config: Any, paths: Sequence[str]) -> str:
     )
 
 
-def _warn_unused(config: Any, paths: Sequence[str], found: Sequence[str], parameters: Sequence[str]) -> None:
+def _warn_unused(config: Any, paths: Sequence[str], found: Sequence[str]) -> None:
     exclude = getattr(config, "exclude_modules", None)
     exclude = exclude if exclude is None or isinstance(exclude, str) else set(exclude)
     if exclude and not any(is_excluded(config, path) for path in paths):
@@ -256,15 +260,8 @@ def _warn_unused(config: Any, paths: Sequence[str], found: Sequence[str], parame
             stacklevel=4,
         )
     if config.target_modules and not found:
-        warnings.warn(
-            f"target_modules={config.target_modules} were set but no module was matched.", RuntimeWarning, stacklevel=4
-        )
-    if getattr(config, "target_parameters", None) and not parameters:
-        warnings.warn(
-            f"target_parameters={config.target_parameters} were set but no parameter was matched.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        targets = config.target_modules if isinstance(config.target_modules, str) else set(config.target_modules)
+        warnings.warn(f"target_modules={targets} were set but no module was matched.", RuntimeWarning, stacklevel=4)
 
 
 def _narrow_targets(config: Any, found: Sequence[str]) -> None:

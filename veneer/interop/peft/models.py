@@ -18,6 +18,7 @@ from ...errors import CheckpointError, ConfigError, VeneerError
 from ...interop import transformers as interop
 from . import table
 from .attaching import activate, put_on, set_requires_grad, take_off
+from .checks import check_beside
 from .configs import PeftConfig, PeftType, as_peft
 from .layers import PeftLayer
 from .matching import has_adapters
@@ -236,6 +237,7 @@ class PeftModel(core.PeftModel):
                 "AdaLoraModel supports only 1 trainable adapter. When using multiple adapters, set inference_mode to "
                 "True for all adapters except the one you want to train."
             )
+        check_beside(config, self.peft_config.values())
         biases = [getattr(c, "bias", "none") for c in (*self.peft_config.values(), config)]
         if sum(bias != "none" for bias in biases) > 1:
             raise VeneerError(
@@ -328,6 +330,8 @@ class PeftModel(core.PeftModel):
                 f"You passed an invalid `selected_adapters` arguments, current supported adapter names are "
                 f"{list(self.peft_config)} - got {selected_adapters}."
             )
+        for name in names if path_initial_model_for_weight_conversion is not None else ():
+            check_conversion(self.peft_config[name])
         directory = Path(save_directory)
         if is_main_process:
             directory.mkdir(parents=True, exist_ok=True)
@@ -338,8 +342,9 @@ class PeftModel(core.PeftModel):
                 if is_main_process:
                     save_as_lora(into, self, adapter_name=name)
                 continue
+            own = self.state_dict() if "state_dict" in self.__dict__ else None  # a program wrapped it
             tensors = get_peft_model_state_dict(
-                self, settings.get("state_dict"), name, save_embedding_layers=save_embedding_layers
+                self, settings.get("state_dict", own), name, save_embedding_layers=save_embedding_layers
             )
             save_adapter(self, name, into, tensors, safe_serialization, is_main_process)
 
@@ -637,3 +642,13 @@ def _note_base(model: Any, config: Any, revision: str | None) -> None:
                 stacklevel=3,
             )
         config.revision = revision
+
+
+def check_conversion(config: Any) -> None:
+    """Raise what PEFT refuses of a conversion to a plain LoRA: it could not say its scalings."""
+    patterns = getattr(config, "rank_pattern", None) or getattr(config, "alpha_pattern", None)
+    if getattr(config, "use_rslora", False) and patterns:
+        raise ConfigError(
+            "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not supported when using "
+            "`rank_pattern` or `alpha_pattern` at the same time as `use_rslora=True`."
+        )

@@ -133,8 +133,9 @@ MODULES = {
     "_get_commit_hash",
     "peft.functional": "cast_adapter_dtype delete_adapter get_peft_model_state_dict inject_adapter_in_model "
     "set_adapter set_peft_model_state_dict set_requires_grad",
-    "peft.helpers": "DoraCaching check_if_peft_model disable_input_dtype_casting find_kappa_target_modules "
-    "rescale_adapter_scale update_forward_signature update_generate_signature update_signature LoraLayer",
+    "peft.helpers": "DoraCaching KappaTuneSelector check_if_peft_model disable_input_dtype_casting "
+    "find_kappa_target_modules rescale_adapter_scale update_forward_signature update_generate_signature "
+    "update_signature LoraLayer",
     "peft.import_utils": "is_*_available",
     "peft.mapping": "get_peft_config inject_adapter_in_model PEFT_TYPE_TO_* get_peft_model",
     "peft.mapping_func": "get_peft_model MODEL_TYPE_TO_* PEFT_TYPE_TO_*",
@@ -171,7 +172,8 @@ MODULES = {
     "INCLUDE_LINEAR_LAYERS_SHORTHAND",
     "peft.utils.error": "PeftError NoMatchingPeftModuleError",
     "peft.utils.hotswap": "hotswap_adapter prepare_model_for_compiled_hotswap hotswap_adapter_from_state_dict",
-    "peft.utils.integrations": "get_layer_device_map init_empty_weights dequantize_module_weight gather_params_ctx",
+    "peft.utils.integrations": "get_layer_device_map init_empty_weights skip_init_on_device "
+    "dequantize_module_weight gather_params_ctx",
     "peft.utils.loftq_utils": "replace_lora_weights_loftq",
     "peft.utils.merge_utils": "",
     "peft.utils.other": "*Wrapper cast_mixed_precision_params fsdp_auto_wrap_policy get_pattern_key "

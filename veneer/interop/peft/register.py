@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import importlib.machinery
 import importlib.metadata
 import sys
@@ -98,7 +99,17 @@ def modules() -> dict[str, ModuleType]:
         found[path] = _module(path, {n: v for p in wanted[path] for n, v in _matching(flat, p)})
     _add_layers(found, flat)
     _join(found)
+    for path, module in found.items():
+        if path != "peft":
+            module.__dict__["__getattr__"] = functools.partial(_elsewhere, path, flat)
     return found
+
+
+def _elsewhere(path: str, flat: dict[str, Any], name: str) -> Any:
+    """PEFT's modules also hold what they import from each other, and programs import it from there."""
+    if name not in flat:
+        raise AttributeError(f"module {path!r} has no attribute {name!r}")
+    return flat[name]
 
 
 def contents(names: Any) -> dict[str, Any]:

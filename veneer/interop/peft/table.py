@@ -149,7 +149,8 @@ METHODS: dict[str, Row] = {
     "P_TUNING": Row("p_tuning", "PromptEncoderConfig", "PromptEncoder", "p_tuning_"),
     "PEANUT": Row(
         *("peanut", "PeanutConfig", "PeanutModel", "peanut_", ("PeanutLayer", "Linear")),
-        *(("peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders"), ("r", "depth", "scaling")),
+        *(("peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders"), ("r", "res_num", "scaling")),
+        aliases={"res_num": "depth"},
     ),
     "POLY": Row(
         *("poly", "PolyConfig", "PolyModel", "poly_", ("PolyLayer", "Linear")),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.config import LayerConfig
-from ...errors import TargetError, VeneerError
+from ...errors import VeneerError
 from .configs import CONFIGS
 from .defaults import default
 from .layers import PeftLayer
@@ -247,18 +247,17 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     """
     if not isinstance(multiplier, (float, int)):
         raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
-    layers = [m for m in model.modules() if isinstance(m, PeftLayer)]
-    parts = [p for m in layers for a in m.adapters.values() for p in a.parts if hasattr(p, "lora_alpha")]
-    if not parts:
+    layers = [m for m in model.modules() if isinstance(m, PeftLayer) and "scaling" in m.other_param_names]
+    before = [(layer, dict(layer.scaling)) for layer in layers if layer.scaling]
+    if not before:
         raise ValueError("scaling is only supported for models with `LoraLayer`s")
-    before = [part.scaling for part in parts]
     try:
-        for part in parts:
-            part.scaling = part.scaling * multiplier
+        for layer, scaling in before:
+            layer.scaling = {name: value * multiplier for name, value in scaling.items()}
         yield
     finally:
-        for part, scaling in zip(parts, before, strict=True):
-            part.scaling = scaling
+        for layer, scaling in before:
+            layer.scaling = scaling
 
 
 @contextmanager
@@ -272,6 +271,31 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
     finally:
         for layer in layers:
             layer.cast_input_dtype_enabled = True
+
+
+REGISTER = nn.Module.register_parameter
+"""How torch notes a parameter, whatever `init_empty_weights` puts in its place for a while."""
+
+
+def init_empty_weights(include_buffers: bool | None = None) -> Any:
+    """Inside, parameters are made on the meta device."""
+    from accelerate import init_empty_weights as on_meta
+
+    return on_meta(include_buffers=bool(include_buffers))
+
+
+def skip_init_on_device(func: Any) -> Any:
+    """A function whose parameters have values, also when it is called inside `init_empty_weights`."""
+
+    @functools.wraps(func)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        before, nn.Module.register_parameter = nn.Module.register_parameter, REGISTER  # type: ignore[method-assign]
+        try:
+            return func(*args, **kwargs)
+        finally:
+            nn.Module.register_parameter = before  # type: ignore[method-assign]
+
+    return call
 
 
 class DoraCaching:
@@ -326,16 +350,54 @@ def check_if_peft_model(model_name_or_path: str) -> bool:
     return True
 
 
-def find_kappa_target_modules(model: nn.Module, top_p: float = 0.2, **settings: Any) -> dict[str, list[str]]:
-    """The linear layers whose weights have the lowest condition numbers, a share `top_p` of them."""
-    from ...core.layer import walk
-    from ...structure import is_linear
+class KappaTuneSelector:
+    """Ranks a model's weights by their condition numbers, the lowest first: PEFT's KappaTune adapts these.
 
-    numbers = {path: float(torch.linalg.cond(m.weight.detach().float())) for path, m in walk(model) if is_linear(m)}
-    if not numbers:
-        raise TargetError("the model has no linear layers")
-    best = sorted(numbers, key=lambda path: numbers[path])[: max(1, int(len(numbers) * top_p))]
-    return {"target_modules": best}
+    Args:
+        settings: PEFT's limits on sizes, which are not needed: singular values alone are computed.
+    """
+
+    def __init__(self, model: nn.Module, **settings: Any) -> None:
+        from ...core.layer import walk
+        from ...structure import is_linear
+
+        modules = list(walk(model))
+        self.modules = {path: _kappa(m.weight) for path, m in modules if is_linear(m)}
+        bare_parameters = {f"{path}.{n}": p for path, m in modules for n, p in m._parameters.items() if p is not None}
+        self.parameters = {path: _kappa(p) for path, p in bare_parameters.items() if p.dim() == 3}
+
+    def get_best_targets(
+        self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
+    ) -> list[str]:
+        """Paths of linear layers, the best first: a share, a number, or those up to a condition number."""
+        return _best(self.modules, top_p, num_modules, threshold)
+
+    def get_best_target_parameters(
+        self, top_p: float | None = None, num_params: int | None = None, threshold: float | None = None
+    ) -> list[str]:
+        """The same of experts that are one parameter with three dimensions."""
+        return _best(self.parameters, top_p, num_params, threshold)
+
+
+def _kappa(weight: Tensor) -> float:
+    """The largest singular value over the smallest; of several matrices the mean."""
+    return float(torch.linalg.cond(weight.detach().float()).mean())
+
+
+def _best(numbers: dict[str, float], share: float | None, count: int | None, threshold: float | None) -> list[str]:
+    order = sorted(numbers, key=lambda path: numbers[path])
+    if share is not None:
+        return order[: max(1, int(len(order) * share))]
+    if count is not None:
+        return order[:count]
+    return [path for path in order if threshold is None or numbers[path] <= threshold]
+
+
+def find_kappa_target_modules(model: nn.Module, top_p: float = 0.2, **settings: Any) -> dict[str, list[str] | None]:
+    """What to adapt by `KappaTuneSelector`: linear layers, and parameters of fused experts if there are any."""
+    selector = KappaTuneSelector(model)
+    found = {"target_modules": selector.get_best_targets(top_p)}
+    return found | {"target_parameters": selector.get_best_target_parameters(top_p) or None}
 
 
 def register_peft_method(**settings: Any) -> None:
