@@ -154,8 +154,8 @@ def convert_to_lora(
         update = update_of(layer, adapter_name)
         if update is not None:
             pairs[path] = update.reduced(rank)
-            tensors |= _keys(layer, *pairs[path])
-        tensors |= _copies(path, adapter)
+            tensors |= keys(layer, *pairs[path])
+        tensors |= copies(path, adapter)
     config = lora_config(state.configs[adapter_name], pairs)
     config.modules_to_save = state.configs[adapter_name].modules_to_save
     return config, tensors
@@ -184,7 +184,7 @@ def check_rank(rank: int | float | None) -> None:
         raise VeneerError(f"rank must be at least 1, not {rank}")
 
 
-def _keys(layer: AdapterLayer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+def keys(layer: AdapterLayer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
     """The factors under the names and in the layout of a LoRA file."""
     prefix = f"base_model.model.{layer.path}."
     if layer.target.kind == "embedding":
@@ -194,7 +194,7 @@ def _keys(layer: AdapterLayer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
     return {f"{prefix}lora_{side}.weight": t for side, t in zip("AB", shaped, strict=True)}
 
 
-def _copies(path: str, adapter: Adapter | Parts) -> dict[str, Tensor]:
+def copies(path: str, adapter: Adapter | Parts) -> dict[str, Tensor]:
     """What `modules_to_save` trained goes along as it is."""
     copies = [part for part in adapter.parts if isinstance(part, Replace)]
     return {f"base_model.model.{path}.{key}": t for part in copies for key, t in part.export().items()}

@@ -376,7 +376,9 @@ class PeftLayer(AdapterLayer):
             parameter.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return self.target.kind == "linear" and any(hasattr(part, "delta") for part in self.parts(adapter_name))
+        config: Any = self.state.configs.get(adapter_name)
+        is_kasa = getattr(config, "kasa_config", None) is not None
+        return self.target.kind == "linear" and not is_kasa and self.kinds() <= table.CONVERTS
 
 
 class Reading(Mapping[str, Any]):

@@ -10,7 +10,21 @@ import veneer
 
 from ...core.config import TaskType
 from ...errors import TargetError, VeneerError
-from . import attaching, configs, conversion, hotswap, layers, matching, models, state, status, table, tuners, utils
+from . import (
+    attaching,
+    configs,
+    conversion,
+    hotswap,
+    layers,
+    lora_conversion,
+    matching,
+    models,
+    state,
+    status,
+    table,
+    tuners,
+    utils,
+)
 
 
 def _default_targets() -> dict[str, Any]:
@@ -35,7 +49,20 @@ def _is_there(name: str) -> Callable[..., bool]:
 def everything() -> dict[str, Any]:
     """Every name once, wherever PEFT has it; its modules then take their share."""
     found: dict[str, Any] = dict(table.CONSTANTS) | _default_targets()
-    for module in (attaching, hotswap, matching, state, status, utils, models, tuners, layers, configs, conversion):
+    for module in (
+        attaching,
+        hotswap,
+        lora_conversion,
+        matching,
+        state,
+        status,
+        utils,
+        models,
+        tuners,
+        layers,
+        configs,
+        conversion,
+    ):
         found |= {n: v for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__}
     found |= {config.__name__: config for config in configs.CONFIGS.values()}
     found |= {tuner.__name__: tuner for tuner in tuners.TUNERS.values()}
@@ -103,11 +130,11 @@ def _auto(ours: Any) -> Any:
 
 FROM_VENEER = (
     *("ArrowConfig", "BdLoraConfig", "CordaConfig", "EvaConfig", "KasaConfig", "LoftQConfig", "LoraGAConfig"),
-    *("MontecloraConfig", "VeloraConfig", "compose_cartridge_adapters", "convert_to_lora", "create_arrow_model"),
+    *("MontecloraConfig", "VeloraConfig", "compose_cartridge_adapters", "create_arrow_model"),
     *("create_lorafa_optimizer", "create_loraplus_optimizer", "create_riemannian_optimizer", "get_eva_state_dict"),
     *("initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text"),
     *("initialize_lora_eva_weights", "prepare_model_for_compiled_hotswap", "preprocess_corda", "preprocess_loraga"),
-    *("prompt_embeddings_from_past_key_values", "replace_lora_weights_loftq", "save_as_lora"),
+    *("prompt_embeddings_from_past_key_values", "replace_lora_weights_loftq"),
 )
 """Functions and settings that are the same here and there."""
 

@@ -226,6 +226,12 @@ METHODS: dict[str, Row] = {
     "XLORA": Row("xlora", "XLoraConfig", "XLoraModel", "xlora_", ("XLoraLayer",)),
 }
 
+CONVERTS = {
+    *("C3A", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "LOHA", "LOKR", "LORA", "MISS", "PSOFT", "RANDLORA"),
+    *("TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT"),
+}
+"""Methods whose linear layers PEFT can make a LoRA of."""
+
 EVERYWHERE = {"lora_dropout": "dropout", "modules_to_save": "module", "original_bias": "bias"}
 """Attributes of an adapter, by the name that PEFT gives them on a layer; those of one method are in its row."""
 
