@@ -50,6 +50,11 @@ class TrainableTokens(Adapter):
         first = self if self.shared is None else self.shared
         return first.trainable_tokens_delta
 
+    @property
+    def originals(self) -> Tensor:
+        """The rows that the tokens had, (tokens, width)."""
+        return self.rows(self.target.weight())[self.index].detach()
+
     def export(self) -> Tensors:
         return {"trainable_tokens_delta": self.delta.detach()}
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...beside import TokenAdapter
 from ...core import inject
 from ...core.adapter import Replace
 from ...core.config import PromptConfig
@@ -20,7 +21,7 @@ from ...train.schedule import follow
 from . import table
 from .configs import Names, PeftConfig, as_peft
 from .layers import PeftLayer, agree, is_flat, names_of
-from .matching import check_target_module_exists, narrowed
+from .matching import check_target_module_exists, narrowed, shortened
 from .strictness import is_strict
 
 
@@ -40,6 +41,9 @@ def put_on(
         model.requires_grad_(False)
     elif name in present.configs:
         inject.detach(model, name, present)
+    short = shortened(model, config)
+    if short is not getattr(config, "target_modules", None):
+        config.target_modules = given.target_modules = short
     found = narrowed(model, config)
     if isinstance(found, PromptConfig) and found.task_type is None:
         found.task_type = interop.task_of(model)
@@ -57,7 +61,7 @@ def put_on(
     filled = found.__dict__.pop("filled", {})
     given.__dict__.update({n: filled.get(n, v) for n, v in found.__dict__.items() if getattr(config, n, None) is None})
     if getattr(given, "target_modules", None) == "all-linear":
-        given.target_modules = Names(p for p, a in state.adapters(name).items() if not is_copied(a))
+        given.target_modules = Names(p for p, a in state.adapters(name).items() if any(map(is_targeted, a.parts)))
     config.__dict__.update(given.__dict__)
     state.configs[name] = given if isinstance(given, PeftConfig) else config
     for parameter in state.prompts[name].parameters() if name in state.prompts else ():
@@ -87,8 +91,9 @@ def check_rank(config: Any) -> None:
         raise refused
 
 
-def is_copied(adapter: Any) -> bool:
-    return all(isinstance(part, Replace) for part in adapter.parts)
+def is_targeted(part: Any) -> bool:
+    """It is what the targets asked for, no copy of the whole module and no tokens beside it."""
+    return not isinstance(part, (Replace, TokenAdapter))
 
 
 def _hide(model: nn.Module, state: State) -> None:

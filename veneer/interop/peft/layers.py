@@ -14,10 +14,12 @@ from ...beside import TiedLoRA
 from ...core.adapter import Adapter, LowRank, Matrix, Replace, TiedReplace
 from ...core.context import State
 from ...core.layer import AdapterLayer
+from ...core.select import matches
 from ...core.target import Target
 from ...errors import NotMergeable
+from ...methods.trainable_tokens import TrainableTokens
 from . import table
-from .slots import DropoutSlot, HeldSlot, ModuleSlot, SharedSlot, TensorSlot, TiedSlot, as_factor
+from .slots import DropoutSlot, HeldSlot, ModuleSlot, SharedSlot, ShownTokens, TensorSlot, TiedSlot, as_factor
 
 SHOWN = {own: shown for shown, own in table.EVERYWHERE.items()}
 CONVOLUTION = {1: "Conv1d", 2: "Conv2d", 3: "Conv3d"}
@@ -74,6 +76,8 @@ class PeftLayer(AdapterLayer):
             for attribute, tensor in (*part._parameters.items(), *part._buffers.items()):
                 if tensor is not None:
                     self._show(attribute, HeldSlot if attribute in table.IN_MODULES else TensorSlot, part.key)
+            if group_of(part.key) == "token_adapter":
+                self.group(part.key)
             if isinstance(part, TiedReplace):
                 self._show("module", TiedSlot, part.key)
             if is_flat(part.shared):
@@ -86,9 +90,16 @@ class PeftLayer(AdapterLayer):
         row = self.row()
         own = {mine: shown for shown, mine in row.aliases.items()} if row is not None else {}
         shown = own.get(attribute, SHOWN.get(attribute, attribute))
-        slots = self._modules if not key else self._modules.setdefault(group_of(key), nn.Module())._modules
+        slots = self._modules if not key else self.group(key)._modules
         if shown not in slots:
             slots[shown] = kind(self, attribute, key)
+
+    def group(self, key: str) -> nn.Module:
+        """What holds the tensors of parts whose keys begin with `key`."""
+        name = group_of(key)
+        if name not in self._modules:
+            self._modules[name] = ShownTokens(self) if name == "token_adapter" else nn.Module()
+        return self._modules[name]  # type: ignore[return-value]
 
     def _rename(self) -> None:
         """A module of which whole copies are trained is PEFT's `original_module`, beside `modules_to_save`."""
@@ -209,10 +220,18 @@ class PeftLayer(AdapterLayer):
         return names[0] if len(names) == 1 and self.is_copy else names
 
     @property
+    def _active_adapter(self) -> str | list[str]:
+        return self.active_adapter
+
+    @_active_adapter.setter
+    def _active_adapter(self, names: str | Sequence[str]) -> None:
+        self._keep(names_of(names), not self.disable_adapters)
+
+    @property
     def disable_adapters(self) -> bool:
         return not (self.own[1] if self.own is not None else self.state.enabled)
 
-    _active_adapter, _disable_adapters = active_adapter, disable_adapters
+    _disable_adapters = disable_adapters
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.adapters.keys())
@@ -235,6 +254,21 @@ class PeftLayer(AdapterLayer):
     def _adapted(self) -> Target:
         """What the adapters see: the module, or one of its parameters."""
         return next((part.target for adapter in self.adapters.values() for part in adapter.parts), self.target)
+
+    @property
+    def original_module(self) -> nn.Module:
+        """PEFT's name for the module where copies, or tokens, are trained beside it."""
+        return self.base
+
+    @property
+    def is_feedforward(self) -> bool:
+        """Of IA3: it scales the input."""
+        return any(getattr(part, "is_feedforward", False) for a in self.adapters.values() for part in a.parts)
+
+    @property
+    def parameter_name(self) -> str:
+        """Which parameter of the module is adapted by itself."""
+        return next(iter(bare_targets(self)), "")
 
     def get_base_layer(self) -> nn.Module:
         return self.base
@@ -320,6 +354,7 @@ class PeftLayer(AdapterLayer):
         if names is None:
             names = to_merge(self, adapter_names)
         wanted = [n for n in names if n in self.adapters]
+        check_tokens([p for n in (*self.merged_adapters, *wanted) for p in self.parts(n)])
         try:
             super().merge(wanted, safe if safe_merge is None else safe_merge)
         except NotMergeable as error:
@@ -379,6 +414,19 @@ class PeftLayer(AdapterLayer):
         config: Any = self.state.configs.get(adapter_name)
         is_kasa = getattr(config, "kasa_config", None) is not None
         return self.target.kind == "linear" and not is_kasa and self.kinds() <= table.CONVERTS
+
+
+def check_tokens(parts: Sequence[Adapter]) -> None:
+    """Raise where two adapters would each write the same tokens' embeddings."""
+    seen: set[int] = set()
+    for part in (p for p in parts if isinstance(p, TrainableTokens)):
+        both = seen & set(part.index.tolist())  # type: ignore[operator]
+        if both:
+            raise NotMergeable(
+                f"Token indices {sorted(both)} are already defined and would result in undefined merging behavior. "
+                "Only disjunct token indices are currently supported."
+            )
+        seen |= set(part.index.tolist())  # type: ignore[operator]
 
 
 class Reading(Mapping[str, Any]):
@@ -513,7 +561,7 @@ def fits(layer: PeftLayer, name: str) -> bool:
     if name.endswith("Layer"):
         return True
     if name == "ParamWrapper":
-        return any(part.target.kind == "param" for adapter in layer.adapters.values() for part in adapter.parts)
+        return bool(bare_targets(layer))
     if name == "MultiheadAttention":
         return isinstance(layer.base, nn.MultiheadAttention)
     if target.kind == "conv":
@@ -559,8 +607,13 @@ class ModulesToSaveWrapper(PeftLayer, AuxiliaryTrainingWrapper):
     """The same; PEFT has another one for tokens, which is an adapter here."""
 
 
-class TrainableTokensWrapper:
-    """PEFT's wrapper for trained tokens beside another method; here they are an adapter of the same layer."""
+class TokensMarker(type):
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, PeftLayer) and "token_adapter" in instance._modules
+
+
+class TrainableTokensWrapper(metaclass=TokensMarker):
+    """A layer with trained tokens beside another method."""
 
 
 def layer_classes(kind: str, row: table.Row) -> dict[str, Any]:
@@ -586,8 +639,18 @@ class OfClass:
         return getattr(PeftLayer, self.name).fget(layer) if isinstance(layer, PeftLayer) else self.value
 
 
+def bare_targets(layer: PeftLayer) -> list[str]:
+    """Names of the module's parameters that `target_parameters` mean, in any form."""
+    wanted = [
+        n for name in layer.adapters for n in getattr(layer.state.configs.get(name), "target_parameters", None) or ()
+    ]
+    return [n for n in layer.base._parameters if any(matches(f"{layer.path}.{n}", entry) for entry in wanted)]
+
+
 def shown_class(layer: PeftLayer, row: table.Row) -> str:
     """The name of PEFT's class for a layer."""
+    if "ParamWrapper" in row.layers and fits(layer, "ParamWrapper"):
+        return "ParamWrapper"
     return next((name for name in row.layers[1:] if fits(layer, name)), row.layers[0])
 
 

@@ -13,8 +13,9 @@ from torch import nn
 from ...core.layer import bare, walk
 from ...core.select import matches
 from ...core.target import adapts
-from ...errors import TargetError
+from ...errors import ConfigError, TargetError
 from . import table
+from .configs import Names
 from .defaults import default
 from .strictness import is_strict
 
@@ -84,12 +85,14 @@ def narrowed(model: nn.Module, config: Any) -> Any:
     if getattr(config, "ensure_weight_tying", False) and saved:
         first = _without_followers(model, saved)
         config.modules_to_save = first if len(first) < len(saved) else config.modules_to_save
+    _narrow_tokens(model, config, paths, saved)
     if not hasattr(config, "target_modules") or getattr(config, "members", None) is None:
         return config
     if config.target_modules is not None or not getattr(config, "target_parameters", None):
         fill_defaults(model, config)
         config.__dict__["filled"] = {field: getattr(config, field) for field in FIELDS if hasattr(config, field)}
     if config.target_modules == "all-linear":
+        _narrow_patterns(config, paths)
         return config
     found = [path for path in paths if check_target_module_exists(config, path)]
     _warn_of_ties(model, config, [*saved, *found])
@@ -113,6 +116,44 @@ def _without_followers(model: nn.Module, paths: Sequence[str]) -> list[str]:
     for path, weight in weights.items():
         seen.setdefault(id(path if weight is None else weight), path)
     return list(seen.values())
+
+
+def _narrow_tokens(model: nn.Module, config: Any, paths: Sequence[str], saved: Sequence[str]) -> None:
+    """Of modules that share one weight the first: the others learn the same tokens with it.
+
+    Raises:
+        TargetError: a name means no module, or one that is trained whole.
+        ConfigError: the tokens of tied modules differ, though they should be tied.
+    """
+    wanted = getattr(config, "trainable_token_indices", None)
+    is_tied_on_request = bool(wanted) and getattr(config, "ensure_weight_tying", False)
+    if is_tied_on_request and not tied_modules(model):
+        warnings.warn(
+            "ensure_weight_tying=True but the model does not have tied weights (tie_word_embeddings=False). Weight "
+            "tying will not be applied for trainable_token_indices.",
+            stacklevel=5,
+        )
+    if not isinstance(wanted, dict):
+        return
+    found = {path: tokens for name, tokens in wanted.items() for path in paths if matches(path, name)}
+    missing = {name for name in wanted if not any(matches(path, name) for path in paths)}
+    if missing:
+        raise TargetError(f"Target modules {missing} not found in the base model.")
+    if set(found) & set(saved):
+        raise TargetError(
+            "The embedding layer is already marked to be trained fully, either specify "
+            '`modules_to_save=[..., "embed_tokens", ...]` or `trainable_token_indices={...}` but not both.'
+        )
+    first = {path: tokens for path, tokens in found.items() if path in _without_followers(model, list(found))}
+    followers = {path: tokens for path, tokens in found.items() if path not in first}
+    differ = [path for path, tokens in followers.items() if tokens not in first.values()]
+    if differ and is_tied_on_request:
+        raise ConfigError(
+            "Cannot ensure weight tying when different token indices are specified for tied layers. Conflicting "
+            f"layers: {found}. Please use the same indices for all tied layers or set ensure_weight_tying=False."
+        )
+    if followers and not differ:
+        config.trainable_token_indices = first
 
 
 TIED = "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but "
@@ -262,6 +303,18 @@ def _warn_unused(config: Any, paths: Sequence[str], found: Sequence[str]) -> Non
     if config.target_modules and not found:
         targets = config.target_modules if isinstance(config.target_modules, str) else set(config.target_modules)
         warnings.warn(f"target_modules={targets} were set but no module was matched.", RuntimeWarning, stacklevel=4)
+
+
+def shortened(model: nn.Module, config: Any) -> Any:
+    """The targets; many full paths as the fewest endings that mean the same, since each module is compared with all."""
+    from .utils import find_minimal_target_modules
+
+    targets, least = getattr(config, "target_modules", None), table.CONSTANTS["MIN_TARGET_MODULES_FOR_OPTIMIZATION"]
+    if not isinstance(targets, (list, tuple, set)) or len(targets) < least:  # type: ignore[operator]
+        return targets
+    others = [path for path, _ in walk(model) if path and path not in targets]
+    short = find_minimal_target_modules(targets, others)
+    return Names(short) if len(short) < len(targets) else targets
 
 
 def _narrow_targets(config: Any, found: Sequence[str]) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import veneer
 
 from ...core.config import TaskType
-from ...errors import TargetError, VeneerError
+from ...errors import ConfigError, TargetError, VeneerError
+from ...hub import resolve
 from . import (
     attaching,
     configs,
@@ -92,6 +93,27 @@ def everything() -> dict[str, Any]:
     return found
 
 
+def _by_class(path: Any, *args: Any, **kwargs: Any) -> Any:
+    """Base and adapter, where the file names the base's class instead of a task: one of transformers'.
+
+    Raises:
+        ConfigError: the class is of another library, which would run code that a file names.
+    """
+    import transformers
+
+    hub = {n: kwargs.pop(n) for n in list(kwargs) if n in configs.hub_arguments()}
+    config = configs.PeftConfig.from_pretrained(path, **hub)
+    mapping = config.auto_mapping or {}
+    library, name = str(mapping.get("parent_library", "")), str(mapping.get("base_model_class", ""))
+    kind = getattr(transformers, name, None) if library.partition(".")[0] == "transformers" else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ConfigError(f"{str(path)!r} names no model class of transformers for its base, but {library}.{name}")
+    if not config.base_model_name_or_path:
+        raise ConfigError(f"{str(path)!r} does not name its base model; load it yourself")
+    base = kind.from_pretrained(resolve(config.base_model_name_or_path), **kwargs)
+    return models.PeftModel.from_pretrained(base, path, *args, **hub)
+
+
 def _auto(ours: Any) -> Any:
     """A class that loads base and adapter, whose adapter model is PEFT's."""
     wanted = getattr(models, ours.__name__.removeprefix("Auto"))
@@ -111,6 +133,8 @@ def _auto(ours: Any) -> Any:
             hub = {n: v for n, v in kwargs.items() if n in configs.hub_arguments()}
             task = configs.PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub).task_type
             found = models.MODELS.get(task)
+            if found is None and wanted is models.PeftModel:
+                return _by_class(pretrained_model_name_or_path, *args, **kwargs)
             if found is not None and wanted is models.PeftModel:
                 raise VeneerError(
                     "Cannot use `AutoPeftModel` with a task type, please use a specific class for your task type. "

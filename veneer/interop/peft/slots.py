@@ -282,6 +282,38 @@ class TiedSlot(ModuleSlot):
         self.__dict__["_modules"] = Twins(layer, attribute, "_modules", key)
 
 
+class ShownTokens(nn.Module):
+    """`embed_tokens.token_adapter`: the trained tokens of a layer, also where the layer follows another one's."""
+
+    def __init__(self, layer: PeftLayer) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer
+
+    def parts(self) -> dict[str, Any]:
+        """The trained tokens by adapter."""
+        adapters = self.layer.adapters
+        found = {n: [p for p in adapters[n].parts if p.key == "token_adapter."] for n in adapters}
+        return {name: parts[0] for name, parts in found.items() if parts}
+
+    @property
+    def token_indices(self) -> dict[str, list[int]]:
+        return {name: part.index.tolist() for name, part in self.parts().items()}
+
+    @property
+    def trainable_tokens_original(self) -> dict[str, Any]:
+        """The rows that the tokens had, (tokens, width)."""
+        return {name: part.originals for name, part in self.parts().items()}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__["_modules"]:
+            return self._modules[name]
+        layer = self.__dict__["layer"]
+        if name == "trainable_tokens_delta":
+            first = next(part.shared.target.path for part in self.parts().values())
+            return layer.state.layers[first].token_adapter.trainable_tokens_delta
+        return getattr(layer, name)
+
+
 class ShownPrompt(nn.Module):
     """A prompt as PEFT's encoder: its values are the weight of `embedding`."""
 

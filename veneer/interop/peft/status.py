@@ -49,10 +49,7 @@ class TunerModelStatus:
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """The state of each adapted module of any model."""
     root = model.base_model if isinstance(model, PeftModel) else model
-    if isinstance(model, PeftModel) and getattr(model, "_is_prompt_learning", False):
-        raise TypeError(
-            "get_layer_status() got an invalid PeftModel instance; prefix tuning and adaption prompt are not supported."
-        )
+    _check_kind(model, "get_layer_status")
     found = [_layer(name, m) for name, m in root.named_modules() if isinstance(m, PeftLayer)]
     if not found:
         raise VeneerError(
@@ -60,6 +57,14 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
             "injected in the model."
         )
     return found
+
+
+def _check_kind(model: nn.Module, asked: str) -> None:
+    kind = getattr(getattr(model, "peft_type", None), "value", None) if isinstance(model, PeftModel) else None
+    if kind == "ADAPTION_PROMPT" or getattr(model, "_is_prompt_learning", False):
+        raise TypeError(
+            f"{asked}() got an invalid PeftModel instance; prefix tuning and adaption prompt are not supported."
+        )
 
 
 def _layer(name: str, layer: PeftLayer) -> TunerLayerStatus:
@@ -80,6 +85,7 @@ def _layer(name: str, layer: PeftLayer) -> TunerLayerStatus:
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
     """The state of the adapters of any model."""
+    _check_kind(model, "get_model_status")
     layers = get_layer_status(model)
     is_peft = isinstance(model, PeftModel)
     base = model.get_base_model() if is_peft else model

@@ -199,6 +199,7 @@ METHODS: dict[str, Row] = {
     "TRAINABLE_TOKENS": Row(
         *("trainable_tokens", "TrainableTokensConfig", "TrainableTokensModel", "trainable_tokens_"),
         *(("TrainableTokensLayer",), ("trainable_tokens_delta",), ("token_indices", "trainable_tokens_original")),
+        aliases={"trainable_tokens_original": "originals"},
     ),
     "UNILORA": Row(
         *("unilora", "UniLoraConfig", "UniLoraModel", "unilora_", ("UniLoraLayer", "Linear")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from ...errors import NotMergeable, VeneerError
 from . import table
 from .attaching import activate, enable, put_on, set_requires_grad, take_off
 from .configs import CONFIGS, PeftType
-from .layers import LAYERS, BaseTunerLayer, agree, is_flat
+from .layers import LAYERS, BaseTunerLayer, agree, bare_targets, is_flat
 from .matching import check_target_module_exists
 from .slots import SharedSlot
 
@@ -98,16 +99,16 @@ class BaseTuner(Adapted):
         paths = [p for p, layer in self.state.layers.items() if not getattr(layer, "is_copy", False)]
         self.__dict__["targeted_module_names"] = paths
         self.__dict__["targeted_parameter_names"] = [
-            part.target.path
-            for layer in self.state.layers.values()
-            for adapter in layer.adapters.values()
-            for part in adapter.parts
-            if part.target.kind == "param"
+            f"{path}.{name}"
+            for path, layer in self.state.layers.items()
+            for name in bare_targets(layer)  # type: ignore[arg-type]
         ]
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
         config = getattr(model, "config", None) or dict(table.CONSTANTS["DUMMY_MODEL_CONFIG"])  # type: ignore[call-overload]
+        if dataclasses.is_dataclass(config) and not isinstance(config, type):
+            return dataclasses.asdict(config)
         return config.to_dict() if hasattr(config, "to_dict") else dict(config)
 
     @staticmethod

@@ -196,7 +196,11 @@ def find_minimal_target_modules(target_modules: Iterable[str], other_module_name
     if "" in wanted:
         raise ValueError("target_modules should not contain an empty string.")
     if wanted & others:
-        raise ValueError(f"target_modules and other modules have names in common: {sorted(wanted & others)}")
+        raise ValueError(
+            "target_modules and other_module_names contain common elements, this should not happen, please open a "
+            "GitHub issue at https://github.com/huggingface/peft/issues with the code to reproduce this issue: "
+            f"{sorted(wanted & others)}"
+        )
     endings: set[str] = set()
     for path in sorted(wanted):
         parts = path.split(".")
