@@ -20,9 +20,13 @@ from ...interop import transformers as interop
 from ...train.schedule import follow
 from . import table
 from .configs import Names, PeftConfig, as_peft
+from .fused import modernise
 from .layers import PeftLayer, agree, is_flat, names_of
 from .matching import check_target_module_exists, narrowed, shortened
 from .strictness import is_strict
+
+REWRITTEN = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
+"""Fields of a config that are changed for a model whose modules were joined since."""
 
 
 def put_on(
@@ -41,6 +45,9 @@ def put_on(
         model.requires_grad_(False)
     elif name in present.configs:
         inject.detach(model, name, present)
+    if not is_strict():
+        modernise(model, config)
+        given.__dict__.update({n: getattr(config, n) for n in REWRITTEN if hasattr(config, n)})
     short = shortened(model, config)
     if short is not getattr(config, "target_modules", None):
         config.target_modules = given.target_modules = short

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from . import table
+from .fused import modern, modernise
 
 
 def build_peft_weight_mapping(weight_conversions: Any, adapter_name: str, peft_config: Any = None) -> list[Any]:
@@ -20,10 +21,12 @@ def build_peft_weight_mapping(weight_conversions: Any, adapter_name: str, peft_c
 
 
 def convert_peft_config_for_transformers(peft_config: Any, model: Any, conversions: Any = None) -> None:
-    """PEFT rewrites the targets of files made for older architectures; ours keep what they say."""
+    """Rewrite, in place, the targets of a file that was made for an architecture of before transformers 5."""
+    modernise(model, peft_config)
 
 
 def convert_peft_adapter_state_dict_for_transformers(
-    model: Any, peft_config: Any, peft_model_state_dict: Any, *args: Any, **kwargs: Any
+    model: Any, peft_config: Any, adapter_state_dict: Any, adapter_name: str = "default"
 ) -> Any:
-    return peft_model_state_dict
+    """The file's tensors as today's architecture has them."""
+    return modern(adapter_state_dict)

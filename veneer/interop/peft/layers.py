@@ -143,12 +143,16 @@ class PeftLayer(AdapterLayer):
             return held["original_module"]
         if name in held:
             return held[name]
+        if name == "original_module" and held:  # PEFT's name where copies, or tokens, are trained beside it
+            return self.base
         if name.startswith("__"):
             raise AttributeError(name)
         if "original_module" in held and name not in ("adapters", "state", "target"):
             active = next((self.adapters[n] for n in self.active_adapters if n in self.adapters), None)
             if active is not None and not self.disable_adapters and hasattr(active, "module"):
                 return getattr(active.module, name)
+            if (active is None or self.disable_adapters) and not (self.own and self.own[0] and active is None):
+                return getattr(held["original_module"], name)
         kind = self.row()
         if kind is not None and name in kind.other:
             attribute = kind.aliases.get(name, table.EVERYWHERE.get(name, name))
@@ -254,11 +258,6 @@ class PeftLayer(AdapterLayer):
     def _adapted(self) -> Target:
         """What the adapters see: the module, or one of its parameters."""
         return next((part.target for adapter in self.adapters.values() for part in adapter.parts), self.target)
-
-    @property
-    def original_module(self) -> nn.Module:
-        """PEFT's name for the module where copies, or tokens, are trained beside it."""
-        return self.base
 
     @property
     def is_feedforward(self) -> bool:

@@ -82,6 +82,7 @@ def narrowed(model: nn.Module, config: Any) -> Any:
     paths = [path for path, _ in walk(model) if path]
     _narrow_copies(config, paths)
     saved = [p for p in paths if any(matches(p, n) for n in getattr(config, "modules_to_save", None) or ())]
+    _check_copies(dict(walk(model)), saved)
     if getattr(config, "ensure_weight_tying", False) and saved:
         first = _without_followers(model, saved)
         config.modules_to_save = first if len(first) < len(saved) else config.modules_to_save
@@ -116,6 +117,15 @@ def _without_followers(model: nn.Module, paths: Sequence[str]) -> list[str]:
     for path, weight in weights.items():
         seen.setdefault(id(path if weight is None else weight), path)
     return list(seen.values())
+
+
+HOLDERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def _check_copies(modules: dict[str, nn.Module], saved: Sequence[str]) -> None:
+    for path in saved:
+        if isinstance(bare(modules[path]), HOLDERS):
+            raise TypeError(f"modules_to_save cannot be applied to modules of type {type(bare(modules[path]))}")
 
 
 def _narrow_tokens(model: nn.Module, config: Any, paths: Sequence[str], saved: Sequence[str]) -> None:
@@ -167,7 +177,8 @@ def _warn_of_ties(model: nn.Module, config: Any, paths: Sequence[str]) -> None:
     """What PEFT says where an adapter is put on a module that shares its weight, or should have been."""
     modules, followers = dict(walk(model)), tied_modules(model)
     asked = getattr(config, "ensure_weight_tying", None)
-    touched = bool(followers) and any(getattr(bare(modules[p]), "weight", None) is followers[0] for p in paths)
+    weight, _ = _embedding(model)
+    touched = bool(followers) and any(getattr(bare(modules[p]), "weight", None) is weight for p in paths)
     if asked and not followers:
         words = "You have requested `ensure_weight_tying`, but no tied modules were found in the model"
     elif asked and not touched:
@@ -184,17 +195,24 @@ def _warn_of_ties(model: nn.Module, config: Any, paths: Sequence[str]) -> None:
     warnings.warn(words, stacklevel=6)
 
 
-def tied_modules(model: Any) -> list[Any]:
-    """The input embedding's weight, as often as other modules have it; none where the config says they are not tied."""
-    settings = getattr(model, "config", None)
+def tied_modules(model: Any) -> list[str]:
+    """Paths of the modules that share the input embedding's weight; none where the config says they are not tied."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = model.model if hasattr(model, "tuner_layer_cls") else model
+    weight, embedding = _embedding(model)
+    if weight is None or not getattr(getattr(model, "config", None), "tie_word_embeddings", True):
+        return []
+    same = {p: m for p, m in walk(model) if bare(m) is not embedding and getattr(bare(m), "weight", None) is weight}
+    return sorted(same)
+
+
+def _embedding(model: Any) -> tuple[Any, Any]:
+    """(weight, module) of the input embedding; None where there is none."""
     try:
-        embedding = model.get_input_embeddings()
+        embedding = bare(model.get_input_embeddings())
     except (AttributeError, NotImplementedError):
-        return []
-    weight = getattr(bare(embedding), "weight", None)
-    if weight is None or not getattr(settings, "tie_word_embeddings", False):
-        return []
-    return [weight for _, m in walk(model) if m is not embedding and getattr(bare(m), "weight", None) is weight]
+        return None, None
+    return getattr(embedding, "weight", None), embedding
 
 
 def _narrow_copies(config: Any, paths: Sequence[str]) -> None:

@@ -80,6 +80,7 @@ def everything() -> dict[str, Any]:
         "PEFT_TYPE_TO_PREFIX_MAPPING": {configs.PeftType(k): row.prefix for k, row in table.METHODS.items()},
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": models.MODELS,
         "_get_submodules": utils.get_submodules,
+        "_get_module_names_tied_with_embedding": matching.tied_modules,
         "_freeze_adapter": utils.freeze_adapter,
         "_find_minimal_target_modules": utils.find_minimal_target_modules,
         "_get_no_split_modules": utils.no_split_modules,

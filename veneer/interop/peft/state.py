@@ -21,6 +21,7 @@ from ...core.layer import walk
 from ...errors import CheckpointError, VeneerError
 from ...files import PICKLE_NAME, WEIGHTS_NAME, find_file
 from . import table
+from .fused import any_old, modern
 from .strictness import is_strict
 
 PREFIX = "base_model.model."
@@ -132,6 +133,7 @@ def _todays(given: Mapping[str, Tensor], config: Any, has_prefix: bool) -> dict[
     names = checkpoint.renamed()
     start = "" if has_prefix or isinstance(config, PromptConfig) else PREFIX
     tensors = {checkpoint._todays(key, names): t for key, t in given.items()}
+    tensors = modern(tensors) if any_old(tensors) else tensors
     return {key if key.startswith("base_model.") else start + key: t for key, t in tensors.items()}
 
 

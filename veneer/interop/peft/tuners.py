@@ -17,7 +17,7 @@ from . import table
 from .attaching import activate, enable, put_on, set_requires_grad, take_off
 from .configs import CONFIGS, PeftType
 from .layers import LAYERS, BaseTunerLayer, agree, bare_targets, is_flat
-from .matching import check_target_module_exists
+from .matching import check_target_module_exists, tied_modules
 from .slots import SharedSlot
 
 
@@ -201,6 +201,9 @@ class BaseTuner(Adapted):
         return model
 
     _state = property(lambda self: self.state)
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        return tied_modules(self.model)
 
     def get_base_model(self) -> nn.Module:
         return self.model
