@@ -19,6 +19,7 @@ FLOWS = {
     "diffusers_lora": "diffusers",
     "sentence_embeddings": "sentence_transformers",
     "accelerate_loop": "accelerate",
+    "old_experts": "transformers",
 }
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from . import table
-from .fused import modern, modernise
+from .fused import both, flat, modern, modernise
 
 
 def build_peft_weight_mapping(weight_conversions: Any, adapter_name: str, peft_config: Any = None) -> list[Any]:
@@ -17,7 +20,42 @@ def build_peft_weight_mapping(weight_conversions: Any, adapter_name: str, peft_c
     prefixes = {row.prefix for k, row in table.METHODS.items() if kind is None or k == kind}
     found = [WeightRenaming("base_model.model.model.", "model."), WeightRenaming("base_model.model.", "")]
     found += [WeightRenaming(rf"({re.escape(p)}[^\.]*)", rf"\1.{adapter_name}") for p in sorted(prefixes)]
-    return [*found, *(c for c in weight_conversions or () if isinstance(c, WeightRenaming))]
+    given = list(weight_conversions or ())
+    found += [c for c in given if isinstance(c, WeightRenaming)]
+    return [
+        *found,
+        *(joined for c in given if not isinstance(c, WeightRenaming) for joined in _joining(c, adapter_name)),
+    ]
+
+
+def _joining(conversion: Any, adapter_name: str) -> Iterator[Any]:
+    """How the LoRA factors of single experts become those of the parameter that `conversion` makes of their weights."""
+    from transformers.core_model_loading import ConversionOps, WeightConverter
+
+    class Join(ConversionOps):
+        def __init__(self, side: str) -> None:
+            self.side = side
+
+        @torch.no_grad()
+        def convert(
+            self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+        ) -> Any:
+            stacks = [torch.stack(list(input_dict.pop(p))) for p in source_patterns if p in input_dict]
+            joined = both(stacks, self.side) if len(stacks) > 1 else stacks[0]
+            return {target_patterns[0]: flat(joined, self.side)}
+
+    target = conversion.target_patterns[0]
+    path, _, name = target.rpartition(".")
+    if len(conversion.target_patterns) > 1 or name not in ("gate_up_proj", "down_proj"):
+        return
+    place = f"{path}.base_layer_1" if name == "gate_up_proj" else path
+    sources = [pattern.rsplit(".", 1)[0] for pattern in conversion.source_patterns]
+    for side in "AB":
+        yield WeightConverter(
+            source_patterns=[f"{source}.lora_{side}.*" for source in sources],
+            target_patterns=[f"{place}.lora_{side}.{adapter_name}.weight"],
+            operations=[Join(side)],
+        )
 
 
 def convert_peft_config_for_transformers(peft_config: Any, model: Any, conversions: Any = None) -> None:

@@ -100,24 +100,24 @@ def modern(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for (path, side), by_name in found.items():
         stacks = {name: torch.stack([t for _, t in sorted(of.items())]) for name, of in by_name.items()}
         for name, stack in _joined(stacks, side).items():
-            rest[f"{path}{'.base_layer' if name == 'gate_up_proj' else ''}.lora_{side}.weight"] = _flat(stack, side)
+            rest[f"{path}{'.base_layer' if name == 'gate_up_proj' else ''}.lora_{side}.weight"] = flat(stack, side)
     return rest
 
 
 def _joined(stacks: dict[str, Tensor], side: str) -> dict[str, Tensor]:
     """(experts, ., .) by today's parameter; the halves as one."""
     halves = [stacks[name] for pair in HALVES for name in pair if name in stacks]
-    found = {"gate_up_proj": _both(halves, side)} if halves else {}
+    found = {"gate_up_proj": both(halves, side)} if halves else {}
     return found | {OLD[name]: stack for name, stack in stacks.items() if OLD[name] == "down_proj"}
 
 
-def _both(halves: list[Tensor], side: str) -> Tensor:
+def both(halves: list[Tensor], side: str) -> Tensor:
     if side == "A":
         return torch.cat(halves, dim=1)
     return torch.stack([torch.block_diag(*of) for of in zip(*halves, strict=True)])
 
 
-def _flat(stack: Tensor, side: str) -> Tensor:
+def flat(stack: Tensor, side: str) -> Tensor:
     """In the file A's rows are ordered by expert, then rank; B's columns by rank, then expert."""
     if side == "A":
         return stack.flatten(0, 1)
