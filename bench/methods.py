@@ -110,7 +110,8 @@ def settings_for(name: str, task: Task, base: Any) -> dict[str, Any]:
     if name == "arrow":
         return {"arrow_config": {"task_adapter_names": experts(task, base), "top_k": 2}}
     if name == "xlora":
-        return {"adapters": {str(i): path for i, path in enumerate(experts(task, base))}}
+        found = {str(i): path for i, path in enumerate(experts(task, base))}
+        return {"adapters": found, "hidden_size": base.config.hidden_size}
     return {}
 
 
@@ -145,7 +146,7 @@ def build(name: str, library: str, base: Any, settings: dict[str, Any], task: Ta
     import peft
 
     base.config.use_cache = name != "xlora"
-    found = config_for(name)
+    found = config_for(name, **settings)
     given = {**found.example, "task_type": "CAUSAL_LM", **settings}
     kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(str(found.peft_type))]
     return peft.get_peft_model(base, kind(**given))

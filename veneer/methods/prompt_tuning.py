@@ -4,8 +4,8 @@
 
 Lester et al., 2021, arXiv:2104.08691. Trainable: n x width. Not mergeable: it has no weight form. Starts at random
 embeddings, at those of random tokens, or at those of a text. For an encoder-decoder, PEFT's files hold twice the rows,
-of which the second half is never read. It is for large models, as the paper shows: on SmolLM2-135M it gains 15 % of
-what LoRA gains in 60 rows of GSM8K.
+of which the second half is never read. It learns at rates a hundred times those of weights: 0.3 gains on SmolLM2-135M
+nine tenths of what LoRA gains in 60 rows of GSM8K, 1e-3 a seventh.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from ...errors import NotMergeable, VeneerError
 from . import table
 from .attaching import activate, enable, put_on, set_requires_grad, take_off
 from .configs import CONFIGS, PeftType
+from .gating import WithGate
 from .layers import LAYERS, BaseTunerLayer, agree, bare_targets, is_flat
 from .matching import check_target_module_exists, tied_modules
 from .slots import SharedSlot
@@ -287,7 +288,8 @@ def _tuner_class(kind: str, row: table.Row) -> type:
         "tuner_layer_cls": next(iter(layers.values()), BaseTunerLayer),
         "peft_type": PeftType(kind),
     }
-    bases = (WithWeightedSums, BaseTuner) if kind in ("LORA", "ADALORA", "IA3", "HIRA") else (BaseTuner,)
+    more = WithWeightedSums if kind in ("LORA", "ADALORA", "IA3", "HIRA") else WithGate if kind == "XLORA" else None
+    bases = (BaseTuner,) if more is None else (more, BaseTuner)
     return type(row.model, bases, names)
 
 
