@@ -41,6 +41,8 @@ class ALoRA(LoRA):
         """Which positions of the call are invoked: (batch, length)."""
         ids, given, key = kwargs.get("input_ids"), facts.get("alora_offsets"), key_of(config)
         inputs = kwargs.get("inputs_embeds") if ids is None else ids
+        if inputs is None and given is not None:  # a model of one's own may call them otherwise
+            inputs = next((value for value in kwargs.values() if isinstance(value, Tensor) and value.dim() > 1), None)
         if inputs is None or (ids is None and given is None):
             raise VeneerError("aLoRA looks for its invocation in input_ids; without them, pass alora_offsets")
         if given is not None:

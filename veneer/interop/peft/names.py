@@ -20,6 +20,7 @@ from . import (
     lora_conversion,
     matching,
     models,
+    offsets,
     state,
     status,
     table,
@@ -55,6 +56,7 @@ def everything() -> dict[str, Any]:
         hotswap,
         lora_conversion,
         matching,
+        offsets,
         state,
         status,
         utils,
@@ -208,6 +210,7 @@ MODULES = {
     "peft.tuners.lora.corda": "preprocess_corda",
     "peft.tuners.lora.eva": "get_eva_state_dict initialize_lora_eva_weights",
     "peft.tuners.lora.loraga": "preprocess_loraga",
+    "peft.tuners.lora.variants": "calculate_alora_offsets get_alora_offsets_for_forward get_alora_offsets_for_generate",
     "peft.tuners.mixed": "MixedModel",
     "peft.tuners.mixed.model": "MixedModel",
     "peft.tuners.tuners_utils": "Base* cast_adapter_dtype check_adapters_to_merge check_target_module_exists "

@@ -268,6 +268,18 @@ class WithWeightedSums:
                 raise VeneerError(f"Adapter {name} does not exist")
         add_weighted_adapter(self, *args, **kwargs)  # type: ignore[arg-type]
 
+    def _get_kasa_loss(self) -> Any:
+        """What KaSA's penalties add to the loss; 0 without it."""
+        state: State = self.state  # type: ignore[attr-defined]
+        penalties = [
+            part.penalty()
+            for name in state.active
+            for adapter in state.adapters(name).values()
+            for part in adapter.parts
+            if hasattr(part, "penalty")
+        ]
+        return sum(penalties) if penalties else 0.0
+
     def subtract_mutated_init(self, output_state_dict: Any, adapter_name: str, kwargs: Any = None) -> Any:
         return output_state_dict
 
