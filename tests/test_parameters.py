@@ -32,6 +32,31 @@ def test_the_weight_of_a_linear_layer_is_that_layer():
     torch.testing.assert_close(output(by_module, BATCH), expected, **TOLERANCE)
 
 
+def test_two_adapters_of_experts_add_up():
+    """Active together in either order, merged together, and merged one after the other."""
+    settings, batch = dict(r=3, target_parameters=["gate_up_proj"]), models.inputs("mixtral")
+    model = get_peft_model(models.build("mixtral"), LoraConfig(**settings), "one").eval()
+    model.add_adapter("two", LoraConfig(**settings))
+    for seed, name in enumerate(("one", "two")):
+        perturb(model, name, seed)
+    found = []
+    for names in (["one", "two"], ["two", "one"]):
+        model.set_adapter(names)
+        found.append(output(model, batch))
+    model.set_adapter("one")
+    assert not torch.allclose(output(model, batch), found[0], atol=1e-3)
+    for steps in ([["one", "two"]], [["two"], ["one"]]):
+        for names in steps:
+            model.merge_adapter(names)
+        found.append(output(model, batch))
+        model.unmerge_adapter()
+    with model.disable_adapter():
+        base = output(model, batch)
+    for out in found:
+        assert not torch.allclose(out, base, atol=1e-3)
+        torch.testing.assert_close(out, found[0], **TOLERANCE)
+
+
 def test_dropout_works_where_the_parameter_is_a_linear_layers():
     settings = dict(r=3, target_parameters=["q_proj.weight"], lora_dropout=0.5)
     model = perturb(get_peft_model(models.build("llama"), LoraConfig(**settings))).train()

@@ -170,8 +170,9 @@ class AdapterLayer(nn.Module):
     def folded(self, stack: Stack) -> dict[str, Tensor]:
         """The module's parameters with `stack` folded in, by name."""
         found: dict[str, Tensor] = {}
-        for target in dict.fromkeys(adapter.target for adapter in stack):
-            found |= target.tensors(*self.fold([adapter for adapter in stack if adapter.target is target]))
+        for path in dict.fromkeys(adapter.target.path for adapter in stack):
+            same = [adapter for adapter in stack if adapter.target.path == path]
+            found |= same[0].target.tensors(*self.fold(same))
         return found
 
     def fold(self, stack: Stack) -> tuple[Tensor, Tensor | None]:

@@ -151,6 +151,9 @@ class PeftModel(core.PeftModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._check_names(args, kwargs)
+        beams = kwargs.get("num_beams") or 1
+        if beams > 1 and any(getattr(c, "alora_invocation_tokens", None) for c in self.peft_config.values()):
+            raise VeneerError("Beam search not yet supported for aLoRA.")
         return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -163,10 +163,6 @@ LATER = (
         r"adapter '.*' is PeftType\.(\w+), the file (\w+)",
         r"Incompatible PEFT types found: \1 and \2",
     ),
-    Row(
-        r"aLoRA looks for its invocation in input_ids; without them",
-        "Beam search not yet supported for aLoRA.",
-    ),
 )
 
 
