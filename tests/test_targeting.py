@@ -209,6 +209,20 @@ def test_each_entry_of_each_field_must_match():
     assert "layers_pattern" in message and "'oops'" in message
 
 
+def test_an_empty_entry_is_refused():
+    """It is not the name of the whole model."""
+    settings = dict(target_modules=["q_proj"])
+    for field, value in {
+        "target_modules": [""],
+        "exclude_modules": [""],
+        "modules_to_save": ["lm_head", ""],
+        "rank_pattern": {"": 4},
+        "alpha_pattern": {"": 4},
+    }.items():
+        message = refused("llama", **settings | {field: value})
+        assert field in message and "''" in message
+
+
 def test_a_pattern_for_a_module_that_is_no_target_is_refused():
     """`k_proj` exists, but nothing there would have the rank."""
     for field in ("rank_pattern", "alpha_pattern"):
