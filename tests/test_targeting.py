@@ -238,6 +238,17 @@ def test_the_feedforward_modules_of_ia3_must_be_targets():
                 get_peft_model(models.build("llama"), config)
 
 
+@pytest.mark.parametrize("kind", ["SeqBnInvConfig", "DoubleSeqBnInvConfig", "BottleneckConfig", "ParBnConfig"])
+def test_the_ends_of_bottlenecks_must_be_targets(kind: str):
+    """Given ones are not lost where the targets are left to the library, nor where they have no use."""
+    for field in ("input_modules", "output_modules"):
+        if hasattr(getattr(veneer, kind), field):
+            with pytest.raises((ConfigError, TargetError), match=field):
+                get_peft_model(models.build("llama"), getattr(veneer, kind)(**{field: ["oops"]}))
+    with pytest.raises(ConfigError, match="input_modules go with"):
+        veneer.BottleneckConfig(input_modules=["o_proj"])
+
+
 # exclude_modules, layers_to_transform
 
 
