@@ -249,6 +249,13 @@ def test_the_ends_of_bottlenecks_must_be_targets(kind: str):
         veneer.BottleneckConfig(input_modules=["o_proj"])
 
 
+@pytest.mark.parametrize("pattern", [{"oops": [True]}, {"q_proj": 4}, {"q_proj": [1]}, {"oops.lora_E": [True] * 12}])
+def test_the_ranks_of_a_cut_adalora_must_be_of_its_targets(pattern):
+    with pytest.raises((ConfigError, TargetError), match="rank_pattern"):
+        config = veneer.AdaLoraConfig(total_step=9, target_modules=["q_proj"], rank_pattern=pattern)
+        get_peft_model(models.build("llama"), config)
+
+
 # exclude_modules, layers_to_transform
 
 
