@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+import veneer
 from veneer import IA3Config, LoraConfig, VeneerError, get_peft_model
 from veneer.core.context import state_of
 
@@ -57,6 +58,22 @@ def test_a_state_dict_brings_everything_back(case: Case):
 def test_a_state_dict_of_other_adapters_is_refused():
     with pytest.raises(RuntimeError, match="adapters.other"):
         lora().load_state_dict(two().state_dict())
+
+
+@pytest.mark.parametrize("kind", ["LoraConfig", "VeraConfig", "PromptTuningConfig"])
+@pytest.mark.parametrize("name", ["v1.5", "default.default", ".hidden", "training", "_modules", "train"])
+def test_a_name_does_not_come_in_the_way_of_torch(kind: str, name: str):
+    """Of its state dicts, whose keys are split at dots, nor of the attributes that it sets on every module."""
+    config = getattr(veneer, kind)
+    config = config(num_virtual_tokens=3) if kind == "PromptTuningConfig" else config(target_modules=["q_proj"])
+    model, other = (perturb(get_peft_model(models.build("llama"), config, name), name, seed) for seed in (1, 2))
+    assert not model.train().eval().training
+    other.load_state_dict(model.state_dict(), strict=True)
+    batch = models.inputs("llama")
+    assert torch.equal(output(other.eval(), batch), output(model, batch))
+    stray = next(key for key in model.state_dict() if f".{name}." in key).replace(f".{name}.", ".stray.")
+    with pytest.raises(RuntimeError, match="stray"):
+        other.load_state_dict(model.state_dict() | {stray: torch.zeros(1)})
 
 
 # Copies

@@ -26,6 +26,7 @@ from veneer import (
     get_peft_model,
 )
 from veneer.core import checkpoint
+from veneer.core.checkpoint import NEXT_NAME
 from veneer.core.config import Config, all_methods
 
 from . import models
@@ -636,7 +637,9 @@ def test_unknown_arguments_are_refused(saved):
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "a/b", "a\\b", "nul\0", "__base__", 3, None, WEIGHTS, CONFIG, "x" * 256], ids=repr
+    "name",
+    [*("", ".", "..", "a/b", "a\\b", "nul\0", "\ud800", "__base__", 3, None), WEIGHTS, CONFIG, NEXT_NAME, "x" * 256],
+    ids=ascii,
 )
 def test_a_name_that_cannot_be_one_is_refused(name, saved):
     """It is a folder's name, and `__base__` means a row without an adapter."""
