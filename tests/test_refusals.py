@@ -28,6 +28,7 @@ from veneer import (
 from veneer.core import checkpoint
 from veneer.core.checkpoint import NEXT_NAME
 from veneer.core.config import Config, all_methods
+from veneer.hotswap import hotswap_adapter
 
 from . import models
 from .cases import ONE_EACH, Case, experts
@@ -614,6 +615,15 @@ def test_a_file_with_other_settings_is_refused_under_a_present_name(settings, tm
     model = lora()
     with refused(model, "'default'", *(key for key in settings if key != "r"), error=CheckpointError):
         model.load_adapter(tmp_path, "default")
+
+
+@pytest.mark.parametrize("load", [PeftModel.load_adapter, hotswap_adapter], ids=["load", "hotswap"])
+def test_a_head_that_the_present_adapter_has_no_place_for_is_refused(load, tmp_path):
+    """It neither takes the place of the base model's nor is it lost."""
+    lora(modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    model = lora()
+    with refused(model, "'default'", "modules_to_save", error=CheckpointError):
+        load(model, tmp_path, "default")
 
 
 def test_loading_into_a_merged_adapter_is_refused(saved):
