@@ -165,6 +165,26 @@ def test_no_gradient_under_checkpointing_of_frozen_embeddings():
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_gradient_of_a_head_is_not_the_adapters():
+    """A copy that is trained whole lies behind what is cut off, and learns by itself."""
+    model = lora(modules_to_save=["lm_head"], bias="all")
+    model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.get_base_model().disable_input_require_grads()
+    with pytest.raises(TrainingError, match="no gradient reaches adapter 'default'.*enable_input_require_grads"):
+        step(model, torch.optim.AdamW(p for p in model.parameters() if p.requires_grad))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_may_be_trained_alone():
+    model = lora(modules_to_save=["lm_head"])
+    for name, p in model.named_parameters():
+        p.requires_grad_("lm_head" in name and p.requires_grad)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(PATIENCE + 1):
+        step(model, optimizer)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_transformers_model_under_reentrant_checkpointing_learns():
     """The model's own switch, past ours, as ours: the embeddings' output is made to need a gradient."""
     model = lora()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from ..core.adapter import Bias, Replace
 from ..core.context import State
 from ..core.layer import walk
 from ..errors import TargetError, TrainingError, listing
@@ -111,13 +112,23 @@ class Guard:
         for name in waiting:
             if name not in self.start:
                 self.start[name] = _sum(self.state.parameters(name))
-            own = [held[id(p)] for p in self.state.parameters(name) if id(p) in held and p.numel()]
+            own = [held[id(p)] for p in self._own(name) if id(p) in held and p.numel()]
             if own and name not in self.reached:
                 if all(p.grad is None for p in own):
                     raise TrainingError(_unreached([name], "after a backward pass none of its parameters has one"))
                 self.reached.add(name)
         if waiting:
             self._check_holds(held)
+
+    def _own(self, name: str) -> list[nn.Parameter]:
+        """What the method itself learns: a copy of a head or of a bias has a gradient where that has none.
+
+        All that is learned where these are all there is.
+        """
+        learned = [p for p in self.state.parameters(name) if p.requires_grad]
+        parts = (part for adapter in self.state.adapters(name).values() for part in adapter.parts)
+        copies = {id(p) for part in parts if isinstance(part, (Bias, Replace)) for p in part.learned()}
+        return [p for p in learned if id(p) not in copies] or learned
 
     def _check_gradients(self, held: dict[int, Any]) -> None:
         for name in self.called:
