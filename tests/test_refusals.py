@@ -31,7 +31,7 @@ from veneer.core.config import Config, all_methods
 from veneer.hotswap import hotswap_adapter
 
 from . import models
-from .cases import ONE_EACH, Case, experts
+from .cases import CASES, ONE_EACH, Case, experts
 from .models import output, perturb
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -593,6 +593,27 @@ def test_another_base_model_is_refused_for_a_further_adapter_too(saved):
     other = perturb(get_peft_model(models.build("llama", seed=1), LoraConfig(target_modules=["v_proj"])).eval())
     with refused(other, "another base model", error=BaseMismatch):
         other.load_adapter(saved, "other")
+
+
+MIXED = ("lora", "dora", "adalora", "loha", "bottleneck", "loreft", "poly", "hira", "tinylora", "frod", "prefix_tuning")
+WIDTHS = [c for c in ONE_EACH if c.method in MIXED] + [c for c in CASES if str(c) == "lora-llama-bias-and-head"]
+
+
+@pytest.mark.parametrize("case", WIDTHS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.float16], ids=str)
+@pytest.mark.parametrize("step", [1, 2])
+def test_floats_of_any_width_are_computed_with(case: Case, dtype: torch.dtype, step: int, tmp_path):
+    """All of a file, or some beside others: nothing is rounded, and nothing fails when the model runs."""
+    case.build().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    floats = [key for key in sorted(tensors) if tensors[key].is_floating_point()][::step]
+    stored = tensors | {key: (tensors[key] / 8).to(dtype) for key in floats}
+    save_file({key: t.contiguous() for key, t in stored.items()}, tmp_path / WEIGHTS)
+    found = output(case.load(tmp_path), case.inputs())
+    save_file(
+        {key: t.float().contiguous() if t.is_floating_point() else t for key, t in stored.items()}, tmp_path / WEIGHTS
+    )
+    torch.testing.assert_close(found, output(case.load(tmp_path), case.inputs()))
 
 
 # Loading over a present adapter
