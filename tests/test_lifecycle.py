@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -142,6 +143,26 @@ def test_a_model_may_be_moved(case: Case):
     """To the meta device, which stands for any: no tensor of an adapter stays behind."""
     model = case.build().to("meta")
     assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["llama", "tied"])
+@pytest.mark.parametrize("saved", [None, ["lm_head"], ["norm"]], ids=str)
+@pytest.mark.parametrize("to", ["meta", torch.bfloat16], ids=str)
+def test_a_merged_model_may_be_moved(name: str, saved: list[str] | None, to: Any):
+    """What it merged with goes along, to be bound back; tied weights are tied again."""
+    targets = ["embed_tokens", "q_proj"] if name == "tied" else ["q_proj"]
+    model = perturb(get_peft_model(models.build(name), LoraConfig(target_modules=targets, modules_to_save=saved)))
+    base = model.get_base_model()
+    is_tied = base.get_input_embeddings().weight is base.get_output_embeddings().weight
+    model.merge_adapter()
+    model.to(to)
+    model.unmerge_adapter()
+    assert {(p.device.type, p.dtype) for p in base.parameters()} == {
+        ("meta", torch.float32) if to == "meta" else ("cpu", torch.bfloat16)
+    }
+    if to != "meta":
+        assert (base.get_input_embeddings().weight is base.get_output_embeddings().weight) == is_tied
+        assert output(model.eval(), models.inputs("llama")).isfinite().all()
 
 
 # Threads

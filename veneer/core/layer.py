@@ -260,6 +260,13 @@ class AdapterLayer(nn.Module):
         self.kept = {}
         self.merged_adapters = ()
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """A move or a cast takes along what `unmerge` binds back."""
+        holder = nn.Module()
+        holder._parameters.update(self.kept)  # type: ignore[arg-type]
+        self.kept = dict(holder._apply(fn)._parameters)  # type: ignore[arg-type]
+        return super()._apply(fn, recurse)
+
     def snapshot(self) -> tuple[Any, ...]:
         """What `merge` changes, for `revert`."""
         base = self.base_layer
