@@ -736,6 +736,17 @@ def test_wrapping_twice_is_refused(saved):
             PeftModel.from_pretrained(again, saved)
 
 
+@pytest.mark.parametrize("config", [LoraConfig(target_modules=TARGETS), veneer.IA3Config()], ids=lambda c: c.peft_type)
+def test_wrapping_around_adapters_is_refused(config):
+    """What is saved of the outer model would be trained on the inner adapters, of which its file says nothing."""
+    model = models.build("llama")
+    inner = get_peft_model(model.model, LoraConfig(target_modules=TARGETS))
+    with refused(model, "a part of it, already", "add_adapter()", "unload()"):
+        get_peft_model(model, config)
+    inner.unload()
+    get_peft_model(model, config)
+
+
 # Saving
 
 
