@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import multiprocessing
 import os
 import random
@@ -17,6 +18,7 @@ import torch
 
 from veneer import CheckpointError, LoraConfig, PeftModel, get_peft_model
 from veneer.core import checkpoint
+from veneer.core.config import all_methods
 
 from . import models
 from .models import output, perturb
@@ -157,6 +159,29 @@ def test_a_config_that_is_not_the_tensors_own_is_refused(tmp_path):
         PeftModel.from_pretrained(models.build("llama"), tmp_path / "0", config=config).active_peft_config.lora_alpha
         == 24
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "change"),
+    [
+        ("lora", dict(modules_to_save=["lm_head"]), dict(modules_to_save=None)),
+        ("lora", dict(modules_to_save=["lm_head"]), dict(modules_to_save=[])),
+        ("prompt_tuning", dict(modules_to_save=["lm_head"], num_virtual_tokens=3), dict(modules_to_save=None)),
+        ("unilora", {}, dict(target_modules=["v_proj"])),
+        ("unilora", {}, dict(exclude_modules=["layers.0.self_attn.q_proj"])),
+        ("unilora", {}, dict(layers_to_transform=[0])),
+    ],
+    ids=str,
+)
+def test_a_config_that_reads_the_tensors_another_way_is_refused(method, settings, change, tmp_path):
+    """A head that was trained is no base embedding; the tensors of UniLoRA do not say which targets they are for."""
+    base, kind = models.build("llama"), all_methods()[method]
+    settings = settings | ({} if method == "prompt_tuning" else dict(target_modules=["q_proj", "v_proj"]))
+    get_peft_model(base, kind(**settings)).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=f"{next(iter(change))} = .*, when written"):
+        PeftModel.from_pretrained(models.build("llama"), tmp_path)
 
 
 def test_with_sockets_blocked_all_but_a_download_works(tmp_path):

@@ -145,6 +145,8 @@ def test_what_cannot_be_combined_is_refused_and_nothing_changes():
     bad = [
         (dict(adapters=["one", "twoo"], weights=[1, 1]), "no adapter is called 'twoo'"),
         (dict(adapters=["one", "two"], weights=[1]), "each adapter needs one weight"),
+        (dict(adapters=["one", "two"], weights=[1, float("nan")]), "weights must be finite"),
+        (dict(adapters=["one"], weights=[float("inf")], combination_type="cat"), "weights must be finite"),
         (dict(adapters=["one"], weights=[1], adapter_name="two"), "already has an adapter"),
         (dict(adapters=["one"], weights=[1], combination_type="tie"), "ties"),
         (dict(adapters=["one"], weights=[1], combination_type="ties"), "density"),

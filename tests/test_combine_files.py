@@ -94,6 +94,7 @@ def test_refusals_write_nothing(tmp_path):
     base = dict(model=str(tmp_path / "base"))
     for error, match, names, weights, how in [
         (VeneerError, "each adapter needs one weight", paths, [1], {}),
+        (VeneerError, "weights must be finite", paths, [1, float("nan")], {}),
         (VeneerError, "is unknown", paths, [1, 1], dict(method="tie")),
         (VeneerError, "needs density", paths, [1, 1], dict(method="ties")),
         (BaseMismatch, "different base models", [paths[0], *other], [1, 1], {}),

@@ -94,6 +94,57 @@ def test_a_loss_that_is_not_finite(value: float, tmp_path):
     )
 
 
+def spoilt_outside(model, value: float) -> None:
+    """A backward pass of a loss by hand that is not finite, which the model does not see."""
+    logits = model(**models.inputs("llama")).logits
+    (logits.square().mean() * value).backward()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("late", [0, PATIENCE + 2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_by_hand_that_is_not_finite(value: float, late: int):
+    """Told by its gradient, at the first step as at any later one, before it spoils the adapter."""
+    model = lora()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(late):
+        spoilt_outside(model, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    spoilt_outside(model, value)
+    with pytest.raises(TrainingError, match="gradient of adapter 'default' is not finite"):
+        optimizer.step()
+    assert all(
+        torch.equal(p, q) for p, q in zip((p for p in model.parameters() if p.requires_grad), before, strict=True)
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_loss_that_the_trainer_computes_and_is_not_finite(tmp_path):
+    """With smoothed labels `Trainer` takes the labels out of the call."""
+    model = lora()
+    with torch.no_grad():
+        model.get_base_model().model.norm.weight[0] = float("nan")
+    with pytest.raises(TrainingError, match="not finite"):
+        trainer(model, tmp_path, label_smoothing_factor=0.1).train()
+    assert all(p.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_gradient_scaler_leaves_out_is_no_fault():
+    """It tries with too large a scale on purpose, and tells a fused optimizer what overflowed."""
+    model = lora()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    spoilt_outside(model, float("inf"))
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0**16), torch.tensor(1.0)
+    optimizer.step()
+    assert all(
+        torch.equal(p, q) for p, q in zip((p for p in model.parameters() if p.requires_grad), before, strict=True)
+    )
+
+
 class Checkpointed(nn.Module):
     """Checkpointing of the reentrant kind over a frozen embedding: nothing at its entrance needs a gradient."""
 
@@ -111,6 +162,26 @@ def test_no_gradient_under_checkpointing_of_frozen_embeddings():
     model = get_peft_model(Checkpointed(), LoraConfig(r=2, target_modules=["body"])).train()
     with pytest.raises(TrainingError, match="no gradient reaches adapter 'default'.*enable_input_require_grads"):
         step(model, torch.optim.AdamW(p for p in model.parameters() if p.requires_grad))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_gradient_of_a_head_is_not_the_adapters():
+    """A copy that is trained whole lies behind what is cut off, and learns by itself."""
+    model = lora(modules_to_save=["lm_head"], bias="all")
+    model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.get_base_model().disable_input_require_grads()
+    with pytest.raises(TrainingError, match="no gradient reaches adapter 'default'.*enable_input_require_grads"):
+        step(model, torch.optim.AdamW(p for p in model.parameters() if p.requires_grad))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_may_be_trained_alone():
+    model = lora(modules_to_save=["lm_head"])
+    for name, p in model.named_parameters():
+        p.requires_grad_("lm_head" in name and p.requires_grad)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(PATIENCE + 1):
+        step(model, optimizer)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -10,11 +10,13 @@ import sys
 import threading
 import weakref
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
+import veneer
 from veneer import IA3Config, LoraConfig, VeneerError, get_peft_model
 from veneer.core.context import state_of
 
@@ -57,6 +59,22 @@ def test_a_state_dict_brings_everything_back(case: Case):
 def test_a_state_dict_of_other_adapters_is_refused():
     with pytest.raises(RuntimeError, match="adapters.other"):
         lora().load_state_dict(two().state_dict())
+
+
+@pytest.mark.parametrize("kind", ["LoraConfig", "VeraConfig", "PromptTuningConfig"])
+@pytest.mark.parametrize("name", ["v1.5", "default.default", ".hidden", "training", "_modules", "train"])
+def test_a_name_does_not_come_in_the_way_of_torch(kind: str, name: str):
+    """Of its state dicts, whose keys are split at dots, nor of the attributes that it sets on every module."""
+    config = getattr(veneer, kind)
+    config = config(num_virtual_tokens=3) if kind == "PromptTuningConfig" else config(target_modules=["q_proj"])
+    model, other = (perturb(get_peft_model(models.build("llama"), config, name), name, seed) for seed in (1, 2))
+    assert not model.train().eval().training
+    other.load_state_dict(model.state_dict(), strict=True)
+    batch = models.inputs("llama")
+    assert torch.equal(output(other.eval(), batch), output(model, batch))
+    stray = next(key for key in model.state_dict() if f".{name}." in key).replace(f".{name}.", ".stray.")
+    with pytest.raises(RuntimeError, match="stray"):
+        other.load_state_dict(model.state_dict() | {stray: torch.zeros(1)})
 
 
 # Copies
@@ -125,6 +143,26 @@ def test_a_model_may_be_moved(case: Case):
     """To the meta device, which stands for any: no tensor of an adapter stays behind."""
     model = case.build().to("meta")
     assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["llama", "tied"])
+@pytest.mark.parametrize("saved", [None, ["lm_head"], ["norm"]], ids=str)
+@pytest.mark.parametrize("to", ["meta", torch.bfloat16], ids=str)
+def test_a_merged_model_may_be_moved(name: str, saved: list[str] | None, to: Any):
+    """What it merged with goes along, to be bound back; tied weights are tied again."""
+    targets = ["embed_tokens", "q_proj"] if name == "tied" else ["q_proj"]
+    model = perturb(get_peft_model(models.build(name), LoraConfig(target_modules=targets, modules_to_save=saved)))
+    base = model.get_base_model()
+    is_tied = base.get_input_embeddings().weight is base.get_output_embeddings().weight
+    model.merge_adapter()
+    model.to(to)
+    model.unmerge_adapter()
+    assert {(p.device.type, p.dtype) for p in base.parameters()} == {
+        ("meta", torch.float32) if to == "meta" else ("cpu", torch.bfloat16)
+    }
+    if to != "meta":
+        assert (base.get_input_embeddings().weight is base.get_output_embeddings().weight) == is_tied
+        assert output(model.eval(), models.inputs("llama")).isfinite().all()
 
 
 # Threads

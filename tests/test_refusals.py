@@ -26,10 +26,12 @@ from veneer import (
     get_peft_model,
 )
 from veneer.core import checkpoint
+from veneer.core.checkpoint import NEXT_NAME
 from veneer.core.config import Config, all_methods
+from veneer.hotswap import hotswap_adapter
 
 from . import models
-from .cases import ONE_EACH, Case, experts
+from .cases import CASES, ONE_EACH, Case, experts
 from .models import output, perturb
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -593,6 +595,27 @@ def test_another_base_model_is_refused_for_a_further_adapter_too(saved):
         other.load_adapter(saved, "other")
 
 
+MIXED = ("lora", "dora", "adalora", "loha", "bottleneck", "loreft", "poly", "hira", "tinylora", "frod", "prefix_tuning")
+WIDTHS = [c for c in ONE_EACH if c.method in MIXED] + [c for c in CASES if str(c) == "lora-llama-bias-and-head"]
+
+
+@pytest.mark.parametrize("case", WIDTHS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.float16], ids=str)
+@pytest.mark.parametrize("step", [1, 2])
+def test_floats_of_any_width_are_computed_with(case: Case, dtype: torch.dtype, step: int, tmp_path):
+    """All of a file, or some beside others: nothing is rounded, and nothing fails when the model runs."""
+    case.build().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    floats = [key for key in sorted(tensors) if tensors[key].is_floating_point()][::step]
+    stored = tensors | {key: (tensors[key] / 8).to(dtype) for key in floats}
+    save_file({key: t.contiguous() for key, t in stored.items()}, tmp_path / WEIGHTS)
+    found = output(case.load(tmp_path), case.inputs())
+    save_file(
+        {key: t.float().contiguous() if t.is_floating_point() else t for key, t in stored.items()}, tmp_path / WEIGHTS
+    )
+    torch.testing.assert_close(found, output(case.load(tmp_path), case.inputs()))
+
+
 # Loading over a present adapter
 
 
@@ -613,6 +636,15 @@ def test_a_file_with_other_settings_is_refused_under_a_present_name(settings, tm
     model = lora()
     with refused(model, "'default'", *(key for key in settings if key != "r"), error=CheckpointError):
         model.load_adapter(tmp_path, "default")
+
+
+@pytest.mark.parametrize("load", [PeftModel.load_adapter, hotswap_adapter], ids=["load", "hotswap"])
+def test_a_head_that_the_present_adapter_has_no_place_for_is_refused(load, tmp_path):
+    """It neither takes the place of the base model's nor is it lost."""
+    lora(modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    model = lora()
+    with refused(model, "'default'", "modules_to_save", error=CheckpointError):
+        load(model, tmp_path, "default")
 
 
 def test_loading_into_a_merged_adapter_is_refused(saved):
@@ -636,7 +668,9 @@ def test_unknown_arguments_are_refused(saved):
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "a/b", "a\\b", "nul\0", "__base__", 3, None, WEIGHTS, CONFIG, "x" * 256], ids=repr
+    "name",
+    [*("", ".", "..", "a/b", "a\\b", "nul\0", "\ud800", "__base__", 3, None), WEIGHTS, CONFIG, NEXT_NAME, "x" * 256],
+    ids=ascii,
 )
 def test_a_name_that_cannot_be_one_is_refused(name, saved):
     """It is a folder's name, and `__base__` means a row without an adapter."""
@@ -700,6 +734,17 @@ def test_wrapping_twice_is_refused(saved):
             get_peft_model(again, LoraConfig(target_modules=TARGETS))
         with refused(model, "already"):
             PeftModel.from_pretrained(again, saved)
+
+
+@pytest.mark.parametrize("config", [LoraConfig(target_modules=TARGETS), veneer.IA3Config()], ids=lambda c: c.peft_type)
+def test_wrapping_around_adapters_is_refused(config):
+    """What is saved of the outer model would be trained on the inner adapters, of which its file says nothing."""
+    model = models.build("llama")
+    inner = get_peft_model(model.model, LoraConfig(target_modules=TARGETS))
+    with refused(model, "a part of it, already", "add_adapter()", "unload()"):
+        get_peft_model(model, config)
+    inner.unload()
+    get_peft_model(model, config)
 
 
 # Saving

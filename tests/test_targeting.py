@@ -209,6 +209,20 @@ def test_each_entry_of_each_field_must_match():
     assert "layers_pattern" in message and "'oops'" in message
 
 
+def test_an_empty_entry_is_refused():
+    """It is not the name of the whole model."""
+    settings = dict(target_modules=["q_proj"])
+    for field, value in {
+        "target_modules": [""],
+        "exclude_modules": [""],
+        "modules_to_save": ["lm_head", ""],
+        "rank_pattern": {"": 4},
+        "alpha_pattern": {"": 4},
+    }.items():
+        message = refused("llama", **settings | {field: value})
+        assert field in message and "''" in message
+
+
 def test_a_pattern_for_a_module_that_is_no_target_is_refused():
     """`k_proj` exists, but nothing there would have the rank."""
     for field in ("rank_pattern", "alpha_pattern"):
@@ -222,6 +236,24 @@ def test_the_feedforward_modules_of_ia3_must_be_targets():
             with pytest.raises((ConfigError, TargetError), match="feedforward_modules"):
                 config = veneer.IA3Config(target_modules=targets, feedforward_modules=feedforward)
                 get_peft_model(models.build("llama"), config)
+
+
+@pytest.mark.parametrize("kind", ["SeqBnInvConfig", "DoubleSeqBnInvConfig", "BottleneckConfig", "ParBnConfig"])
+def test_the_ends_of_bottlenecks_must_be_targets(kind: str):
+    """Given ones are not lost where the targets are left to the library, nor where they have no use."""
+    for field in ("input_modules", "output_modules"):
+        if hasattr(getattr(veneer, kind), field):
+            with pytest.raises((ConfigError, TargetError), match=field):
+                get_peft_model(models.build("llama"), getattr(veneer, kind)(**{field: ["oops"]}))
+    with pytest.raises(ConfigError, match="input_modules go with"):
+        veneer.BottleneckConfig(input_modules=["o_proj"])
+
+
+@pytest.mark.parametrize("pattern", [{"oops": [True]}, {"q_proj": 4}, {"q_proj": [1]}, {"oops.lora_E": [True] * 12}])
+def test_the_ranks_of_a_cut_adalora_must_be_of_its_targets(pattern):
+    with pytest.raises((ConfigError, TargetError), match="rank_pattern"):
+        config = veneer.AdaLoraConfig(total_step=9, target_modules=["q_proj"], rank_pattern=pattern)
+        get_peft_model(models.build("llama"), config)
 
 
 # exclude_modules, layers_to_transform

@@ -9,6 +9,7 @@ TIES: Yadav et al., 2023, arXiv:2306.01708; DARE: Yu et al., 2023, arXiv:2311.03
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -75,13 +76,15 @@ def add_weighted_adapter(
 
 
 def check_weights(adapters: Sequence[str], weights: Sequence[float], rank: int | None) -> None:
-    """Raise VeneerError unless each adapter has one weight, and the rank is one."""
+    """Raise VeneerError unless each adapter has one weight, a number, and the rank is one."""
     if not adapters or len(adapters) != len(weights):
         raise VeneerError(
             f"{len(adapters)} adapters and {len(weights)} weights were given; each adapter needs one weight"
         )
     if len(set(adapters)) < len(adapters):
         raise VeneerError(f"adapters = {list(adapters)} names one twice; give it the sum of its weights")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise VeneerError(f"weights must be finite numbers, not {list(weights)}")
     if rank is not None and rank < 1:
         raise VeneerError(f"svd_rank must be at least 1, not {rank}")
 

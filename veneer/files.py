@@ -177,6 +177,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
 
 
+def computable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Floats of 8 bits, for which torch has no arithmetic, as 32; and all as 64 where some are, which it does not mix.
+
+    Nothing is rounded. A lone number (kohya's alpha) goes with floats of any width.
+    """
+    import torch
+
+    floats = {key: t for key, t in tensors.items() if t.is_floating_point()}
+    widest = max((t.element_size() for t in floats.values() if t.dim()), default=0)
+    narrow = {key: t for key, t in floats.items() if t.element_size() == 1 or t.element_size() < widest == 8}
+    return tensors | {key: t.to(torch.float64 if widest == 8 else torch.float32) for key, t in narrow.items()}
+
+
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """Tensors by key of a pickled file, by torch's reader that builds tensors and nothing else.
 

@@ -23,26 +23,6 @@ if TYPE_CHECKING:
 Tensors = dict[str, Tensor]
 
 
-class Modules(nn.ModuleDict):
-    """A `ModuleDict` that takes any string as a key: adapters may be called "items", "weight" or "v1.5"."""
-
-    if TYPE_CHECKING:
-
-        def __getitem__(self, key: str) -> Any: ...
-
-    def __setitem__(self, key: str, module: nn.Module) -> None:
-        self._modules[key] = module
-
-    def __delitem__(self, key: str) -> None:
-        del self._modules[key]
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        self._modules[name] = module  # type: ignore[assignment]
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self._modules.get(key, default)
-
-
 class Matrix(nn.Module):
     """A weight and nothing else: `lora_A.weight` without the cost of an `nn.Linear` that is initialised twice."""
 

@@ -21,6 +21,7 @@ from ..errors import CheckpointError, listing
 from ..files import (
     PICKLE_NAME,
     WEIGHTS_NAME,
+    computable,
     find_file,
     find_weights,
     identity,
@@ -166,7 +167,7 @@ def read(source: str | Path, *, allow_pickle: bool = False, **hub: Any) -> tuple
     if len(tensors) < len(found):
         twice = [key for key in found if _todays(key, names) != key and _todays(key, names) in found]
         raise CheckpointError(f"{str(path)!r} holds tensors under an old and a new name:{listing(twice)}")
-    return tensors, own_notes.read(metadata, found)
+    return computable(tensors), own_notes.read(metadata, found)
 
 
 def _check_finite(tensors: Tensors, what: str) -> None:

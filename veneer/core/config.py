@@ -127,8 +127,8 @@ class Config(Checked):
     # What a method may tell the core
 
     def meaning(self) -> list[str]:
-        """The method's own fields: those that say what its tensors mean."""
-        return [f.name for f in fields(self) if f.name not in COMMON and "dropout" not in f.name]
+        """The fields that say what its tensors mean: the method's own, and of which modules it holds a copy."""
+        return [f.name for f in fields(self) if f.name not in COMMON - {"modules_to_save"} and "dropout" not in f.name]
 
     def members(self) -> Sequence[Config]:
         """The configs of the methods under this name: itself, unless it unites several."""

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from ..errors import VeneerError
-from .adapter import Adapter, Modules
+from ..modules import Modules
+from .adapter import Adapter
 
 if TYPE_CHECKING:
     from .config import Config

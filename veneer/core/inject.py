@@ -192,9 +192,9 @@ def _check_name(name: str, state: State) -> None:
         raise VeneerError(f"an adapter's name must be a string, not {name!r}")
     if name == BASE:
         raise VeneerError(f"adapter name {name!r} stands for a row without an adapter in mixed batches; choose another")
-    if not name or "/" in name or "\\" in name or name in (".", "..") or "\0" in name:
+    if name in ("", ".", "..") or any(c in "/\\\0" or "\ud800" <= c <= "\udfff" for c in name):
         raise VeneerError(f"adapter name {name!r} must be usable as a folder's name")
-    if len(name.encode("utf-8", "surrogatepass")) > 255 or name in (CONFIG_NAME, WEIGHTS_NAME):
+    if len(name.encode()) > 255 or name in (CONFIG_NAME, WEIGHTS_NAME, checkpoint.NEXT_NAME):
         raise VeneerError(f"adapter name {name[:60]!r} is no folder's: above 255 bytes, or the name of a file in it")
     if name in state.configs:
         raise VeneerError(f"the model already has an adapter called {name!r}; choose another name or delete it first")

@@ -18,11 +18,12 @@ from torch.func import functional_call
 from ..errors import NotMergeable, VeneerError
 from ..interop.views import View
 from ..maths.dropout import evaluating
+from ..modules import Modules
 from ..ops import folded_linear as folded
 from ..ops import is_autocast, is_fast
 from ..ops import low_rank_linear as low_rank
 from ..ops.low_rank_linear import Run
-from .adapter import Adapter, LowRank, Modules, Parts, Replace
+from .adapter import Adapter, LowRank, Parts, Replace
 from .context import BASE, State
 from .target import kind_of
 
@@ -259,6 +260,13 @@ class AdapterLayer(nn.Module):
         self.target.restore(self.kept)
         self.kept = {}
         self.merged_adapters = ()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """A move or a cast takes along what `unmerge` binds back."""
+        holder = nn.Module()
+        holder._parameters.update(self.kept)  # type: ignore[arg-type]
+        self.kept = dict(holder._apply(fn)._parameters)  # type: ignore[arg-type]
+        return super()._apply(fn, recurse)
 
     def snapshot(self) -> tuple[Any, ...]:
         """What `merge` changes, for `revert`."""

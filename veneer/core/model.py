@@ -50,7 +50,7 @@ def get_peft_model(
 
     Raises:
         TargetError: a targeting entry matches nothing.
-        VeneerError: the model already has adapters.
+        VeneerError: the model, or a part of it, already has adapters.
     """
     if revision is not None:
         peft_config = copy.copy(peft_config)
@@ -105,9 +105,10 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
-        if isinstance(model, PeftModel) or state_of(model) is not None:
+        if isinstance(model, PeftModel) or any(state_of(part) is not None for part in model.modules()):
             raise VeneerError(
-                "the model already has adapters; use add_adapter() for another one, or unload() to start afresh"
+                "the model, or a part of it, already has adapters; use add_adapter() for another one, or unload() to "
+                "start afresh"
             )
         with _flags_kept_on_error(model):
             model.requires_grad_(False)

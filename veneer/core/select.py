@@ -27,7 +27,7 @@ def saved_modules(model: nn.Module, config: Config) -> list[str]:
     Raises:
         TargetError: an entry the user gave matches no module.
     """
-    paths = [path for path, _ in walk(model)]
+    paths = [path for path, _ in walk(model) if path]
     heads = list(TASK_HEADS.get(config.task_type, ()))  # type: ignore[call-overload]
     given = list(config.modules_to_save or ())
     for entry in given:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter, LowRank
 from ..core.config import Name, at, check_range
 from ..core.target import Target
-from ..errors import ConfigError
+from ..errors import ConfigError, TargetError, listing
 from .lora import LoraConfig
 
 
@@ -133,16 +133,14 @@ class AdaLoraConfig(LoraConfig):
     """Weight of the term that keeps A and B orthogonal."""
     total_step: int | None = None
     """Optimizer steps of the whole training; required."""
-    rank_pattern: dict[str, Any] | None = None
-    """Which triplets a PEFT file still holds, by target."""
+    rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]
+    """Which triplets a PEFT file still holds, by the key of a target's lora_E; what stands before its path varies."""
 
     peft_type, adapter, patterns = Name("ADALORA"), AdaLoRA, ("alpha_pattern",)  # type: ignore[assignment]
     example, learning_rate = {"total_step": 1000}, 1e-2
 
     def __post_init__(self) -> None:
-        pattern, self.rank_pattern = self.rank_pattern, None
         super().__post_init__()
-        self.rank_pattern = pattern
         if self.variants() or isinstance(self.init_lora_weights, str):
             raise ConfigError("AdaLoRA has its own form and start: neither use_dora and its like nor init names apply")
         if self.total_step is None:
@@ -150,10 +148,8 @@ class AdaLoraConfig(LoraConfig):
         check_range(self, 1, math.inf, "total_step", "init_r", "deltaT")
         check_range(self, 0, 1, "beta1", "beta2")
         if self.tinit >= self.total_step - self.tfinal:
-            raise ConfigError(
-                f"no steps are left to cut ranks in: tinit {self.tinit} >= total_step {self.total_step} - "
-                f"tfinal {self.tfinal}"
-            )
+            left = f"tinit {self.tinit} >= total_step {self.total_step} - tfinal {self.tfinal}"
+            raise ConfigError(f"no steps are left to cut ranks in: {left}")
 
     def build(self, target: Target, shared: nn.Module | None = None, **kwargs: Any) -> AdaLoRA:  # type: ignore[override]
         if self.target_r > self.init_r and not self.inference_mode:
@@ -162,11 +158,12 @@ class AdaLoraConfig(LoraConfig):
 
     def rank_of(self, path: str) -> int:
         """init_r, or what a cut file still holds of a target; 0 is legal there."""
-        for name, alive in (self.rank_pattern or {}).items():
-            name = name.removeprefix("base_model.model.").removeprefix("model.")
-            if name.startswith(path.removeprefix("model.") + ".lora_E"):
-                return sum(map(bool, alive))
-        return self.init_r
+        return next((sum(alive) for key, alive in (self.rank_pattern or {}).items() if _is_of(key, path)), self.init_r)
+
+    def choose(self, paths: list[str]) -> list[str]:
+        if stray := [key for key in self.rank_pattern or () if not any(_is_of(key, path) for path in paths)]:
+            raise TargetError(f"rank_pattern: these keys are the lora_E of none of the targets:{listing(stray)}")
+        return super().choose(paths)
 
     def schedule(self, adapters: Mapping[str, Adapter]) -> Allocation:
         return Allocation(self, adapters)  # type: ignore[arg-type]
@@ -176,3 +173,8 @@ class AdaLoraConfig(LoraConfig):
         products = [p for a in adapters for p in (a.lora_A @ a.lora_A.T, a.lora_B.T @ a.lora_B)]
         norms = [(p - torch.eye(len(p), device=p.device, dtype=p.dtype)).norm() for p in products]
         return self.orth_reg_weight * torch.stack(norms).mean()
+
+
+def _is_of(key: str, path: str) -> bool:
+    name = key.removeprefix("base_model.model.").removeprefix("model.")
+    return name.startswith(path.removeprefix("model.") + ".lora_E")

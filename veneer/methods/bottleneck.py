@@ -118,6 +118,8 @@ class BottleneckConfig(LayerConfig):
             raise ConfigError(f"reduction_factor must be greater than 0, not {self.reduction_factor}")
         if self.original_ln_before and self.placement != "pfeiffer":
             raise ConfigError(f'original_ln_before goes with placement="pfeiffer", not {self.placement!r}')
+        if self.input_modules and self.placement != "parallel":
+            raise ConfigError(f'input_modules go with placement="parallel", not {self.placement!r}')
         check_range(self, 0, 1, "dropout")
 
     def build(self, target: Target, shared: nn.Module | None = None, **kwargs: Any) -> Adapter:

@@ -76,10 +76,10 @@ class FRoD(Additive):
         return torch.diag(self.frod_lambda_l - self.s).index_put((row, column), self.frod_lambda_s_values)
 
     def delta(self) -> Tensor:
-        return self.U @ self.change() @ self.V.T.to(self.U)
+        return self.U.to(self.frod_lambda_l) @ self.change() @ self.V.T.to(self.frod_lambda_l)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.dropout(x) @ self.V.to(x) @ self.change().T @ self.U.T
+        return y + self.dropout(x) @ self.V.to(x) @ self.change().T @ self.U.T.to(x)
 
     def expected_parameters(self) -> int:
         return self.target.in_features + self.config.entries(self.target.in_features)

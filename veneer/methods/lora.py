@@ -137,7 +137,7 @@ class LoraConfig(Variants, StartConfig):
     def __post_init__(self) -> None:
         self.complete_settings()
         super().__post_init__()
-        check_range(self, 1, math.inf, "r", "rank_pattern")
+        check_range(self, 1, math.inf, "r", *(name for name in self.patterns if name == "rank_pattern"))
         check_range(self, 0, 1, "lora_dropout")
         if self.init_lora_weights == "loftq" and self.variants():
             raise ConfigError(f"{self.variants()[0]} needs the whole weight, which LoftQ replaces by a quantised one")

@@ -100,9 +100,11 @@ class SeqBnInvConfig(SeqBnConfig):
     def fill_targets(self, model: Any) -> None:
         super().fill_targets(model)
         modules, words = dict(walk(model)), bare(model.get_input_embeddings()).weight
-        self.output_modules = sorted(head_paths(model, modules))
+        heads = sorted(head_paths(model, modules))
+        self.output_modules = self.output_modules or heads
+        heads = [path for path in heads if any(matches(path, entry) for entry in self.output_modules)]
         embeddings = [p for p, m in modules.items() if isinstance(m, nn.Embedding) and m.weight is words]
-        self.target_modules = [*embeddings, *(self.target_modules or ()), *self.output_modules]
+        self.target_modules = [*embeddings, *(self.target_modules or ()), *heads]
 
     def build_shared(self, targets: Sequence[Target]) -> nn.Module:
         widths = {target.out_features for target in targets if target.kind == "embedding"}

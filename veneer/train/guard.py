@@ -1,7 +1,8 @@
 """Training that cannot work says so at the first step that shows it, under any loop: `Trainer`'s or one by hand.
 
 A model's guard looks at its calls (the root hooks tell it) and at the steps of torch's optimizers. It costs one look at
-the labels and one at the loss a call; the rest ends with the first steps, once they have shown what they should.
+the labels and one at the loss a call, or at the gradients where the loss is computed outside of the model; the rest
+ends with the first steps, once they have shown what they should.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from ..core.adapter import Bias, Replace
 from ..core.context import State
 from ..core.layer import walk
 from ..errors import TargetError, TrainingError, listing
@@ -38,6 +40,8 @@ class Guard:
         self.start: dict[str, float] = {}
         self.steps: dict[str, int] = {}
         self.changed: set[str] = set()
+        self.blind = False
+        """The loss of a call since the last step is not known."""
         self.seen_for: Any = None
         self.seen: Seen | None = None
         self.model: Any = None
@@ -78,6 +82,7 @@ class Guard:
         self.called.update(name for name in learning if not mixed or name in mixed)
         loss = getattr(output, "loss", None)
         _check_loss(loss, self.calls)
+        self.blind |= not isinstance(loss, Tensor)
         self._check_graph(loss, output)
 
     def _check_graph(self, loss: Any, output: Any) -> None:
@@ -99,18 +104,40 @@ class Guard:
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         waiting = [name for name in self.called if name not in self.changed]
-        if not waiting:
+        if not waiting and not self.blind:
             return
         held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        if self.blind and getattr(optimizer, "found_inf", None) is None:  # else a gradient scaler has looked
+            self._check_gradients(held)
         for name in waiting:
             if name not in self.start:
                 self.start[name] = _sum(self.state.parameters(name))
-            own = [held[id(p)] for p in self.state.parameters(name) if id(p) in held and p.numel()]
+            own = [held[id(p)] for p in self._own(name) if id(p) in held and p.numel()]
             if own and name not in self.reached:
                 if all(p.grad is None for p in own):
                     raise TrainingError(_unreached([name], "after a backward pass none of its parameters has one"))
                 self.reached.add(name)
-        self._check_holds(held)
+        if waiting:
+            self._check_holds(held)
+
+    def _own(self, name: str) -> list[nn.Parameter]:
+        """What the method itself learns: a copy of a head or of a bias has a gradient where that has none.
+
+        All that is learned where these are all there is.
+        """
+        learned = [p for p in self.state.parameters(name) if p.requires_grad]
+        parts = (part for adapter in self.state.adapters(name).values() for part in adapter.parts)
+        copies = {id(p) for part in parts if isinstance(part, (Bias, Replace)) for p in part.learned()}
+        return [p for p in learned if id(p) not in copies] or learned
+
+    def _check_gradients(self, held: dict[int, Any]) -> None:
+        for name in self.called:
+            own = [held[id(p)].grad for p in self.state.parameters(name) if id(p) in held]
+            if not _are_finite([grad for grad in own if grad is not None]):
+                raise TrainingError(
+                    f"the gradient of adapter {name!r} is not finite after training call {self.calls}: lower the "
+                    "learning rate, or look for values in the loss, the data or the base model that are not finite"
+                )
 
     def _check_holds(self, held: dict[int, Any]) -> None:
         """An optimizer of this model's parameters must hold some that learn."""
@@ -126,7 +153,7 @@ class Guard:
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.calls == self.looked:  # a step of somebody else's
             return
-        self.looked = self.calls
+        self.looked, self.blind = self.calls, False
         held = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
         for name in list(self.start):
             own = list(self.state.parameters(name))
@@ -223,6 +250,13 @@ def _check_loss(loss: Any, calls: int) -> None:
             f"the loss of training call {calls} is {float(loss.detach().flatten()[0])}: lower the learning rate, or "
             "look for values in the data or the base model that are not finite"
         )
+
+
+def _are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Asks the device once."""
+    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+    finite = [torch.isfinite(t.detach().abs().max()) for t in local if t.numel() and not t.is_sparse and not t.is_meta]
+    return not finite or bool(torch.stack([found.to(finite[0].device) for found in finite]).all())
 
 
 def _unreached(names: list[str], found: str) -> str:

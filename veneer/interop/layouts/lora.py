@@ -149,7 +149,8 @@ def read_tensors(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dic
         CheckpointError: a pickle, or a broken file.
     """
     if path.suffix == ".safetensors":
-        return files.read_tensors(path)
+        tensors, metadata = files.read_tensors(path)
+        return files.computable(tensors), metadata
     if not allow_pickle:
         raise CheckpointError(
             f"{str(path)!r} is a pickle, which can run code when it is loaded; if you trust it, pass --allow-pickle "

@@ -302,8 +302,12 @@ def as_ours(config: Any) -> Config:
     kind = next(c for c in type(config).__mro__ if c in all_methods().values())
     made: Config = copy.copy(config)
     made.__class__ = kind
-    made.__dict__ = {f.name: getattr(config, f.name) for f in fields(kind)}  # type: ignore[arg-type]
+    made.__dict__ = {f.name: _without_sets(getattr(config, f.name)) for f in fields(kind)}  # type: ignore[arg-type]
     return made
+
+
+def _without_sets(value: Any) -> Any:
+    return list(value) if isinstance(value, set) else value
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> Any:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ...core.adapter import Matrix, Modules
+from ...core.adapter import Matrix
+from ...modules import Modules
 
 if TYPE_CHECKING:
     from .layers import PeftLayer
