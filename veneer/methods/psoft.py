@@ -55,8 +55,7 @@ class PSOFT(LowRank):
         super().__init__(config, target, shared)
         W, self.r = target.original_weight(), config.r
         if self.r > min(W.shape):
-            sizes = target.in_features, target.out_features
-            raise ConfigError(f"r = {self.r} on {target.path!r} must be at most the smaller of in, out = {sizes}")
+            raise ConfigError(f"r = {self.r} on {target.path!r} must be at most the smaller of {tuple(W.T.shape)}")
         iterations = config.psoft_svd_lowrank_niter if config.psoft_svd == "lowrank" else None
         U, S, Vh = principal(W, self.r, iterations, config.random_seed)
         left, right = (S, torch.ones_like(S)) if config.ab_svd_init == "psoft_init" else (S.sqrt(), S.sqrt())

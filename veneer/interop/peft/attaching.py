@@ -37,6 +37,7 @@ def put_on(
     if not isinstance(config, PeftConfig):
         raise VeneerError(f"The input config must be a PeftConfig, got {type(given)}")
     check_rank(config)
+    _rewrite_targets(model, given, config)
     if state_dict is not None:
         config = _by_keys(model, config, state_dict)
     flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -45,12 +46,6 @@ def put_on(
         model.requires_grad_(False)
     elif name in present.configs:
         inject.detach(model, name, present)
-    if not is_strict():
-        modernise(model, config)
-        given.__dict__.update({n: getattr(config, n) for n in REWRITTEN if hasattr(config, n)})
-    short = shortened(model, config)
-    if short is not getattr(config, "target_modules", None):
-        config.target_modules = given.target_modules = short
     found = narrowed(model, config)
     if isinstance(found, PromptConfig) and found.task_type is None:
         found.task_type = interop.task_of(model)
@@ -65,17 +60,31 @@ def put_on(
     warn_of_layout(config, found)
     if not config.inference_mode:
         follow(state, name)
-    filled = found.__dict__.pop("filled", {})
-    given.__dict__.update({n: filled.get(n, v) for n, v in found.__dict__.items() if getattr(config, n, None) is None})
-    if getattr(given, "target_modules", None) == "all-linear":
-        given.target_modules = Names(p for p, a in state.adapters(name).items() if any(map(is_targeted, a.parts)))
-    config.__dict__.update(given.__dict__)
+    _note_found(given, config, found, state.adapters(name))
     state.configs[name] = given if isinstance(given, PeftConfig) else config
     for parameter in state.prompts[name].parameters() if name in state.prompts else ():
         parameter.requires_grad_(True)
     model.peft_config = state.configs  # type: ignore[assignment]
     _hide(model, state)
     return state
+
+
+def _rewrite_targets(model: nn.Module, given: Any, config: Any) -> None:
+    """Targets of an older architecture, and long lists of paths, as PEFT rewrites them, also in the caller's config."""
+    if not is_strict():
+        modernise(model, config)
+    if hasattr(config, "target_modules"):
+        config.target_modules = shortened(model, config)
+    given.__dict__.update({n: getattr(config, n) for n in REWRITTEN if hasattr(config, n)})
+
+
+def _note_found(given: Any, config: Any, found: Any, adapters: dict[str, Any]) -> None:
+    """Keep in the config what was found for this model where it left that open."""
+    filled = found.__dict__.pop("filled", {})
+    given.__dict__.update({n: filled.get(n, v) for n, v in found.__dict__.items() if getattr(config, n, None) is None})
+    if getattr(given, "target_modules", None) == "all-linear":
+        given.target_modules = Names(p for p, a in adapters.items() if any(map(is_targeted, a.parts)))
+    config.__dict__.update(given.__dict__)
 
 
 def warn_of_layout(given: Any, found: Any) -> None:

@@ -328,11 +328,11 @@ def shortened(model: nn.Module, config: Any) -> Any:
     from .utils import find_minimal_target_modules
 
     targets, least = getattr(config, "target_modules", None), table.CONSTANTS["MIN_TARGET_MODULES_FOR_OPTIMIZATION"]
-    if not isinstance(targets, (list, tuple, set)) or len(targets) < least:  # type: ignore[operator]
+    if not isinstance(targets, (list, tuple, set)) or len(targets) < least or config.subsets:  # type: ignore[operator]
         return targets
-    others = [path for path, _ in walk(model) if path and path not in targets]
+    others = [path for path, _ in walk(model) if path and not check_target_module_exists(config, path)]
     short = find_minimal_target_modules(targets, others)
-    return Names(short) if len(short) < len(targets) else targets
+    return Names(short) if 0 < len(short) < len(targets) else targets
 
 
 def _narrow_targets(config: Any, found: Sequence[str]) -> None:

@@ -48,24 +48,16 @@ def _is_there(name: str) -> Callable[..., bool]:
     return lambda *args, **kwargs: importlib.util.find_spec(name) is not None
 
 
+PARTS = (
+    *(attaching, hotswap, lora_conversion, matching, offsets, state, status, utils, models, tuners, layers, configs),
+    conversion,
+)
+
+
 def everything() -> dict[str, Any]:
     """Every name once, wherever PEFT has it; its modules then take their share."""
     found: dict[str, Any] = dict(table.CONSTANTS) | _default_targets()
-    for module in (
-        attaching,
-        hotswap,
-        lora_conversion,
-        matching,
-        offsets,
-        state,
-        status,
-        utils,
-        models,
-        tuners,
-        layers,
-        configs,
-        conversion,
-    ):
+    for module in PARTS:
         found |= {n: v for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__}
     found |= {config.__name__: config for config in configs.CONFIGS.values()}
     found |= {tuner.__name__: tuner for tuner in tuners.TUNERS.values()}

@@ -124,7 +124,7 @@ LATER = (
         r"gralora_k, but got \3 and \1",
     ),
     Row(
-        r"r = (\d+) on '.*' must be at most the smaller of in, out = (\(.*\))",
+        r"r = (\d+) on '.*' must be at most the smaller of (\(.*\))",
         r"`r` (\1) must be less than or equal to min(in_features, out_features) \2",
     ),
     Row(
