@@ -253,3 +253,33 @@ def test_the_best_rank_of_a_product_and_of_a_dense_matrix_agree():
         best = U[:, :rank] * S[:rank] @ Vh[:rank]
         torch.testing.assert_close(small[1] @ small[0], best)
         torch.testing.assert_close(dense[1] @ dense[0], best, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("target", ["q_proj", "embed_tokens"])
+def test_a_strong_new_direction_is_taken_back(target: str):
+    """An update of rank one that is far from all of the weight's directions: what is left of it is as asked."""
+    model = get_peft_model(models.build("llama"), LoraConfig(r=2, target_modules=[target])).eval()
+    layer = next(iter(state_of(model.get_base_model()).layers.values()))
+    W = layer.target.original_weight()
+    A, B = (mine.detach() for mine in layer.adapters["default"].matrices())
+    A.zero_()
+    B.zero_()
+    A[0, 3] = 1.0
+    B[:, 0] = 100 * torch.ones(B.shape[0])
+    before = deltas(model, "default")[layer.path]
+    told = []
+    settings = dict(top_k=1, threshold_epsilon=0.99, mitigation_lambda=0.25)
+    veneer.reduce_intruder_dimension(model, **settings, logging_sink=told.append)
+    assert model.active_adapters == ["intruder_reduced"] and "Intruders: 1" in told[0]
+    after = deltas(model, "intruder_reduced")[layer.path]
+    U, S, Vh = np.linalg.svd(W.detach().numpy() + before, full_matrices=False)
+    np.testing.assert_allclose(after, before - 0.75 * S[0] * np.outer(U[:, 0], Vh[0]), rtol=0, atol=1e-2)
+    veneer.reduce_intruder_dimension(model, "default", "same", threshold_epsilon=1e-9, logging_sink=None)
+    np.testing.assert_allclose(deltas(model, "same")[layer.path], before, rtol=1e-4, atol=1e-5)
+
+
+def test_intruders_are_known_of_lora_alone():
+    model = get_peft_model(models.build("llama"), veneer.IA3Config(target_modules=["q_proj"]))
+    with pytest.raises(VeneerError, match="of LoRA alone"):
+        veneer.reduce_intruder_dimension(model)
+    assert list(model.peft_config) == ["default"]

@@ -48,6 +48,7 @@ from .interop.names import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from .interop.names import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from .interop.names import PeftModelForTokenClassification as PeftModelForTokenClassification
 from .interop.peft import install_as_peft as install_as_peft
+from .intruders import reduce_intruder_dimension as reduce_intruder_dimension
 from .methods.adalora import AdaLoraConfig as AdaLoraConfig
 from .methods.adamss import AdamssConfig as AdamssConfig
 from .methods.adapter_plus import AdapterPlusConfig as AdapterPlusConfig

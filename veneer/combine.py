@@ -72,7 +72,7 @@ def add_weighted_adapter(
         pairs[path] = clamped(how(updates, min(rank, *_sizes(layer.target)), path), svd_clamp)
     config = lora_config(state.configs[adapters[0]], pairs)
     model.add_adapter(adapter_name, config)
-    _fill(state, adapter_name, pairs)
+    fill(state, adapter_name, pairs)
 
 
 def check_weights(adapters: Sequence[str], weights: Sequence[float], rank: int | None) -> None:
@@ -192,7 +192,7 @@ def clamped(pair: Pair, quantile: float | None) -> Pair:
 
 
 @torch.no_grad()
-def _fill(state: State, name: str, pairs: dict[str, Pair]) -> None:
+def fill(state: State, name: str, pairs: dict[str, Pair]) -> None:
     for path, pair in pairs.items():
         for mine, value in zip(state.layers[path].adapters[name].matrices(), pair, strict=True):
             mine.copy_(value)

@@ -153,7 +153,7 @@ FROM_VENEER = (
     *("create_lorafa_optimizer", "create_loraplus_optimizer", "create_riemannian_optimizer", "get_eva_state_dict"),
     *("initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text"),
     *("initialize_lora_eva_weights", "prepare_model_for_compiled_hotswap", "preprocess_corda", "preprocess_loraga"),
-    *("prompt_embeddings_from_past_key_values", "replace_lora_weights_loftq"),
+    *("prompt_embeddings_from_past_key_values", "reduce_intruder_dimension", "replace_lora_weights_loftq"),
 )
 """Functions and settings that are the same here and there."""
 
@@ -201,6 +201,7 @@ MODULES = {
     "peft.tuners.lora.conversion": "convert_to_lora save_as_lora",
     "peft.tuners.lora.corda": "preprocess_corda",
     "peft.tuners.lora.eva": "get_eva_state_dict initialize_lora_eva_weights",
+    "peft.tuners.lora.intruders": "reduce_intruder_dimension",
     "peft.tuners.lora.loraga": "preprocess_loraga",
     "peft.tuners.lora.variants": "calculate_alora_offsets get_alora_offsets_for_forward get_alora_offsets_for_generate",
     "peft.tuners.mixed": "MixedModel",

@@ -160,6 +160,10 @@ LATER = (
         "No adapter layers found on the model, make sure that the adapter is loaded first.",
     ),
     Row(
+        r"'.*' is \S+; intruder dimensions are known of LoRA alone",
+        "The provided model is not using LoRA and is therefore not supported.",
+    ),
+    Row(
         r"adapter '.*' is PeftType\.(\w+), the file (\w+)",
         r"Incompatible PEFT types found: \1 and \2",
     ),
