@@ -273,6 +273,8 @@ def test_the_saved_recipe_gives_the_same_adapter_again(base, data, tmp_path):  #
     )
     assert done.returncode == 0, done.stderr
     assert same(tmp_path / "one", tmp_path / "two") and len(tensors(tmp_path / "one")) == 8
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two")]
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize(
