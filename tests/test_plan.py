@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from veneer import LoraConfig, TargetError, VeneerError
 from veneer.catalogue import config_for
@@ -25,9 +26,11 @@ from veneer.train.run import train
 
 from . import models
 from .cases import ONE_EACH, Case
+from .chat_templates import TEMPLATES
 from .forked import veneer
 from .models import LLAMA
 from .test_train import base  # noqa: F401
+from .test_train_chat import tokenizer
 
 BIG = dict(
     model_type="llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
@@ -77,8 +80,6 @@ def test_each_entry_says_what_it_hits():
 
 
 def llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     with torch.device("meta"):
         return LlamaForCausalLM(LlamaConfig(**LLAMA))
 
@@ -136,11 +137,34 @@ def test_the_memory_of_a_step_is_what_is_measured(tmp_path, method: str):
     assert planned == pytest.approx(int(done.stdout), rel=0.2)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the process is measured on Linux")
+@pytest.mark.parametrize(
+    ("tiny", "flags"),
+    [(True, []), (False, []), (False, ["--gradient-checkpointing"])],
+    ids=["tiny", "small", "checkpointing"],
+)
+def test_the_memory_in_all_is_that_of_a_run(tmp_path, tiny: bool, flags: list[str]):
+    """Of a real one, in a process of its own: the largest there was, with everything that it had loaded."""
+    words = tokenizer(TEMPLATES[0])
+    words.save_pretrained(tmp_path / "base")
+    config = LLAMA if tiny else SMALL
+    LlamaForCausalLM(LlamaConfig(**config | {"vocab_size": 6000})).save_pretrained(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"text": "so it goes on and on " * 20}) + "\n") * 16)
+    same = ["--model", str(tmp_path / "base"), "--batch-size", "8", "--max-length", "256", *flags]
+    planned = json.loads(veneer("plan", *same, "--json").stdout)["memory"]
+    more = ["--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out"), "--set", "samples=0", "--json"]
+    command = [sys.executable, "-m", "veneer", "train", *same, *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=300)
+    assert planned["total"] == pytest.approx(json.loads(done.stdout)["peak_rss_bytes"], rel=0.2)
+    assert tiny or planned["step"] > 5e7  # more than rounding beside the rest
+
+
 @pytest.mark.parametrize("heads", [{}, SMALL], ids=["odd", "even"])  # attention of even sizes is another kernel
 def test_checkpointing_and_short_rows_take_less(tmp_path, heads):
     def step(batch_size: int, length: int, **more: bool) -> int:
-        base = skeleton(config_dir(tmp_path / "m", heads)) if heads else llama()
-        return forecast(base, config_for("lora"), batch_size, length, **more).memory.step
+        one = skeleton(config_dir(tmp_path / "m", heads)) if heads else llama()
+        return forecast(one, config_for("lora"), batch_size, length, **more).memory.step
 
     plain = step(4, 32)
     assert step(4, 32, checkpointing=True) < plain
@@ -195,6 +219,7 @@ def test_the_command_shows_and_prints_json():
     assert "294,912" in shown.stdout and "transformer.h.{0-11}.attn.c_attn" in shown.stdout
     found = json.loads(veneer(*command, "--json").stdout)
     assert found["trainable"] == 294_912 and found["memory"]["total"] > found["memory"]["step"] > 0
+    assert sum(n for name, n in found["memory"].items() if name != "total") == found["memory"]["total"]
     wrong = veneer(*command, "--targets", "c_atn")
     assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1 and "c_attn" in wrong.stderr
 

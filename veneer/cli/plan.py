@@ -138,7 +138,13 @@ def _show_memory(console: object, found: Forecast) -> None:
         "adapter": size(memory.adapter),
         "optimizer (AdamW)": size(memory.optimizer),
         "activations, grads": f"{step}  ({found.batch_size} x {found.length} tokens)",
-        "memory in all": "unknown" if memory.total is None else size(memory.total),
+    }
+    where = "  (of the process, on a CPU)" if memory.process else "  (of the accelerator)"
+    if memory.process:
+        lines["Python, libraries"] = size(memory.process)
+        lines["holes in the heap"] = "unknown" if memory.heap is None else size(memory.heap)
+    lines |= {
+        "memory in all": "unknown" if memory.total is None else size(memory.total) + where,
     }
     for name, text in lines.items():
         console.print(f"{name:<20}{text}")  # type: ignore[attr-defined]
