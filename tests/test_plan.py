@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -14,14 +15,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from veneer import LoraConfig, TargetError, VeneerError
 from veneer.catalogue import config_for
-from veneer.cli.plan import folded, size
+from veneer.cli.plan import folded, plan, size
 from veneer.core.config import all_methods
 from veneer.errors import ConfigError
 from veneer.report import memory
 from veneer.report.forecast import forecast, settings_of
 from veneer.report.rows import COUNTED, epoch_of
 from veneer.skeleton import skeleton
-from veneer.train.recipe import make
+from veneer.train.meter import Meter
+from veneer.train.recipe import Recipe, make
 from veneer.train.run import train
 
 from . import models
@@ -29,7 +31,7 @@ from .cases import ONE_EACH, Case
 from .chat_templates import TEMPLATES
 from .forked import veneer
 from .models import LLAMA
-from .test_train import base  # noqa: F401
+from .test_train import base, data  # noqa: F401
 from .test_train_chat import tokenizer
 
 BIG = dict(
@@ -228,8 +230,10 @@ def test_an_epoch_is_planned_as_it_is_trained(base, tmp_path):  # noqa: F811
     """With a row that is cut, one that is dropped, and weights."""
     rows = [{"question": "q" * n, "answer": "a" * (n % 7 + 1)} for n in range(20, 70, 2)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = [{"path": str(tmp_path / "rows.jsonl"), "weight": 2}]
-    recipe = make(dict(model=base, data=data, output=str(tmp_path / "out"), max_length=84, batch_size=3, accumulate=2))
+    source = [{"path": str(tmp_path / "rows.jsonl"), "weight": 2}]
+    recipe = make(
+        dict(model=base, data=source, output=str(tmp_path / "out"), max_length=84, batch_size=3, accumulate=2)
+    )
     epoch = epoch_of(recipe)
     report = train(recipe, console=Console(quiet=True))
     for name in COUNTED:
@@ -243,3 +247,20 @@ def test_an_epoch_is_planned_as_it_is_trained(base, tmp_path):  # noqa: F811
     command = ["--model", base, "--data", f"{tmp_path / 'rows.jsonl'}*2", "--batch-size", "3", "--accumulate", "2"]
     shown = veneer("plan", *command, "--max-length", "84", "--json")
     assert json.loads(shown.stdout)["data"] == json.loads(json.dumps(epoch.as_dict()))
+    assert json.loads(shown.stdout)["length"] == -(-epoch.largest_batch // 3) < epoch.longest
+
+
+def test_the_largest_batch_is_that_of_the_run(base, data, tmp_path, monkeypatch):  # noqa: F811
+    seen = []
+    add = Meter.add
+    monkeypatch.setattr(Meter, "add", lambda self, real, learned: (seen.append(real), add(self, real, learned))[1])
+    recipe = make(dict(model=base, data=data, output=str(tmp_path / "out"), batch_size=5, samples=0))
+    train(recipe, console=Console(quiet=True))
+    assert epoch_of(recipe).largest_batch == max(seen) > min(seen)
+
+
+def test_plan_and_train_begin_with_the_same_settings():
+    planned = {name: p.default for name, p in inspect.signature(plan).parameters.items()}
+    trained = {name: field.default for name, field in Recipe.model_fields.items()}
+    both = planned.keys() & trained.keys() - {"model", "data"}
+    assert "batch_size" in both and {name: planned[name] for name in both} == {name: trained[name] for name in both}

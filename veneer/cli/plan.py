@@ -41,9 +41,9 @@ def plan(
     settings: Annotated[list[str] | None, typer.Option("--set", help="Another setting, field=value.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="Rows to train on, as in `veneer train`; repeatable.")] = None,
     packing: Annotated[bool, typer.Option(help="Several rows of the data in one sequence.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward pass.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward pass.")] = 8,
     accumulate: Annotated[int, typer.Option(min=1, help="Forward passes of a step.")] = 1,
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 512,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a row; of data, the most.")] = 1024,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Plan with recomputation.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Show every adapted module.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -57,10 +57,10 @@ def plan(
 
     quiet()
     given = settings_of(all_methods()[page(method).name], rank, targets, settings or [])
-    found = forecast(
-        skeleton(model, model_type), config_for(method, **given), batch_size, max_length, gradient_checkpointing
-    )
     epoch = _epoch(model, method, data, batch_size, accumulate, max_length, packing) if data else None
+    length = math.ceil(epoch.largest_batch / batch_size) if epoch else max_length
+    base = skeleton(model, model_type)
+    found = forecast(base, config_for(method, **given), batch_size, length, gradient_checkpointing)
     if as_json:
         content = found.as_dict() | ({"data": epoch.as_dict()} if epoch else {})
         typer.echo(json.dumps(content, indent=2, default=str))
