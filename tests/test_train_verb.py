@@ -77,6 +77,11 @@ def test_a_hub_id_is_asked_of_datasets(recipe, monkeypatch):
     assert asked == [("someone/sums", "half", False)]
 
 
+def test_a_run_that_never_began_is_not_resumed(tmp_path):
+    done = CliRunner().invoke(app, ["train", "--model", "m", "--output", str(tmp_path / "none"), "--resume"])
+    assert "there is no run to resume" in str(done.exception) and "recipe.yaml" in str(done.exception)
+
+
 def test_a_wrong_flag_is_named(recipe):
     done = CliRunner().invoke(app, ["train", recipe, "--set", "lerning_rate=1"])
     assert "no key 'lerning_rate'; nearest: learning_rate" in str(done.exception)
