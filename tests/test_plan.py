@@ -224,6 +224,16 @@ def test_the_command_shows_and_prints_json():
     assert sum(n for name, n in found["memory"].items() if name != "total") == found["memory"]["total"]
     wrong = veneer(*command, "--targets", "c_atn")
     assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1 and "c_attn" in wrong.stderr
+    wrong = veneer("plan", "--model", "no-such-model")
+    assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1 and "no-such-model" in wrong.stderr
+
+
+def test_columns_have_other_names_in_the_plan_too(base, tmp_path):  # noqa: F811
+    (tmp_path / "rows.csv").write_text("title,body\none,1\ntwo,22\n")
+    command = ["plan", "--model", base, "--data", str(tmp_path / "rows.csv"), "--json"]
+    found = veneer(*command, "--column", "question=title", "--column", "answer=body")
+    assert json.loads(found.stdout)["data"]["kept"] == 2
+    assert "has the columns title, body" in veneer(*command).stderr
 
 
 def test_an_epoch_is_planned_as_it_is_trained(base, tmp_path):  # noqa: F811

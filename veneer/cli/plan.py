@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from veneer.cli.train import Column, pairs, source
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,6 +42,7 @@ def plan(
     targets: Annotated[str | None, typer.Option(help='Modules, as "q_proj,v_proj", or "all-linear".')] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Another setting, field=value.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="Rows to train on, as in `veneer train`; repeatable.")] = None,
+    column: Column = None,
     packing: Annotated[bool, typer.Option(help="Several rows of the data in one sequence.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward pass.")] = 8,
     accumulate: Annotated[int, typer.Option(min=1, help="Forward passes of a step.")] = 1,
@@ -57,7 +60,8 @@ def plan(
 
     quiet()
     given = settings_of(all_methods()[page(method).name], rank, targets, settings or [])
-    epoch = _epoch(model, method, data, batch_size, accumulate, max_length, packing) if data else None
+    sources = [source(text) | {"columns": dict(pairs(column or []))} for text in data or []]
+    epoch = _epoch(model, method, sources, batch_size, accumulate, max_length, packing) if sources else None
     length = math.ceil(epoch.largest_batch / batch_size) if epoch else max_length
     base = skeleton(model, model_type)
     found = forecast(base, config_for(method, **given), batch_size, length, gradient_checkpointing)
@@ -74,17 +78,15 @@ plan.__doc__ = (plan.__doc__ or "") + "\n" + EXAMPLES
 
 
 def _epoch(
-    model: str | None, method: str, data: list[str], batch_size: int, accumulate: int, max_length: int, packing: bool
+    model: str | None, method: str, data: list[Any], batch_size: int, accumulate: int, max_length: int, packing: bool
 ) -> Epoch:
-    from veneer.cli.train import source
     from veneer.report.rows import epoch_of
     from veneer.train.recipe import make
 
     if model is None:
         raise typer.BadParameter("--data needs --model: its tokenizer says what a token is")
     batches = {"batch_size": batch_size, "accumulate": accumulate, "max_length": max_length, "packing": packing}
-    sources = [source(text) for text in data]
-    return epoch_of(make({"model": model, "method": method, "data": sources, "output": "-", **batches}))
+    return epoch_of(make({"model": model, "method": method, "data": data, "output": "-", **batches}))
 
 
 def _show_epoch(epoch: Epoch, max_length: int) -> None:

@@ -109,10 +109,10 @@ def _recipe(
     for name in ("data", "eval_data"):
         if name in flags:
             flags[name] = [source(value) for value in flags[name]]
-    content |= flags | {key: _value(text) for key, text in _pairs(others)}
+    content |= flags | {key: _value(text) for key, text in pairs(others)}
     if options:
-        content["options"] = {**(content.get("options") or {}), **{k: _value(text) for k, text in _pairs(options)}}
-    _name_columns(content, dict(_pairs(columns)), split)
+        content["options"] = {**(content.get("options") or {}), **{k: _value(text) for k, text in pairs(options)}}
+    _name_columns(content, dict(pairs(columns)), split)
     return make(content)
 
 
@@ -139,14 +139,15 @@ def source(text: str) -> dict[str, Any]:
         return {"path": text}
 
 
-def _pairs(texts: list[str]) -> list[tuple[str, str]]:
-    pairs = []
+def pairs(texts: list[str]) -> list[tuple[str, str]]:
+    """(name, value) of each NAME=VALUE."""
+    found = []
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise typer.BadParameter(f"{text!r} must be NAME=VALUE")
-        pairs.append((name.strip().replace("-", "_"), value.strip()))
-    return pairs
+        found.append((name.strip().replace("-", "_"), value.strip()))
+    return found
 
 
 def _value(text: str) -> Any:
