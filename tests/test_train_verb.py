@@ -9,6 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from veneer.cli import app
+from veneer.errors import ConfigError
 
 from .test_train import base  # noqa: F401
 
@@ -61,6 +62,15 @@ def test_weights_and_biases_by_flag(recipe, monkeypatch):
     assert not logged
     call(recipe, "--overwrite", "--wandb")
     assert any("loss" in entry for entry in logged)
+
+
+def test_weights_and_biases_that_is_not_installed_is_told_at_once(recipe, monkeypatch, tmp_path):
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    done = CliRunner().invoke(app, ["train", recipe, "--wandb"])
+    assert isinstance(done.exception, ConfigError) and "pip install wandb" in str(done.exception)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_hub_id_is_asked_of_datasets(recipe, monkeypatch):

@@ -52,6 +52,8 @@ def train(
     """
     console = console or Console(stderr=True, highlight=False)
     _quiet()
+    if recipe.wandb:
+        _check_wandb()
     output = Path(recipe.output)
     _check_output(output, resume, overwrite)
     tokenizer = load_tokenizer(recipe)
@@ -89,6 +91,16 @@ def _quiet() -> None:
     quiet()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+
+
+def _check_wandb() -> None:
+    """Before anything is read: Trainer would end in the middle of its start."""
+    from transformers.integrations import integration_utils
+
+    try:
+        integration_utils.INTEGRATION_TO_CALLBACK["wandb"]()
+    except RuntimeError as error:
+        raise ConfigError(f"wandb: {error}") from None
 
 
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
