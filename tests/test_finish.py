@@ -58,7 +58,7 @@ def test_what_was_trained_is_what_was_verified(base, data, tmp_path):  # noqa: F
     assert report["verified"] is True and [check["passed"] for check in report["verification"]] == [True] * 5
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(running.OURS)
     assert [set(row) for row in report["samples"]["rows"]] == [{"prompt", "expected", "before", "after"}] * 2
-    questions = {row["question"].rstrip("?") for row in map(json.loads, Path(data).read_text().splitlines())}
+    questions = {row["question"] for row in map(json.loads, Path(data).read_text().splitlines())}
     assert report["samples"]["held_out"] and {r["prompt"] for r in report["samples"]["rows"]} <= questions
     done = veneer("verify", str(tmp_path / "out"), "--json")
     assert done.returncode == 0, done.stderr
@@ -273,6 +273,8 @@ def test_the_saved_recipe_gives_the_same_adapter_again(base, data, tmp_path):  #
     )
     assert done.returncode == 0, done.stderr
     assert same(tmp_path / "one", tmp_path / "two") and len(tensors(tmp_path / "one")) == 8
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two")]
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize(

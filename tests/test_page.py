@@ -27,6 +27,7 @@ document.documentElement.dataset.found = JSON.stringify({
   cells: all(".cells i:not(.none)").map(e => [box(e).width, getComputedStyle(e).backgroundColor]),
   outside: all("main *").filter(e => box(e).right > innerWidth + 1 && !e.closest("pre, .said, .scroll")).length,
   small: all("main *").filter(e => parseFloat(getComputedStyle(e).fontSize) < 11).length,
+  names: all("details td:first-child").map(e => [e.innerText, box(e).height]),
   text: document.body.innerText, title: document.title, loaded: performance.getEntriesByType("resource").length,
 });
 </script>"""
@@ -62,6 +63,8 @@ def test_a_browser_shows_it(content, tmp_path, width: int, dark: bool):
     assert len(found["lines"]) == 5 and min(found["lines"]) > width / 8
     assert len(found["cells"]) == 8 and min(w for w, _ in found["cells"]) > 20
     assert len({colour for _, colour in found["cells"]}) > 2 and not found["small"] and not found["loaded"]
+    heights = {name: height for name, height in found["names"]}
+    assert heights["transformers"] == heights["torch"], "a word is broken"
     paper, ink = (sum(map(int, re.findall(r"\d+", found[name])[:3])) for name in ("paper", "ink"))
     assert paper + 400 < ink if dark else ink + 400 < paper
     assert found["title"].startswith("lora on ") and EVIL in found["text"]
@@ -92,6 +95,13 @@ def test_a_curve_is_drawn_to_scale():
     assert drawn.lines == (("main", f"M0.0 {top:.1f}L500.0 1000.0L1000.0 {(top + 1000) / 2:.1f}"),)
     assert (drawn.marks[0].x, drawn.marks[0].y) == (50.0, pytest.approx((top + 1000) / 20, abs=0.01))
     assert drawn.y_ticks[0] == (100.0, "0") and drawn.x_ticks[0] == (0.0, "1")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 9, 63])
+def test_steps_are_marked_by_whole_numbers(steps: int):
+    drawn = page.curve("x", [("main", [(step, 1.0 / step) for step in range(1, steps + 1)])], floor=0.0)
+    marked = [text for _, text in drawn.x_ticks]
+    assert marked and all(text.isdigit() for text in marked) and len(set(marked)) == len(marked)
 
 
 def test_long_runs_stay_small():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -10,24 +11,28 @@ import sys
 import pytest
 import torch
 from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from veneer import LoraConfig, TargetError, VeneerError
 from veneer.catalogue import config_for
-from veneer.cli.plan import folded, size
+from veneer.cli.plan import folded, plan, size
 from veneer.core.config import all_methods
 from veneer.errors import ConfigError
 from veneer.report import memory
 from veneer.report.forecast import forecast, settings_of
 from veneer.report.rows import COUNTED, epoch_of
 from veneer.skeleton import skeleton
-from veneer.train.recipe import make
+from veneer.train.meter import Meter
+from veneer.train.recipe import Recipe, make
 from veneer.train.run import train
 
 from . import models
 from .cases import ONE_EACH, Case
+from .chat_templates import TEMPLATES
 from .forked import veneer
 from .models import LLAMA
-from .test_train import base  # noqa: F401
+from .test_train import base, data  # noqa: F401
+from .test_train_chat import tokenizer
 
 BIG = dict(
     model_type="llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
@@ -77,8 +82,6 @@ def test_each_entry_says_what_it_hits():
 
 
 def llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     with torch.device("meta"):
         return LlamaForCausalLM(LlamaConfig(**LLAMA))
 
@@ -136,10 +139,38 @@ def test_the_memory_of_a_step_is_what_is_measured(tmp_path, method: str):
     assert planned == pytest.approx(int(done.stdout), rel=0.2)
 
 
-def test_checkpointing_and_short_rows_take_less():
-    plain = forecast(llama(), config_for("lora"), 4, 32).memory.step
-    assert forecast(llama(), config_for("lora"), 4, 32, checkpointing=True).memory.step < plain
-    assert forecast(llama(), config_for("lora"), 4, 16).memory.step < plain
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the process is measured on Linux")
+@pytest.mark.parametrize(
+    ("tiny", "flags"),
+    [(True, []), (False, []), (False, ["--gradient-checkpointing"])],
+    ids=["tiny", "small", "checkpointing"],
+)
+def test_the_memory_in_all_is_that_of_a_run(tmp_path, tiny: bool, flags: list[str]):
+    """Of a real one, in a process of its own: the largest there was, with everything that it had loaded."""
+    words = tokenizer(TEMPLATES[0])
+    words.save_pretrained(tmp_path / "base")
+    config = LLAMA if tiny else SMALL
+    LlamaForCausalLM(LlamaConfig(**config | {"vocab_size": 6000})).save_pretrained(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"text": "so it goes on and on " * 20}) + "\n") * 16)
+    same = ["--model", str(tmp_path / "base"), "--batch-size", "8", "--max-length", "256", *flags]
+    planned = json.loads(veneer("plan", *same, "--json").stdout)["memory"]
+    more = ["--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out"), "--set", "samples=0", "--json"]
+    command = [sys.executable, "-m", "veneer", "train", *same, *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=300)
+    assert planned["total"] == pytest.approx(json.loads(done.stdout)["peak_rss_bytes"], rel=0.2)
+    assert tiny or planned["step"] > 5e7  # more than rounding beside the rest
+
+
+@pytest.mark.parametrize("heads", [{}, SMALL], ids=["odd", "even"])  # attention of even sizes is another kernel
+def test_checkpointing_and_short_rows_take_less(tmp_path, heads):
+    def step(batch_size: int, length: int, **more: bool) -> int:
+        one = skeleton(config_dir(tmp_path / "m", heads)) if heads else llama()
+        return forecast(one, config_for("lora"), batch_size, length, **more).memory.step
+
+    plain = step(4, 32)
+    assert step(4, 32, checkpointing=True) < plain
+    assert step(4, 16) < plain
 
 
 DEEP = [c for c in ONE_EACH if c.model in ("llama", "gpt2") and not (c.siblings or c.needs_experts)]
@@ -190,16 +221,29 @@ def test_the_command_shows_and_prints_json():
     assert "294,912" in shown.stdout and "transformer.h.{0-11}.attn.c_attn" in shown.stdout
     found = json.loads(veneer(*command, "--json").stdout)
     assert found["trainable"] == 294_912 and found["memory"]["total"] > found["memory"]["step"] > 0
+    assert sum(n for name, n in found["memory"].items() if name != "total") == found["memory"]["total"]
     wrong = veneer(*command, "--targets", "c_atn")
     assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1 and "c_attn" in wrong.stderr
+    wrong = veneer("plan", "--model", "no-such-model")
+    assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1 and "no-such-model" in wrong.stderr
+
+
+def test_columns_have_other_names_in_the_plan_too(base, tmp_path):  # noqa: F811
+    (tmp_path / "rows.csv").write_text("title,body\none,1\ntwo,22\n")
+    command = ["plan", "--model", base, "--data", str(tmp_path / "rows.csv"), "--json"]
+    found = veneer(*command, "--column", "question=title", "--column", "answer=body")
+    assert json.loads(found.stdout)["data"]["kept"] == 2
+    assert "has the columns title, body" in veneer(*command).stderr
 
 
 def test_an_epoch_is_planned_as_it_is_trained(base, tmp_path):  # noqa: F811
     """With a row that is cut, one that is dropped, and weights."""
     rows = [{"question": "q" * n, "answer": "a" * (n % 7 + 1)} for n in range(20, 70, 2)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = [{"path": str(tmp_path / "rows.jsonl"), "weight": 2}]
-    recipe = make(dict(model=base, data=data, output=str(tmp_path / "out"), max_length=84, batch_size=3, accumulate=2))
+    source = [{"path": str(tmp_path / "rows.jsonl"), "weight": 2}]
+    recipe = make(
+        dict(model=base, data=source, output=str(tmp_path / "out"), max_length=84, batch_size=3, accumulate=2)
+    )
     epoch = epoch_of(recipe)
     report = train(recipe, console=Console(quiet=True))
     for name in COUNTED:
@@ -213,3 +257,20 @@ def test_an_epoch_is_planned_as_it_is_trained(base, tmp_path):  # noqa: F811
     command = ["--model", base, "--data", f"{tmp_path / 'rows.jsonl'}*2", "--batch-size", "3", "--accumulate", "2"]
     shown = veneer("plan", *command, "--max-length", "84", "--json")
     assert json.loads(shown.stdout)["data"] == json.loads(json.dumps(epoch.as_dict()))
+    assert json.loads(shown.stdout)["length"] == -(-epoch.largest_batch // 3) < epoch.longest
+
+
+def test_the_largest_batch_is_that_of_the_run(base, data, tmp_path, monkeypatch):  # noqa: F811
+    seen = []
+    add = Meter.add
+    monkeypatch.setattr(Meter, "add", lambda self, real, learned: (seen.append(real), add(self, real, learned))[1])
+    recipe = make(dict(model=base, data=data, output=str(tmp_path / "out"), batch_size=5, samples=0))
+    train(recipe, console=Console(quiet=True))
+    assert epoch_of(recipe).largest_batch == max(seen) > min(seen)
+
+
+def test_plan_and_train_begin_with_the_same_settings():
+    planned = {name: p.default for name, p in inspect.signature(plan).parameters.items()}
+    trained = {name: field.default for name, field in Recipe.model_fields.items()}
+    both = planned.keys() & trained.keys() - {"model", "data"}
+    assert "batch_size" in both and {name: planned[name] for name in both} == {name: trained[name] for name in both}

@@ -250,7 +250,13 @@ def test_nothing_of_an_earlier_run_is_lost_unless_asked(base, data, tmp_path):
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(ConfigError, match="already holds adapter_model.safetensors.*--resume.*--overwrite"):
         run(base, data, tmp_path / "out", max_steps=2)
+    before = (tmp_path / "out" / "report.json").read_bytes()
+    for wrong in ({"data": "nothing.jsonl"}, {"targets": ["q_prj"]}):
+        with pytest.raises(VeneerError, match="nearest|no data"):
+            train(recipe(base, wrong.pop("data", data), tmp_path / "out", **wrong), overwrite=True)
+        assert (tmp_path / "out" / "report.json").read_bytes() == before
     train(recipe(base, data, tmp_path / "out", max_steps=1), overwrite=True, console=Console(quiet=True))
+    assert len(list((tmp_path / "out" / "logs").iterdir())) == 1
     assert json.loads((tmp_path / "out" / "report.json").read_text())["steps"] == 1
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
 

@@ -9,6 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from veneer.cli import app
+from veneer.errors import ConfigError
 
 from .test_train import base  # noqa: F401
 
@@ -63,6 +64,15 @@ def test_weights_and_biases_by_flag(recipe, monkeypatch):
     assert any("loss" in entry for entry in logged)
 
 
+def test_weights_and_biases_that_is_not_installed_is_told_at_once(recipe, monkeypatch, tmp_path):
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    done = CliRunner().invoke(app, ["train", recipe, "--wandb"])
+    assert isinstance(done.exception, ConfigError) and "pip install wandb" in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_hub_id_is_asked_of_datasets(recipe, monkeypatch):
     import datasets
 
@@ -75,6 +85,11 @@ def test_a_hub_id_is_asked_of_datasets(recipe, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert call(recipe, "--data", "someone/sums", "--split", "half")["data"]["rows"] == len(ROWS)
     assert asked == [("someone/sums", "half", False)]
+
+
+def test_a_run_that_never_began_is_not_resumed(tmp_path):
+    done = CliRunner().invoke(app, ["train", "--model", "m", "--output", str(tmp_path / "none"), "--resume"])
+    assert "there is no run to resume" in str(done.exception) and "recipe.yaml" in str(done.exception)
 
 
 def test_a_wrong_flag_is_named(recipe):

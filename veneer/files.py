@@ -190,6 +190,19 @@ def computable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors | {key: t.to(torch.float64 if widest == 8 else torch.float32) for key, t in narrow.items()}
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file: the same bytes for the same content, where safetensors orders metadata at random."""
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata)
+    with path.open("rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+
+
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """Tensors by key of a pickled file, by torch's reader that builds tensors and nothing else.
 

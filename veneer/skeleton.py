@@ -27,13 +27,23 @@ def skeleton(model: str | None = None, model_type: str | None = None) -> Any:
 
     if (model is None) == (model_type is None):
         raise ConfigError("give either a model or a model type")
-    config = _of_type(str(model_type)) if model is None else transformers.AutoConfig.from_pretrained(resolve(model))
+    config = _of_type(str(model_type)) if model is None else _of_model(model)
     for task in TASKS:
         auto = getattr(transformers, task)
         if type(config) in auto._model_mapping:
             with torch.device("meta"):
                 return auto.from_config(config)
     raise ConfigError(f"transformers builds no model from a {type(config).__name__}")
+
+
+def _of_model(model: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(resolve(model))
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"{model!r} is no directory with a config, nor could one be had: {reason}") from None
 
 
 def _of_type(model_type: str) -> Any:

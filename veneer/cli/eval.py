@@ -107,10 +107,10 @@ eval.__doc__ = (eval.__doc__ or "") + "\n" + EXAMPLES
 
 
 def _sources(data: list[str], columns: list[str], split: str) -> list[Any]:
-    from veneer.cli.train import _pairs
+    from veneer.cli.train import pairs
     from veneer.train.recipe import Source
 
-    return [Source(path=path, weight=1.0, columns=dict(_pairs(columns)), split=split) for path in data]
+    return [Source(path=path, weight=1.0, columns=dict(pairs(columns)), split=split) for path in data]
 
 
 def _save(path: Path, found: Evaluation) -> None:

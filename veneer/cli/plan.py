@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from veneer.cli.train import Column, pairs, source
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,10 +42,11 @@ def plan(
     targets: Annotated[str | None, typer.Option(help='Modules, as "q_proj,v_proj", or "all-linear".')] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Another setting, field=value.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="Rows to train on, as in `veneer train`; repeatable.")] = None,
+    column: Column = None,
     packing: Annotated[bool, typer.Option(help="Several rows of the data in one sequence.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward pass.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward pass.")] = 8,
     accumulate: Annotated[int, typer.Option(min=1, help="Forward passes of a step.")] = 1,
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 512,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a row; of data, the most.")] = 1024,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Plan with recomputation.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Show every adapted module.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -57,10 +60,11 @@ def plan(
 
     quiet()
     given = settings_of(all_methods()[page(method).name], rank, targets, settings or [])
-    found = forecast(
-        skeleton(model, model_type), config_for(method, **given), batch_size, max_length, gradient_checkpointing
-    )
-    epoch = _epoch(model, method, data, batch_size, accumulate, max_length, packing) if data else None
+    sources = [source(text) | {"columns": dict(pairs(column or []))} for text in data or []]
+    epoch = _epoch(model, method, sources, batch_size, accumulate, max_length, packing) if sources else None
+    length = math.ceil(epoch.largest_batch / batch_size) if epoch else max_length
+    base = skeleton(model, model_type)
+    found = forecast(base, config_for(method, **given), batch_size, length, gradient_checkpointing)
     if as_json:
         content = found.as_dict() | ({"data": epoch.as_dict()} if epoch else {})
         typer.echo(json.dumps(content, indent=2, default=str))
@@ -74,17 +78,15 @@ plan.__doc__ = (plan.__doc__ or "") + "\n" + EXAMPLES
 
 
 def _epoch(
-    model: str | None, method: str, data: list[str], batch_size: int, accumulate: int, max_length: int, packing: bool
+    model: str | None, method: str, data: list[Any], batch_size: int, accumulate: int, max_length: int, packing: bool
 ) -> Epoch:
-    from veneer.cli.train import source
     from veneer.report.rows import epoch_of
     from veneer.train.recipe import make
 
     if model is None:
         raise typer.BadParameter("--data needs --model: its tokenizer says what a token is")
     batches = {"batch_size": batch_size, "accumulate": accumulate, "max_length": max_length, "packing": packing}
-    sources = [source(text) for text in data]
-    return epoch_of(make({"model": model, "method": method, "data": sources, "output": "-", **batches}))
+    return epoch_of(make({"model": model, "method": method, "data": data, "output": "-", **batches}))
 
 
 def _show_epoch(epoch: Epoch, max_length: int) -> None:
@@ -138,7 +140,13 @@ def _show_memory(console: object, found: Forecast) -> None:
         "adapter": size(memory.adapter),
         "optimizer (AdamW)": size(memory.optimizer),
         "activations, grads": f"{step}  ({found.batch_size} x {found.length} tokens)",
-        "memory in all": "unknown" if memory.total is None else size(memory.total),
+    }
+    where = "  (of the process, on a CPU)" if memory.process else "  (of the accelerator)"
+    if memory.process:
+        lines["Python, libraries"] = size(memory.process)
+        lines["holes in the heap"] = "unknown" if memory.heap is None else size(memory.heap)
+    lines |= {
+        "memory in all": "unknown" if memory.total is None else size(memory.total) + where,
     }
     for name, text in lines.items():
         console.print(f"{name:<20}{text}")  # type: ignore[attr-defined]

@@ -99,17 +99,20 @@ def _recipe(
     """The recipe that a file, the flags, or the run to resume says."""
     from pathlib import Path
 
+    from veneer.errors import ConfigError
     from veneer.train.recipe import RECIPE_NAME, make, read
 
     saved = Path(flags.get("output", "")) / RECIPE_NAME
     content = read(path) if path else read(saved) if resume and flags.get("output") and saved.is_file() else {}
+    if resume and not content and "data" not in flags:
+        raise ConfigError(f"there is no run to resume: {str(saved)!r} is not there; give --output of one that began")
     for name in ("data", "eval_data"):
         if name in flags:
             flags[name] = [source(value) for value in flags[name]]
-    content |= flags | {key: _value(text) for key, text in _pairs(others)}
+    content |= flags | {key: _value(text) for key, text in pairs(others)}
     if options:
-        content["options"] = {**(content.get("options") or {}), **{k: _value(text) for k, text in _pairs(options)}}
-    _name_columns(content, dict(_pairs(columns)), split)
+        content["options"] = {**(content.get("options") or {}), **{k: _value(text) for k, text in pairs(options)}}
+    _name_columns(content, dict(pairs(columns)), split)
     return make(content)
 
 
@@ -136,14 +139,15 @@ def source(text: str) -> dict[str, Any]:
         return {"path": text}
 
 
-def _pairs(texts: list[str]) -> list[tuple[str, str]]:
-    pairs = []
+def pairs(texts: list[str]) -> list[tuple[str, str]]:
+    """(name, value) of each NAME=VALUE."""
+    found = []
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise typer.BadParameter(f"{text!r} must be NAME=VALUE")
-        pairs.append((name.strip().replace("-", "_"), value.strip()))
-    return pairs
+        found.append((name.strip().replace("-", "_"), value.strip()))
+    return found
 
 
 def _value(text: str) -> Any:
@@ -164,7 +168,7 @@ def _is_main_process() -> bool:
 
 def _summary(output: str, report: dict[str, Any]) -> None:
     evaluation, lines = report["eval"], []
-    lines.append(f"adapter    {output}  ({report['trainable_parameters']:,} parameters, {report['steps']} steps)")
+    lines.append(f"adapter    {output}  ({report['trainable_parameters']:,} parameters, {_steps(report['steps'])})")
     if evaluation:
         before = f"{evaluation['before']['loss']:.4f} -> " if evaluation["before"] else ""
         accuracy = f", accuracy {evaluation['accuracy']:.1%}"
@@ -176,6 +180,10 @@ def _summary(output: str, report: dict[str, Any]) -> None:
     lines.append(f"verified   {_checks(report['verification'])}")
     lines.append(f"report     {output}/report.html")
     typer.echo("\n".join(lines))
+
+
+def _steps(count: int) -> str:
+    return f"{count:,} step{'s' * (count != 1)}"
 
 
 def _checks(checks: list[dict[str, Any]]) -> str:

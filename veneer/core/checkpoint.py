@@ -29,6 +29,7 @@ from ..files import (
     read_pickle,
     read_tensors,
     replacing,
+    write_tensors,
 )
 from ..paths import confine
 from .adapter import Adapter, Replace, Tensors
@@ -91,12 +92,10 @@ def collect(model: nn.Module, state: State, name: str, whole: bool | None) -> tu
 
 def write(directory: Path, tensors: Tensors, notes: dict[str, Any], config: Config) -> None:
     """Write one adapter. A crash leaves the old one or the new one: `load` can tell which config is the tensors'."""
-    from safetensors.torch import save_file
-
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(directory, NEXT_NAME)
     with replacing(directory / WEIGHTS_NAME) as temporary:
-        save_file(tensors, temporary, own_notes.metadata(notes, tensors, config))
+        write_tensors(temporary, tensors, own_notes.metadata(notes, tensors, config))
     (directory / NEXT_NAME).replace(directory / CONFIG_NAME)
 
 

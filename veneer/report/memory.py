@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import weakref
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
@@ -52,16 +52,6 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-class Flash(TorchFunctionMode):
-    """On the meta device torch would form whole attention matrices, which no real device does."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        return _attention(*args, **kwargs)
-
-
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -72,6 +62,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    """On the meta device torch would form whole attention matrices, which no real device does."""
     mask = attn_mask.to(q.dtype) if attn_mask is not None and attn_mask.dtype == torch.bool else attn_mask
     if enable_gqa:
         k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
@@ -102,7 +93,8 @@ def step_peak(model: Any, batch_size: int, length: int) -> int:
 
 def _run(model: Any, ids: Tensor) -> tuple[int, int]:
     """(peak, end) of a step, in bytes; at the end there are the gradients."""
-    with Live(model) as live, Flash():
+    # no TorchFunctionMode: the backward pass leaves it, and layers that are recomputed there would be without
+    with Live(model) as live, patch("torch.nn.functional.scaled_dot_product_attention", _attention):
         _loss(model, ids).backward()
     found = live.peak, live.now
     model.zero_grad(set_to_none=True)

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..train.collate import Shuffled
 from ..train.data import prepare
 from ..train.encode import Account
 from ..train.recipe import Recipe
@@ -41,6 +42,8 @@ class Epoch:
     steps: int
     """Optimizer steps of an epoch, on one process."""
     evaluation_rows: int
+    largest_batch: int
+    """Tokens of the largest batch of the first epoch, without padding."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,7 +64,14 @@ def epoch_of(recipe: Recipe) -> Epoch:
         sequences=len(data.train),
         steps=math.ceil(len(data.train) / (recipe.batch_size * recipe.accumulate)),
         evaluation_rows=len(data.evaluation or ()),
+        largest_batch=_largest_batch([len(row["input_ids"]) for row in data.train], recipe),
     )
+
+
+def _largest_batch(lengths: list[int], recipe: Recipe) -> int:
+    """In the order that training takes rows in."""
+    order = [lengths[i] for i in Shuffled(len(lengths), recipe.seed, 1)]
+    return max(sum(order[i : i + recipe.batch_size]) for i in range(0, len(order), recipe.batch_size))
 
 
 def histogram(account: Account) -> tuple[tuple[int, int, int], ...]:

@@ -125,7 +125,7 @@ def curve(
     return Curve(
         title,
         tuple((kind, _path([place(*p) for p in thinned(line)])) for kind, line in lines),
-        tuple((_percent(place(v, low))[0], text) for v, text in _axis(left, right, 6)),
+        tuple((_percent(place(v, low))[0], text) for v, text in _axis(left, right, 6, whole=True)),
         tuple((_percent(place(left, v))[1], text) for v, text in _axis(low, high, 4 if floor is not None else 7)),
         tuple(Mark(*_percent(place(x, y)), f"step {x:g}: evaluation loss {y:.4f}") for x, y in marks),
     )
@@ -166,11 +166,13 @@ def _percent(place: tuple[float, float]) -> tuple[float, float]:
     return round(100 * place[0], 2), round(100 * place[1], 2)
 
 
-def _axis(low: float, high: float, ticks: int) -> list[tuple[float, str]]:
+def _axis(low: float, high: float, ticks: int, whole: bool = False) -> list[tuple[float, str]]:
     """Round numbers between two values, and how they are written."""
     from matplotlib.ticker import MaxNLocator
 
-    values = [float(v) for v in MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
+    least = 1 if whole else 2  # of ticks, before matplotlib gives up on whole numbers
+    locator = MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=least)
+    values = [float(v) for v in locator.tick_values(low, high)]
     step = values[1] - values[0]
     digits = max(0, -math.floor(math.log10(step) + 1e-9)) + f"{step:e}".startswith("2.5")
     small = max(map(abs, values)) < 1e-3

@@ -52,8 +52,10 @@ def train(
     """
     console = console or Console(stderr=True, highlight=False)
     _quiet()
+    if recipe.wandb:
+        _check_wandb()
     output = Path(recipe.output)
-    _check_output(output, recipe, resume, overwrite)
+    _check_output(output, resume, overwrite)
     tokenizer = load_tokenizer(recipe)
     data = prepare(recipe, tokenizer, facts_of(recipe))
     recipe, steps = _resolved(recipe, data)
@@ -64,6 +66,9 @@ def train(
         _check_returns(recipe, trainer.model)
     _announce(console, recipe, trainer, data, steps)
     if trainer.is_world_process_zero():
+        if overwrite and not resume:
+            _clear(output)
+        trainer.add_callback(_tensorboard(output))
         with writing("the recipe", output):
             recipe.save(output)
     display = Display(meter, console)
@@ -88,7 +93,17 @@ def _quiet() -> None:
     datasets.disable_progress_bars()
 
 
-def _check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+def _check_wandb() -> None:
+    """Before anything is read: Trainer would end in the middle of its start."""
+    from transformers.integrations import integration_utils
+
+    try:
+        integration_utils.INTEGRATION_TO_CALLBACK["wandb"]()
+    except RuntimeError as error:
+        raise ConfigError(f"wandb: {error}") from None
+
+
+def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
     """Nothing of an earlier run is lost unless that is asked for."""
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output {str(output)!r} is a file; give a directory")
@@ -98,11 +113,13 @@ def _check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) -
             f"output {str(output)!r} already holds {', '.join(present)}; go on with --resume, "
             "begin afresh with --overwrite, or give another directory"
         )
-    if os.environ.get("RANK", "0") != "0":
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    for name in present if overwrite and not resume else []:
-        path = output / name
+    if os.environ.get("RANK", "0") == "0":
+        output.mkdir(parents=True, exist_ok=True)
+
+
+def _clear(output: Path) -> None:
+    """Throw away what an earlier run left; only once the new one has its data and its model."""
+    for path in [output / name for name in OURS if (output / name).exists()]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -173,8 +190,6 @@ def _build(recipe: Recipe, tokenizer: Any, data: Data, steps: int, output: Path)
     trainer.remove_callback(PrinterCallback)
     if recipe.early_stopping is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping))
-    if trainer.is_world_process_zero():
-        trainer.add_callback(_tensorboard(output))
     return trainer, meter
 
 
@@ -220,7 +235,8 @@ def _announce(console: Console, recipe: Recipe, trainer: ExactTrainer, data: Dat
     account = data.account
     if not recipe.streaming:
         share = account.supervised_tokens / account.tokens
-        console.print(f"{account.kept:,} rows, {account.tokens:,} tokens, {share:.0%} of them learned; {steps:,} steps")
+        count = f"{steps:,} step{'s' * (steps != 1)}"
+        console.print(f"{_rows(account.kept)}, {account.tokens:,} tokens, {share:.0%} of them learned; {count}")
     for line in _losses_of_data(recipe, data):
         console.print(line, style="yellow")
 

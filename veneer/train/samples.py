@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -33,7 +33,7 @@ def samples(model: PeftModel, tokenizer: Any, data: Data, count: int, pad: int) 
     if data.labels is not None:
         answers = _classified(model, tokenizer, chosen, data.labels, pad)
     else:
-        start, end = _frame([_split(row)[0] for row in rows[:COMPARED]])
+        start, end = _frame([_split(row)[0] for row in rows[:COMPARED]], tokenizer.added_tokens_decoder)
         answers = _generated(model, tokenizer, chosen, pad)
         for row, answer in zip(chosen, answers, strict=True):
             prompt = _split(row)[0]
@@ -73,13 +73,17 @@ def _split(row: Encoded) -> tuple[list[int], list[int]]:
     return list(ids[:start]), list(ids[start:end])
 
 
-def _frame(prompts: Sequence[list[int]]) -> tuple[int, int]:
-    """How many tokens at the start and at the end all prompts have in common."""
+def _frame(prompts: Sequence[list[int]], marks: Container[int]) -> tuple[int, int]:
+    """How many tokens at the start and at the end all prompts have in common; at the end from the first of `marks` on.
+
+    What all of them end in before that, as questions do in "?", is theirs and not the template's.
+    """
     if len(prompts) < 2:
         return 0, 0
     shortest = min(map(len, prompts))
     start = next((i for i in range(shortest) if len({p[i] for p in prompts}) > 1), shortest)
     end = next((i for i in range(shortest - start) if len({p[-1 - i] for p in prompts}) > 1), shortest - start)
+    end -= next((i for i, token in enumerate(prompts[0][len(prompts[0]) - end :]) if token in marks), 0)
     return (start, end) if start + end < shortest else (0, 0)
 
 
