@@ -59,14 +59,27 @@ def hotswap_adapter(
         VeneerError: no such adapter, or it is merged.
     """
     inner = _uncompiled(model)
-    state = adapter_state(inner, adapter_name)
-    if any(adapter_name in layer.merged_adapters for layer in state.layers.values()):
-        raise VeneerError(f"{adapter_name!r} is merged into the weights; call unmerge_adapter() before swapping it")
+    state = _swappable(inner, adapter_name)
     config, tensors, notes = checkpoint.load(model_name_or_path, **hub)
-    _check_settings(state.configs[adapter_name], config, adapter_name)
     fitted = _fitted(state, adapter_name, config, tensors)
     checkpoint.check_fit(inner.get_base_model(), state, adapter_name, fitted, notes, check_base)
     checkpoint.absorb(state, adapter_name, fitted)
+
+
+@torch.no_grad()
+def hotswap_tensors(model: nn.Module, adapter_name: str, config: Config, tensors: Tensors) -> None:
+    """The same with the tensors of a file, by their keys there, that are in memory; raises the same."""
+    state = _swappable(_uncompiled(model), adapter_name)
+    fitted = _fitted(state, adapter_name, config, tensors)
+    checkpoint.check(state, adapter_name, fitted)
+    checkpoint.absorb(state, adapter_name, fitted)
+
+
+def _swappable(model: Any, name: str) -> State:
+    state = adapter_state(model, name)
+    if any(name in layer.merged_adapters for layer in state.layers.values()):
+        raise VeneerError(f"{name!r} is merged into the weights; call unmerge_adapter() before swapping it")
+    return state
 
 
 @torch.no_grad()
@@ -124,7 +137,7 @@ def _uncompiled(model: nn.Module) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-def _check_settings(present: Config, new: Config, name: str) -> None:
+def check_settings(present: Config, new: Config, name: str) -> None:
     """Raise unless the two differ in nothing but what can be fitted."""
     if present.peft_type != new.peft_type:
         raise CheckpointError(f"adapter {name!r} is {present.peft_type}, the file {new.peft_type}")
@@ -143,6 +156,7 @@ def _keeps_rank(*configs: Any) -> bool:
 
 def _fitted(state: State, name: str, config: Config, tensors: Tensors) -> Tensors:
     """The file's tensors in the shapes and the scaling of the adapter in memory."""
+    check_settings(state.configs[name], config, name)
     if not isinstance(config, LoraConfig):
         return tensors
     found = {k: t for k, t in tensors.items() if k not in checkpoint.slots(state, name)}

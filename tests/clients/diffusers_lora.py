@@ -81,4 +81,22 @@ assert close(image(pipe), plain)
 pipe.load_lora_weights(str(folder() / "second"), adapter_name="again")
 pipe.set_adapters(["again"], [1.0])  # diffusers keeps the scale of an earlier call for the text encoder
 assert close(image(pipe), seen["second"])
+
+swapped = pipeline()
+for seed, r in ((3, 4), (4, 2)):
+    maker = pipeline()
+    torch.manual_seed(seed)
+    maker.unet.add_adapter(LoraConfig(r=r, lora_alpha=r, init_lora_weights=False, target_modules=["to_q"]))
+    layers = get_peft_model_state_dict(maker.unet)
+    StableDiffusionPipeline.save_lora_weights(str(folder() / f"rank{r}"), unet_lora_layers=layers)
+    seen[r] = image(maker)
+swapped.enable_lora_hotswap(target_rank=4)
+swapped.load_lora_weights(str(folder() / "rank4"), adapter_name="one")
+held = [p for n, p in swapped.unet.named_parameters() if "lora_" in n]
+assert held and torch.allclose(image(swapped), seen[4], atol=1e-4)
+for r in (2, 4):
+    swapped.load_lora_weights(str(folder() / f"rank{r}"), adapter_name="one", hotswap=True)
+    assert torch.allclose(image(swapped), seen[r], atol=1e-4)
+now = [p for n, p in swapped.unet.named_parameters() if "lora_" in n]
+assert all(a is b for a, b in zip(held, now, strict=True))
 print("done")

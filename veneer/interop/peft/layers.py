@@ -563,6 +563,8 @@ def fits(layer: PeftLayer, name: str) -> bool:
         return bool(bare_targets(layer))
     if name == "MultiheadAttention":
         return isinstance(layer.base, nn.MultiheadAttention)
+    if name in table.QUANTISED or type(layer.base).__name__ in table.BNB:
+        return table.QUANTISED.get(name) == type(layer.base).__name__
     if target.kind == "conv":
         return name.endswith(CONVOLUTION[target.spatial])
     return (target.kind == "linear" and name.endswith("Linear")) or (

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from typing import Any
+
+from packaging.version import Version
 
 import veneer
 
@@ -48,6 +51,12 @@ def _is_there(name: str) -> Callable[..., bool]:
     return lambda *args, **kwargs: importlib.util.find_spec(name) is not None
 
 
+def _is_newer(module: str, version: str) -> bool:
+    if importlib.util.find_spec(module) is None:
+        return False
+    return Version(importlib.metadata.version(module)) >= Version(version)
+
+
 PARTS = (
     *(attaching, hotswap, lora_conversion, matching, offsets, state, status, utils, models, tuners, layers, configs),
     conversion,
@@ -85,6 +94,7 @@ def everything() -> dict[str, Any]:
     }
     found |= {name: _auto(getattr(veneer, name)) for name in dir(veneer) if name.startswith("AutoPeftModel")}
     found |= {name: _is_there(module) for name, module in AVAILABLE.items()}
+    found |= {name: _is_newer(*wanted) for name, wanted in VERSIONS.items()}
     return found
 
 
@@ -157,6 +167,15 @@ FROM_VENEER = (
 )
 """Functions and settings that are the same here and there."""
 
+VERSIONS = {
+    "is_torchao_ge_v0_18_0": ("torchao", "0.18.0"),
+    **{
+        f"is_transformers_ge_v{version.replace('.', '_')}": ("transformers", version)
+        for version in ("5", "5.1.0", "5.4.0", "5.6.0", "5.13.0", "5.17.0")
+    },
+}
+"""Facts of PEFT's import_utils: whether a library is at least of a version."""
+
 AVAILABLE = {
     "is_aqlm_available": "aqlm",
     "is_bnb_4bit_available": "bitsandbytes",
@@ -180,9 +199,9 @@ MODULES = {
     "peft.functional": "cast_adapter_dtype delete_adapter get_peft_model_state_dict inject_adapter_in_model "
     "set_adapter set_peft_model_state_dict set_requires_grad",
     "peft.helpers": "DoraCaching KappaTuneSelector check_if_peft_model disable_input_dtype_casting "
-    "find_kappa_target_modules rescale_adapter_scale update_forward_signature update_generate_signature "
-    "update_signature LoraLayer",
-    "peft.import_utils": "is_*_available",
+    "find_kappa_target_modules MontecloraTrainerMixin rescale_adapter_scale update_forward_signature "
+    "update_generate_signature update_signature",
+    "peft.import_utils": "is_*_available is_*_ge_*",
     "peft.mapping": "get_peft_config inject_adapter_in_model PEFT_TYPE_TO_* get_peft_model",
     "peft.mapping_func": "get_peft_model MODEL_TYPE_TO_* PEFT_TYPE_TO_*",
     "peft.mixed_model": "PeftMixedModel",
@@ -219,8 +238,9 @@ MODULES = {
     "peft.utils.constants": "TRANSFORMERS_MODELS_TO_* bloom_model_* *_NAME *_NAMES DUMMY_* MIN_* ALLOWED_* UPCAST_* "
     "INCLUDE_LINEAR_LAYERS_SHORTHAND",
     "peft.utils.error": "PeftError NoMatchingPeftModuleError",
-    "peft.utils.hotswap": "hotswap_adapter prepare_model_for_compiled_hotswap hotswap_adapter_from_state_dict",
-    "peft.utils.integrations": "get_layer_device_map init_empty_weights skip_init_on_device "
+    "peft.utils.hotswap": "check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict "
+    "prepare_model_for_compiled_hotswap",
+    "peft.utils.integrations": "dequantize_bnb_weight init_empty_weights skip_init_on_device "
     "dequantize_module_weight gather_params_ctx",
     "peft.utils.loftq_utils": "replace_lora_weights_loftq",
     "peft.utils.merge_utils": "",

@@ -137,8 +137,12 @@ def _add_layers(found: dict[str, ModuleType], flat: dict[str, Any]) -> None:
     from .layers import LAYERS
 
     for kind, row in table.METHODS.items():
-        for path in (f"peft.tuners.{row.package}", f"peft.tuners.{row.package}.layer"):
+        package = f"peft.tuners.{row.package}"
+        for path in (package, f"{package}.layer"):
             found[path].__dict__.update(LAYERS[kind])
+        quantised = {name: LAYERS[kind][name] for name in row.layers if name in table.QUANTISED}
+        if quantised:
+            found[f"{package}.bnb"] = _module(f"{package}.bnb", quantised)
     found["peft.helpers"].__dict__["LoraLayer"] = LAYERS["LORA"]["LoraLayer"]
     lora = found["peft.tuners.lora"].__dict__
     for path in ("peft.tuners.lora", "peft.tuners.lora.config"):

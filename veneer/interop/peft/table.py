@@ -37,8 +37,31 @@ class Row:
 LORA = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 LORA_OTHER = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
 LYCORIS = ("r", "alpha", "scaling", "rank_dropout", "rank_dropout_scale", "module_dropout")
+BNB = ("Linear4bit", "Linear8bitLt")
+"""Classes of layers on bitsandbytes' modules, whose own classes have the same names."""
+
+QUANTISED = {
+    **{name: name for name in BNB},
+    **{f"SVD{name}": name for name in BNB},
+    "HqqLoraLinear": "HQQLinear",
+    "EetqLoraLinear": "EetqLinear",
+    "AqlmLoraLinear": "QuantizedLinear",
+}
+"""PEFT's classes of layers on quantised modules, and what those modules are called."""
+
 LORA_LAYERS = (
-    *("LoraLayer", "Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d"),
+    *(
+        "LoraLayer",
+        *BNB,
+        "HqqLoraLinear",
+        "EetqLoraLinear",
+        "AqlmLoraLinear",
+        "Linear",
+        "Embedding",
+        "Conv1d",
+        "Conv2d",
+        "Conv3d",
+    ),
     *("MultiheadAttention", "ParamWrapper"),
 )
 
@@ -46,7 +69,11 @@ METHODS: dict[str, Row] = {
     "LORA": Row("lora", "LoraConfig", "LoraModel", "lora_", LORA_LAYERS, LORA, LORA_OTHER, mixes=True),
     "ADALORA": Row(
         *("adalora", "AdaLoraConfig", "AdaLoraModel", "lora_"),
-        *(("AdaLoraLayer", "SVDLinear", "SVDConv2d"), ("lora_A", "lora_B", "lora_E"), (*LORA_OTHER, "ranknum")),
+        *(
+            ("AdaLoraLayer", "SVDLinear4bit", "SVDLinear8bitLt", "SVDLinear", "SVDConv2d"),
+            ("lora_A", "lora_B", "lora_E"),
+            (*LORA_OTHER, "ranknum"),
+        ),
         mixes=True,
     ),
     "ADAMSS": Row(
@@ -99,7 +126,7 @@ METHODS: dict[str, Row] = {
     ),
     "HIRA": Row(
         *("hira", "HiraConfig", "HiraModel", "hira_"),
-        *(("HiraLayer", "Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d"),),
+        *(("HiraLayer", *BNB, "Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d"),),
         *(("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"), ("r", "hira_dropout")),
         mixes=True,
         aliases={"hira_dropout": "dropout"},
@@ -110,7 +137,8 @@ METHODS: dict[str, Row] = {
         aliases={"hra_r": "r", "hra_apply_GS": "apply_GS"},
     ),
     "IA3": Row(
-        *("ia3", "IA3Config", "IA3Model", "ia3_", ("IA3Layer", "Linear", "Conv2d", "Conv3d"), ("ia3_l",)), mixes=True
+        *("ia3", "IA3Config", "IA3Model", "ia3_", ("IA3Layer", *BNB, "Linear", "Conv2d", "Conv3d"), ("ia3_l",)),
+        mixes=True,
     ),
     "LILY": Row(
         *("lily", "LilyConfig", "LilyModel", "lily_", ("LilyLayer", "Linear")),
@@ -165,19 +193,19 @@ METHODS: dict[str, Row] = {
         aliases={"psoft_dropout": "dropout"},
     ),
     "PVERA": Row(
-        *("pvera", "PveraConfig", "PveraModel", "pvera_lambda_", ("PveraLayer", "Linear")),
+        *("pvera", "PveraConfig", "PveraModel", "pvera_lambda_", ("PveraLayer", *BNB, "Linear")),
         *(("pvera_lambda_b", "pvera_lambda_d"), ("pvera_A", "pvera_B", "pvera_dropout", "r")),
         shares=True,
         aliases={"pvera_dropout": "dropout"},
     ),
     "RANDLORA": Row(
-        *("randlora", "RandLoraConfig", "RandLoraModel", "randlora_", ("RandLoraLayer", "Linear")),
+        *("randlora", "RandLoraConfig", "RandLoraModel", "randlora_", ("RandLoraLayer", *BNB, "Linear")),
         ("randlora_lambda", "randlora_gamma"),
         ("randlora_A", "randlora_B", "randlora_dropout", "r", "scaling"),
         aliases={"randlora_dropout": "dropout"},
     ),
     "ROAD": Row(
-        *("road", "RoadConfig", "RoadModel", "road_", ("RoadLayer", "Linear")),
+        *("road", "RoadConfig", "RoadModel", "road_", ("RoadLayer", *BNB, "Linear")),
         *(("road_theta", "road_alpha"), ("variant", "group_size")),
         mixes=True,
     ),
@@ -214,7 +242,7 @@ METHODS: dict[str, Row] = {
         aliases={"vblora_dropout": "dropout"},
     ),
     "VERA": Row(
-        *("vera", "VeraConfig", "VeraModel", "vera_lambda_", ("VeraLayer", "Linear")),
+        *("vera", "VeraConfig", "VeraModel", "vera_lambda_", ("VeraLayer", *BNB, "Linear")),
         *(("vera_lambda_b", "vera_lambda_d"), ("vera_A", "vera_B", "vera_dropout", "r")),
         shares=True,
         aliases={"vera_dropout": "dropout"},

@@ -89,6 +89,10 @@ class BaseTuner(Adapted):
         self.state.activate((names,) if isinstance(names, str) else tuple(names))
 
     @property
+    def _active_adapter(self) -> str | list[str]:
+        return self.active_adapter
+
+    @property
     def active_adapter(self) -> str | list[str]:
         names, given = self.active_adapters, self.__dict__["_set"]
         return given if names == ([given] if isinstance(given, str) else list(given)) else names

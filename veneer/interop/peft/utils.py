@@ -13,8 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ...core.config import LayerConfig
+from ...core.context import State
+from ...core.layer import AdapterLayer, walk
+from ...core.quant import quantised
 from ...errors import VeneerError
-from .configs import CONFIGS
+from ...structure import head_paths, is_linear
+from .configs import CONFIGS, Names
 from .defaults import default
 from .layers import PeftLayer
 from .matching import WRITTEN
@@ -302,6 +306,53 @@ def skip_init_on_device(func: Any) -> Any:
     return call
 
 
+@contextmanager
+def gather_params_ctx(param: Any, modifier_rank: int | None = 0, fwd_module: Any = None) -> Iterator[None]:
+    """Inside, parameters that DeepSpeed's ZeRO-3 has spread are whole."""
+    if not any(hasattr(p, "ds_id") for p in (param if isinstance(param, Iterable) else [param])):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(param, modifier_rank=modifier_rank, fwd_module=fwd_module):
+        yield
+
+
+def dequantize_module_weight(module: nn.Module) -> Tensor:
+    """A linear module's weight, (out, in), in floats."""
+    if quantised(module) is None:
+        return module.weight  # type: ignore[return-value]
+    layer = AdapterLayer(module, "", State())
+    return layer.target.weight()
+
+
+def dequantize_bnb_weight(weight: Any, state: Any = None) -> Tensor:
+    """The same of one of bitsandbytes' weights."""
+    if type(weight).__name__ not in ("Params4bit", "Int8Params"):
+        return weight
+    from bitsandbytes import functional as F
+
+    if type(weight).__name__ == "Params4bit":
+        return F.dequantize_4bit(weight.data, weight.quant_state)
+    SCB = weight.SCB if weight.SCB is not None else state.SCB
+    return weight.data.float() * (SCB / 127).view(-1, 1)
+
+
+def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
+    """A config with "all-linear" spelled out, by the names of the linear layers but the head's."""
+    if peft_config.target_modules != "all-linear":
+        return peft_config
+    modules = dict(walk(model))
+    heads = head_paths(model, modules)
+    names = {path.rpartition(".")[2] for path, m in modules.items() if is_linear(m) and path not in heads}
+    peft_config.target_modules = Names(names)
+    return peft_config
+
+
+class MontecloraTrainerMixin:
+    """PEFT's mixin for trainers; the model's own loss has MonteCLoRA's divergences here, under any trainer."""
+
+
 class DoraCaching:
     """PEFT's switch for keeping DoRA's norms; here they are computed in a cheap form each time."""
 
@@ -362,9 +413,6 @@ class KappaTuneSelector:
     """
 
     def __init__(self, model: nn.Module, **settings: Any) -> None:
-        from ...core.layer import walk
-        from ...structure import is_linear
-
         modules = list(walk(model))
         self.modules = {path: _kappa(m.weight) for path, m in modules if is_linear(m)}
         bare_parameters = {f"{path}.{n}": p for path, m in modules for n, p in m._parameters.items() if p is not None}
