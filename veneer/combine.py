@@ -129,7 +129,7 @@ def rule(kind: str, density: float | None, election: str) -> Callable[[Weighted,
         raise VeneerError(f"{kind!r} needs density, the share of entries to keep, in (0, 1]; not {density!r}")
     if election not in ("total", "frequency"):
         raise VeneerError(f'majority_sign_method must be "total" or "frequency", not {election!r}')
-    prune = _drop if plain.startswith("dare") else _trim
+    prune = drop if plain.startswith("dare") else trim
     return partial(_pruned, prune=partial(prune, density=density), election=election if "ties" in plain else None)
 
 
@@ -162,14 +162,14 @@ def _side_by_side(updates: Weighted) -> Pair | None:
     return torch.cat([p[0] for _, p in pairs if p]), torch.cat([w * p[1] for w, p in pairs if p], dim=1)
 
 
-def _trim(D: Tensor, density: float) -> Tensor:
+def trim(D: Tensor, density: float) -> Tensor:
     """Only the largest entries."""
     k = max(1, int(density * D.numel()))
     threshold = D.abs().flatten().kthvalue(D.numel() - k + 1).values
     return D * (D.abs() >= threshold)
 
 
-def _drop(D: Tensor, density: float) -> Tensor:
+def drop(D: Tensor, density: float) -> Tensor:
     """A random share of the entries, larger by what went, so that the mean stays (DARE, eq. 1 and 2)."""
     return D * torch.bernoulli(torch.full_like(D, density)) / density
 

@@ -22,6 +22,7 @@ from . import (
     layers,
     lora_conversion,
     matching,
+    merging,
     models,
     offsets,
     state,
@@ -58,7 +59,21 @@ def _is_newer(module: str, version: str) -> bool:
 
 
 PARTS = (
-    *(attaching, hotswap, lora_conversion, matching, offsets, state, status, utils, models, tuners, layers, configs),
+    *(
+        attaching,
+        hotswap,
+        lora_conversion,
+        matching,
+        merging,
+        offsets,
+        state,
+        status,
+        utils,
+        models,
+        tuners,
+        layers,
+        configs,
+    ),
     conversion,
 )
 
@@ -243,7 +258,8 @@ MODULES = {
     "peft.utils.integrations": "dequantize_bnb_weight init_empty_weights skip_init_on_device "
     "dequantize_module_weight gather_params_ctx",
     "peft.utils.loftq_utils": "replace_lora_weights_loftq",
-    "peft.utils.merge_utils": "",
+    "peft.utils.merge_utils": "calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_prune prune "
+    "task_arithmetic ties",
     "peft.utils.other": "*Wrapper cast_mixed_precision_params fsdp_auto_wrap_policy get_pattern_key "
     "get_quantization_config id_tensor_storage infer_device match_target_against_key prepare_model_for_kbit_training "
     "shift_tokens_right str_to_bool transpose TRANSFORMERS_MODELS_TO_* *_NAME *_NAMES "
