@@ -29,7 +29,8 @@ class HiRA(Additive):
     def __init__(self, config: HiraConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
         if target.groups > 1:
-            raise TargetError(f"{target.path!r} has {target.groups} groups of channels; HiRA has no form for them")
+            kind = type(target.base).__name__
+            raise TargetError(f"{target.path!r} is a {kind} with {target.groups} groups, for which HiRA has no form")
         self.r = at(target.path, config.rank_pattern, config.r)
         A, B = (matrix.weight for matrix in target.factors(self.r))
         if target.kind == "embedding":  # the file's names for embeddings

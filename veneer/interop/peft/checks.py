@@ -63,8 +63,8 @@ REFUSED = (
         "When `layers_pattern` is specified, `layers_to_transform` must also be specified. ",
     ),
     Rule("IA3", outside, "`feedforward_modules` should be a subset of `target_modules`"),
-    Rule("ADALORA", lambda c: c.use_dora, "ADALORA does not support DoRA."),
-    Rule("ADALORA", lambda c: c.loftq_config, "ADALORA does not support LOFTQ."),
+    Rule("ADALORA", lambda c: c.use_dora, "PeftType.ADALORA does not support DoRA."),
+    Rule("ADALORA", lambda c: c.loftq_config, "PeftType.ADALORA does not support LOFTQ."),
     Rule(
         "ADALORA",
         lambda c: not is_positive(c.total_step),
@@ -173,7 +173,7 @@ REFUSED = (
     Rule(
         "SUPERTUNING",
         lambda c: c.lora_alpha is not None and c.r is None,
-        "lora_alpha is set but r is None: Supra mode requires an explicit r.",
+        "lora_alpha is set but r is None — Supra mode requires an explicit r.",
     ),
     Rule(
         "TINYLORA", lambda c: not is_positive(c.r), "`r` should be a positive integer value but the value passed is {r}"

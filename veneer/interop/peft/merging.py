@@ -31,7 +31,8 @@ def calculate_majority_sign_mask(tensor: Tensor, method: str = "total") -> Tenso
     """Where each task's entry has the sign that is elected: of the sum ("total") or of most ("frequency")."""
     if method not in ("total", "frequency"):
         raise RuntimeError(f'Unimplemented mask method "{method}"')
-    return tensor.sign() == (tensor if method == "total" else tensor.sign()).sum(0).sign()
+    votes = (tensor if method == "total" else tensor.sign()).sum(0)
+    return tensor.sign() == torch.where(votes >= 0, 1, -1)
 
 
 def disjoint_merge(task_tensors: Tensor, majority_sign_mask: Tensor) -> Tensor:

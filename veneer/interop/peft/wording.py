@@ -76,8 +76,8 @@ LATER = (
         r"is divisible by groups. Either choose a different rank or do not target this specific layer.",
     ),
     Row(
-        r"'.*' has \d+ groups of channels; (\w+) has no form for them",
-        r"\1 does not support convolution layers with groups > 1",
+        r"'.*' is a (\w+) with \d+ groups, for which (\w+) has no form",
+        r"\2 does not support \1 layers with groups > 1",
         NotImplementedError,
     ),
     Row(
@@ -85,7 +85,7 @@ LATER = (
     ),
     Row(
         r"KaSA drops r = (\d+) singular values and leaves none of a weight (\(.*\))",
-        r"KaSA requires `r` < min(in_features, out_features), but got r=\1 and \2",
+        r"KaSA requires `r` (\1) to be smaller than min(in_features, out_features), got \2",
     ),
     Row(
         r"MiCA of rank (\d+) needs a weight of at least that rank, not (\(.*\))",
