@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -101,4 +100,6 @@ def mean_loss(model: Any, batches: Sequence[Batch]) -> float:
 
 def peak_bytes() -> int:
     """The most memory this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    from veneer.train.meter import peak_rss
+
+    return peak_rss()

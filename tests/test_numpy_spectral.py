@@ -180,7 +180,7 @@ def test_psofts_random_subspace_comes_back_with_its_seed(tmp_path):
 
 
 def test_psofts_subspace_fits_the_weight():
-    with pytest.raises(ConfigError, match=r"r = 15 on .*k_proj' must be at most 14"):
+    with pytest.raises(ConfigError, match=r"r = 15 on .*k_proj' must be at most the smaller of \(30, 14\)"):
         attach("llama", veneer.PsoftConfig(target_modules=["k_proj"], r=15))
 
 

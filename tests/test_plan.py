@@ -162,6 +162,15 @@ def test_the_memory_in_all_is_that_of_a_run(tmp_path, tiny: bool, flags: list[st
     assert tiny or planned["step"] > 5e7  # more than rounding beside the rest
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere getrusage alone tells")
+def test_the_peak_of_a_run_is_its_own():
+    """Not that of a larger program that began it."""
+    block = bytearray(1 << 30)
+    script = "from veneer.train.meter import peak_rss; print(peak_rss())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
+    assert int(done.stdout) < len(block) * 0.9
+
+
 @pytest.mark.parametrize("heads", [{}, SMALL], ids=["odd", "even"])  # attention of even sizes is another kernel
 def test_checkpointing_and_short_rows_take_less(tmp_path, heads):
     def step(batch_size: int, length: int, **more: bool) -> int:
