@@ -179,6 +179,7 @@ CASES = [
         "tied-copy",
     ),
     Case("dora", "llama", dict(r=4, lora_alpha=7, target_modules=LINEARS)),
+    Case("dora", "grouped", dict(r=4, target_modules=["conv"])),
     Case("dora", "conv", dict(r=4, target_modules=["first", "third", "head"])),
     Case("dora", "gpt2", dict(r=4, target_modules=["wte", "c_attn"]), "embedding"),
     Case("ia3", "llama", dict(target_modules=LINEARS, feedforward_modules=["down_proj"])),
@@ -819,7 +820,8 @@ def has_fold(case: Case) -> bool:
     """Every adapter of the case has a form as a weight."""
     if case.is_prompt:
         return False
-    return case.config_class.adapter.has_fold and str(case) != "lora-grouped"  # its update mixes the groups
+    mixes_groups = str(case) in ("lora-grouped", "dora-grouped")
+    return case.config_class.adapter.has_fold and not mixes_groups
 
 
 MERGEABLE = [case for case in LAYER_CASES if has_fold(case)]

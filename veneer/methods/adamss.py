@@ -5,9 +5,8 @@
 V (r, in + 1) is frozen; its last column, where there is a bias, moves that. A_k (r_k, r) starts at the main directions
 of U_k, B_k at zero. With `use_asa` the subspaces of least importance are frozen one after another. Zheng et al., 2025,
 NeurIPS, on low-rank representation: Liu et al., 2010, arXiv:1010.2955. Trainable: sum_k r_k (r + rows of k) per target.
-Mergeable. Starts as a no-op. The file holds V, not the clusters: those are found again in the base model, always on the
-CPU; PEFT finds others on a GPU, and files from there are refused. Unlike in PEFT, GPT-2's Conv1D is a target, r must be
-below out (the rows of a whole U are equally far apart), as many subspaces learn on as asked (there one fewer).
+Mergeable. Starts as a no-op. The file holds V, not the clusters, which are found again in the base model, on the CPU:
+files of PEFT's from a GPU have others. Unlike there, Conv1D is a target, and as many subspaces learn on as asked.
 """
 
 from __future__ import annotations
@@ -31,13 +30,14 @@ Key = tuple[str, int]  # a subspace: the path of its target, and its number ther
 
 
 class AdaMSS(Adapter):
+    commutes = True  # type: ignore[assignment]
+
     def __init__(self, config: AdamssConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
         W, b = target.original_weight().detach(), target.original_bias()
         self.moves_bias = b is not None
         W = (W if b is None else torch.cat([W, b.detach()[:, None]], dim=1)).float().cpu()
-        if min(config.r, W.shape[1]) >= len(W):
-            raise ConfigError(f"r = {config.r} on {target.path!r} must be below its out = {len(W)}")
+        config.check_rank(target.path, *W.shape)
         U, _, Vh = randomised_svd(W, min(config.r, *W.shape), iterations=2, seed=config.random_seed)
         labels = torch.from_numpy(kmeans(U.numpy(), min(config.num_subspaces, len(U)), iterations=10))
         clusters = [(labels == k).nonzero()[:, 0] for k in labels.unique()]
@@ -52,19 +52,13 @@ class AdaMSS(Adapter):
     def directions(self, rows: Tensor) -> Tensor:
         """The main directions of a cluster's rows, (r_k, r)."""
         _, S, Vh = torch.linalg.svd(rows, full_matrices=False)
-        r = min(self.config.subspace_rank, len(S))
-        if self.config.use_dynamic_rank:
-            r = max(1, min(r, int((self.config.svd_threshold * S[0] ** 2 < S**2).sum())))
-        return Vh[:r].contiguous()
+        is_strong = (self.config.svd_threshold * S[0] ** 2 < S**2) | (not self.config.use_dynamic_rank)
+        return Vh[: max(1, min(self.config.subspace_rank, int(is_strong.sum())))].contiguous()
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """A V, (sum of r_k, in + 1), and the B_k with their rows in the target's order, (out, sum of r_k)."""
         A, B = torch.cat(tuple(self.adamss_A)), torch.block_diag(*self.adamss_B)
         return A @ self.adamss_newB.to(A), B[self.order]
-
-    @property
-    def commutes(self) -> bool:
-        return True
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         A, B = self.matrices()
@@ -145,7 +139,7 @@ class AdamssConfig(LayerConfig):
     use_asa: bool = False
     """Freeze the less important subspaces during training."""
     asa_target_subspaces: int = 50
-    """How many subspaces, of all targets together, learn to the end."""
+    """How many subspaces, of all targets, learn to the end."""
     init_warmup: int = 50
     """Steps before the first subspace is frozen."""
     final_warmup: int = 1000
@@ -175,6 +169,11 @@ class AdamssConfig(LayerConfig):
         check_range(self, 0, 1, "asa_importance_beta", "asa_uncertainty_beta", "svd_threshold")
         if self.use_asa and (self.init_warmup >= self.final_warmup or self.asa_schedule_exponent <= 0):
             raise ConfigError("init_warmup must lie before final_warmup, and asa_schedule_exponent be above 0")
+
+    def check_rank(self, path: str, out: int, columns: int) -> None:
+        """Raise where all of U is taken: its rows are equally far apart, and clusters would follow from rounding."""
+        if min(self.r, columns) >= out:
+            raise ConfigError(f"r = {self.r} on {path!r} must be below its out = {out}")
 
     def schedule(self, adapters: Mapping[str, Adapter]) -> Any:
         return Allocation(self, adapters) if self.use_asa else None  # type: ignore[arg-type]

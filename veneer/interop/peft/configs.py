@@ -21,7 +21,7 @@ from ...errors import CheckpointError, ConfigError
 from ...files import find_file, read_json, write_atomically
 from . import table
 from .checks import check_as_peft
-from .strictness import is_strict
+from .strictness import is_strict, settle
 from .wording import is_at_once
 
 PeftType = enum.Enum("PeftType", {name: name for name in table.METHODS}, type=str, module=__name__)  # type: ignore[misc]
@@ -125,6 +125,13 @@ class PeftConfig(Config, metaclass=Called):
 
     def meaning(self) -> list[str]:
         return as_ours(self).meaning()
+
+    def check_rank(self, path: str, out: int, columns: int) -> None:
+        """AdaMSS's: PEFT goes on where the clusters would follow from rounding."""
+        try:
+            super().check_rank(path, out, columns)  # type: ignore[misc]
+        except ConfigError as error:
+            settle(error)
 
     def role(self, path: str) -> str:
         """Lily's: which entry of the targets a module is of, as they were written and not as they were narrowed."""

@@ -90,7 +90,8 @@ class BaseTuner(Adapted):
 
     @property
     def _active_adapter(self) -> str | list[str]:
-        return self.active_adapter
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
 
     @property
     def active_adapter(self) -> str | list[str]:
