@@ -308,6 +308,11 @@ class PromptConfig(Config):
             raise ConfigError("num_virtual_tokens must say how many positions to learn")
         check_range(self, 1, math.inf, "num_virtual_tokens")
 
+    def refuse_cacheless(self, model: str) -> None:
+        """Raise for a model without a cache, where the prompt goes into that."""
+        advice = "use a method that learns embeddings, or a model that generates"
+        raise ConfigError(f"{self.peft_type} puts keys and values in the cache, which {model} does not have; {advice}")
+
     def build_prompt(self, spec: Spec, words: Tensor) -> Prompt:
         return self.prompt(self, spec, words)
 

@@ -81,10 +81,7 @@ def spec_for(model: nn.Module, config: PromptConfig) -> Spec:
     if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
         raise ConfigError(f"a prompt needs a transformers model, not {type(model).__name__}")
     if config.fills_cache and "past_key_values" not in inspect.signature(model.forward).parameters:
-        raise ConfigError(
-            f"{config.peft_type} puts keys and values in the cache, which {type(model).__name__} does not have; "
-            "use a method that learns embeddings, or a model that generates"
-        )
+        config.refuse_cacheless(type(model).__name__)
     text = model.config.get_text_config()
     sizes = _sizes(text, config.fills_cache)
     encoder_only = config.num_transformer_submodules == 1 and not config.fills_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +23,7 @@ from . import table
 from .configs import Names, PeftConfig, as_peft
 from .fused import modernise
 from .layers import PeftLayer, agree, is_flat, names_of
-from .matching import check_target_module_exists, narrowed, shortened
+from .matching import check_target_module_exists, fill_defaults, narrowed, shortened
 from .strictness import is_strict
 
 REWRITTEN = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
@@ -135,14 +136,16 @@ def _current(model: nn.Module) -> State | None:
 
 def _by_keys(model: nn.Module, config: Any, state_dict: dict[str, Any]) -> Any:
     """A config whose targets are the modules that a state dict has keys for."""
-    import copy
 
     prefix = table.METHODS[config.peft_type.value].prefix
     paths = {key.rsplit("." + prefix, 1)[0].removeprefix("_orig_mod.") for key in state_dict if "." + prefix in key}
     found = copy.copy(config)
-    found.target_modules = sorted(path.removeprefix("base_model.model.") for path in paths)
+    of_layers = paths - {"base_model"}  # there is what they share
+    found.target_modules = sorted(path.removeprefix("base_model.model.") for path in of_layers)
     found.exclude_modules = found.layers_to_transform = None
-    _warn_unlike(set(found.target_modules), [p for p, _ in walk(model) if p and check_target_module_exists(config, p)])
+    wanted = copy.copy(config)
+    fill_defaults(model, wanted)
+    _warn_unlike(set(found.target_modules), [p for p, _ in walk(model) if p and check_target_module_exists(wanted, p)])
     return found
 
 
@@ -254,7 +257,8 @@ def inject_adapter_in_model(
             f"`inject_adapter_in_model` does not support {peft_config.peft_type} because it uses shared state stored "
             "on the tuner. Please use `get_peft_model` instead."
         )
-    state = put_on(model, peft_config, adapter_name, on_meta=low_cpu_mem_usage, lift=False, state_dict=state_dict)
+    inner = getattr(model, "_orig_mod", model)  # of a compiled model, which sees what is put on
+    state = put_on(inner, peft_config, adapter_name, on_meta=low_cpu_mem_usage, lift=False, state_dict=state_dict)
     activate(state, adapter_name, peft_config.inference_mode)
     return model
 

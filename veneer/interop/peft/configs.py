@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from ...core import config as core_config
 from ...core.config import Config, PromptConfig, TaskType, all_methods, default_of
 from ...errors import CheckpointError, ConfigError
-from ...files import find_file, read_json, write_atomically
+from ...files import find_file, read_json, read_pickle, write_atomically
 from . import table
 from .checks import check_as_peft
 from .strictness import is_strict, settle
@@ -125,6 +125,19 @@ class PeftConfig(Config, metaclass=Called):
 
     def meaning(self) -> list[str]:
         return as_ours(self).meaning()
+
+    def refuse_cacheless(self, model: str) -> None:
+        """PEFT fails when such a model is called."""
+        try:
+            super().refuse_cacheless(model)  # type: ignore[misc]
+        except ConfigError as error:
+            settle(error)
+
+    def _source(self) -> Any:
+        """Multitask prompt tuning's start: from a pickle too, tensors only."""
+        path = Path(str(self.prompt_tuning_init_state_dict_path))  # type: ignore[attr-defined]
+        is_pickle = path.suffix in (".bin", ".pt") and path.is_file() and not is_strict()
+        return read_pickle(path) if is_pickle else super()._source()  # type: ignore[misc]
 
     def check_rank(self, path: str, out: int, columns: int) -> None:
         """AdaMSS's: PEFT goes on where the clusters would follow from rounding."""

@@ -162,6 +162,8 @@ class PeftModel(core.PeftModel):
 
     def _check_names(self, args: Any, kwargs: dict[str, Any]) -> None:
         """What PEFT refuses of a mixed batch, in its words."""
+        if self.peft_type.value == "MULTITASK_PROMPT_TUNING" and kwargs.get("task_ids") is None and not is_strict():
+            raise VeneerError("task_ids cannot be None")
         names = kwargs.get("adapter_names")
         if names is None or not isinstance(names, (list, tuple)):
             return
