@@ -8,6 +8,7 @@ from .core.config import TaskType as TaskType
 from .core.config import all_methods as all_methods
 from .core.model import PeftModel as PeftModel
 from .core.model import get_peft_model as get_peft_model
+from .detached import unload_shadow as unload_shadow
 from .errors import BaseMismatch as BaseMismatch
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError

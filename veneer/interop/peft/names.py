@@ -12,6 +12,7 @@ from packaging.version import Version
 import veneer
 
 from ...core.config import TaskType
+from ...detached import DetachedShadowModel
 from ...errors import ConfigError, TargetError, VeneerError
 from ...hub import resolve
 from . import (
@@ -89,6 +90,7 @@ def everything() -> dict[str, Any]:
     found |= {
         "PeftType": configs.PeftType,
         "TaskType": TaskType,
+        "DetachedShadowModel": DetachedShadowModel,
         "PeftConfigMixin": configs.PeftConfig,
         "PeftError": VeneerError,
         "NoMatchingPeftModuleError": TargetError,
@@ -240,6 +242,7 @@ MODULES = {
     "peft.tuners.lora.variants": "calculate_alora_offsets get_alora_offsets_for_forward get_alora_offsets_for_generate",
     "peft.tuners.mixed": "MixedModel",
     "peft.tuners.mixed.model": "MixedModel",
+    "peft.tuners.shadow.layers": "DetachedShadowModel",
     "peft.tuners.tuners_utils": "Base* cast_adapter_dtype check_adapters_to_merge check_target_module_exists "
     "delete_adapter find_parameter_name_by_module get_device_map inspect_matched_modules set_adapter "
     "set_requires_grad _find_minimal_target_modules DUMMY_* EMBEDDING_LAYER_NAMES SEQ_CLS_HEAD_NAMES "

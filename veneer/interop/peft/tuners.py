@@ -19,6 +19,7 @@ from .configs import CONFIGS, PeftType
 from .gating import WithGate
 from .layers import LAYERS, BaseTunerLayer, agree, bare_targets, is_flat
 from .matching import check_target_module_exists, tied_modules
+from .shadows import WithShadow
 from .slots import SharedSlot
 
 
@@ -293,6 +294,14 @@ class BasePromptEncoder(nn.Module):
     """PEFT's base of prompts; here each is a `Prompt`."""
 
 
+MORE: dict[str, type] = {
+    **dict.fromkeys(("LORA", "ADALORA", "IA3", "HIRA"), WithWeightedSums),
+    "XLORA": WithGate,
+    "SHADOW": WithShadow,
+}
+"""What the tuners of some methods have besides."""
+
+
 def _tuner_class(kind: str, row: table.Row) -> type:
     module = f"peft.tuners.{row.package}.model"
     if issubclass(CONFIGS[PeftType(kind)], PromptConfig):
@@ -305,8 +314,7 @@ def _tuner_class(kind: str, row: table.Row) -> type:
         "tuner_layer_cls": next(iter(layers.values()), BaseTunerLayer),
         "peft_type": PeftType(kind),
     }
-    more = WithWeightedSums if kind in ("LORA", "ADALORA", "IA3", "HIRA") else WithGate if kind == "XLORA" else None
-    bases = (BaseTuner,) if more is None else (more, BaseTuner)
+    bases = (*((MORE[kind],) if kind in MORE else ()), BaseTuner)
     return type(row.model, bases, names)
 
 
