@@ -102,6 +102,7 @@ REFUSED = (
         lambda c: c.use_asa and c.asa_schedule_exponent <= 0,
         "`asa_schedule_exponent` must be a positive number when `use_asa=True`, got {asa_schedule_exponent}.",
     ),
+    Rule("CPT", lambda c: c.task_type != "CAUSAL_LM", "CPTConfig only supports task_type = CAUSAL_LM."),
     Rule("DELORA PSOFT", lambda c: not is_positive(c.r), "`r` must be a positive integer; got {r}."),
     Rule(
         "GRALORA",

@@ -17,6 +17,7 @@ from ...errors import ConfigError, TargetError, VeneerError
 from ...hub import resolve
 from . import (
     attaching,
+    buffers,
     configs,
     conversion,
     hotswap,
@@ -60,21 +61,20 @@ def _is_newer(module: str, version: str) -> bool:
 
 
 PARTS = (
-    *(
-        attaching,
-        hotswap,
-        lora_conversion,
-        matching,
-        merging,
-        offsets,
-        state,
-        status,
-        utils,
-        models,
-        tuners,
-        layers,
-        configs,
-    ),
+    attaching,
+    buffers,
+    hotswap,
+    lora_conversion,
+    matching,
+    merging,
+    offsets,
+    state,
+    status,
+    utils,
+    models,
+    tuners,
+    layers,
+    configs,
     conversion,
 )
 
@@ -105,7 +105,6 @@ def everything() -> dict[str, Any]:
         "_find_minimal_target_modules": utils.find_minimal_target_modules,
         "_get_no_split_modules": utils.no_split_modules,
         "_set_adapter": attaching.set_adapter,
-        "BufferDict": layers.TensorSlot,
         "check_adapters_to_merge": layers.to_merge,
         "resolve_quantization_backend": utils.no_backend,
     }
