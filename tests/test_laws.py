@@ -98,6 +98,26 @@ def test_any_two_methods_merged_equal_active(first: Case, second: Case):
         model.unmerge_adapter()
 
 
+ALONE = ("alora-llama-dora-bias-rslora", "dora-grouped")
+"""A DoRA needs the norm of the weight below it, and these have no form as a weight."""
+LAST = ("ln_tuning", "trainable_tokens")
+"""They put values in the place of others: those of the last are there."""
+PLAIN = [case for case in LAYER_CASES if not case.siblings and not case.needs_experts and case.method not in LAST]
+
+
+@every([case for case in PLAIN if str(case) not in ALONE])
+def test_two_of_a_kind_both_act(case: Case):
+    """Active together they give what neither gives alone."""
+    model, batch = case.build("one"), case.inputs()
+    model.add_adapter("two", case.config())
+    perturb(model, "two", 9)
+    outs = []
+    for names in (["one", "two"], ["one"], ["two"]):
+        model.set_adapter(names)
+        outs.append(output(model, batch))
+    assert not torch.allclose(outs[0], outs[1], **TOLERANCE) and not torch.allclose(outs[0], outs[2], **TOLERANCE)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @every(MERGEABLE)
 def test_unmerge_is_bit_exact(case: Case, dtype: torch.dtype):
