@@ -34,7 +34,10 @@ def test_its_logits_are_the_heads_on_the_shadows_states(settings):
 
 
 def test_it_generates_with_its_cache_as_without():
-    small = veneer.unload_shadow(shadowed())
+    model = shadowed()
+    model.get_base_model().set_attn_implementation("sdpa")
+    state_of(model.get_base_model()).shared["default"].shadow_backbone["default"].set_attn_implementation("sdpa")
+    small = veneer.unload_shadow(model)
     settings = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
     with_cache = small.generate(**BATCH, **settings)
     assert torch.equal(with_cache, small.generate(**BATCH, **settings, use_cache=False))

@@ -30,6 +30,7 @@ class DetachedShadowModel(PreTrainedModel, GenerationMixin):
 
     main_input_name = "input_ids"
     _supports_cache_class = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(
         self,
