@@ -114,6 +114,16 @@ def swapped():
     return bool(torch.allclose(*two, atol=1e-6))
 
 
+def shadowed():
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=20)
+    base = LlamaForSequenceClassification(LlamaConfig(**sizes, num_labels=3))
+    model = on(peft.ShadowConfig(task_type="SEQ_CLS"), base)
+    head = [p for n, p in model.named_parameters() if "shadow_head" in n]
+    return [[list(p.shape), p.requires_grad] for p in head]
+
+
 def second(first, other):
     model = on(first)
     model.add_adapter("other", other)
@@ -124,6 +134,7 @@ CASES = {
     "types": types,
     "scaled": scaled,
     "tokens": tokens,
+    "shadowed": shadowed,
     "swapped": swapped,
     "reduced": reduced,
     **{f"converted {r}": lambda r=r: converted(r) for r in (2, 0, 1.5, 99)},

@@ -50,7 +50,9 @@ def put_on(
     found = narrowed(model, config)
     if isinstance(found, PromptConfig) and found.task_type is None:
         found.task_type = interop.task_of(model)
-    task, found.task_type = found.task_type, None  # its heads are for PEFT's model classes to add
+    task = found.task_type
+    if found.peft_type != "SHADOW":  # which judges itself by the task
+        found.task_type = None  # its heads are for PEFT's model classes to add
     try:
         state = inject.attach(model, found, name, trainable=not config.inference_mode, on_meta=on_meta, lift=lift)
     except BaseException:
