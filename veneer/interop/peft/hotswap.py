@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ... import hotswap
 from .configs import PeftConfig, hub_arguments
-
-PREFIX = "base_model.model."
+from .state import PREFIX
 
 
 def hotswap_adapter(
