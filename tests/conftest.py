@@ -1,5 +1,6 @@
 import gc
 import os
+import signal
 import warnings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish():

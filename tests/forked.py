@@ -13,8 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-SECONDS = 300
-"""After which a process that hangs is ended."""
+from .room import SECONDS
 
 
 def veneer(*arguments: str, given: str = "", **environment: str) -> subprocess.CompletedProcess[str]:

@@ -10,7 +10,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from veneer.core.config import all_methods
 
 from . import models
 from .models import output, perturb
+from .room import has_worked
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).parent.parent
@@ -106,7 +106,7 @@ def test_killed_saves_leave_a_whole_adapter(tmp_path):
         process = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(tmp_path,))
         process.start()
         for _ in range(5):
-            time.sleep(rng.uniform(0.0, 0.05))
+            has_worked(process.pid, rng.uniform(0.0, 0.05))
             os.kill(process.pid, signal.SIGSTOP)  # as good as a crash for who looks now
             out = output(PeftModel.from_pretrained(models.build("llama"), tmp_path), batch)
             found = [i for i, logits in enumerate(expected) if torch.equal(out, logits)]

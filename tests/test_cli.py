@@ -14,14 +14,14 @@ import pytest
 import veneer.cli
 from veneer.core.config import all_methods
 
-from . import forked
+from . import forked, room
 
 engine = importlib.import_module("veneer.hub")
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "veneer", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=room.SECONDS)
 
 
 @pytest.fixture
@@ -56,7 +56,9 @@ heavy = {{"torch", "transformers", "datasets", "numpy", "matplotlib"}} & set(sys
 assert not heavy, heavy
 """
     environment = os.environ | {"VENEER_CACHE": str(pulled.parent)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=room.SECONDS
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -12,6 +12,8 @@ import torch
 
 from veneer import AutoPeftModelForCausalLM, LoraConfig, PeftModel, RoundingWarning, TaskType, get_peft_model, pull
 
+from . import room
+
 DATA = Path(__file__).parent.parent / "examples" / "data"
 FRESH = """
 import sys, torch
@@ -61,7 +63,7 @@ def test_smollm2_learns_saves_and_comes_back(tmp_path):
     expected = model(input_ids=ids).logits
     torch.save(ids, tmp_path / "ids.pt")
     arguments = [str(tmp_path / name) for name in ("adapter", "ids.pt", "logits.pt")]
-    subprocess.run([sys.executable, "-c", FRESH, *arguments], check=True, timeout=600)
+    subprocess.run([sys.executable, "-c", FRESH, *arguments], check=True, timeout=room.SECONDS)
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
 
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(where), tmp_path / "adapter")

@@ -25,6 +25,7 @@ from veneer.train import finish, guards, trainer
 from veneer.train import run as running
 from veneer.train.recipe import make
 
+from . import room
 from .forked import forked, veneer
 from .test_train import KILLED, base, data, recipe, run, same, tensors  # noqa: F401 (fixtures)
 
@@ -269,7 +270,7 @@ def test_the_saved_recipe_gives_the_same_adapter_again(base, data, tmp_path):  #
     again = ["train", str(tmp_path / "one" / "recipe.yaml"), "--output", str(tmp_path / "two")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "veneer", *again], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, "-m", "veneer", *again], capture_output=True, text=True, env=environment, timeout=room.SECONDS
     )
     assert done.returncode == 0, done.stderr
     assert same(tmp_path / "one", tmp_path / "two") and len(tensors(tmp_path / "one")) == 8

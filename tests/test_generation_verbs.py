@@ -9,6 +9,7 @@ import pty
 import select
 import signal
 import sys
+import termios
 import time
 
 import pytest
@@ -21,6 +22,7 @@ from veneer.generation import Sampling, Writer
 from veneer.loading import BASE, load
 from veneer.streaming import Columns, Interrupt, show
 
+from . import room
 from .chat_templates import TEMPLATES
 from .forked import veneer
 from .test_loading import adapter, bases  # noqa: F401
@@ -245,15 +247,23 @@ class Terminal:
             os.execve(sys.executable, [sys.executable, "-m", "veneer", *arguments], environment())
         self.seen = ""
 
-    def until(self, text: str, seconds: float = 90) -> str:
-        """What is shown, up to the next `text`."""
-        end = time.monotonic() + seconds
+    def until(self, text: str, press: str = "") -> str:
+        """What is shown, up to the next `text`.
+
+        press: a key to press until then, again and again: Python loses a signal that comes just before `input` waits.
+        """
+        end = time.monotonic() + room.SECONDS
         while text not in self.seen:
             assert time.monotonic() < end, f"no {text!r} in {self.seen!r}"
-            if select.select([self.file], [], [], 0.2)[0]:
+            self.type(press)
+            if select.select([self.file], [], [], 1.0 if press else 0.2)[0]:
                 self.seen += os.read(self.file, 4096).decode(errors="replace")
         before, _, self.seen = self.seen.partition(text)
         return before
+
+    def edits(self) -> None:
+        """Wait until the line editor reads: what is typed before it has taken the terminal over is lost."""
+        room.until(lambda: not termios.tcgetattr(self.file)[3] & termios.ICANON, "the line editor")
 
     def type(self, text: str) -> None:
         os.write(self.file, text.encode())
@@ -266,13 +276,13 @@ def test_chat_on_a_terminal_survives_ctrl_c(bases, tmp_path):  # noqa: F811
     terminal = Terminal("chat", "--adapter", place, "--max-new-tokens", "100000")
     try:
         terminal.until("> ")
+        terminal.edits()
         terminal.type("hello\r")
         terminal.until("more than the 256")  # no room for so long an answer; the talk goes on
         terminal.until("> ")
-        time.sleep(1)  # what is typed while the line editor starts is lost
-        terminal.type("\x03")
-        terminal.until("/quit")
+        terminal.until("/quit", press="\x03")
         terminal.until("> ")
+        terminal.edits()
         terminal.type("/quit\r")
         assert os.waitpid(terminal.pid, 0)[1] == 0
     finally:

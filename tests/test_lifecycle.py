@@ -20,7 +20,7 @@ import veneer
 from veneer import IA3Config, LoraConfig, VeneerError, get_peft_model
 from veneer.core.context import state_of
 
-from . import models
+from . import models, room
 from .cases import ONE_EACH, Case
 from .models import output, perturb
 
@@ -288,6 +288,6 @@ def test_every_start_is_the_same_in_every_process():
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent, env=environment
         )
         processes.append(subprocess.Popen([sys.executable, "-c", SCRIPT], **how))
-    (one, errors), (other, _) = (process.communicate(timeout=300) for process in processes)
+    (one, errors), (other, _) = (process.communicate(timeout=room.SECONDS) for process in processes)
     assert not any(process.returncode for process in processes), errors
     assert one == other and one.count("\n") > 150

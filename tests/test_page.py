@@ -13,6 +13,7 @@ import pytest
 
 from veneer.train import page
 
+from . import room
 from .test_train import base, data, run  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -48,7 +49,7 @@ def opened(text: str, where: Path, width: int, dark: bool) -> dict:
     settings = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={where / 'profile'}"]
     scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
     command = [CHROMIUM, *settings, scheme, f"--window-size={width},1200", "--dump-dom", file.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=room.SECONDS)
     found = re.search(r'data-found="([^"]*)"', done.stdout)
     assert found, done.stderr
     return json.loads(html.unescape(found[1]))

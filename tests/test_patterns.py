@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -13,6 +12,7 @@ from veneer import ConfigError, LoraConfig, PeftModel, get_peft_model, patterns
 from veneer.patterns import fits, pattern
 
 from . import models
+from .room import at_most
 
 HANGS = "".join(f"(?P<{name}>.*)" for name in "abcdefghij") + "(?P=a)(?P=b)(?P=c)(?P=d)(?<=zz)"
 """Takes minutes over a path of forty characters."""
@@ -55,17 +55,13 @@ def test_an_expression_that_hangs_is_refused_in_time(field: str, tmp_path, monke
         lambda: PeftModel.from_pretrained(models.build("llama"), tmp_path),
     ):
         pattern.cache_clear()
-        start = time.monotonic()
-        with pytest.raises(ConfigError, match="too long to match"):
+        with at_most(10), pytest.raises(ConfigError, match="too long to match"):
             use()
-        assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize(
     "expression", ["(?:(?:(?:a{1000}){1000}){1000}){1000}", "a" * 100_000, "(a{99999999999999999999})", "(" * 5000]
 )
 def test_an_expression_too_large_to_be_honest_is_refused(expression: str):
-    start = time.monotonic()
-    with pytest.raises(ConfigError, match="target_modules"):
+    with at_most(5), pytest.raises(ConfigError, match="target_modules"):
         LoraConfig(target_modules=expression)
-    assert time.monotonic() - start < 5

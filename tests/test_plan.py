@@ -26,7 +26,7 @@ from veneer.train.meter import Meter
 from veneer.train.recipe import Recipe, make
 from veneer.train.run import train
 
-from . import models
+from . import models, room
 from .cases import ONE_EACH, Case
 from .chat_templates import TEMPLATES
 from .forked import veneer
@@ -101,7 +101,9 @@ assert found.memory.base == 2 * (found.total - found.trainable) and found.memory
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))  # ru_maxrss outlives an exec
 print(time.process_time() - start, int(peak.split()[1]) / 1e6)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=room.SECONDS
+    )
     seconds, gigabytes = map(float, done.stdout.split())
     assert seconds < 2 and gigabytes < 1
 
@@ -135,7 +137,7 @@ def test_the_memory_of_a_step_is_what_is_measured(tmp_path, method: str):
     # glibc otherwise keeps freed blocks of a few MB in its heap, and the peak is its own
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", MEASURE, home, method]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=room.SECONDS)
     assert planned == pytest.approx(int(done.stdout), rel=0.2)
 
 
@@ -157,7 +159,7 @@ def test_the_memory_in_all_is_that_of_a_run(tmp_path, tiny: bool, flags: list[st
     more = ["--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out"), "--set", "samples=0", "--json"]
     command = [sys.executable, "-m", "veneer", "train", *same, *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=room.SECONDS)
     assert planned["total"] == pytest.approx(json.loads(done.stdout)["peak_rss_bytes"], rel=0.2)
     assert tiny or planned["step"] > 5e7  # more than rounding beside the rest
 
@@ -167,7 +169,9 @@ def test_the_peak_of_a_run_is_its_own():
     """Not that of a larger program that began it."""
     block = bytearray(1 << 30)
     script = "from veneer.train.meter import peak_rss; print(peak_rss())"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=room.SECONDS
+    )
     assert int(done.stdout) < len(block) * 0.9
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from . import room
 from .forked import veneer
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +27,9 @@ def blocks(readme: str, language: str) -> list[str]:
 def test_the_python_runs(readme: str, tmp_path):
     script = tmp_path / "readme.py"
     script.write_text("\n".join(blocks(readme, "python")), encoding="utf-8")
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=room.SECONDS
+    )
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     assert "trainable params: 460,800 || all params: 134,975,808 || trainable%: 0.3414" in done.stdout
     assert "8 x (576 + 192)" in done.stdout and "+ LoRA[default](r=8, scaling=4, 576 -> 576)" in done.stdout

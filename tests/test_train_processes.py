@@ -20,6 +20,7 @@ from veneer.errors import ConfigError
 from veneer.train.recipe import make
 from veneer.train.run import train
 
+from . import room
 from .test_distributed import free_port
 from .test_train import base, failing  # noqa: F401
 
@@ -161,7 +162,9 @@ def test_a_run_goes_on_with_other_processes(base, data, tmp_path):  # noqa: F811
 
 def cli(*command: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     whole = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
-    return subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, env=whole, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, env=whole, timeout=room.SECONDS
+    )
 
 
 def flags(base, data, output) -> list[str]:  # noqa: F811

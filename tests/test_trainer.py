@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from veneer import AdaLoraConfig, CheckpointError, LoraConfig, PeftModel, TaskType, get_peft_model
 from veneer.core.context import state_of
 
-from . import models
+from . import models, room
 from .cases import ONE_EACH, Case
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -222,5 +222,5 @@ sys.meta_path[:] = [Hidden(f) for f in sys.meta_path]
             f"assert 'adapter_model.safetensors' in os.listdir({str(tmp_path / 'checkpoint-3')!r})",
         ]
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=room.SECONDS)
     assert done.returncode == 0, done.stderr[-2000:]
