@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test differential reference guides fuzz check docs clean
+.PHONY: install demo test test-oldest test-newest differential reference guides fuzz check docs clean
 
 install: .venv/installed
 
@@ -19,6 +19,32 @@ demo: install
 # One torch thread for each pytest worker.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# What must hold on every version that is allowed: the laws, parity with PEFT, the tutorial, the clients, a training.
+ALL_VERSIONS := $(addprefix tests/test_, laws.py parity.py tutorial.py clients.py train_verb.py train_processes.py \
+	trainer.py prompts.py upstream.py versions.py)
+TESTS ?= $(ALL_VERSIONS)
+# The oldest torch is a CUDA build of several GB where the index has no other; another one may be tried in its place.
+OLDEST_TORCH ?= $(shell sed -n 's/^torch==//p' constraints-oldest.txt)
+NEWEST_TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+
+test-oldest: .venv-oldest/installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(TESTS)
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	sed 's/^torch==.*/torch==$(OLDEST_TORCH)/' constraints-oldest.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --editable '.[clients,test]' --constraint .venv-oldest/constraints.txt
+	touch $@
+
+# Whatever the index has today; made anew each time.
+test-newest:
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --upgrade --upgrade-strategy eager --editable '.[clients,test]' \
+		torch==$(NEWEST_TORCH)
+	.venv-newest/bin/veneer doctor
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(TESTS)
 
 # The same 500 random sequences of calls on veneer under the name peft and on the real PEFT.
 differential: install
@@ -46,5 +72,5 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv demo-output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-oldest .venv-newest demo-output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,6 +20,7 @@ from .core.config import TaskType
 from .core.layer import AdapterLayer, bare
 from .errors import VeneerError
 from .mirror import classification_loss, last_position
+from .upstream import cache as caches
 
 if TYPE_CHECKING:
     from .core.model import PeftModel
@@ -70,7 +71,10 @@ class DetachedShadowModel(PreTrainedModel, GenerationMixin):
         """Logits, and with labels the loss: of the next tokens, or of the classes."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        kept = {k: v for k, v in kwargs.items() if k in ("past_key_values", "use_cache", "position_ids")}
+        kept = {k: v for k, v in kwargs.items() if k in ("use_cache", "position_ids")}
+        cache = caches.of_call(kwargs)
+        if cache is not None:
+            kept = caches.with_cache(kept, caches.argument(self.backbone), cache)
         out = self.backbone(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kept)
         states = self.shadow_hidden_projection(out.last_hidden_state)
         if self.is_classification:
@@ -78,7 +82,7 @@ class DetachedShadowModel(PreTrainedModel, GenerationMixin):
             return SequenceClassifierOutput(None if labels is None else classification_loss(logits, labels), logits)
         logits = states if self.head is None else self.head(states)
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
-        return CausalLMOutputWithPast(loss, logits, out.past_key_values)
+        return CausalLMOutputWithPast(loss, logits, caches.of_output(out))
 
 
 def unload_shadow(model: PeftModel, adapter_name: str | None = None, copy: bool = False) -> DetachedShadowModel:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from typing import Any
 
 from . import __version__
 from .hub import MODELS, cache_dir, is_complete
+from .upstream import versions
 
-PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "datasets", "tokenizers", "numpy", "peft", "trl")
-NEEDED = {"torch": (2, 6), "transformers": (5, 20)}
+NEEDED = ("torch", "transformers")
 
 
 @dataclass
@@ -22,6 +21,8 @@ class Environment:
     system: str
     packages: dict[str, str | None]
     """Versions; None: not installed."""
+    tried: dict[str, str]
+    """The versions that veneer was tried with."""
     processors: int
     torch_threads: int
     accelerators: list[str]
@@ -31,6 +32,8 @@ class Environment:
     models: list[str]
     """Those of `veneer pull` that are here."""
     offline: bool
+    untried: list[str] = field(default_factory=list)
+    """What is installed outside of the versions that were tried; it may work all the same."""
     problems: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -48,7 +51,8 @@ def environment() -> Environment:
         veneer=__version__,
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        packages={name: _version(name) for name in PACKAGES},
+        packages={name: versions.installed(name) for name in (*versions.TRIED, "peft")},
+        tried={name: str(tried) for name, tried in versions.TRIED.items()},
         processors=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         torch_threads=torch.get_num_threads(),
         accelerators=gpus + (["mps"] if torch.backends.mps.is_available() else []),
@@ -58,29 +62,20 @@ def environment() -> Environment:
         models=[name for name, source in MODELS.items() if is_complete(cache_dir() / name, source)],
         offline=os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
     )
+    found.untried = [str(package) for package in versions.untried()]
     found.problems = list(_problems(found))
     return found
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _problems(found: Environment) -> list[str]:
     problems = []
-    for name, least in NEEDED.items():
-        version = found.packages[name]
-        if version is None or _numbers(version) < least:
-            wanted = ".".join(map(str, least))
-            problems.append(f"{name} {version or 'is not installed'}; veneer needs {wanted} or newer")
+    for name in NEEDED:
+        if found.packages[name] is None:
+            problems.append(f"{name} is not installed; veneer needs {versions.TRIED[name].oldest} or newer")
+    for package in versions.untried():
+        if package.place == "older":
+            problems.append(f"{package.name} {package.version}; veneer needs {package.tried.oldest} or newer")
     if found.torch_threads > found.processors:
         what = f"torch has {found.torch_threads} threads for {found.processors} processors"
         problems.append(f"{what}: set OMP_NUM_THREADS={found.processors}")
     return problems
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())

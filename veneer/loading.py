@@ -13,6 +13,7 @@ from .core.model import PeftModel
 from .errors import CheckpointError, ConfigError, nearest
 from .files import find_weights
 from .hub import resolve
+from .upstream.auto import makes
 
 BASE = "base"
 """What the base model is called beside the adapters."""
@@ -181,8 +182,8 @@ def load_model(
         config = transformers.AutoConfig.from_pretrained(resolve(model), **hub)
         if classes is not None or pad is not None:
             kwargs = {**kwargs, "config": _described(config, classes, pad)}
-        auto = getattr(transformers, auto_class)
-        if type(config) not in auto._model_mapping:
+        auto = makes(auto_class, config)
+        if auto is None:
             raise ConfigError(f"{model!r} is a {config.model_type}, of which transformers has no {auto_class}")
         found, about = auto.from_pretrained(resolve(model), output_loading_info=True, **kwargs)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Small networks that run beside a model: made in its image or read from a directory, and their part of its cache."""
+"""Small networks that run beside a model: made in its image, or read from a directory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import CheckpointError, ConfigError, VeneerError
+from .errors import CheckpointError, ConfigError
 
 OTHER_NAMES = {"intermediate_size": ("n_inner", "ffn_dim")}
 PROJECTED = "causal_lm_with_hidden_projection"
@@ -85,30 +85,6 @@ def freeze_(module: nn.Module) -> nn.Module:
                 del part._parameters[name]
                 part.register_buffer(name, parameter.detach())
     return module
-
-
-def part_of_cache(cache: Any, network: nn.Module, layers_before: int, config: Any) -> Any:
-    """A second network's layers of a model's cache, behind the model's: reordered and cut together with them."""
-    from transformers import DynamicCache
-
-    if cache is None:
-        return None
-    if getattr(cache, "is_compileable", False):
-        raise VeneerError("a second network cannot lengthen a static cache; generate with the default dynamic one")
-    own, starts = DynamicCache(config=config), cache.__dict__.setdefault("_veneer_starts", {})
-    if id(network) not in starts:
-        if cache.get_seq_length() > 0:
-            raise VeneerError(
-                "the cache was filled without the adapter's own network, which has to see all tokens: give the first "
-                "call an empty one, past_key_values=DynamicCache()"
-            )
-        while len(cache.layers) < layers_before:
-            cache.layers.append(cache.layer_class_to_replicate())
-        starts[id(network)] = len(cache.layers)
-        cache.layers.extend(own.layers)
-    start = starts[id(network)]
-    own.layers = cache.layers[start : start + len(own.layers)]
-    return own
 
 
 def last_position(states: Tensor, mask: Tensor | None) -> Tensor:

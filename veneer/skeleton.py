@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from .errors import ConfigError, nearest
+from .errors import ConfigError
 from .hub import resolve
+from .upstream.auto import default_config, makes
 
 TASKS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
 """What a config may be the config of, tried in order."""
@@ -23,14 +24,12 @@ def skeleton(model: str | None = None, model_type: str | None = None) -> Any:
     Raises:
         ConfigError: neither or both are given, or transformers has no such architecture.
     """
-    import transformers
-
     if (model is None) == (model_type is None):
         raise ConfigError("give either a model or a model type")
-    config = _of_type(str(model_type)) if model is None else _of_model(model)
+    config = default_config(str(model_type)) if model is None else _of_model(model)
     for task in TASKS:
-        auto = getattr(transformers, task)
-        if type(config) in auto._model_mapping:
+        auto = makes(task, config)
+        if auto is not None:
             with torch.device("meta"):
                 return auto.from_config(config)
     raise ConfigError(f"transformers builds no model from a {type(config).__name__}")
@@ -44,11 +43,3 @@ def _of_model(model: str) -> Any:
     except OSError as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"{model!r} is no directory with a config, nor could one be had: {reason}") from None
-
-
-def _of_type(model_type: str) -> Any:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    if model_type not in CONFIG_MAPPING:
-        raise ConfigError(f"transformers has no model type {model_type!r}{nearest(model_type, list(CONFIG_MAPPING))}")
-    return CONFIG_MAPPING[model_type]()

@@ -12,8 +12,10 @@ from typing import Any
 from torch import nn
 
 from .core.layer import bare, walk
-from .core.target import is_conv1d, kind_of
+from .core.target import kind_of
 from .errors import TargetError
+from .upstream.calls import is_encoder_decoder
+from .upstream.models import is_conv1d
 
 FUSED = re.compile(r"c_attn|qkv|query_key_value|in_proj|wqkv|(^|_)kv(_|$)", re.IGNORECASE)
 PROJECTIONS = {
@@ -55,7 +57,7 @@ def layers(model: Any, of_encoder: bool = False) -> list[str]:
     """
     modules = dict(walk(model))
     found = _layers(modules)
-    if of_encoder and _is_encoder_decoder(model):
+    if of_encoder and is_encoder_decoder(model):
         encoder = {id(bare(module)) for module in model.get_encoder().modules()}
         found = [path for path in found if id(modules[path]) in encoder]
     if not found:
@@ -65,14 +67,10 @@ def layers(model: Any, of_encoder: bool = False) -> list[str]:
 
 def self_attention(model: nn.Module) -> list[str]:
     """Paths of the attention blocks that fill the cache, one a layer: of an encoder-decoder, the decoder's own."""
-    encoders = set(layers(model, of_encoder=True)) if _is_encoder_decoder(model) else set()
+    encoders = set(layers(model, of_encoder=True)) if is_encoder_decoder(model) else set()
     blocks = [path for path, role in roles(model).items() if role == "attention"]
     owners = [layer for layer in layers(model) if layer not in encoders]
     return [next(path for path in blocks if path.startswith(owner + ".")) for owner in owners]
-
-
-def _is_encoder_decoder(model: Any) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def default_targets(model: nn.Module, wanted: Iterable[str]) -> list[str]:
@@ -93,7 +91,7 @@ def language_model(model: Any) -> str:
     """The prefix of the language model inside a model that writes about images or sound; "" where it is all of it."""
     config = getattr(model, "config", None)
     generates = hasattr(model, "can_generate") and model.can_generate()
-    if not generates or not hasattr(config, "get_text_config") or _is_encoder_decoder(model):
+    if not generates or not hasattr(config, "get_text_config") or is_encoder_decoder(model):
         return ""
     text = config.get_text_config()
     inside = (path for path, module in walk(model) if path and getattr(module, "config", None) is text)

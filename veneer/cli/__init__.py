@@ -57,4 +57,14 @@ def main() -> None:
         if os.environ.get("VENEER_DEBUG") == "1":
             raise
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        for note in _notes(error):
+            typer.secho(note, fg=typer.colors.YELLOW, err=True)
         raise SystemExit(2) from None
+
+
+def _notes(error: Exception) -> list[str]:
+    """What stands beside an error: the notes it carries, else one on untried versions, if there are any."""
+    from veneer.upstream.versions import remark
+
+    line = remark()
+    return getattr(error, "__notes__", None) or ([line] if line else [])

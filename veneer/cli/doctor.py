@@ -17,7 +17,7 @@ Exit status 1: the program cannot run the adapter as it is, or something in the 
 
 Examples:
 
-  veneer doctor                                versions, processors, memory
+  veneer doctor                                versions (and those tried), processors, memory
 
   veneer doctor my-adapter --for vllm          what it would refuse, or run wrongly in silence, and the way out
 
@@ -66,7 +66,7 @@ def _show_environment(here: Environment) -> None:
     from veneer.cli.plan import size
 
     lines = {"veneer": here.veneer, "python": here.python, "system": here.system}
-    lines |= {name: version or "-" for name, version in here.packages.items()}
+    lines |= {name: _version(here, name) for name in here.packages}
     lines |= {
         "processors": f"{here.processors}, torch uses {here.torch_threads} threads",
         "accelerators": ", ".join(here.accelerators) or "none",
@@ -75,6 +75,15 @@ def _show_environment(here: Environment) -> None:
         "hub": "offline (HF_HUB_OFFLINE)" if here.offline else "asked when a name is no directory",
     }
     for name, text in lines.items():
-        typer.echo(f"{name:<14}{text}")
+        typer.echo(f"{name:<23}{text}")
+    for note in here.untried:
+        typer.secho(f"{'untried':<23}{note}", fg=typer.colors.YELLOW)
     for problem in here.problems:
-        typer.secho(f"problem       {problem}", fg=typer.colors.RED)
+        typer.secho(f"{'problem':<23}{problem}", fg=typer.colors.RED)
+
+
+def _version(here: Environment, name: str) -> str:
+    """The installed version of a library, and which were tried."""
+    version = here.packages[name] or "-"
+    tried = here.tried.get(name)
+    return version if tried is None else f"{version:<14}tried with {tried}"

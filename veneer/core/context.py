@@ -73,6 +73,10 @@ class State:
         """Objects that are shown each call of the model: `before(model, kwargs)`, `after(model, output)`."""
         self.watch: set[str] | None = None
         """Where given, the paths of layers whose weight is read past them are put in."""
+        self.arguments: tuple[str, ...] = ("input_ids",)
+        """The names of the positional arguments of a call of the model."""
+        self.cache_argument: str | None = None
+        """The one of them that is the cache."""
         self.enabled = True
         self.facts: dict[Any, Any] = {}
         self.sticky: dict[str, Any] = {}

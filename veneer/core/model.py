@@ -15,12 +15,15 @@ from torch import nn
 from .. import embeddings
 from ..errors import CheckpointError, ConfigError, NotMergeable, VeneerError, listing, nearest
 from ..files import check_hub_arguments
-from ..interop import transformers as interop
 from ..notes import settings
 from ..report.plan import Plan, count, plan
 from ..report.status import LayerStatus, ModelStatus, layer_status, model_status
 from ..train.guard import Guard
 from ..train.schedule import follow
+from ..upstream import checkpointing
+from ..upstream.models import note_untied, task_of
+from ..upstream.trainer import recognise
+from ..upstream.versions import remarked
 from . import checkpoint
 from .adapter import Tensors
 from .config import Config, PromptConfig
@@ -115,7 +118,7 @@ class PeftModel(nn.Module):
             self.base_model = Adapted(model)
             self._attach(adapter_name, peft_config, on_meta=low_cpu_mem_usage, lift=autocast_adapter_dtype)
         self._state.activate((adapter_name,))
-        interop.recognise(PeftModel)
+        recognise(PeftModel)
 
     # Access
 
@@ -158,8 +161,10 @@ class PeftModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         model = self.get_base_model()
-        state = None if torch.compiler.is_compiling() else state_of(model)
-        with nullcontext() if state is None else state.lock:
+        if torch.compiler.is_compiling():
+            return model(*args, **kwargs)
+        state = state_of(model)
+        with nullcontext() if state is None else state.lock, remarked():
             return model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -171,7 +176,7 @@ class PeftModel(nn.Module):
         facts = {name: kwargs.pop(name) for name in list(kwargs) if name in state.fact_names()}
         for member in (m for name in state.live() if name in state.configs for m in state.configs[name].members()):
             kwargs = {**kwargs, **member.generate_with}
-        with state.lock, state.remembering(facts):
+        with state.lock, state.remembering(facts), remarked():
             return model.generate(*args, **kwargs)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
@@ -181,7 +186,7 @@ class PeftModel(nn.Module):
             settings.setdefault("context_fn", CheckpointContext(self._state))
         elif hasattr(self, "enable_input_require_grads"):
             self.enable_input_require_grads()
-        self.get_base_model().activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **kwargs)
+        checkpointing.enable(self.get_base_model(), settings, **kwargs)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
@@ -277,7 +282,7 @@ class PeftModel(nn.Module):
             layer.kept, layer.kept_module = {}, None
         self._state.reshaped.clear()  # the merged weights stand in those layers
         model = self.unload()
-        interop.note_untied(model)
+        note_untied(model)
         return model
 
     def unload(self) -> nn.Module:
@@ -493,8 +498,9 @@ class PeftModel(nn.Module):
             config.base_model_name_or_path
         )
         if isinstance(config, PromptConfig) and config.task_type is None:
-            config.task_type = interop.task_of(model)
-        state = attach(model, config, name, trainable=not config.inference_mode, on_meta=on_meta, lift=lift)
+            config.task_type = task_of(model)
+        with remarked():
+            state = attach(model, config, name, trainable=not config.inference_mode, on_meta=on_meta, lift=lift)
         if not state.watchers:
             state.watchers.append(Guard(state))
         if not config.inference_mode:

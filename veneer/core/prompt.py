@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
+from ..upstream import cache as caches
 from .adapter import Tensors
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def spec_for(model: nn.Module, config: PromptConfig) -> Spec:
     """Read the sizes from the model's config; fields the user set win. Fills the config, as the file holds them."""
     if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
         raise ConfigError(f"a prompt needs a transformers model, not {type(model).__name__}")
-    if config.fills_cache and "past_key_values" not in inspect.signature(model.forward).parameters:
+    if config.fills_cache and caches.argument(model) is None:
         config.refuse_cacheless(type(model).__name__)
     text = model.config.get_text_config()
     sizes = _sizes(text, config.fills_cache)
@@ -99,7 +99,9 @@ def spec_for(model: nn.Module, config: PromptConfig) -> Spec:
 def _sizes(text: Any, of_cache: bool) -> dict[str, int]:
     """An embedding's width and the attention heads; for a cache those of keys and values (grouped-query attention)."""
     width = _read(text, "hidden_size", "n_embd", "d_model")
-    heads = _read(text, "num_attention_heads", "n_head", "num_heads")
+    names = ("num_attention_heads", "n_head", "num_heads")
+    has_attention = of_cache or any(getattr(text, name, None) is not None for name in names)
+    heads = _read(text, *names) if has_attention else 1  # a recurrent model; a file without the field is refused by PEFT
     if of_cache:
         head_dim = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or width // heads
         heads = getattr(text, "num_key_value_heads", None) or heads

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from ..errors import VeneerError
 from ..ops import _patch
+from ..upstream import cache as caches
+from ..upstream import checkpointing
+from ..upstream.calls import encoder_of, parameters
 from .context import BASE, State, batch_size, by_row, state_of
 from .prompt import Prompt
 
@@ -24,9 +27,11 @@ def install(model: nn.Module, state: State) -> None:
     """Register the state, the hooks, and whatever is shared between layers with the model."""
     if state_of(model) is None:
         model.__dict__["_veneer"] = state
+        state.cache_argument = caches.argument(model)
+        state.arguments = positional(model)
         hooks = [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
         hooks += _patch.install(model)
-        encoder = _encoder(model)
+        encoder = encoder_of(model)
         if encoder is not None:
             hooks.append(encoder.register_forward_pre_hook(before_encoder, with_kwargs=True))
             encoder.__dict__["_veneer_root"] = (state,)
@@ -47,7 +52,7 @@ def uninstall(model: nn.Module) -> None:
     model.__dict__.pop("_veneer", None)
     for child in CHILDREN:
         model._modules.pop(child, None)
-    encoder = _encoder(model)
+    encoder = encoder_of(model)
     if encoder is not None:
         encoder.__dict__.pop("_veneer_root", None)
 
@@ -58,15 +63,19 @@ def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     if state is None or state.busy:
         return args, kwargs
     for watcher in state.watchers:
-        watcher.before(model, _named(args, kwargs))
+        watcher.before(model, named(state.arguments, args, kwargs))
     own = {name: kwargs[name] for name in state.fact_names() if kwargs.get(name) is not None}
     kwargs = {name: value for name, value in kwargs.items() if name not in state.fact_names()}
     state.facts = by_row({**state.sticky, **own}, kwargs, args)
     check_names(state)
     for name in called(state):
-        _compute_facts(state, name, model, _named(args, kwargs))
-    for prompt in live_prompts(state):
-        args, kwargs = splice(model, prompt, state, args, kwargs)
+        _compute_facts(state, name, model, named(state.arguments, args, kwargs))
+    prompts = list(live_prompts(state))
+    if prompts:
+        kwargs = named(state.arguments, args, kwargs)
+        args = args[len(state.arguments) :]  # what the model itself refuses, since it names no more
+    for prompt in prompts:
+        kwargs = splice(model, prompt, state, kwargs)
     return args, kwargs
 
 
@@ -139,17 +148,16 @@ def _compute_facts(state: State, name: str, model: nn.Module, kwargs: dict[str, 
         state.busy = False
 
 
-def splice(model: nn.Module, prompt: Prompt, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Put a prompt in front of the input of a root call."""
-    kwargs = _named(args, kwargs)
-    if getattr(kwargs.get("past_key_values"), "is_compileable", False):
+def splice(model: nn.Module, prompt: Prompt, state: State, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a root call with a prompt in front of the input."""
+    if caches.is_static(caches.of_call(kwargs)):
         raise VeneerError("a learned prompt cannot lengthen a static cache; generate with the default dynamic one")
     pairs = prompt.key_values(state.facts)
     if pairs is not None:
-        return args[1:], _with_cache(model, prompt, state, pairs, kwargs)
-    if _encoder(model) is not None:
-        return args[1:], _lengthen_encoder_mask(prompt, kwargs)
-    return args[1:], _with_embeds(model, prompt, state.facts, kwargs)
+        return _with_cache(model, prompt, state, pairs, kwargs)
+    if encoder_of(model) is not None:
+        return _lengthen_encoder_mask(prompt, kwargs)
+    return _with_embeds(model, prompt, state.facts, kwargs)
 
 
 def before_encoder(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -158,19 +166,20 @@ def before_encoder(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if state is None or state.busy:
         return args, kwargs
     state.facts = dict(state.facts)
+    kwargs = named(positional(encoder), args, kwargs)
     for name in called(state):
-        _compute_facts(state, name, encoder, _named(args, kwargs), of_encoder=True)
+        _compute_facts(state, name, encoder, kwargs, of_encoder=True)
     for prompt in live_prompts(state):
         if prompt.key_values(state.facts) is None:
-            args, kwargs = args[1:], _with_embeds(encoder, prompt, state.facts, _named(args, kwargs))
-    return args, kwargs
+            kwargs = _with_embeds(encoder, prompt, state.facts, kwargs)
+    return (), kwargs
 
 
 def _with_embeds(model: nn.Module, prompt: Prompt, facts: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Embeddings in front; the mask, positions, labels and token types grow with them."""
-    cache, n = kwargs.get("past_key_values"), prompt.n
+    n = prompt.n
     kwargs = dict(kwargs)
-    if cache is not None and cache.get_seq_length() > 0:
+    if caches.is_filled(caches.of_call(kwargs)):
         kwargs["attention_mask"] = _longer_mask(kwargs.get("attention_mask"), n)
         kwargs["position_ids"] = _shifted(kwargs.get("position_ids"), n)
         return _given(kwargs)
@@ -195,15 +204,15 @@ def _with_embeds(model: nn.Module, prompt: Prompt, facts: dict[str, Any], kwargs
 
 def _with_cache(model: nn.Module, prompt: Prompt, state: State, pairs: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Keys and values at the start of the cache (the fact "filled"); the mask and the positions grow with them."""
-    kwargs = dict(kwargs)
     _refuse_checkpointing(model)
     # without use_cache every call brings the whole sequence, and the cache that an earlier one returned is not meant
-    cache = kwargs.get("past_key_values") if kwargs.get("use_cache") is not False else None
+    cache = caches.of_call(kwargs) if kwargs.get("use_cache") is not False else None
     rows = batch_size((), kwargs)
-    assert rows is not None
-    if cache is None or cache.get_seq_length() == 0:
-        kwargs["past_key_values"] = state.facts["filled"] = _filled(model, cache, pairs, rows)
-    if _encoder(model) is not None:
+    assert rows is not None and state.cache_argument is not None
+    if not caches.is_filled(cache):
+        cache = state.facts["filled"] = _filled(model, cache, pairs, rows)
+    kwargs = caches.with_cache(kwargs, state.cache_argument, cache)
+    if encoder_of(model) is not None:
         kwargs["decoder_attention_mask"] = _longer_mask(kwargs.get("decoder_attention_mask"), prompt.n)
         return _given(kwargs)
     kwargs["attention_mask"] = _longer_mask(kwargs.get("attention_mask"), prompt.n)
@@ -213,20 +222,20 @@ def _with_cache(model: nn.Module, prompt: Prompt, state: State, pairs: Any, kwar
 
 def _filled(model: nn.Module, cache: Any, pairs: list[tuple[Tensor, Tensor]], rows: int) -> Any:
     """A cache (the caller's empty one, or a new one) whose first entries are the learned keys and values."""
-    from transformers import DynamicCache, EncoderDecoderCache
-
     if cache is None:
-        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-        cache = EncoderDecoderCache(cache, DynamicCache()) if _encoder(model) is not None else cache
+        cache = caches.new(model, encoder_of(model) is not None)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    into = getattr(cache, "self_attention_cache", cache)
-    for i, (k, v) in enumerate(pairs):
-        into.update(k.to(dtype).expand(rows, -1, -1, -1), v.to(dtype).expand(rows, -1, -1, -1), i)
+    expanded = []
+    for keys, values in pairs:
+        keys = keys.to(dtype).expand(rows, -1, -1, -1)
+        values = values.to(dtype).expand(rows, -1, -1, -1)
+        expanded.append((keys, values))
+    caches.fill(cache, expanded)
     return cache
 
 
 def _refuse_checkpointing(model: nn.Module) -> None:
-    if model.training and getattr(model, "is_activation_checkpointing", False):
+    if model.training and checkpointing.is_on(model):
         raise VeneerError(
             "a learned prefix lives in the cache, which gradient checkpointing drops; turn gradient_checkpointing off"
         )
@@ -264,18 +273,16 @@ def _per_token(labels: Tensor | None, inputs: Tensor) -> bool:
     return labels is not None and not labels.is_floating_point() and labels.shape == inputs.shape[:2]
 
 
-def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name, where its first one stands without."""
-    return {"input_ids": args[0], **kwargs} if args else kwargs
+def positional(model: nn.Module) -> tuple[str, ...]:
+    """The names of the positional arguments of a call; the input alone where a model does not tell."""
+    known = parameters(model) if hasattr(model, "config") else ()
+    return known or ("input_ids",)
+
+
+def named(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, positional ones too."""
+    return {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
 
 
 def _given(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if value is not None}
-
-
-def _encoder(model: nn.Module) -> nn.Module | None:
-    """The encoder of an encoder-decoder model."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return None
-    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
-    return encoder if encoder is not model else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -18,17 +18,14 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..errors import NotMergeable, TargetError
 from ..ops.low_rank_linear import is_bare
+from ..upstream import offload
+from ..upstream.models import is_conv1d, is_from
 from .adapter import Matrix
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from .layer import AdapterLayer
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's linear layer, known by its shape so that transformers need not be imported."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 class Target:
@@ -111,10 +108,9 @@ class Target:
     @property
     def device(self) -> torch.device:
         """Where the module computes (under accelerate's offload its weights may lie elsewhere)."""
-        hook = getattr(self.base, "_hf_hook", None)
-        execution = getattr(hook, "execution_device", None)
+        execution = offload.execution_device(self.base)
         if execution is not None:
-            return torch.device(execution)
+            return execution
         first = next((t for t in (*self.base.parameters(), *self.base.buffers())), None)
         return torch.device("cpu") if first is None else first.device
 
@@ -152,18 +148,9 @@ class Target:
         module = getattr(self.base, name)
         return module if self.layer.rows is None else getattr(module, "base_layer", module)
 
-    @contextmanager
-    def present(self) -> Iterator[nn.Module]:
+    def present(self) -> AbstractContextManager[nn.Module]:
         """The module with its weights in memory, also where accelerate has offloaded them."""
-        hook = getattr(self.base, "_hf_hook", None)
-        if hook is None:
-            yield self.base
-            return
-        hook.pre_forward(self.base)
-        try:
-            yield self.base
-        finally:
-            hook.post_forward(self.base, None)
+        return offload.present(self.base)
 
     def weight(self) -> Tensor:
         """The weight below the unmerged adapters, (out, in)."""
@@ -300,7 +287,7 @@ class Conv1DTarget(LinearTarget):
 
     @staticmethod
     def forward_of(base: nn.Module) -> Any:
-        return type(base).forward if type(base).__module__ == "transformers.pytorch_utils" else None
+        return type(base).forward if is_from(base, "pytorch_utils") else None
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         return weight.T

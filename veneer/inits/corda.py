@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..core.config import at
-from ..core.target import Target, is_conv1d
+from ..core.target import Target
 from ..errors import ConfigError, VeneerError, listing
 from ..fields import Settings
 from ..maths.dropout import evaluating
+from ..upstream.models import is_conv1d
 from .gather import alone, cached, linear_targets, note, read_cache, taken, write_cache
 
 if TYPE_CHECKING:

@@ -24,11 +24,11 @@ from tqdm import tqdm
 from ..core.config import at, check_range
 from ..core.context import state_of
 from ..core.inject import HALF, attach, detach
-from ..core.target import is_conv1d
 from ..errors import ConfigError, VeneerError, listing
 from ..fields import Settings
 from ..maths.dropout import evaluating
 from ..maths.svd import randomised_svd
+from ..upstream.models import is_conv1d
 from .gather import alone, linear_targets
 
 if TYPE_CHECKING:

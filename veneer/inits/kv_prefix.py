@@ -7,7 +7,6 @@ Eyuboglu et al., 2025, arXiv:2506.06266. For prefixes held as they are: cartridg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ..core.context import state_of
 from ..errors import ConfigError
+from ..upstream import cache as caches
 
 
 def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_tokens: int) -> Tensor:
@@ -24,7 +24,7 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
         past_key_values: a `DynamicCache` or (keys, values) of each layer, of one sequence.
     """
     rows = []
-    for keys, values in _pairs(past_key_values):
+    for keys, values in caches.pairs(past_key_values):
         for t in (keys, values):
             if t.shape[0] != 1 or t.shape[2] < num_virtual_tokens:
                 raise ConfigError(
@@ -77,18 +77,12 @@ def initialize_kv_prefix_from_text(
     model.eval()
     try:
         with model.disable_adapter():
-            cache = model(input_ids=first, use_cache=True).past_key_values
+            cache = caches.of_output(model(input_ids=first, use_cache=True))
     finally:
         model.train(was_training)
     return initialize_kv_prefix_from_past_key_values(
         model, adapter_name=adapter_name, past_key_values=cache, num_virtual_tokens=num_virtual_tokens
     )
-
-
-def _pairs(cache: Any) -> Sequence[tuple[Tensor, Tensor]]:
-    if hasattr(cache, "layers"):
-        return [(layer.keys, layer.values) for layer in cache.layers]
-    return [(layer[0], layer[1]) for layer in cache]
 
 
 def _prefix(model: Any, name: str | None) -> Any:

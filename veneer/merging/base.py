@@ -11,6 +11,7 @@ from ..core.config import Config, TaskType
 from ..errors import CheckpointError, ConfigError
 from ..hub import resolve
 from ..loading import AUTO_CLASSES
+from ..upstream import auto as auto_classes
 
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 """What is asked of the hub for a model in safetensors with its tokenizer."""
@@ -61,30 +62,19 @@ def model_class(config: Any, adapters: Sequence[Config]) -> Any:
     Raises:
         ConfigError: the adapters are of several tasks, or nothing says which class it is.
     """
-    import transformers
-
     tasks = {adapter.task_type for adapter in adapters if adapter.task_type is not None}
     if len(tasks) > 1:
         raise ConfigError(f"the adapters are for several tasks ({', '.join(sorted(tasks))}); merge those of one")
     for task in tasks:
         assert isinstance(task, TaskType)
-        auto = getattr(transformers, AUTO_CLASSES[task])
-        if type(config) in auto._model_mapping:
+        auto = auto_classes.makes(AUTO_CLASSES[task], config)
+        if auto is not None:
             return auto
     for name in config.architectures or ():
-        if hasattr(transformers, name):
-            return _Direct(getattr(transformers, name))
+        found = auto_classes.model_class(name)
+        if found is not None:
+            return found
     raise ConfigError(f"nothing says which class of {config.model_type} the adapters are for; set their task_type")
-
-
-class _Direct:
-    """A class named by a config, with the call of the Auto classes."""
-
-    def __init__(self, cls: Any) -> None:
-        self.cls = cls
-
-    def from_config(self, config: Any) -> Any:
-        return self.cls._from_config(config)
 
 
 def copy_beside(base: Path, adapters: Sequence[Path], out: Path) -> None:

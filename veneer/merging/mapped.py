@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NotMergeable, listing
+from ..upstream import weights
 from .shards import Shards
 
 
@@ -61,17 +62,12 @@ class MappedModel:
         self._place()
 
     def _place(self) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-        transforms = get_model_conversion_mapping(self.model)
-        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        by_pattern = {pattern: t for t in converters for pattern in t.source_patterns}
+        conversions = weights.conversions(self.model)
+        by_pattern = {pattern: t for t in conversions.converters for pattern in t.source_patterns}
         there = self.model.state_dict()
         groups: dict[str, Group] = {}
-        for key in sorted(self.shards.entries, key=dot_natural_key):
-            name, pattern = rename_source_key(key, renamings, converters, self.model.base_model_prefix, there)
+        for key in sorted(self.shards.entries, key=weights.order_of):
+            name, pattern = conversions.rename(key, self.model.base_model_prefix, there)
             if name not in there and key in there:
                 name, pattern = key, None
             if name not in there:
@@ -81,7 +77,7 @@ class MappedModel:
             else:
                 group = groups.setdefault(name, Group(copy.deepcopy(by_pattern[pattern])))
                 group.keys.append((key, pattern))
-        self.model._weight_conversions = [t for t in transforms if t.was_used()]
+        weights.remember(self.model, conversions.used())
         for first, group in groups.items():
             group.names = self._names(first, group)
             self.groups |= dict.fromkeys(group.names, group)
@@ -160,9 +156,7 @@ class MappedModel:
         Raises:
             NotMergeable: transformers would not write them as they were.
         """
-        from transformers.core_model_loading import revert_weight_conversion
-
-        found = revert_weight_conversion(self.model, dict(tensors))
+        found = weights.revert(self.model, tensors)
         keys = {key for key, _ in group.keys}
         if set(found) != keys or any(tuple(t.shape) != self.shards.entries[k].shape for k, t in found.items()):
             raise NotMergeable(

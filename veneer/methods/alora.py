@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..errors import ConfigError, VeneerError
+from ..upstream import cache as caches
 from ..variants import Composition
 from .lora import LoRA, LoraConfig
 
@@ -49,7 +50,7 @@ class ALoRA(LoRA):
             facts[key] = from_offsets(given, inputs)
             return
         start = find_last(inputs, key[1]) if inputs.shape[1] > 1 else torch.full_like(inputs[:, 0], 1)
-        seen = notes(kwargs.get("past_key_values")).get(key)
+        seen = notes(caches.of_call(kwargs)).get(key)
         if seen is not None and len(seen) != len(inputs):
             raise VeneerError(f"the cache was filled by {len(seen)} rows, and the call has {len(inputs)}")
         invoked = positions(inputs) >= start[:, None]
@@ -58,7 +59,7 @@ class ALoRA(LoRA):
     @classmethod
     def after(cls, config: Any, facts: dict[Any, Any], output: Any) -> None:
         """Leave a note on the cache, for the calls that go on from it."""
-        cache, key = getattr(output, "past_key_values", None), key_of(config)
+        cache, key = caches.of_output(output), key_of(config)
         if cache is not None and key in facts:
             cache.veneer_invoked = {**getattr(cache, "veneer_invoked", {}), key: facts[key][:, -1]}
 
@@ -100,7 +101,7 @@ def find_last(ids: Tensor, tokens: Sequence[int]) -> Tensor:
 
 def notes(cache: Any) -> dict[Key, Tensor]:
     """The rows that earlier calls on a cache left invoked; nothing where it was emptied since."""
-    return getattr(cache, "veneer_invoked", {}) if cache is not None and cache.get_seq_length() > 0 else {}
+    return getattr(cache, "veneer_invoked", {}) if caches.is_filled(cache) else {}
 
 
 @dataclass(kw_only=True)

@@ -21,11 +21,11 @@ from ..core.adapter import Adapter, Matrix
 from ..core.config import LayerConfig, Name, check_choice, check_range
 from ..core.target import Target
 from ..errors import TargetError
-from ..interop.transformers import prompts_of
 from ..maths.activations import ACTIVATIONS
 from ..maths.orthonormal import orthonormal
 from ..maths.positions import ends
 from ..structure import layers
+from ..upstream.positions import prompts_of
 
 
 class Edit(nn.Module):

@@ -22,8 +22,9 @@ from ..core.adapter import Adapter
 from ..core.config import LayerConfig, Name, TaskType, check_range
 from ..core.target import Target
 from ..errors import ConfigError, TargetError, VeneerError
-from ..mirror import classification_loss, config_of, freeze_, language_loss, last_position, mirror, part_of_cache, saved
+from ..mirror import classification_loss, config_of, freeze_, language_loss, last_position, mirror, saved
 from ..structure import blocks
+from ..upstream import cache as caches
 
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
 PASSED_ON = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
@@ -57,12 +58,14 @@ class Network(nn.Module):
         """s_0 for the input of a call of the model."""
         backbone = self.shadow_backbone["default"]
         given = {name: kwargs[name] for name in PASSED_ON if kwargs.get(name) is not None}
-        cache = part_of_cache(kwargs.get("past_key_values"), self, self.layers_before, backbone.config)
+        cache = caches.part_of(caches.of_call(kwargs), self, self.layers_before, backbone.config)
         if self.reads_embeddings and "inputs_embeds" not in given:
             given["inputs_embeds"] = model.get_input_embeddings()(given.pop("input_ids"))
         if "inputs_embeds" in given:
             given["inputs_embeds"] = given["inputs_embeds"].to(next(backbone.parameters()).dtype)
-        out = backbone(**given, past_key_values=cache, use_cache=cache is not None)
+        if cache is not None:
+            given = caches.with_cache(given, caches.argument(backbone), cache)
+        out = backbone(**given, use_cache=cache is not None)
         return self.shadow_projection["default"](out.last_hidden_state)
 
     def loss(self, s: Tensor, model: Any, kwargs: dict[str, Any]) -> Tensor:

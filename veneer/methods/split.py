@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..core.config import Name
 from ..errors import ConfigError, TargetError
-from ..interop.transformers import places_of
 from ..siblings import Weighted, WeightedConfig
+from ..upstream.positions import places_of
 
 
 class Split(Weighted):

@@ -19,9 +19,9 @@ from ..core.adapter import Adapter, Tensors
 from ..core.config import LayerConfig, Name
 from ..core.target import Target
 from ..errors import ConfigError
-from ..interop.transformers import prompts_of
 from ..maths.positions import within
 from ..structure import self_attention
+from ..upstream.positions import prompts_of
 from .bottleneck import Bottleneck
 from .lora import LoraConfig
 from .prefix_tuning import PrefixTuningConfig

@@ -23,6 +23,7 @@ from ..core.context import state_of
 from ..core.target import Target
 from ..errors import ConfigError, VeneerError
 from ..experts import Expert, build_expert, common_targets, read_expert
+from ..upstream import cache as caches
 
 INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 """What the first pass takes from a model call."""
@@ -149,8 +150,7 @@ class XLoraConfig(LayerConfig):
         return Gate(self, [target.path for target in targets])
 
     def before(self, shared: Gate, facts: dict[Any, Any], model: nn.Module, kwargs: dict[str, Any]) -> None:  # type: ignore[override]
-        cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
+        if caches.is_filled(caches.of_call(kwargs)):
             raise VeneerError("X-LoRA's first pass reads the whole sequence: call generate with use_cache=False")
         inputs = {name: kwargs[name] for name in INPUTS if kwargs.get(name) is not None}
         with torch.no_grad(), state_of(model).switched(enabled=False):  # type: ignore[union-attr]

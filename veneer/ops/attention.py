@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..upstream import attention as upstream
 from . import is_fast
 
 NAME = "veneer_by_sequence"
@@ -34,50 +35,29 @@ def by_sequence(model: nn.Module) -> Iterator[None]:
 
     A training step belongs inside as a whole, since gradient checkpointing calls attention again in the backward pass.
     """
-    configs = _configs(model) if is_fast("attention") else []
-    before = [config._attn_implementation for config in configs]
+    configs = upstream.configs(model, REPLACED) if is_fast("attention") else []
     if configs:
-        _register()
-    try:
-        for config in configs:
-            config._attn_implementation = NAME
+        upstream.register(NAME, attend, mask_of)
+    with upstream.implementation(configs, NAME):
         yield
-    finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation = name
 
 
 def is_replaceable(model: nn.Module) -> bool:
     """Whether the model's attention is one that `by_sequence` stands in for."""
-    return bool(_configs(model))
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    """The configs that the model's modules look attention up in."""
-    found = {id(c): c for m in model.modules() if (c := m.__dict__.get("config")) is not None}
-    return [c for c in found.values() if getattr(c, "_attn_implementation", None) in REPLACED]
-
-
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, mask_of)
+    return bool(upstream.configs(model, REPLACED))
 
 
 def mask_of(
     batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: Any = 0, **kwargs: Any
 ) -> Tensor | None:
     """[window or 0, length of each sequence] where the row is of causal sequences; else the mask of "sdpa"."""
-    from transformers.masking_utils import sdpa_mask
-
     is_whole = batch_size == 1 and q_length == kv_length and q_offset == 0 and kv_offset == 0
     if is_whole and kwargs.get("attention_mask") is None and not kwargs.get("use_vmap"):
         lengths = sequences(kwargs["mask_function"], q_length, kwargs.get("device", "cpu"))
         if lengths is not None:
             return lengths
     kwargs.setdefault("allow_is_causal_skip", True)
-    return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **kwargs)
+    return upstream.sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **kwargs)
 
 
 def sequences(mask: Callable[..., Tensor], count: int, device: Any) -> Tensor | None:
@@ -122,10 +102,8 @@ def attend(
         NotImplementedError: the model's attention has more to it.
     """
     if attention_mask is None or attention_mask.dim() != 1:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
         more = {**kwargs, **({} if softcap is None else {"softcap": softcap})}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
+        return upstream.sdpa_attention(module, query, key, value, attention_mask, dropout, scaling, **more)
     unknown = [name for name in BEYOND if kwargs.get(name) is not None]
     if unknown:
         raise NotImplementedError(f"attention with {', '.join(unknown)} is not computed by sequence")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..upstream.models import is_from
 from . import is_fast
 from ._patch import kind_of, takes_part
 
@@ -80,7 +81,7 @@ def recognised(module: nn.Module) -> bool:
 
 def is_written_out(module: nn.Module) -> bool:
     """Whether a module is an activation in Python that torch has."""
-    if module._parameters or module._modules or type(module).__module__ != "transformers.activations":
+    if module._parameters or module._modules or not is_from(module, "activations"):
         return False
     return torchs_own(module) is not None and _kept(module) > 1
 

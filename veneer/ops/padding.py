@@ -10,18 +10,20 @@ right and the model was seen to keep sequences in one row apart.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..upstream import cache as caches
+from ..upstream import checkpointing
+from ..upstream.calls import is_encoder_decoder, parameters
 from . import is_fast
 from ._patch import takes_part
 from .attention import by_sequence, is_replaceable
 
-KNOWN = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_key_values", "use_cache"}
+KNOWN = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache"}
 KNOWN |= {"num_items_in_batch", "return_dict"}
 """What a body may be given, beside switches that are off; Trainer's count of items is for the loss, and comes along."""
 SEEN = "_veneer_keeps_apart"
@@ -44,7 +46,7 @@ def _lend(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
     if kept is None or body is model or "forward" in body.__dict__ or not _is_fit(model):
         return
     own = body.forward
-    names = list(inspect.signature(own).parameters)
+    names = parameters(body)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         body.__dict__.pop("forward", None)
@@ -83,7 +85,7 @@ def without_padding(kwargs: dict[str, Any], kept: Tensor) -> dict[str, Any] | No
     """The keyword arguments of a body with all rows in one; None where they hold anything that is not known here."""
     known = {name for name, value in kwargs.items() if value is not None and value is not False}
     ids, places = kwargs.get("input_ids"), kwargs.get("position_ids")
-    if known - KNOWN or kwargs.get("past_key_values") is not None or ids is None or ids.shape != kept.shape:
+    if known - KNOWN or caches.of_call(kwargs) is not None or ids is None or ids.shape != kept.shape:
         return None
     if kwargs.get("inputs_embeds") is not None or (places is not None and places.shape != kept.shape):
         return None
@@ -103,9 +105,9 @@ def _is_fit(model: Any) -> bool:
     from ..core.context import state_of
 
     config, state = model.config, state_of(model)
-    checkpoints = getattr(model, "is_gradient_checkpointing", False)
+    checkpoints = checkpointing.is_on(model)
     routes = getattr(config, "output_router_logits", False)
-    if state is None or checkpoints or routes or config.is_encoder_decoder or not is_replaceable(model):
+    if state is None or checkpoints or routes or is_encoder_decoder(model) or not is_replaceable(model):
         return False
     if not adapts_by_token(state) or any(_is_special(module) for module in model.modules()):
         return False

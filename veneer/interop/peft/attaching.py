@@ -17,8 +17,8 @@ from ...core.config import PromptConfig
 from ...core.context import State, state_of
 from ...core.layer import walk
 from ...errors import VeneerError
-from ...interop import transformers as interop
 from ...train.schedule import follow
+from ...upstream.models import task_of
 from . import table
 from .configs import Names, PeftConfig, as_peft
 from .fused import modernise
@@ -49,7 +49,7 @@ def put_on(
         inject.detach(model, name, present)
     found = narrowed(model, config)
     if isinstance(found, PromptConfig) and found.task_type is None:
-        found.task_type = interop.task_of(model)
+        found.task_type = task_of(model)
     task = found.task_type
     if found.peft_type != "SHADOW":  # which judges itself by the task
         found.task_type = None  # its heads are for PEFT's model classes to add

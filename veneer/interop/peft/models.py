@@ -15,7 +15,9 @@ from ...core import model as core
 from ...core.config import TASK_HEADS, PromptConfig, TaskType
 from ...core.context import BASE, State, batch_size, state_of
 from ...errors import CheckpointError, ConfigError, VeneerError
-from ...interop import transformers as interop
+from ...upstream import checkpointing
+from ...upstream.models import task_of
+from ...upstream.trainer import recognise
 from . import table
 from .attaching import activate, put_on, set_requires_grad, take_off
 from .checks import check_beside
@@ -62,7 +64,7 @@ class PeftModel(core.PeftModel):
                     inner, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype
                 )
         self._let_inputs_learn(inner)
-        interop.recognise(core.PeftModel)
+        recognise(core.PeftModel)
 
     @staticmethod
     def _tuner(config: Any) -> Any:
@@ -70,7 +72,7 @@ class PeftModel(core.PeftModel):
 
     def _let_inputs_learn(self, model: Any) -> None:
         """Under activation checkpointing that re-enters, something must need a gradient before the first layer."""
-        if getattr(model, "is_activation_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
+        if checkpointing.is_on(model) and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
 
     def prepare_model_for_gradient_checkpointing(self, model: Any) -> None:
@@ -626,7 +628,7 @@ def get_peft_model(
         return PeftMixedModel(model, peft_config, adapter_name)
     found: Any = MODELS.get(peft_config.task_type)
     if found is None and isinstance(peft_config, PromptConfig):
-        found = MODELS[interop.task_of(model)]
+        found = MODELS[task_of(model)]
     return (found or PeftModel)(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
 

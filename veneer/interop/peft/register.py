@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from ...errors import VeneerError
+from ...upstream.peft import accept
 from . import table
 
 MARK = "_veneer_drop_in"
@@ -39,6 +40,7 @@ def install(strict: bool) -> None:
         _use_layers()
         wording.use()
         _forget_probes()
+        accept(table.VERSION)
 
 
 def _use_layers() -> None:

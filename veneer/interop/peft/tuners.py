@@ -253,13 +253,13 @@ class CannotMerge(NotMergeable, NotImplementedError):
 
 def finish(tuner: BaseTuner, names: list[str], progressbar: bool, safe: bool) -> nn.Module:
     """Merge for good: the modules keep the new weights, and the wrappers go."""
-    from ...interop import transformers as interop
+    from ...upstream.models import note_untied
 
     state = tuner.state
     merge(state, names, safe, progressbar)
     state.reshaped.clear()
     model = tuner.unload()
-    interop.note_untied(model)
+    note_untied(model)
     return model
 
 

@@ -1,0 +1,54 @@
+"""The call of a transformers model: the names of its arguments, its tokens, and what kind of model it is."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+COLLECTING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def parameters(model: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments of a model's `forward`, in order, without those of `*args` and `**kwargs`.
+
+    Decorators (transformers' renaming of arguments from 5.24 on, accelerate's hooks) leave the original's signature to
+    be found. A `forward` put on the instance, as by a hook or by code of one's own, goes before that of the class.
+    """
+    own = model.__dict__.get("forward")
+    return _parameters(type(model).forward)[1:] if own is None else _parameters(own)
+
+
+@cache
+def _parameters(function: Any) -> tuple[str, ...]:
+    try:
+        found = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a builtin, which shows none
+        return ()
+    return tuple(parameter.name for parameter in found if parameter.kind not in COLLECTING)
+
+
+def tokens_of(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The input of a call, (rows, length) ids or (rows, length, width) embeddings; None for a call without."""
+    return next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
+
+
+def is_causal(model: Any) -> bool:
+    """Whether a model generates from its own tokens alone."""
+    generates = hasattr(model, "can_generate") and model.can_generate()
+    return generates and not is_encoder_decoder(model)
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def encoder_of(model: Any) -> nn.Module | None:
+    """The encoder of an encoder-decoder model."""
+    if not is_encoder_decoder(model):
+        return None
+    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    return encoder if encoder is not model else None

@@ -1,0 +1,54 @@
+"""transformers' model classes: what a class is for, and weights that were tied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError
+
+TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "Model": "FEATURE_EXTRACTION",
+}
+
+
+def task_of(model: nn.Module) -> str:
+    """The task type that a transformers class is for, by its name: PEFT ignores a saved prompt that states none."""
+    for ending, task in TASKS.items():
+        if type(model).__name__.endswith(ending):
+            return task
+    raise ConfigError(f"cannot tell the task of {type(model).__name__}; set task_type in the config")
+
+
+def note_untied(model: Any) -> None:
+    """A model whose embeddings were tied and no longer are says so in its config, or a reload would tie them again."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not getattr(text, "tie_word_embeddings", False):
+        return
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or embedding is None or head.weight is embedding.weight:
+        return
+    config.tie_word_embeddings = text.tie_word_embeddings = False
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D: a linear layer whose weight is stored as (in, out).
+
+    Told by its name, so that transformers need not be imported to ask.
+    """
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_from(module: nn.Module, place: str) -> bool:
+    """Whether a module's class is from the module `place` of transformers (such as "activations")."""
+    return type(module).__module__ == f"transformers.{place}"
