@@ -29,7 +29,7 @@ import torch
 import typer
 
 import veneer
-from veneer.catalogue import config_for, page, pages
+from veneer.model.catalogue import config_for, page, pages
 
 from .common import Batch, Rows, load_base, mean_loss, peak_bytes, read_rows, steps
 

@@ -186,7 +186,7 @@ def trainer_of(case: Case, library: str, model: Any, rows: Rows, tokenizer: Any,
     """Plain Trainer with padded batches; for veneer, unless it is the user's own, the trainer of `veneer train`."""
     from transformers import Trainer, TrainingArguments
 
-    from veneer.train.collate import Collator
+    from veneer.data.collate import Collator
 
     pad = tokenizer.pad_token_id or 0
     encoded = encode(case, rows)
@@ -209,8 +209,8 @@ def trainer_of(case: Case, library: str, model: Any, rows: Rows, tokenizer: Any,
     shared: dict[str, Any] = {"train_dataset": chosen, "data_collator": Collator(pad)}
     kind: Any = Trainer
     if library == "veneer" and not case.own_trainer:
+        from veneer.data.packing import goes_by_sequence
         from veneer.train.meter import Meter
-        from veneer.train.packing import goes_by_sequence
         from veneer.train.trainer import ExactTrainer
 
         kind = ExactTrainer

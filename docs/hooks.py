@@ -8,8 +8,8 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-from veneer.catalogue import Page, page, pages
 from veneer.core.config import all_methods
+from veneer.model.catalogue import Page, page, pages
 
 MEASURED = Path(__file__).parent / "methods.json"
 

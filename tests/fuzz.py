@@ -24,7 +24,7 @@ from torch import Tensor
 
 from veneer import PeftModel, VeneerError
 from veneer.core import checkpoint
-from veneer.core.context import state_of
+from veneer.core.state import state_of
 
 from . import models
 from .cases import CASES, ONE_EACH, Case

@@ -200,7 +200,7 @@ KEPT: deque = deque(maxlen=16)
 
 def state(model):
     """Its State. That does not keep a model alive, so the last few are kept for tests that hold nothing but layers."""
-    from veneer.core.context import state_of
+    from veneer.core.state import state_of
 
     KEPT.append(model)
     return state_of(model.get_base_model())
@@ -208,7 +208,7 @@ def state(model):
 
 def perturb(model: nn.Module, name: str = "default", seed: int = 2, scale: float = 0.1) -> nn.Module:
     """Move an adapter off its start, as training would."""
-    from veneer.core.context import state_of
+    from veneer.core.state import state_of
 
     generator = torch.Generator().manual_seed(seed)
     state = state_of(model.get_base_model())

@@ -16,7 +16,7 @@ from veneer.core.config import all_methods
 
 from . import forked, room
 
-engine = importlib.import_module("veneer.hub")
+engine = importlib.import_module("veneer.files.pull")
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,7 @@ import torch
 
 import veneer
 from veneer import LoraConfig, NotMergeable, PeftModel, VeneerError, get_peft_model
-from veneer.core.context import state_of
+from veneer.core.state import state_of
 from veneer.maths.low_rank import compress, truncate
 
 from . import models

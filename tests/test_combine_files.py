@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from veneer import BaseMismatch, IA3Config, LoraConfig, NotMergeable, PeftModel, VeneerError, get_peft_model
-from veneer.combine_files import combine
+from veneer.merging.combine import combine
 
 from . import models
 from .forked import veneer

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from veneer import CheckpointError, ConfigError, LoraConfig, PeftModel, VeneerError, get_peft_model
-from veneer.interop.layouts.conversion import LAYOUTS, convert, detected
-from veneer.interop.layouts.lora import Hints
+from veneer.formats.conversion import LAYOUTS, convert, detected
+from veneer.formats.lora import Hints
 
 from . import models
 from .forked import veneer

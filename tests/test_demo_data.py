@@ -88,8 +88,8 @@ def test_held_out_tasks_are_other_tasks():
 
 
 def test_the_recipe_is_one_that_can_be_run():
+    from veneer.data.shapes import shape_of
     from veneer.train.recipe import make, read
-    from veneer.train.shapes import shape_of
 
     recipe = make(read(DATA.parent / "reminders.yaml"))
     for source, file in ((recipe.data[0], TRAIN), (recipe.eval_data[0], HELD_OUT)):

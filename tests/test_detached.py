@@ -7,7 +7,7 @@ import torch
 
 import veneer
 from veneer import LoraConfig, ShadowConfig, VeneerError, get_peft_model
-from veneer.core.context import state_of
+from veneer.core.state import state_of
 
 from . import models
 from .models import perturb

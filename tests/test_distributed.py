@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 from veneer import LoraConfig, get_peft_model
 from veneer.core import checkpoint
-from veneer.core.context import state_of
+from veneer.core.state import state_of
 
 from . import models
 from .cases import ONE_EACH, without_dropout

@@ -17,9 +17,9 @@ from veneer import (
     all_methods,
     get_peft_model,
 )
-from veneer.combine_files import combine
-from veneer.deployment import PEFT_TYPES, diagnose
-from veneer.environment import environment
+from veneer.merging.combine import combine
+from veneer.report.deployment import PEFT_TYPES, diagnose
+from veneer.report.environment import environment
 
 from . import models
 from .forked import veneer

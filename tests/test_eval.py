@@ -10,22 +10,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from veneer import (
-    ALoraConfig,
-    LoraConfig,
-    LoReftConfig,
-    PolyConfig,
-    PrefixTuningConfig,
-    PromptTuningConfig,
-    VeraConfig,
-)
+from veneer import ALoraConfig, LoraConfig, LoReftConfig, PolyConfig, PrefixTuningConfig, PromptTuningConfig, VeraConfig
 from veneer.core.config import TaskType
+from veneer.data.sources import Source
 from veneer.errors import ConfigError, DataError
-from veneer.evaluation import MAJORITY, evaluate, read, task_of
-from veneer.generation import Sampling, Writer
-from veneer.judging import Extract, macro_f1, same
-from veneer.loading import BASE, load
-from veneer.train.recipe import Source, make
+from veneer.inference.evaluation import MAJORITY, Extract, evaluate, macro_f1, read, same, task_of
+from veneer.inference.generation import Sampling, Writer
+from veneer.model.loading import BASE, load
+from veneer.train.recipe import make
 from veneer.train.run import train
 
 from .forked import veneer
@@ -91,7 +83,7 @@ def test_a_batch_says_what_each_row_says_alone(bases, tmp_path, method):  # noqa
 
 def test_right_answers_are_counted(bases, data, tmp_path, monkeypatch):  # noqa: F811
     """The models' answers are put into their mouths."""
-    from veneer.generation import Answer
+    from veneer.inference.generation import Answer
 
     loaded = load([adapter(bases, tmp_path / "a")])
     examples = read(loaded, [data])

@@ -18,9 +18,9 @@ from rich.console import Console
 
 from veneer import LoraConfig, PromptTuningConfig
 from veneer.errors import ConfigError, DataError
-from veneer.generation import Sampling, Writer
-from veneer.loading import BASE, load
-from veneer.streaming import Columns, Interrupt, show
+from veneer.inference.generation import Sampling, Writer
+from veneer.inference.streaming import Columns, Interrupt, show
+from veneer.model.loading import BASE, load
 
 from . import room
 from .chat_templates import TEMPLATES
@@ -209,7 +209,7 @@ def test_chat_works_when_piped(three):
 
 def test_chat_remembers_what_was_said(three, monkeypatch):
     """Each model sees its own earlier answers, and another's where it has none."""
-    from veneer.conversation import Conversation
+    from veneer.inference.generation import Conversation
 
     loaded = load(three[:2])
     talk = Conversation(Writer(loaded, Sampling(max_new_tokens=3)), "Be brief.")

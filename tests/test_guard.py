@@ -10,16 +10,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from veneer import (
-    IA3Config,
-    LoraConfig,
-    PromptTuningConfig,
-    TargetError,
-    TrainableTokensConfig,
-    get_peft_model,
-)
+from veneer import IA3Config, LoraConfig, PromptTuningConfig, TargetError, TrainableTokensConfig, get_peft_model
 from veneer.errors import TrainingError
-from veneer.train.guard import PATIENCE
+from veneer.model.guard import PATIENCE
 
 from . import models
 from .cases import ONE_EACH, Case

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from veneer import hub
+from veneer.files import pull as hub
 
 from . import models
 from .chat_templates import TEMPLATES

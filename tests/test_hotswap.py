@@ -9,7 +9,7 @@ import torch
 
 import veneer
 from veneer import CheckpointError, LoraConfig, PeftModel, VeneerError, get_peft_model
-from veneer.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from veneer.model.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
 from . import models
 from .models import output, perturb

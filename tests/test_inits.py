@@ -30,7 +30,7 @@ from veneer import (
     preprocess_loraga,
     to_plain_lora_,
 )
-from veneer.inits.loftq import nf4, normal_float
+from veneer.methods.inits.loftq import nf4, normal_float
 
 from . import models
 from .models import output
@@ -142,7 +142,7 @@ def test_a_start_is_a_no_op(start: Start, base: str):
 
 
 def state_walk(model):
-    for path, module in veneer.core.layer.walk(model.get_base_model()):
+    for path, module in veneer.targets.walk.walk(model.get_base_model()):
         for name, p in module._parameters.items():
             if p is not None:
                 yield (f"{path}.{name}" if path else name), p
@@ -293,7 +293,7 @@ def test_fast_pissa_is_pefts_for_the_same_projection():
     layer = theirs.base_model.model.model.layers[0].self_attn.q_proj
     torch.manual_seed(0)
     layer.pissa_init("default", "pissa_niter_4")
-    A, B = veneer.inits.pissa.pissa(W, 4, layer.scaling["default"], "pissa_niter_4")
+    A, B = veneer.methods.inits.pissa.pissa(W, 4, layer.scaling["default"], "pissa_niter_4")
     torch.testing.assert_close(A, layer.lora_A["default"].weight, **TOLERANCE)
     torch.testing.assert_close(B, layer.lora_B["default"].weight, **TOLERANCE)
 
@@ -301,7 +301,7 @@ def test_fast_pissa_is_pefts_for_the_same_projection():
 def test_fast_pissa_comes_near_the_exact_one():
     torch.manual_seed(0)
     W = torch.randn(40, 8) @ torch.randn(8, 61) + 0.01 * torch.randn(40, 61)
-    (A, B), (A1, B1) = (veneer.inits.pissa.pissa(W, 8, 2.0, how) for how in ("pissa", "pissa_niter_8"))
+    (A, B), (A1, B1) = (veneer.methods.inits.pissa.pissa(W, 8, 2.0, how) for how in ("pissa", "pissa_niter_8"))
     torch.testing.assert_close(B1 @ A1, B @ A, rtol=1e-3, atol=1e-3)
 
 

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from veneer import LoraConfig, get_peft_model
-from veneer.comparison import diff
 from veneer.errors import CheckpointError
-from veneer.inspection import effective_rank, inspect, printable
+from veneer.maths.low_rank import effective_rank
+from veneer.report.comparison import diff
+from veneer.report.inspection import inspect, printable
 
 from . import models
 from .cases import ONE_EACH, Case

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from veneer import NotMergeable, VeneerError, embeddings, get_peft_model
-from veneer.core import checkpoint
+from veneer import NotMergeable, VeneerError, get_peft_model
+from veneer.core import checkpoint, embeddings
 from veneer.core.config import all_methods
 
 from . import models

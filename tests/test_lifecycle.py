@@ -18,7 +18,7 @@ import torch
 
 import veneer
 from veneer import IA3Config, LoraConfig, VeneerError, get_peft_model
-from veneer.core.context import state_of
+from veneer.core.state import state_of
 
 from . import models, room
 from .cases import ONE_EACH, Case

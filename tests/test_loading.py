@@ -10,7 +10,7 @@ import torch
 from veneer import AutoPeftModelForSequenceClassification, LoraConfig, PromptTuningConfig, get_peft_model
 from veneer.core.config import TaskType
 from veneer.errors import BaseMismatch, ConfigError, VeneerError
-from veneer.loading import BASE, load, load_base, named
+from veneer.model.loading import BASE, load, load_base, named
 
 from . import models
 from .chat_templates import TEMPLATES

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from veneer import LoraConfig, VeraConfig, get_peft_model, ops
-from veneer.core.context import state_of
+from veneer.core.state import state_of
 from veneer.maths.dropout import drop_bits, mask_of
 from veneer.ops.low_rank_linear import LowRankLinear, Update, low_rank_linear, reference, stack, stacked_linear
 

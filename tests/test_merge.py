@@ -16,7 +16,7 @@ from veneer import (
     merge_report,
 )
 from veneer.core.adapter import Replace
-from veneer.core.context import state_of
+from veneer.core.state import state_of
 
 from . import models
 from .cases import MERGEABLE, ONE_EACH, Case

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import veneer
 from veneer import CheckpointError, NotMergeable, PeftModel, TargetError, get_peft_model
-from veneer.convert import factors_of
 from veneer.maths.joint import left_vectors
+from veneer.model.to_lora import factors_of
 
 from . import models
 from .models import output

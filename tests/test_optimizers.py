@@ -263,7 +263,7 @@ def test_trainer_takes_them_and_resumes(kind: str, tmp_path):
 
 
 def pairs_of(model):
-    from veneer.optimizers.pairs import pairs
+    from veneer.train.optimizers.pairs import pairs
 
     return pairs(model)
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import veneer
 from veneer import CheckpointError, LoraConfig, PeftModel, all_methods, get_peft_model
-from veneer.core.context import state_of
+from veneer.core.state import state_of
 
 from . import models
 from .cases import CASES, Case
@@ -549,7 +549,7 @@ def test_gradients_agree(case: Case, tmp_path):
 def test_categories_are_pefts():
     from peft.tuners.frod import model as frod
 
-    from veneer.interop.categories import by_category, category, layer_number
+    from veneer.methods.families.categories import by_category, category, layer_number
 
     paths = [
         "lm_head",

@@ -8,8 +8,9 @@ import re
 import pytest
 from safetensors.torch import load_file, save_file
 
-from veneer import ConfigError, LoraConfig, PeftModel, get_peft_model, patterns
-from veneer.patterns import fits, pattern
+from veneer import ConfigError, LoraConfig, PeftModel, get_peft_model
+from veneer.files import regex as patterns
+from veneer.files.regex import fits, pattern
 
 from . import models
 from .room import at_most

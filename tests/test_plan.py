@@ -14,14 +14,15 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from veneer import LoraConfig, TargetError, VeneerError
-from veneer.catalogue import config_for
-from veneer.cli.plan import folded, plan, size
+from veneer.cli._options import size
+from veneer.cli.plan import folded, plan
 from veneer.core.config import all_methods
+from veneer.data.epoch import COUNTED, epoch_of
 from veneer.errors import ConfigError
+from veneer.files.skeleton import skeleton
+from veneer.model.catalogue import config_for
 from veneer.report import memory
 from veneer.report.forecast import forecast, settings_of
-from veneer.report.rows import COUNTED, epoch_of
-from veneer.skeleton import skeleton
 from veneer.train.meter import Meter
 from veneer.train.recipe import Recipe, make
 from veneer.train.run import train

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from veneer import ConfigError, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from veneer.core.context import state_of
+from veneer.core.state import state_of
 
 from . import models
 

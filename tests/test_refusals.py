@@ -28,7 +28,7 @@ from veneer import (
 from veneer.core import checkpoint
 from veneer.core.checkpoint import NEXT_NAME
 from veneer.core.config import Config, all_methods
-from veneer.hotswap import hotswap_adapter
+from veneer.model.hotswap import hotswap_adapter
 
 from . import models
 from .cases import CASES, ONE_EACH, Case, experts

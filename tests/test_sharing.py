@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from veneer import LoraConfig, get_peft_model
-from veneer.sharing import write_card
+from veneer.model.card import write_card
 
 from . import models
 

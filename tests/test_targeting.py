@@ -11,8 +11,8 @@ from torch import nn
 
 import veneer
 from veneer import ConfigError, LoraConfig, TargetError, get_peft_model
-from veneer.core.context import state_of
-from veneer.structure import roles
+from veneer.core.state import state_of
+from veneer.targets.roles import roles
 
 from . import models
 

@@ -14,9 +14,10 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
+from veneer.data.sources import Source
 from veneer.errors import ConfigError, DataError, TrainingError, VeneerError
 from veneer.train import trainer
-from veneer.train.recipe import Recipe, Source, make
+from veneer.train.recipe import Recipe, make
 from veneer.train.run import train
 
 from . import models
@@ -71,8 +72,8 @@ def test_a_run_leaves_an_adapter_a_recipe_and_a_report(base, data, tmp_path):
     from transformers import AutoTokenizer
 
     from veneer import AutoPeftModelForCausalLM
-    from veneer.train.encode import Encoder
-    from veneer.train.shapes import understand
+    from veneer.data.encode import Encoder
+    from veneer.data.shapes import understand
 
     report = run(base, data, tmp_path / "out", epochs=3, eval_split=4)
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
@@ -98,8 +99,8 @@ def test_evaluation_is_the_mean_over_all_learned_tokens(base, data, tmp_path):
     from transformers import AutoTokenizer
 
     from veneer import AutoPeftModelForCausalLM
-    from veneer.train.encode import Encoder
-    from veneer.train.shapes import understand
+    from veneer.data.encode import Encoder
+    from veneer.data.shapes import understand
 
     report = run(base, data, tmp_path / "out", eval_data=data, max_steps=4, eval_batch_size=5)
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -142,7 +143,7 @@ def test_packing_learns_the_same_tokens_in_fewer_sequences(base, data, tmp_path)
 
 
 def test_packing_is_refused_where_rows_would_see_each_other(base, data, tmp_path):
-    from veneer.train.packing import check
+    from veneer.data.packing import check
 
     model = models.gpt2()
     model.forward = lambda *a, position_ids=None, _forward=model.forward, **k: _forward(
@@ -375,7 +376,7 @@ def test_the_fast_paths_learn_the_same(base, data, tmp_path, monkeypatch, settin
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "loreft"])
 def test_methods_that_look_at_whole_rows_get_them_padded(base, data, tmp_path, monkeypatch, method: str):
-    from veneer.train import collate
+    from veneer.data import collate
 
     flat = []
     monkeypatch.setattr(collate, "joined", lambda rows: flat.append(rows))

@@ -6,9 +6,9 @@ from itertools import groupby
 
 import pytest
 
+from veneer.data.encode import IGNORED, Encoder
+from veneer.data.shapes import Example
 from veneer.errors import ConfigError, DataError
-from veneer.train.encode import IGNORED, Encoder
-from veneer.train.shapes import Example
 
 from .chat_templates import TEMPLATES, Stock
 

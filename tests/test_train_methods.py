@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from veneer.core.config import TaskType
+from veneer.files.skeleton import skeleton
 from veneer.report.forecast import forecast
-from veneer.skeleton import skeleton
 from veneer.train.recipe import make
 from veneer.train.run import train
 from veneer.train.setup import method_config

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from veneer import AdaLoraConfig, CheckpointError, LoraConfig, PeftModel, TaskType, get_peft_model
-from veneer.core.context import state_of
+from veneer.core.state import state_of
 
 from . import models, room
 from .cases import ONE_EACH, Case

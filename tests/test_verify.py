@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from veneer import LoraConfig, VeneerError, get_peft_model
-from veneer.verify import PROBE_NAME, digests, record, verify
+from veneer.model.verify import PROBE_NAME, digests, record, verify
 
 from . import models
 from .cases import ONE_EACH, Case

@@ -13,7 +13,7 @@ from packaging.version import Version
 
 import veneer
 from veneer import LoraConfig, get_peft_model
-from veneer.environment import environment
+from veneer.report.environment import environment
 from veneer.upstream import versions
 from veneer.upstream.versions import TRIED, Range
 

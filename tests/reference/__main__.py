@@ -21,7 +21,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 
-from veneer.interop.peft.table import VERSION
+from veneer.dropin.tables.methods import VERSION
 
 ROOT = Path(__file__).parent.parent.parent
 HOME = ROOT / "build" / "reference"

@@ -1,0 +1,72 @@
+"""The command `veneer`: one file per verb in this folder, each with a function of the file's name.
+
+No module here imports torch or transformers at its top: `veneer --help` must answer at once. A verb imports what it
+needs when it runs.
+"""
+
+import importlib
+import logging
+import os
+import pkgutil
+import sys
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Parameter-efficient fine-tuning: LoRA and others, in Hugging Face PEFT's file format.",
+    epilog="VENEER_DEBUG=1 shows the traceback of an error.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from veneer import __version__
+
+        typer.echo(f"veneer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+for _verb in pkgutil.iter_modules(__path__):
+    if not _verb.name.startswith("_"):
+        _module = importlib.import_module(f"{__name__}.{_verb.name}")
+        app.command(_verb.name.replace("_", "-"))(getattr(_module, _verb.name))
+
+
+def main() -> None:
+    """Run the command line. What the user can mend is one line on stderr and exit status 2, never a traceback."""
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # imported where installed, with advice
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        app(prog_name="veneer")
+    except SystemExit as stop:
+        if stop.code == 130:  # typer's translation of KeyboardInterrupt, silent
+            print("interrupted", file=sys.stderr)
+        raise
+    except (ValueError, OSError) as error:
+        if os.environ.get("VENEER_DEBUG") == "1":
+            raise
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        for note in _notes(error):
+            typer.secho(note, fg=typer.colors.YELLOW, err=True)
+        raise SystemExit(2) from None
+
+
+def _notes(error: Exception) -> list[str]:
+    """What stands beside an error: the notes it carries, else one on untried versions, if there are any."""
+    from veneer.upstream.versions import remark
+
+    line = remark()
+    return getattr(error, "__notes__", None) or ([line] if line else [])

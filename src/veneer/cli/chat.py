@@ -1,0 +1,174 @@
+"""`veneer chat`: talk with a model, with and without adapters."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .generate import (
+    Adapter,
+    Compare,
+    Dtype,
+    MaxNewTokens,
+    Model,
+    Penalty,
+    Seed,
+    System,
+    Temperature,
+    TemplateFile,
+    TopK,
+    TopP,
+)
+
+if TYPE_CHECKING:
+    from veneer.inference.generation import Conversation
+
+EXAMPLES = """
+The first adapter answers; /adapter NAME lets another one, or the base.
+Ctrl-C ends an answer, Ctrl-D or /quit the conversation. Questions may
+also be piped in, one on each line.
+
+Examples:
+
+  veneer chat --adapter my-adapter
+
+  veneer chat --adapter one --adapter two --compare      base and adapters answer side by side
+
+  veneer chat --model smollm2-135m-instruct --system "Answer in one sentence." --temperature 0.7
+"""
+COMMANDS = {
+    "/adapter NAME": "who answers: an adapter, or base; without a name, who there is",
+    "/compare": "all side by side, or one again",
+    "/system TEXT": "other instructions, and a new conversation",
+    "/reset": "a new conversation",
+    "/help": "this list",
+    "/quit": "the end",
+}
+
+
+def chat(
+    adapter: Adapter = None,
+    model: Model = None,
+    compare: Compare = False,
+    system: System = None,
+    chat_template: TemplateFile = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    max_new_tokens: MaxNewTokens = 512,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk with a model: streaming, with a memory, adapters switched or side by side."""
+    from rich.console import Console
+
+    from veneer.errors import ConfigError
+    from veneer.inference.generation import Conversation, Sampling, Writer
+    from veneer.model.loading import load
+    from veneer.terminal import quiet
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+    quiet()
+    console = Console(highlight=False)
+    with Console(stderr=True).status("loading the model"):
+        writer = Writer(load(adapter or [], model, dtype=dtype), sampling, template_file=chat_template)
+    if writer.template is None:
+        raise ConfigError("the model has no chat template; give one with --chat-template, or use veneer generate")
+    talk = _Talk(Conversation(writer, system), console, compare)
+    talk.welcome()
+    while (line := talk.listen()) is not None and talk.hear(line.strip()):
+        pass
+
+
+chat.__doc__ = (chat.__doc__ or "") + "\n" + EXAMPLES
+
+
+class _Talk:
+    """A conversation at the keyboard."""
+
+    def __init__(self, conversation: Conversation, console: Any, compare: bool) -> None:
+        self.conversation, self.console, self.compare = conversation, console, compare
+        self.loaded = conversation.writer.loaded
+        self.name = self.loaded.names[min(1, len(self.loaded.adapters))]
+        self.is_live = sys.stdin.isatty() and console.is_terminal
+
+    def welcome(self) -> None:
+        if self.is_live:
+            import readline  # noqa: F401 (line editing and history for input())
+
+            self.say(f"{self.loaded.base}" + "".join(f" + {name}" for name in self.loaded.adapters), "bold")
+            self.say("/help lists the commands, Ctrl-C ends an answer, Ctrl-D the conversation", "dim")
+
+    def listen(self) -> str | None:
+        """The next line; None at the end."""
+        while True:
+            try:
+                return input(f"\n{'all' if self.compare else self.name}> " if self.is_live else "")
+            except EOFError:
+                return None
+            except KeyboardInterrupt:
+                if not self.is_live:
+                    raise
+                self.say("\n/quit or Ctrl-D leaves", "dim")
+
+    def hear(self, line: str) -> bool:
+        """Do what a line says. False: the conversation is over."""
+        from veneer.errors import VeneerError
+
+        if line == "/quit":
+            return False
+        word, _, rest = line.partition(" ")
+        try:
+            if word.startswith("/"):
+                self.command(word)(rest.strip())
+            elif line:
+                self.answer(line)
+        except VeneerError as error:
+            self.say(str(error), "red")
+        return True
+
+    def command(self, word: str) -> Callable[[str], None]:
+        from veneer.errors import ConfigError, nearest
+
+        known = {name.split()[0] for name in COMMANDS}
+        if word not in known:
+            raise ConfigError(f"there is no command {word}{nearest(word, known)}; /help lists them")
+        return getattr(self, f"on_{word[1:]}")
+
+    def answer(self, question: str) -> None:
+        from veneer.inference.streaming import Interrupt, note, show
+
+        names = list(self.loaded.names) if self.compare else [self.name]
+        interrupt, writer = Interrupt(), self.conversation.writer
+        prompts = self.conversation.prompts(names, question)
+        with interrupt.listening() as criteria:
+            answers = show(writer, prompts, self.console, criteria=criteria, headings=not self.is_live)
+        self.conversation.add(question, {name: answer.text for name, answer in answers.items()})
+        for answer in answers.values() if len(answers) == 1 and self.is_live else ():
+            if not answer.ended:
+                self.say(note(answer, writer.sampling.max_new_tokens), "dim")
+
+    def on_adapter(self, name: str) -> None:
+        if name:
+            self.name, self.compare = self.loaded.known(name), False
+        self.say(", ".join(f"[{n}]" if n == self.name else n for n in self.loaded.names) if not name else "", "dim")
+
+    def on_compare(self, _: str) -> None:
+        self.compare = not self.compare
+
+    def on_system(self, text: str) -> None:
+        self.conversation.system = text or None
+        self.conversation.reset()
+
+    def on_reset(self, _: str) -> None:
+        self.conversation.reset()
+
+    def on_help(self, _: str) -> None:
+        for name, about in COMMANDS.items():
+            self.say(f"  {name:<15}{about}", "dim")
+
+    def say(self, text: str, style: str = "") -> None:
+        if text:
+            self.console.print(text, style=style, markup=False)

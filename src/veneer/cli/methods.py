@@ -1,0 +1,104 @@
+"""`veneer methods`: what there is to choose from."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from veneer.model.catalogue import Page
+
+EXAMPLES = """
+Examples:
+
+  veneer methods                                all methods in one table
+
+  veneer methods hira                           the page of one: formula, paper, settings
+
+  veneer methods --model smollm2-135m-instruct  with the number of parameters each trains on a model
+
+  veneer methods --model-type gpt2 --json       the same for a script, without any download
+"""
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show the page of this method.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Count trainable parameters on this model (its config only).")
+    ] = None,
+    model_type: Annotated[str | None, typer.Option(help='The same for an architecture, "gpt2" or "llama".')] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the methods, or show one: formula, paper, sizes, settings."""
+    from veneer.model.catalogue import page, pages
+
+    shown = [page(name)] if name else list(pages().values())
+    counts = _counts(shown, model, model_type)
+    if as_json:
+        rows = [p.as_dict() | {"trainable": counts[p.name]} if counts else p.as_dict() for p in shown]
+        typer.echo(json.dumps(rows[0] if name else rows, indent=2, default=str))
+    elif name:
+        _show_page(shown[0], counts)
+    else:
+        _show_table(shown, counts)
+
+
+methods.__doc__ = (methods.__doc__ or "") + "\n" + EXAMPLES
+
+
+def _counts(shown: list[Page], model: str | None, model_type: str | None) -> dict[str, int | None]:
+    if model is None and model_type is None:
+        return {}
+    from veneer.files.skeleton import skeleton
+    from veneer.model.catalogue import trainable
+
+    base = skeleton(model, model_type)
+    return {p.name: trainable(p.name, base) for p in shown}
+
+
+def _show_table(shown: list[Page], counts: dict[str, int | None]) -> None:
+    """Two or three lines a method: its facts, what it does, its formula."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = Console()
+    facts = "{:<18} {:>11}  {:<6} {:<4} {:>6}  {:<17} {}"
+    head = ("method", "trainable" if counts else "", "merges", "rank", "rate", "paper", "adapts")
+    console.print(Text(facts.format(*head), style="bold"), overflow="ellipsis", no_wrap=True)
+    for p in shown:
+        count = _number(counts[p.name]) if counts else ""
+        cells = ("yes" if p.mergeable else "-", "low" if p.low_rank else "-", f"{p.learning_rate:g}", p.paper)
+        line = Text(facts.format(p.name, count, *cells, ", ".join(p.kinds)))
+        line.stylize("bold cyan", 0, len(p.name))
+        console.print(line, overflow="ellipsis", no_wrap=True)
+        console.print(Padding(Text(_claim(p.claim)), (0, 0, 0, 4)))
+        console.print(Padding(Text(p.formula.split("\n")[0], style="dim"), (0, 0, 0, 4)))
+    console.print(f"{len(shown)} methods. `veneer methods NAME` shows one.", highlight=False)
+
+
+def _claim(claim: str) -> str:
+    """Without the method's name in front."""
+    return claim.partition(": ")[2] or claim
+
+
+def _show_page(p: Page, counts: dict[str, int | None]) -> None:
+    typer.echo(p.text)
+    typer.echo(f"\nConfig: {p.config}; adapts {', '.join(p.kinds)}; learning rate {p.learning_rate:g}")
+    if p.recommended:
+        typer.echo(f"Trained with, unless you say otherwise: {_settings(p.recommended)}")
+    if counts:
+        typer.echo(f"Trainable parameters on this model: {_number(counts[p.name])}")
+    typer.echo("\nSettings:")
+    for field in p.fields:
+        typer.echo(f"  {field.name} = {field.default!r}\n      {field.about}")
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in settings.items())
+
+
+def _number(count: int | None) -> str:
+    return "-" if count is None else f"{count:,}"

@@ -1,0 +1,298 @@
+"""Attaching adapters to a model and taking them off again, leaving no trace."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import TargetError, VeneerError, listing
+from ..files.limits import Bounded
+from ..files.read import WEIGHTS_NAME
+from ..targets.target import ParamTarget, Target
+from ..targets.walk import walk
+from . import checkpoint
+from .adapter import Adapter, Bias, Replace, Tensors, TiedReplace, modules_of
+from .config import CONFIG_NAME, Config, LayerConfig, PromptConfig
+from .hooks import install, uninstall
+from .layer import AdapterLayer
+from .prompt import spec_for
+from .select import parameters, saved_modules, targets
+from .state import BASE, State, state_of
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def attach(
+    model: nn.Module,
+    config: Config,
+    name: str,
+    *,
+    trainable: bool,
+    on_meta: bool = False,
+    lift: bool = True,
+) -> State:
+    """Put the adapter that `config` describes on `model`, called `name`. An error leaves the model as it was.
+
+    Args:
+        trainable: declared trainable; it learns while it is also active.
+        on_meta: build without memory, for tensors that are about to be loaded.
+        lift: hold adapters of a half-precision base in fp32.
+    """
+    state = state_of(model) or State()
+    _check_name(name, state)
+    reshaped = config.reshape(model)
+    state.reshaped += [] if reshaped is None else [reshaped]
+    try:
+        return _put_on(model, config, name, state, trainable=trainable, on_meta=on_meta, lift=lift)
+    except BaseException:
+        detach(model, name, state)
+        raise
+
+
+def _put_on(
+    model: nn.Module, config: Config, name: str, state: State, *, trainable: bool, on_meta: bool, lift: bool
+) -> State:
+    saved = saved_modules(model, config)
+    places = [(member, *_places(model, member, saved)) for member in config.members()]
+    state.configs[name] = config
+    layers = Wrapper(model, state)
+    with torch.device("meta") if on_meta else nullcontext(), Bounded(model) if on_meta else nullcontext():
+        for member, paths, bare in places:
+            _add_member(model, config, member, name, layers, paths)
+            _add_to_parameters(member, name, layers, bare)
+        copies = [(path, Replace(layers.wrap(path).target)) for path in saved]
+        for path, copied in copies:
+            layers.wrap(path).add(name, copied)
+            if config.ties() and copied.target.kind in ("linear", "embedding"):
+                _add_twins(copied, name, layers, TiedReplace)
+    if len(places) > 1:
+        _check_keys(state, name)
+    install(model, state)
+    settle(model, state, name, lift=lift)
+    for module in state.modules(name):
+        module.train(model.training)
+    state.trainable |= {name} if trainable else set()
+    state.mark(name)
+    return state
+
+
+def _places(model: nn.Module, config: Config, saved: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """(paths of the modules, places of the bare parameters) that a config adapts."""
+    if not isinstance(config, LayerConfig):
+        return [], []
+    wanted = config.bare_parameters()
+    bare = parameters(model, config, wanted) if wanted else []
+    if not bare or config.target_modules:
+        return targets(model, config, saved, bare), bare
+    config.target_modules = []
+    return [], bare
+
+
+def try_on(model: nn.Module, config: Config, name: str, tensors: Tensors, notes: dict[str, Any]) -> list[str]:
+    """Raise unless a saved adapter fits `model`; returns the paths it adapts and leaves the model as it was."""
+    state = attach(model, config, name, trainable=False, on_meta=True)
+    try:
+        checkpoint.check_fit(model, state, name, tensors, notes)
+        return list(state.adapters(name))
+    finally:
+        detach(model, name, state)
+
+
+def settle(model: nn.Module, state: State, name: str, *, lift: bool = True) -> None:
+    """Move an adapter to where its targets compute, in the dtype it learns in."""
+    for path, adapter in state.adapters(name).items():
+        target = state.layers[path].target
+        _settle(adapter, target.device, target.dtype, lift)
+    first = next((p for p in model.parameters() if p.is_floating_point() and not p.is_meta), None)
+    for module in (state.shared.get(name), state.prompts.get(name)):
+        if module is not None and first is not None:
+            _settle(module, first.device, first.dtype, lift)
+
+
+def detach(model: nn.Module, name: str, state: State) -> None:
+    """Take one adapter off; a layer without adapters becomes the plain module again."""
+    state.configs.pop(name, None)
+    state.trainable.discard(name)
+    state.schedules.pop(name, None)
+    wrapper = Wrapper(model, state)
+    for path, layer in list(state.layers.items()):
+        if name in layer.adapters:
+            del layer.adapters[name]
+        if not len(layer.adapters):
+            wrapper.unwrap(path)
+    for group in (state.shared, state.prompts):
+        if name in group:
+            del group[name]
+    state.active = tuple(active for active in state.active if active != name)
+    if not state.configs:
+        uninstall(model)
+        while state.reshaped:
+            state.reshaped.pop().undo()
+    elif state_of(model) is state:
+        install(model, state)
+
+
+class Wrapper:
+    """Puts `AdapterLayer`s into a model and takes them out, at every place that holds the module."""
+
+    def __init__(self, model: nn.Module, state: State) -> None:
+        self.model, self.state = model, state
+        self.modules = dict(walk(model))
+
+    def wrap(self, path: str) -> AdapterLayer:
+        if path not in self.state.layers:
+            module = self.modules[path]
+            layer = (self.state.layer_class or AdapterLayer)(module, path, self.state)
+            self._put(module, layer)
+            self.state.layers[path] = layer
+        return self.state.layers[path]
+
+    def unwrap(self, path: str) -> nn.Module:
+        layer = self.state.layers.pop(path)
+        self._put(layer, layer.base_layer)
+        return layer.base_layer
+
+    def _put(self, old: nn.Module, new: nn.Module) -> None:
+        for parent, name in self._places(old):
+            if parent is not new:
+                parent._modules[name] = new
+
+    def _places(self, module: nn.Module) -> list[tuple[nn.Module, str]]:
+        if not hasattr(self, "_index"):
+            self._index: dict[int, list[tuple[nn.Module, str]]] = {}
+            for parent in self.model.modules():
+                for name, child in parent._modules.items():
+                    self._index.setdefault(id(child), []).append((parent, name))
+        return self._index.get(id(module), [])
+
+
+def _settle(module: nn.Module, device: torch.device, dtype: torch.dtype | None, lift: bool) -> None:
+    """Meta tensors stay until they are loaded. Half precision is lifted; without lifting the base's dtype is taken."""
+    parts = modules_of(module)
+    for tensor in (t for part in parts for t in (*part._parameters.values(), *part._buffers.values()) if t is not None):
+        if tensor.is_meta or not tensor.is_floating_point():
+            wanted = tensor.dtype
+        else:
+            wanted = torch.float32 if lift and tensor.dtype in HALF else tensor.dtype
+            wanted = dtype if not lift and dtype in HALF else wanted
+        if tensor.is_meta or device.type == "meta" or (tensor.device == device and tensor.dtype == wanted):
+            continue
+        tensor.data = tensor.data.to(device=device, dtype=wanted)
+    for part in parts:
+        if isinstance(part, Adapter):
+            part.forget_dtype()
+
+
+def _check_name(name: str, state: State) -> None:
+    if not isinstance(name, str):
+        raise VeneerError(f"an adapter's name must be a string, not {name!r}")
+    if name == BASE:
+        raise VeneerError(f"adapter name {name!r} stands for a row without an adapter in mixed batches; choose another")
+    if name in ("", ".", "..") or any(c in "/\\\0" or "\ud800" <= c <= "\udfff" for c in name):
+        raise VeneerError(f"adapter name {name!r} must be usable as a folder's name")
+    if len(name.encode()) > 255 or name in (CONFIG_NAME, WEIGHTS_NAME, checkpoint.NEXT_NAME):
+        raise VeneerError(f"adapter name {name[:60]!r} is no folder's: above 255 bytes, or the name of a file in it")
+    if name in state.configs:
+        raise VeneerError(f"the model already has an adapter called {name!r}; choose another name or delete it first")
+
+
+def _add_member(model: nn.Module, config: Config, member: Config, name: str, layers: Wrapper, paths: list[str]) -> None:
+    """The adapters, the shared module and the prompt of one of the methods under a name."""
+    state, adapted = layers.state, [layers.wrap(path) for path in paths]
+    shared = member.build_shared([layer.target for layer in adapted])
+    prompt = None
+    if isinstance(member, PromptConfig):
+        prompt = member.build_prompt(spec_for(model, member), model.get_input_embeddings().weight)
+    kind = member.peft_type
+    for group, module in ((state.shared, shared), (state.prompts, prompt)):
+        if module is not None and name in group:
+            raise VeneerError(f"{name!r} would unite two methods with a shared module or a prompt, the second {kind}")
+        if module is not None:
+            group[name] = module
+    built = [(layer, adapter) for layer in adapted for adapter in _adapters_on(layer, member, shared)]
+    for layer, adapter in built:
+        layer.add(name, config.join(adapter))
+    for _, adapter in built:
+        if adapter.follows_ties:
+            _add_twins(adapter, name, layers, lambda target, first: member.build(target, None, twin=first))
+    _add_biases(model, member, name, layers, paths)
+
+
+def _adapters_on(layer: AdapterLayer, config: Config, shared: Any) -> list[Adapter]:
+    """The adapter of a layer, or one on each parameter that its module reads by itself."""
+    if layer.target.kind in config.adapter.kinds:
+        return [config.build(layer.target, shared)]
+    built = [config.build(ParamTarget(layer, name), shared) for name in layer.target.inside]
+    for adapter, key in zip(built, layer.target.inside.values(), strict=True):
+        adapter.key = key
+    return built
+
+
+def _add_to_parameters(config: Config, name: str, layers: Wrapper, places: Sequence[tuple[str, str]]) -> None:
+    """Adapters on bare parameters. In the file the last of a module has no prefix, each one before it one more."""
+    count = Counter(path for path, _ in places)
+    for path, parameter in places:
+        layer = layers.wrap(path)
+        target = _view_of(layer, parameter, name)
+        adapter = config.build(target)
+        count[path] -= 1
+        adapter.key = "base_layer." * count[path]
+        is_bare = target.kind == "param"
+        if is_bare and ("param" not in adapter.kinds or getattr(adapter, "dropout", None) is not None):
+            what = "dropout" if "param" in adapter.kinds else type(adapter).__name__
+            raise TargetError(f"target_parameters: {target.path!r} is a bare parameter, on which there is no {what}")
+        layer.add(name, adapter)
+
+
+def _view_of(layer: AdapterLayer, parameter: str, name: str) -> Target:
+    """What an adapter sees of a parameter: of a linear layer's own weight the layer, so that no two views of it exist.
+
+    Raises:
+        TargetError: the weight is adapted already, or stored otherwise than as a matrix (out, in).
+    """
+    target, weight = layer.target, getattr(layer.base_layer, parameter)
+    if target.kind == "block" or parameter != "weight":
+        return ParamTarget(layer, parameter)
+    if name in layer.adapters:
+        raise TargetError(f"target_parameters: target_modules has {layer.path!r}, whose weight this is, already")
+    if target.kind != "linear" or target.as_matrix(weight) is not weight:
+        kind = type(layer.base_layer).__name__
+        raise TargetError(f"target_parameters: {layer.path!r} is a {kind}; put the module into target_modules")
+    return target
+
+
+def _check_keys(state: State, name: str) -> None:
+    """Raise unless each tensor has a key of its own in the file."""
+    keys = Counter(prefix + key for prefix, part in checkpoint.parts(state, name) for key in checkpoint.export(part))
+    twice = [key for key, count in keys.items() if count > 1]
+    if twice:
+        raise VeneerError(f"two methods united under {name!r} would save under the same keys:{listing(twice)}")
+
+
+def _add_twins(first: Adapter, name: str, layers: Wrapper, build: Callable[[Target, Any], Adapter]) -> None:
+    """What `build` makes of a target and the first adapter, on each other module whose weight is the same Parameter."""
+    base = first.target.base
+    for path, module in layers.modules.items():
+        if module is not base and module._parameters.get("weight") is base.weight:
+            layer = layers.wrap(path)
+            if name in layer.adapters:
+                raise TargetError(
+                    f"{first.target.path!r} and {path!r} share one weight: adapt one of them, the other follows"
+                )
+            layer.add(name, build(layer.target, first))
+
+
+def _add_biases(model: nn.Module, config: Config, name: str, layers: Wrapper, paths: list[str]) -> None:
+    """`bias="all"`: a trained copy of every bias; `"<method>_only"`: of those on adapted modules."""
+    kind = getattr(config, "bias", "none")
+    if kind == "none":
+        return
+    candidates = [p for p, m in layers.modules.items() if m._parameters.get("bias") is not None]
+    for path in candidates if kind == "all" else [p for p in candidates if p in paths]:
+        layer = layers.wrap(path)
+        layer.add(name, Bias(layer.target, beside=path in paths))

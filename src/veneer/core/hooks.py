@@ -1,0 +1,289 @@
+"""The root hooks on the Hugging Face model: facts of a call in, learned prompts in front of the input, loss terms out.
+
+`generate`, TRL and `Trainer` all enter below `PeftModel.forward`; one pre-hook on the model they call serves them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import VeneerError
+from ..ops import _patch
+from ..upstream import cache as caches
+from ..upstream import checkpointing
+from ..upstream.calls import encoder_of, parameters
+from .calls import batch_size, by_row
+from .prompt import Prompt
+from .state import BASE, State, state_of
+
+CHILDREN = {"veneer_shared": "shared", "veneer_prompts": "prompts"}
+"""The children of the Hugging Face model that hold shared modules and prompts, while there are any."""
+
+
+def install(model: nn.Module, state: State) -> None:
+    """Register the state, the hooks, and whatever is shared between layers with the model."""
+    if state_of(model) is None:
+        model.__dict__["_veneer"] = state
+        state.cache_argument = caches.argument(model)
+        state.arguments = positional(model)
+        hooks = [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
+        hooks += _patch.install(model)
+        encoder = encoder_of(model)
+        if encoder is not None:
+            hooks.append(encoder.register_forward_pre_hook(before_encoder, with_kwargs=True))
+            encoder.__dict__["_veneer_root"] = (state,)
+        model.__dict__["_veneer_hooks"] = hooks
+    for child, group in CHILDREN.items():
+        modules = getattr(state, group)
+        if len(modules):
+            model._modules[child] = modules
+        else:
+            model._modules.pop(child, None)
+
+
+def uninstall(model: nn.Module) -> None:
+    """Leave the model as it was before the first adapter."""
+    for hook in model.__dict__.pop("_veneer_hooks", ()):
+        hook.remove()
+    _patch.uninstall(model)
+    model.__dict__.pop("_veneer", None)
+    for child in CHILDREN:
+        model._modules.pop(child, None)
+    encoder = encoder_of(model)
+    if encoder is not None:
+        encoder.__dict__.pop("_veneer_root", None)
+
+
+def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The root pre-hook. Always takes the adapters' facts out of kwargs: the model would swallow them in silence."""
+    state = state_of(model)
+    if state is None or state.busy:
+        return args, kwargs
+    for watcher in state.watchers:
+        watcher.before(model, named(state.arguments, args, kwargs))
+    own = {name: kwargs[name] for name in state.fact_names() if kwargs.get(name) is not None}
+    kwargs = {name: value for name, value in kwargs.items() if name not in state.fact_names()}
+    state.facts = by_row({**state.sticky, **own}, kwargs, args)
+    check_names(state)
+    for name in called(state):
+        _compute_facts(state, name, model, named(state.arguments, args, kwargs))
+    prompts = list(live_prompts(state))
+    if prompts:
+        kwargs = named(state.arguments, args, kwargs)
+        args = args[len(state.arguments) :]  # what the model itself refuses, since it names no more
+    for prompt in prompts:
+        kwargs = splice(model, prompt, state, kwargs)
+    return args, kwargs
+
+
+def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """The root hook: show the methods the output; a prompt's own loss instead of the model's, and loss terms added."""
+    state = state_of(model)
+    if state is None or state.busy:
+        return output
+    for name in called(state):
+        state.configs[name].after(state.facts, output)
+    if getattr(output, "loss", None) is not None:
+        _change_loss(state, output)
+    for watcher in state.watchers:
+        watcher.after(model, output)
+    return output
+
+
+def _change_loss(state: State, output: Any) -> None:
+    for prompt in live_prompts(state):
+        own = prompt.loss(getattr(output, "logits", None), state.facts)
+        output.loss = output.loss if own is None else own
+    for name in state.live() if torch.is_grad_enabled() else ():
+        term = state.configs[name].loss(list(state.adapters(name).values())) if name in state.trainable else None
+        if term is not None:
+            term = term.full_tensor() if hasattr(term, "full_tensor") else term
+            output.loss = output.loss + term.to(output.loss)
+
+
+def called(state: State) -> list[str]:
+    """The adapters that take part in the call under way."""
+    names = state.facts.get("adapter_names", state.live())
+    return [name for name in dict.fromkeys(names) if name in state.configs]
+
+
+def check_names(state: State) -> None:
+    """A mixed batch names adapters that exist, have layers, and are not merged."""
+    if not isinstance(state.facts.get("adapter_names", []), (list, tuple)):
+        raise VeneerError(
+            f"adapter_names must be a list with a name for each row, not {state.facts['adapter_names']!r}"
+        )
+    for name in dict.fromkeys(state.facts.get("adapter_names", ())):
+        if name == BASE:
+            continue
+        if name not in state.configs:
+            known = ", ".join(state.configs)
+            raise VeneerError(f"adapter_names: no adapter is called {name!r}; the model has {known} and {BASE!r}")
+        if name in state.prompts:
+            raise VeneerError(
+                f"adapter_names: {name!r} is a prompt, which lengthens every row; give it a batch of its own"
+            )
+    if "adapter_names" in state.facts and any(layer.merged_adapters for layer in state.layers.values()):
+        raise VeneerError("a mixed batch needs adapters that are not merged; call unmerge_adapter() first")
+
+
+def live_prompts(state: State) -> Iterator[Prompt]:
+    """The prompts of this call, innermost (nearest to the input) first."""
+    if "adapter_names" not in state.facts:
+        for name in state.live():
+            if name in state.prompts:
+                yield state.prompts[name]
+
+
+def _compute_facts(state: State, name: str, model: nn.Module, kwargs: dict[str, Any], of_encoder: bool = False) -> None:
+    state.busy = True
+    try:
+        for member in state.configs[name].members():
+            if member.reads_encoder or not of_encoder:
+                member.before(state.shared.get(name), state.facts, model, kwargs)
+    finally:
+        state.busy = False
+
+
+def splice(model: nn.Module, prompt: Prompt, state: State, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a root call with a prompt in front of the input."""
+    if caches.is_static(caches.of_call(kwargs)):
+        raise VeneerError("a learned prompt cannot lengthen a static cache; generate with the default dynamic one")
+    pairs = prompt.key_values(state.facts)
+    if pairs is not None:
+        return _with_cache(model, prompt, state, pairs, kwargs)
+    if encoder_of(model) is not None:
+        return _lengthen_encoder_mask(prompt, kwargs)
+    return _with_embeds(model, prompt, state.facts, kwargs)
+
+
+def before_encoder(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An encoder's own pre-hook: `generate` calls it past the root, so facts and embeddings are put in here."""
+    (state,) = encoder.__dict__.get("_veneer_root", (None,))
+    if state is None or state.busy:
+        return args, kwargs
+    state.facts = dict(state.facts)
+    kwargs = named(positional(encoder), args, kwargs)
+    for name in called(state):
+        _compute_facts(state, name, encoder, kwargs, of_encoder=True)
+    for prompt in live_prompts(state):
+        if prompt.key_values(state.facts) is None:
+            kwargs = _with_embeds(encoder, prompt, state.facts, kwargs)
+    return (), kwargs
+
+
+def _with_embeds(model: nn.Module, prompt: Prompt, facts: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Embeddings in front; the mask, positions, labels and token types grow with them."""
+    n = prompt.n
+    kwargs = dict(kwargs)
+    if caches.is_filled(caches.of_call(kwargs)):
+        kwargs["attention_mask"] = _longer_mask(kwargs.get("attention_mask"), n)
+        kwargs["position_ids"] = _shifted(kwargs.get("position_ids"), n)
+        return _given(kwargs)
+    inputs = kwargs.pop("inputs_embeds", None)
+    ids = kwargs.pop("input_ids", None)
+    if inputs is None:
+        inputs = model.get_input_embeddings()(ids)
+    learned = prompt.embeds(facts).to(inputs.dtype)
+    learned = learned.expand(inputs.shape[0], -1, -1) if learned.dim() == 2 else learned
+    kwargs["inputs_embeds"] = torch.cat([learned, inputs], dim=1)
+    mask = kwargs.get("attention_mask")
+    if mask is None or mask.shape[-1] == inputs.shape[1]:
+        kwargs["attention_mask"] = _longer_mask(mask, n)
+    if _per_token(kwargs.get("labels"), inputs):
+        kwargs["labels"] = prompt.labels(kwargs["labels"], facts)
+    for answer in ("start_positions", "end_positions"):
+        kwargs[answer] = _shifted(kwargs.get(answer), n)
+    kwargs["token_type_ids"] = _longer(kwargs.get("token_type_ids"), n, 0)
+    kwargs["position_ids"] = _longer_positions(kwargs.get("position_ids"), n)
+    return _given(kwargs)
+
+
+def _with_cache(model: nn.Module, prompt: Prompt, state: State, pairs: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keys and values at the start of the cache (the fact "filled"); the mask and the positions grow with them."""
+    _refuse_checkpointing(model)
+    # without use_cache every call brings the whole sequence, and the cache that an earlier one returned is not meant
+    cache = caches.of_call(kwargs) if kwargs.get("use_cache") is not False else None
+    rows = batch_size((), kwargs)
+    assert rows is not None and state.cache_argument is not None
+    if not caches.is_filled(cache):
+        cache = state.facts["filled"] = _filled(model, cache, pairs, rows)
+    kwargs = caches.with_cache(kwargs, state.cache_argument, cache)
+    if encoder_of(model) is not None:
+        kwargs["decoder_attention_mask"] = _longer_mask(kwargs.get("decoder_attention_mask"), prompt.n)
+        return _given(kwargs)
+    kwargs["attention_mask"] = _longer_mask(kwargs.get("attention_mask"), prompt.n)
+    kwargs["position_ids"] = _shifted(kwargs.get("position_ids"), prompt.n)
+    return _given(kwargs)
+
+
+def _filled(model: nn.Module, cache: Any, pairs: list[tuple[Tensor, Tensor]], rows: int) -> Any:
+    """A cache (the caller's empty one, or a new one) whose first entries are the learned keys and values."""
+    if cache is None:
+        cache = caches.new(model, encoder_of(model) is not None)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    expanded = []
+    for keys, values in pairs:
+        keys = keys.to(dtype).expand(rows, -1, -1, -1)
+        values = values.to(dtype).expand(rows, -1, -1, -1)
+        expanded.append((keys, values))
+    caches.fill(cache, expanded)
+    return cache
+
+
+def _refuse_checkpointing(model: nn.Module) -> None:
+    if model.training and checkpointing.is_on(model):
+        raise VeneerError(
+            "a learned prefix lives in the cache, which gradient checkpointing drops; turn gradient_checkpointing off"
+        )
+
+
+def _lengthen_encoder_mask(prompt: Prompt, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The decoder looks at the encoder's states, prompt included; the encoder's own hook puts the prompt in."""
+    return _given({**kwargs, "attention_mask": _longer_mask(kwargs.get("attention_mask"), prompt.n)})
+
+
+def _longer(t: Tensor | None, n: int, value: int) -> Tensor | None:
+    return None if t is None else torch.cat([t.new_full((*t.shape[:-1], n), value), t], dim=-1)
+
+
+def _longer_mask(mask: Tensor | None, n: int) -> Tensor | None:
+    if mask is not None and mask.dim() != 2:
+        raise VeneerError(
+            f"a learned prompt lengthens a (batch, length) attention mask, not one of {mask.dim()} dimensions"
+        )
+    return _longer(mask, n, 1)
+
+
+def _longer_positions(positions: Tensor | None, n: int) -> Tensor | None:
+    if positions is None:
+        return None
+    first = torch.arange(n, device=positions.device, dtype=positions.dtype).expand(*positions.shape[:-1], n)
+    return torch.cat([first, positions + n], dim=-1)
+
+
+def _shifted(t: Tensor | None, n: int) -> Tensor | None:
+    return None if t is None else t + n
+
+
+def _per_token(labels: Tensor | None, inputs: Tensor) -> bool:
+    return labels is not None and not labels.is_floating_point() and labels.shape == inputs.shape[:2]
+
+
+def positional(model: nn.Module) -> tuple[str, ...]:
+    """The names of the positional arguments of a call; the input alone where a model does not tell."""
+    known = parameters(model) if hasattr(model, "config") else ()
+    return known or ("input_ids",)
+
+
+def named(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, positional ones too."""
+    return {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
+
+
+def _given(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if value is not None}

@@ -1,0 +1,118 @@
+"""What a prompt method is: learned positions in front of the input, as embeddings or as cache entries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import ConfigError
+from ..upstream import cache as caches
+from .adapter import Tensors
+
+if TYPE_CHECKING:
+    from .config import PromptConfig
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The sizes of the model a prompt is made for."""
+
+    width: int
+    layers: int
+    heads: int
+    """Heads of a cache entry: the key-value heads under grouped-query attention."""
+    head_dim: int
+    submodules: int
+    """1, or 2 for an encoder-decoder; embeddings may have 1 there too, since only the encoder reads them."""
+
+
+class Prompt(nn.Module):
+    """One adapter name's learned positions.
+
+    Subclasses define one of:
+
+    - `embeds(facts) -> (n, width)` or (batch, n, width): put in front of the input embeddings.
+    - `key_values(facts) -> [(k, v), ...]`, a pair for each layer, each (heads, n, head_dim): put in the cache.
+    """
+
+    def __init__(self, config: PromptConfig, spec: Spec, words: Tensor) -> None:
+        """`words` is the base model's input embedding, (vocabulary, width), to start from."""
+        super().__init__()
+        self.config: Any = config
+        self.spec = spec
+
+    @property
+    def n(self) -> int:
+        """How many positions it adds."""
+        assert self.config.num_virtual_tokens is not None
+        return self.config.num_virtual_tokens
+
+    def embeds(self, facts: dict[str, Any]) -> Tensor | None:
+        return None
+
+    def key_values(self, facts: dict[str, Any]) -> list[tuple[Tensor, Tensor]] | None:
+        return None
+
+    def labels(self, labels: Tensor, facts: dict[str, Any]) -> Tensor:
+        """The labels of a call, (batch, length), with its own positions' in front; -100 where nothing is to be said."""
+        return F.pad(labels, (self.n, 0), value=-100)
+
+    def loss(self, logits: Any, facts: dict[str, Any]) -> Tensor | None:
+        """A loss that takes the place of the model's, where the model gave one; None keeps that."""
+        return None
+
+    def extra_repr(self) -> str:
+        return f"{self.n} positions of {self.spec.width}"
+
+    def export(self) -> Tensors:
+        """What goes to the file, by key: prompts have no prefix."""
+        return self.state_dict()
+
+    def absorb(self, tensors: Tensors) -> None:
+        """Take what came from a file; in place where memory exists."""
+        self.load_state_dict(tensors, strict=False, assign=any(p.is_meta for p in self.parameters()))
+
+
+def spec_for(model: nn.Module, config: PromptConfig) -> Spec:
+    """Read the sizes from the model's config; fields the user set win. Fills the config, as the file holds them."""
+    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
+        raise ConfigError(f"a prompt needs a transformers model, not {type(model).__name__}")
+    if config.fills_cache and caches.argument(model) is None:
+        config.refuse_cacheless(type(model).__name__)
+    text = model.config.get_text_config()
+    sizes = _sizes(text, config.fills_cache)
+    encoder_only = config.num_transformer_submodules == 1 and not config.fills_cache
+    sizes["num_transformer_submodules"] = (
+        2 if getattr(model.config, "is_encoder_decoder", False) and not encoder_only else 1
+    )
+    for name, size in sizes.items():
+        if getattr(config, name) not in (None, size):
+            raise ConfigError(f"{name} = {getattr(config, name)} does not fit {type(model).__name__}, whose is {size}")
+        setattr(config, name, size)
+    width, heads, layers, submodules = sizes.values()
+    return Spec(width, layers, heads, width // heads, submodules)
+
+
+def _sizes(text: Any, of_cache: bool) -> dict[str, int]:
+    """An embedding's width and the attention heads; for a cache those of keys and values (grouped-query attention)."""
+    width = _read(text, "hidden_size", "n_embd", "d_model")
+    names = ("num_attention_heads", "n_head", "num_heads")
+    has_attention = of_cache or any(getattr(text, name, None) is not None for name in names)
+    heads = _read(text, *names) if has_attention else 1  # PEFT refuses a file without the field
+    if of_cache:
+        head_dim = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or width // heads
+        heads = getattr(text, "num_key_value_heads", None) or heads
+        width = heads * head_dim
+    layers = _read(text, "num_hidden_layers", "num_layers", "n_layer")
+    return {"token_dim": width, "num_attention_heads": heads, "num_layers": layers}
+
+
+def _read(config: Any, *names: str) -> int:
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None:
+            return value
+    raise ConfigError(f"the model's config has none of {', '.join(names)}; set the field in the adapter's config")

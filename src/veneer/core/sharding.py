@@ -1,0 +1,28 @@
+"""Parameters that are sharded over processes: the whole of one, and writing into one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def whole(t: Tensor) -> Tensor:
+    """A tensor gathered from all processes; itself where it is not sharded. Every process must take part."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+@torch.no_grad()
+def write_(parameter: nn.Parameter, value: Tensor) -> None:
+    """Set a parameter to a whole value that every process has."""
+    parameter.copy_(_share(value, parameter))
+
+
+def _share(value: Any, parameter: Tensor) -> Any:
+    if not hasattr(parameter, "full_tensor") or not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)

@@ -1,0 +1,45 @@
+"""Adapter+: a bottleneck adapter after the MLP with a learned scaling for each channel.
+
+    y' = y + s * up(gelu(down(y))),  s of y's width
+
+Steitz and Roth, 2024, arXiv:2406.06820. Trainable: 2 m d + m + 2 d for each layer. Not mergeable. Starts near the
+identity, from Houlsby's small random weights. In training, rows of the batch are left out (stochastic depth).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from ..core.config import Name, check_range
+from ..maths.dropout import keep_rows
+from .bottleneck import BottleneckConfig
+from .families.bottleneck import Bottleneck
+
+
+class AdapterPlus(Bottleneck):
+    def update(self, h: Tensor) -> Tensor:
+        out = super().update(h)
+        return keep_rows(out, self.config.stochastic_depth) if self.training else out
+
+
+@dataclass(kw_only=True)
+class AdapterPlusConfig(BottleneckConfig):
+    reduction_factor: int | float | None = 2
+    """Width of the model over that of the bottleneck."""
+    non_linearity: str | None = "gelu"
+    """f."""
+    scaling: float | Literal["learned", "channel"] | None = "channel"
+    """s: a number, or one learned for all or each channel."""
+    init_weights: bool | Literal["bert", "mam_adapter", "houlsby"] = "houlsby"
+    """"houlsby" or "bert": small random weights; True or "mam_adapter": a no-op; False: larger ones (for tests)."""
+    stochastic_depth: float = 0.1
+    """Probability of leaving a row of the batch out, in training."""
+
+    peft_type, adapter = Name("ADAPTER_PLUS"), AdapterPlus
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, 0, 1, "stochastic_depth")

@@ -1,0 +1,84 @@
+"""Bottleneck adapters: a small MLP between the layers of a transformer, with a residual around it.
+
+    y' = y + s up(f(down(y)))     houlsby: after attention and after the MLP; pfeiffer: after the MLP
+    y' = y + s up(f(down(x)))     parallel: beside the MLP, on its input (par_bn.py)
+
+Houlsby et al., 2019, arXiv:1902.00751; Pfeiffer et al., 2021, arXiv:2005.00247; parallel: He et al., 2022,
+arXiv:2110.04366. Trainable: m (in + out) + m + out per place, m = width / reduction_factor. Not mergeable: f is not
+linear. Starts as a no-op, `up` is zero; the papers' starts are only near the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from ..core.adapter import Adapter
+from ..core.config import LayerConfig, Name, check_choice, check_range
+from ..errors import ConfigError
+from ..maths.activations import ACTIVATIONS
+from ..targets.roles import default_targets, layers
+from ..targets.roles import roles as roles_of
+from ..targets.target import Target
+from .families.bottleneck import PLACEMENTS, Bottleneck
+
+
+@dataclass(kw_only=True)
+class BottleneckConfig(LayerConfig):
+    placement: str = "pfeiffer"
+    """"houlsby", "pfeiffer" or "parallel"."""
+    original_ln_before: bool = False
+    """After the MLP: stand behind the residual sum of the layer (and its norm, where that comes last)."""
+    reduction_factor: int | float | None = None
+    """Width of the model over that of the bottleneck; None: 16, for parallel 2."""
+    non_linearity: str | None = None
+    """f: "relu", "gelu", "silu", "tanh" or others; None: the paper's."""
+    scaling: float | Literal["learned", "channel"] | None = None
+    """s: a number, or one learned for all or each channel; None: 1, for parallel 4."""
+    ln_before: bool = False
+    """A norm of its own on what it reads."""
+    ln_after: bool = False
+    """A norm of its own on what it adds."""
+    dropout: float = 0.0
+    """Dropout before the bottleneck, in training."""
+    init_weights: bool | Literal["bert", "mam_adapter", "houlsby"] = True
+    """True or "mam_adapter": a no-op; "bert", "houlsby": small random weights; False: larger ones (for tests)."""
+
+    input_modules: list[str] | None = None
+    """Of target_modules those that an MLP begins with, for "parallel" where it is no module; None: see the model."""
+
+    peft_type, adapter = Name("BOTTLENECK"), Bottleneck
+    subsets = ("input_modules",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self, PLACEMENTS, "placement")
+        check_choice(self, ACTIVATIONS, "non_linearity")
+        if self.reduction_factor is not None and self.reduction_factor <= 0:
+            raise ConfigError(f"reduction_factor must be greater than 0, not {self.reduction_factor}")
+        if self.original_ln_before and self.placement != "pfeiffer":
+            raise ConfigError(f'original_ln_before goes with placement="pfeiffer", not {self.placement!r}')
+        if self.input_modules and self.placement != "parallel":
+            raise ConfigError(f'input_modules go with placement="parallel", not {self.placement!r}')
+        check_range(self, 0, 1, "dropout")
+
+    def build(self, target: Target, shared: nn.Module | None = None, **kwargs: Any) -> Adapter:
+        if self.placement != "parallel":
+            return super().build(target, shared, **kwargs)
+        from .families.parallel import part_at
+
+        return part_at(self, target, shared)
+
+    def fill_targets(self, model: nn.Module) -> None:
+        roles = PLACEMENTS[self.placement][0]
+        if roles == ("mlp",) and "mlp" not in roles_of(model).values():
+            self.input_modules, roles = default_targets(model, ("mlp.in",)), ("mlp.in", "mlp.out")
+        self.target_modules = layers(model) if self.original_ln_before else default_targets(model, roles)
+
+    def build_shared(self, targets: Sequence[Target]) -> nn.Module | None:
+        from .families.parallel import Inputs
+
+        return Inputs() if self.input_modules else None

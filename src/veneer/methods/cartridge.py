@@ -1,0 +1,90 @@
+"""Cartridge: a trained cache of keys and values that stands for a long text.
+
+    softmax(q [Z_K, K]^T) [Z_V, V],  Z_K, Z_V (n, width) learned in every layer, the first ones frozen
+
+Eyuboglu et al., 2025, arXiv:2506.06266. Trainable: (n - frozen) x layers x 2 x width. Not mergeable: it lives in the
+cache. The frozen positions are attention sinks. The paper starts at the cache of the text's first tokens
+(`initialize_kv_prefix_from_text`) and trains on conversations about it; the start here, as in PEFT, is random.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..core import checkpoint
+from ..core.adapter import Tensors
+from ..core.config import Config, Name, PromptConfig, check_range
+from ..core.prompt import Spec
+from ..core.sharding import whole
+from ..errors import ConfigError
+from .prefix_tuning import Prefix
+
+SIZES = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
+
+
+class Cartridge(Prefix):
+    frozen_embedding: Tensor
+
+    def __init__(self, config: CartridgeConfig, spec: Spec, words: Tensor) -> None:
+        super().__init__(config, spec, words)
+        rows = torch.randn(self.n, spec.layers * 2 * spec.width)
+        self.register_buffer("frozen_embedding", rows[: config.num_frozen_tokens].clone())
+        self.trainable_embedding = nn.Parameter(rows[config.num_frozen_tokens :].clone())
+
+    def prefix(self) -> Tensor:
+        return torch.cat([self.frozen_embedding, whole(self.trainable_embedding)])
+
+    def absorb(self, tensors: Tensors) -> None:
+        frozen = self.config.num_frozen_tokens
+        for rows in tensors.values():
+            super().absorb({"frozen_embedding": rows[:frozen].clone(), "trainable_embedding": rows[frozen:].clone()})
+
+
+@dataclass(kw_only=True)
+class CartridgeConfig(PromptConfig):
+    num_frozen_tokens: int = 1
+    """How many of the first positions are not trained; training them harms the attention sink they are."""
+
+    peft_type, prompt = Name("CARTRIDGE"), Cartridge
+    fills_cache = True
+    learning_rate = 6e-2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, 0, math.inf, "num_frozen_tokens")
+        assert self.num_virtual_tokens is not None
+        if self.num_frozen_tokens >= self.num_virtual_tokens and not self.inference_mode:
+            raise ConfigError(
+                f"num_frozen_tokens = {self.num_frozen_tokens} leaves none of the {self.num_virtual_tokens} positions "
+                "of num_virtual_tokens to train"
+            )
+
+
+def compose_cartridge_adapters(adapter_paths: Sequence[str | Path], *, output_path: str | Path) -> None:
+    """Write one cartridge that holds several saved ones, one after the other; the first one's sinks stay frozen.
+
+    Raises:
+        ConfigError: fewer than two, another method, or cartridges of different models.
+    """
+    configs = [Config.from_pretrained(path) for path in adapter_paths]
+    if len(configs) < 2:
+        raise ConfigError(f"composing needs two cartridges or more, not {len(configs)}")
+    for path, config in zip(adapter_paths, configs, strict=True):
+        if not isinstance(config, CartridgeConfig):
+            raise ConfigError(f"{str(path)!r} holds {config.peft_type}, not a cartridge")
+        for size in SIZES:
+            if getattr(config, size) != getattr(configs[0], size):
+                raise ConfigError(
+                    f"{str(path)!r} was trained for another model: its {size} is {getattr(config, size)}, that of "
+                    f"{str(adapter_paths[0])!r} {getattr(configs[0], size)}"
+                )
+    read = [checkpoint.read(path) for path in adapter_paths]
+    rows = torch.cat([tensors["prompt_embeddings"] for tensors, _ in read])
+    whole = replace(configs[0], num_virtual_tokens=len(rows))  # type: ignore[call-arg]
+    checkpoint.write(Path(output_path), {"prompt_embeddings": rows}, read[0][1], whole)

@@ -1,0 +1,23 @@
+"""Sequential bottleneck adapters, two a layer: AdapterHub's DoubleSeqBnConfig.
+
+    y' = y + up(f(down(y))),  y the output of attention, and that of the MLP
+
+Houlsby et al., 2019, arXiv:1902.00751. Trainable: 2 m d + m + d for each, m = d / 16. Not mergeable. Starts as a no-op.
+In an encoder-decoder the attention over the encoder has one too, which AdapterHub calls cross_adapter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..core.config import Name
+from .bottleneck import BottleneckConfig
+from .families.bottleneck import Bottleneck
+
+
+@dataclass(kw_only=True)
+class DoubleSeqBnConfig(BottleneckConfig):
+    placement: str = "houlsby"
+    """"houlsby": after attention and after the MLP."""
+
+    peft_type, adapter = Name("DOUBLE_SEQ_BN"), Bottleneck

@@ -1,0 +1,91 @@
+"""AdapterFusion: learn, for each token, how much to use of what other trained adapters add.
+
+    y' = y + sum_i a_i V u_i,  a = softmax_i((Q y + q)^T (K u_i + k)),  u_i: what adapter i adds to y
+
+Pfeiffer et al., 2021, arXiv:2005.00247. Trainable: 3 d^2 + 2 d for each place that all the adapters share; these stay
+as they are, and inactive. Not mergeable. Starts with V = I and nearly equal shares, so not as a no-op. The file holds
+Q, K, V and the adapters' names: load those first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapter import Adapter
+from ..core.config import Name, check_range
+from ..core.state import state_of
+from ..errors import TargetError
+from ..targets.target import Matrix, Target
+from .families.compositions import Reader, ReaderConfig
+
+
+class Fusion(Reader):
+    kinds = frozenset({"linear", "block"})
+
+    def __init__(self, config: AdapterFusionConfig, target: Target, shared: nn.Module | None = None) -> None:
+        super().__init__(config, target, shared)
+        for name in config.adapter_names:
+            self.sibling(name)
+        d = target.out_features
+        self.fusion_query, self.fusion_key = nn.Linear(d, d), nn.Linear(d, d)
+        for layer in (self.fusion_query, self.fusion_key):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.fusion_value = Matrix(d, d) if config.value else None
+        if self.fusion_value is not None:
+            nn.init.eye_(self.fusion_value.weight)
+        self.dropout = nn.Dropout(config.dropout_prob)
+
+    def updates(self, x: Tensor, y: Tensor) -> Tensor:
+        """u: (..., adapters, width)."""
+        return torch.stack([self.update(name, x, y) for name in self.config.adapter_names], dim=-2)
+
+    def post(self, x: Tensor, y: Tensor) -> Tensor:
+        u = self.updates(x, y)
+        scores = (self.fusion_key(u) * self.fusion_query(y).unsqueeze(-2)).sum(-1)
+        mixed = (self.dropout(scores).softmax(-1).unsqueeze(-1) * u).sum(-2)
+        return y + (mixed if self.fusion_value is None else mixed @ self.fusion_value.weight.T)
+
+    def expected_parameters(self) -> int:
+        d = self.target.out_features
+        return 2 * (d * d + d) + d * d * self.config.value
+
+    def describe(self) -> str:
+        return " + ".join(self.config.adapter_names)
+
+
+@dataclass(kw_only=True)
+class AdapterFusionConfig(ReaderConfig):
+    value: bool = True
+    """Learn V; False: V = I."""
+    regularization: bool = True
+    """Add |V - I|^2 / 100 to the loss."""
+    dropout_prob: float = 0.0
+    """Dropout on the scores, in training."""
+
+    peft_type, adapter = Name("FUSION"), Fusion
+    title = "a fusion"
+    learning_rate = 5e-5
+    example = {"adapter_names": ["one", "two"]}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, 0, 1, "dropout_prob")
+
+    def places(self, model: nn.Module) -> list[str]:
+        """Where all of the adapters act."""
+        state, found = state_of(model), super().places(model)
+        shared = [p for p in found if all(n in state.layers[p].adapters for n in self.adapter_names)]  # type: ignore[union-attr]
+        if not shared:
+            raise TargetError(f"{', '.join(self.adapter_names)} have no module in common that they all adapt")
+        return shared
+
+    def loss(self, adapters: Sequence[Adapter]) -> Tensor | None:
+        if not self.value or not self.regularization:
+            return None
+        values = [p.fusion_value.weight for adapter in adapters for p in adapter.parts if isinstance(p, Fusion)]
+        return 0.01 * torch.stack([V.square().sum() - 2 * V.diagonal().sum() + len(V) for V in values]).sum()

@@ -1,0 +1,86 @@
+"""(IA)^3: scale keys, values and the hidden units of the MLP by learned vectors.
+
+    y' = l * y  (attention),   y' = W (l * x)  (feed-forward)
+
+Liu et al., 2022, arXiv:2205.05638. Trainable: out per attention target, in per feed-forward target. Mergeable.
+Starts as a no-op: l is one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapter import Adapter
+from ..core.config import LayerConfig, Name
+from ..errors import ConfigError
+from ..files.regex import fits
+from ..targets.roles import default_targets
+from ..targets.target import Target
+from ..targets.walk import matches
+
+
+class IA3(Adapter):
+    kinds = frozenset({"linear", "conv"})
+
+    def __init__(self, config: IA3Config, target: Target, shared: nn.Module | None = None) -> None:
+        super().__init__(config, target, shared)
+        self.is_feedforward = config.is_feedforward(target.path)
+        self.has_pre, self.has_post = self.is_feedforward, not self.is_feedforward
+        size = target.in_channels if self.is_feedforward else target.out_features
+        if target.kind == "conv":
+            shape = (1, size, *(1,) * target.spatial)
+        else:
+            shape = (1, size) if self.is_feedforward else (size, 1)
+        self.ia3_l = nn.Parameter(torch.ones(shape) if config.init_ia3_weights else torch.randn(shape))
+
+    def vector(self, like: Tensor) -> Tensor:
+        return self.target.channels(self.ia3_l.flatten(), like)
+
+    def pre(self, x: Tensor) -> Tensor:
+        return x * self.vector(x)
+
+    def post(self, x: Tensor, y: Tensor) -> Tensor:
+        return y * self.vector(y)
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        scale = self.ia3_l.flatten().to(W.dtype)
+        if self.is_feedforward:
+            return W * self.target.columns(scale), b
+        return W * scale[:, None], None if b is None else b * scale
+
+    def describe(self) -> str:
+        return f"{'in' if self.is_feedforward else 'out'}={self.ia3_l.numel()}"
+
+
+@dataclass(kw_only=True)
+class IA3Config(LayerConfig):
+    feedforward_modules: str | list[str] | None = None
+    """Those of the targets whose input is scaled instead of the output."""
+    init_ia3_weights: bool = True
+    """Start at one; False: random (for tests)."""
+
+    peft_type, adapter = Name("IA3"), IA3
+    subsets = ("feedforward_modules",)
+    default_roles = ("attention.k", "attention.v", "attention.qkv", "mlp.out")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.feedforward_modules, (set, tuple)):
+            self.feedforward_modules = sorted(self.feedforward_modules)
+        super().__post_init__()
+        if isinstance(self.feedforward_modules, list) and isinstance(self.target_modules, list):
+            stray = [name for name in self.feedforward_modules if name not in self.target_modules]
+            if stray:
+                raise ConfigError(f"feedforward_modules must be among target_modules; {', '.join(stray)} is not")
+
+    def fill_targets(self, model: nn.Module) -> None:
+        super().fill_targets(model)
+        if self.feedforward_modules is None:
+            self.feedforward_modules = default_targets(model, ["mlp.out"])
+
+    def is_feedforward(self, path: str) -> bool:
+        if isinstance(self.feedforward_modules, str):
+            return fits(self.feedforward_modules, path, "feedforward_modules")
+        return any(matches(path, name) for name in self.feedforward_modules or ())

@@ -1,0 +1,160 @@
+"""LoRA-GA: start the update where its first step resembles that of full fine-tuning.
+
+    U S V^T = dL/dW,  A0 = c V[:, i]^T,  B0 = c U[:, j],  c = out^(1/4) / sqrt(gamma)
+
+with i the first r directions and j the next r ("ArB2r"). Wang et al., 2024, arXiv:2407.05000. PEFT multiplies B0 by
+the singular values of the gradient as well and scales B0 alone; the paper and its code do neither, nor do we. The
+start is taken off again, so that the adapter begins as a no-op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...core.config import check_range
+from ...errors import ConfigError, VeneerError, listing
+from ...files.checked import Settings
+from ...maths.svd import randomised_svd
+from ...targets.target import Target
+from .gather import alone, cached, linear_targets, note, read_cache, taken, write_cache
+
+if TYPE_CHECKING:
+    from ..lora import LoraConfig
+
+
+@dataclass
+class LoraGAConfig(Settings):
+    """How LoRA-GA turns gradients into its start."""
+
+    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
+    """Which singular directions go to A and which to B: odd and even ones, the second and the first r, the first and
+    the second r, or a fixed random half each."""
+    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
+    """The size of A and B: by the width and `stable_gamma`, by the weight's singular values, 1 / scaling, or 1."""
+    stable_gamma: int = 16
+    """Divides the size under "stable"."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, 1, float("inf"), "stable_gamma")  # type: ignore[arg-type]
+
+
+def preprocess_loraga(
+    model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], None], cache_file: str | None = None
+) -> None:
+    """Estimate the gradients that a LoRA with `init_lora_weights="lora_ga"` starts from, before `get_peft_model`.
+
+    Args:
+        model: the bare model.
+        lora_config: the config that `get_peft_model` will get.
+        train_step: runs the model forward and backward on some batches, without an optimizer.
+        cache_file: where the gradients are kept; when the file exists, `train_step` does not run.
+
+    Raises:
+        VeneerError: some target got no gradient.
+    """
+    modules = linear_targets(model, lora_config)
+    grads = read_cache(cache_file)
+    if grads is None:
+        grads = gradients(model, modules, train_step)
+        write_cache(cache_file, grads)
+    for path, module in modules.items():
+        note(module, "lora_ga", cached(grads, path, str(cache_file)))
+
+
+def gradients(model: nn.Module, modules: Mapping[str, Any], train_step: Callable[[], None]) -> dict[str, Tensor]:
+    """The mean gradient of each module's weight over the backward passes of `train_step`."""
+    passes = dict.fromkeys(modules, 0)
+
+    def count(path: str) -> Callable[[Tensor], None]:
+        def once(_: Tensor) -> None:
+            passes[path] += 1
+
+        return once
+
+    with alone(model), only_learning(model, [module.weight for module in modules.values()]):
+        handles = [m.weight.register_post_accumulate_grad_hook(count(path)) for path, m in modules.items()]
+        try:
+            train_step()
+            found = {path: m.weight.grad.detach() / passes[path] for path, m in modules.items() if passes[path]}
+        finally:
+            for handle in handles:
+                handle.remove()
+    idle = [path for path in modules if path not in found]
+    if idle:
+        raise VeneerError(f"train_step gave these targets no gradient; does it call loss.backward()?{listing(idle)}")
+    return found
+
+
+@contextmanager
+def only_learning(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
+    """Inside, the model trains and these weights alone collect gradients, from none; after it all is as before."""
+    before, training = [(p, p.requires_grad, p.grad) for p in model.parameters()], model.training
+    for p, _, _ in before:
+        p.requires_grad_(False)
+        p.grad = None
+    for weight in weights:
+        weight.requires_grad_(True)
+    model.train()
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        model.train(training)
+        for p, learns, grad in before:
+            p.requires_grad_(learns)
+            p.grad = grad
+
+
+def lora_ga(
+    G: Tensor, W: Tensor, r: int, scaling: float, direction: str, scale: str, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """A0 (r, in) and B0 (out, r) of a gradient G and a weight W, both (out, in).
+
+    Raises:
+        ConfigError: the gradient has fewer than 2 r directions.
+    """
+    if 2 * r > min(G.shape):
+        raise ConfigError(f"LoRA-GA of rank {r} needs {2 * r} directions; a weight of {tuple(G.shape)} has fewer")
+    U, _, Vh = randomised_svd(G.float(), min(4 * r, *G.shape), 4)
+    of_A, of_B = halves(direction, r)
+    size = {
+        "stable": len(G) ** 0.25 / gamma**0.5,
+        "weight_svd": (singular_values(W, r) / scaling).sqrt().mean() if scale == "weight_svd" else 0,
+        "gd_scale": 1 / scaling,
+        "unit": 1.0,
+    }[scale]
+    return (Vh[of_A] * size).contiguous(), (U[:, of_B] * size).contiguous()
+
+
+def halves(direction: str, r: int) -> tuple[Tensor, Tensor]:
+    """Which of the first 2 r directions are A's and which B's."""
+    first, second = torch.arange(2 * r, device="cpu").split(r)
+    if direction == "ArBr":
+        return torch.arange(1, 2 * r, 2, device="cpu"), torch.arange(0, 2 * r, 2, device="cpu")
+    if direction == "random":
+        order = torch.randperm(2 * r, generator=torch.Generator(device="cpu").manual_seed(0), device="cpu")
+        return order[:r], order[r:]
+    return (first, second) if direction == "ArB2r" else (second, first)
+
+
+def singular_values(W: Tensor, r: int) -> Tensor:
+    return randomised_svd(W.float(), min(4 * r, *W.shape), 4)[1][:r]
+
+
+def lora_ga_start(target: Target, r: int, scaling: float, config: LoraConfig) -> tuple[Tensor, Tensor]:
+    """A0 and B0 from the gradient that `preprocess_loraga` estimated for a target."""
+    settings = config.lora_ga_config or LoraGAConfig()
+    W = target.original_weight()
+    G = target.as_matrix(taken(target, "lora_ga", config).to(W.device))
+    if G.shape != W.shape:
+        raise ConfigError(
+            f"preprocess_loraga found a gradient of {tuple(G.shape)} for {target.path!r}; use another cache"
+        )
+    return lora_ga(G, W, r, scaling, settings.direction, settings.scale, settings.stable_gamma)

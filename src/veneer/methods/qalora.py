@@ -1,0 +1,63 @@
+"""QA-LoRA: A reads the inputs in groups, so that a weight quantised group by group can take the update up.
+
+    W' = W + s B A P,  P x = (in / L) mean of each L consecutive inputs,  A (r, in / L)
+
+Xu et al., 2023, arXiv:2309.14717. Trainable: r (in / L + out) per target. Mergeable. Starts as a no-op: B is zero.
+The paper's P is a sum, L times the mean; PEFT's files mean the number of groups times the mean, and so do ours.
+PEFT has it on GPTQ layers alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..core.config import check_range
+from ..errors import ConfigError, TargetError
+from ..targets.target import Matrix
+from .families.variants import Composition
+from .lora import LoRA, LoraConfig
+
+
+class QALoRA(LoRA):
+    kinds = frozenset({"linear"})
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        check_range(config, 1, math.inf, "qalora_group_size")
+        if config.init_lora_weights not in (True, False, "gaussian", "mica"):
+            raise ConfigError(
+                f"use_qalora with init_lora_weights={config.init_lora_weights!r}: A sees groups of inputs only, which "
+                "cannot hold factors of the weight; use True"
+            )
+
+    def make(self) -> tuple[Matrix, Matrix]:
+        A, B = super().make()
+        size, width = self.config.qalora_group_size, A.weight.shape[1]
+        if width % size:
+            raise TargetError(
+                f"qalora_group_size {size} does not divide the {width} inputs of A on {self.target.path!r}"
+            )
+        return Matrix(self.r, width // size), B
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        A, B = super().factors()
+        size = self.config.qalora_group_size
+        return A.repeat_interleave(size, dim=1) * (self.target.in_features / size**2), B
+
+    def sizes(self) -> tuple[int, int]:
+        A, B = super().sizes()
+        return A // self.config.qalora_group_size, B
+
+
+@dataclass(kw_only=True)
+class QALoraConfig(LoraConfig):
+    """`LoraConfig(use_qalora=True)` under a name of its own."""
+
+    use_qalora: bool = True
+    """A reads sums over groups of inputs."""
+
+    adapter = Composition(QALoRA)  # type: ignore[assignment]

@@ -1,0 +1,69 @@
+"""`Adapted`, what `PeftModel.base_model` is, and how attributes that a wrapper lacks are looked up in what it wraps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..core.state import State, state_of
+from ..errors import VeneerError
+
+
+class Adapted(nn.Module):
+    """`PeftModel.base_model`: holds the adapted model as `.model`, where PEFT's code and key names expect it."""
+
+    prefix = "adapters."
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return _fall_through(self, name, "model")
+
+    def enable_adapter_layers(self) -> None:
+        _state(self.model).enabled = True
+
+    def disable_adapter_layers(self) -> None:
+        _state(self.model).enabled = False
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Run the adapters' schedules by hand after `global_step`; without this call they run by themselves."""
+        for schedule in _state(self.model).schedules.values():
+            schedule.by_hand = True
+            schedule.step(global_step)
+
+
+@contextmanager
+def _flags_kept_on_error(model: nn.Module) -> Iterator[None]:
+    """What freezes a model gives its requires_grad flags back when it fails."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+
+
+def _state(model: nn.Module) -> State:
+    state = state_of(model)
+    if state is None:
+        raise VeneerError("the model has no adapters (they were merged or unloaded)")
+    return state
+
+
+def _fall_through(module: nn.Module, name: str, inner: str) -> Any:
+    try:
+        return nn.Module.__getattr__(module, name)
+    except AttributeError:
+        held = module.__dict__.get("_modules", {}).get(inner)
+        if held is None or name == inner:
+            raise
+        return getattr(held, name)

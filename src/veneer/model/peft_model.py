@@ -1,0 +1,511 @@
+"""`PeftModel`: a Hugging Face model with adapters on it, under PEFT's API."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core import checkpoint, embeddings
+from ..core.adapter import Tensors
+from ..core.attach import attach, detach, settle
+from ..core.config import Config, PromptConfig
+from ..core.layer import AdapterLayer
+from ..core.provenance import settings
+from ..core.state import CheckpointContext, State, state_of
+from ..errors import CheckpointError, ConfigError, NotMergeable, VeneerError, listing, nearest
+from ..files.find import check_hub_arguments
+from ..targets.quantised import warn_of_rounding
+from ..upstream import checkpointing
+from ..upstream.models import note_untied, task_of
+from ..upstream.trainer import recognise
+from ..upstream.versions import remarked
+from .adapted import Adapted, _fall_through, _flags_kept_on_error, _state
+from .counting import Plan, count, plan
+from .guard import Guard
+from .schedule import follow
+from .status import LayerStatus, ModelStatus, layer_status, model_status
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: Config,
+    adapter_name: str = "default",
+    *,
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+    revision: str | None = None,
+) -> PeftModel:
+    """Freeze `model` and put a new adapter on it.
+
+    Args:
+        model: any `nn.Module`; prompts need a transformers model. It is changed in place.
+        peft_config: which method, where, and its settings.
+        adapter_name: what to call the adapter.
+        autocast_adapter_dtype: hold the adapter of a half-precision base in fp32, as training needs.
+        low_cpu_mem_usage: build the adapter on the meta device, for tensors that are loaded next.
+
+    Raises:
+        TargetError: a targeting entry matches nothing.
+        VeneerError: the model, or a part of it, already has adapters.
+    """
+    if revision is not None:
+        peft_config = copy.copy(peft_config)
+        peft_config.revision = revision
+    return PeftModel(
+        model,
+        peft_config,
+        adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+
+
+class PeftModel(nn.Module):
+    """A model with adapters. Attributes it does not have are those of the model inside."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: Config,
+        adapter_name: str = "default",
+        *,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        if isinstance(model, PeftModel) or any(state_of(part) is not None for part in model.modules()):
+            raise VeneerError(
+                "the model, or a part of it, already has adapters; use add_adapter() for another one, or unload() to "
+                "start afresh"
+            )
+        with _flags_kept_on_error(model):
+            model.requires_grad_(False)
+            self.base_model = Adapted(model)
+            self._attach(adapter_name, peft_config, on_meta=low_cpu_mem_usage, lift=autocast_adapter_dtype)
+        self._state.activate((adapter_name,))
+        recognise(PeftModel)
+
+    # Access
+
+    @property
+    def _state(self) -> State:
+        return _state(self.get_base_model())
+
+    @property
+    def peft_config(self) -> dict[str, Config]:
+        """The configs by adapter name."""
+        return self._state.configs
+
+    @property
+    def active_peft_config(self) -> Config:
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def peft_type(self) -> str:
+        return self.active_peft_config.peft_type
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._state.active)
+
+    @property
+    def active_adapter(self) -> str:
+        """The first active adapter."""
+        if not self._state.active:
+            raise VeneerError("no adapter is active; activate one with set_adapter()")
+        return self._state.active[0]
+
+    def get_base_model(self) -> nn.Module:
+        """The Hugging Face model, adapters on it."""
+        return self.base_model.model
+
+    def __getattr__(self, name: str) -> Any:
+        return _fall_through(self, name, "base_model")
+
+    # Running
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.get_base_model()
+        if torch.compiler.is_compiling():
+            return model(*args, **kwargs)
+        state = state_of(model)
+        with nullcontext() if state is None else state.lock, remarked():
+            return model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's `generate`; also takes `adapter_names` and the methods' own facts.
+
+        Calls from several threads run one after another, each with the adapters it names; `set_adapter` is for all.
+        """
+        state, model = self._state, self.get_base_model()
+        facts = {name: kwargs.pop(name) for name in list(kwargs) if name in state.fact_names()}
+        for member in (m for name in state.live() if name in state.configs for m in state.configs[name].members()):
+            kwargs = {**kwargs, **member.generate_with}
+        with state.lock, state.remembering(facts), remarked():
+            return model.generate(*args, **kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """The model's own, which recomputes each layer with the facts (adapter names, ...) of its forward pass."""
+        settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if not settings["use_reentrant"]:
+            settings.setdefault("context_fn", CheckpointContext(self._state))
+        elif hasattr(self, "enable_input_require_grads"):
+            self.enable_input_require_grads()
+        checkpointing.enable(self.get_base_model(), settings, **kwargs)
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+
+    # Adapters
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: Config,
+        *,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Put another adapter on, of any method; it learns once `set_adapter` makes it active."""
+        self._attach(adapter_name, peft_config, on_meta=low_cpu_mem_usage, lift=autocast_adapter_dtype)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one adapter, or several in the order they compose, the active ones.
+
+        Args:
+            adapter_name: one name, or several, innermost first.
+            inference_mode: the adapters are to run, not to learn.
+        """
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        for name in names:
+            self._known(name)
+        if len(set(names)) < len(names):
+            raise VeneerError(f"set_adapter: {names} names an adapter twice")
+        merged = self._merged()
+        if merged and set(names) != set(self._state.active):
+            raise VeneerError(
+                f"{', '.join(merged)} is merged into the weights; call unmerge_adapter() before switching"
+            )
+        if inference_mode:
+            self._state.trainable -= set(names)
+        self._state.activate(names)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Declare adapters trainable or frozen; a trainable one learns while it is active."""
+        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
+            self._known(name)
+            self._state.trainable = self._state.trainable - {name} | ({name} if requires_grad else set())
+            self._state.mark(name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off. The last one cannot go; `unload()` gives the bare model back."""
+        self._known(adapter_name)
+        if adapter_name in self._merged():
+            raise VeneerError(f"{adapter_name!r} is merged into the weights; call unmerge_adapter() before deleting it")
+        if len(self.peft_config) == 1:
+            raise VeneerError(f"{adapter_name!r} is the only adapter; use unload() to get the model without it")
+        detach(self.get_base_model(), adapter_name, self._state)
+        if not self._state.active:
+            self._state.activate((next(iter(self.peft_config)),))
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Add the weighted sum of adapters as a new one: `veneer.add_weighted_adapter` on this model."""
+        from .combine import add_weighted_adapter
+
+        add_weighted_adapter(self, *args, **kwargs)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, the model computes what the base model would, merged or not."""
+        with self._state.lock, self._state.switched(enabled=False):
+            yield
+
+    # Merging
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters into the weights, the active ones by default; `unmerge_adapter` is bit-exact.
+
+        Raises:
+            NotMergeable: a method has no form as a weight, or the merge would change the result; nothing is changed.
+        """
+        self._merge(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Bind the pretrained Parameters back."""
+        for layer in self._state.layers.values():
+            layer.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """The Hugging Face model with the adapters folded in and no trace of veneer.
+
+        A module whose weight was tied to another's gets a weight of its own, and the model's config says so.
+        """
+        self._merge(adapter_names, safe_merge, progressbar, for_good=True)
+        for layer in self._state.layers.values():
+            layer.kept, layer.kept_module = {}, None
+        self._state.reshaped.clear()  # the merged weights stand in those layers
+        model = self.unload()
+        note_untied(model)
+        return model
+
+    def unload(self) -> nn.Module:
+        """The Hugging Face model without its adapters."""
+        state, model = self._state, self.get_base_model()
+        for layer in state.layers.values():
+            if layer.kept or layer.kept_module is not None:
+                layer.unmerge()
+            layer.merged_adapters = ()
+        for name in list(state.configs):
+            detach(model, name, state)
+        return model
+
+    def _merge(
+        self, adapter_names: Sequence[str] | None, safe_merge: bool, progressbar: bool = False, for_good: bool = False
+    ) -> None:
+        """All layers or none. `for_good`: sums that nothing need undo are made in place, after all that can fail."""
+        from tqdm import tqdm
+
+        names, layers = self._merge_order(adapter_names), list(self._state.layers.values())
+        for layer in layers:
+            layer.check_merge(names)
+        before = [layer.snapshot() for layer in layers]
+        last = self._summed_in_place(names) if for_good and not safe_merge else []
+        done = {id(layer) for layer in last}
+        try:
+            first = [layer for layer in layers if id(layer) not in done]
+            for layer in tqdm([*first, *last], desc="merging", disable=not progressbar):
+                (layer.merge_in_place if id(layer) in done else layer.merge)(names, safe_merge)
+        except BaseException:
+            for layer, snapshot in zip(layers, before, strict=True):
+                layer.revert(snapshot)
+            raise
+        warn_of_rounding(layers)
+
+    def _summed_in_place(self, names: Sequence[str]) -> list[AdapterLayer]:
+        """The layers whose merge is a sum into a weight that no other module shares."""
+        modules = self.base_model.model.modules()
+        held = Counter(id(p) for module in modules for p in module._parameters.values() if p is not None)
+        found = [layer for layer in self._state.layers.values() if layer.is_summed(names)]
+        return [layer for layer in found if held[id(layer.base_layer.weight)] == 1]
+
+    def _merge_order(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
+        state = self._state
+        for name in adapter_names or ():
+            self._known(name)
+        names = state.active if adapter_names is None else tuple(adapter_names)
+        for name in names:
+            if name in state.prompts:
+                raise NotMergeable(f"{name!r} is a prompt: it lives in front of the input and has no form as a weight")
+            if not state.adapters(name):
+                raise NotMergeable(f"{name!r} has no layers of its own, so there is nothing to merge")
+        inactive = [n for n in names if n not in state.active]
+        return (*inactive, *(n for n in state.active if n in names))
+
+    def _merged(self) -> list[str]:
+        return list(dict.fromkeys(n for layer in self._state.layers.values() for n in layer.merged_adapters))
+
+    # Looking
+
+    def parameter_plan(self, adapter_name: str | None = None) -> Plan:
+        """What an adapter adds, layer by layer: r, in, out, the count by formula and the real one, and the sums."""
+        return plan(self._state, self._known(adapter_name or self.active_adapter))
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters."""
+        return count(self)
+
+    def print_trainable_parameters(self) -> None:
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def get_layer_status(self) -> list[LayerStatus]:
+        return layer_status(self._state)
+
+    def get_model_status(self) -> ModelStatus:
+        return model_status(self._state, self.get_base_model())
+
+    # Files
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | Path | None = None,
+        **ignored: Any,
+    ) -> None:
+        """Write each adapter: "default" into the directory, any other into a folder of its name.
+
+        Args:
+            selected_adapters: which ones; None: all.
+            save_embedding_layers: whether the files also hold the base embeddings; "auto": PEFT's rule.
+            is_main_process: false on the processes of a distributed run that must not write.
+            path_initial_model_for_weight_conversion: if given, each is written as a plain LoRA on the base as it was,
+                as by `veneer.save_as_lora`. PEFT reads the start from that path; here the adapter knows its own.
+            ignored: what callers written for PEFT pass (`state_dict`); an adapter's tensors come from the model.
+        """
+        if not safe_serialization:
+            raise CheckpointError("veneer writes safetensors only; pickles can run code when they are loaded")
+        from .to_lora import save_as_lora
+
+        directory = Path(save_directory)
+        for name in selected_adapters or list(self.peft_config):
+            into = directory if self._known(name) == "default" else directory / name
+            file = next((p for p in (into, *into.parents) if p.is_file()), None)
+            if file is not None:
+                raise CheckpointError(f"{str(file)!r} is a file; give a directory to save into")
+        whole = None if save_embedding_layers == "auto" else bool(save_embedding_layers)
+        for name in selected_adapters or list(self.peft_config):
+            config = self.peft_config[name].saved()
+            config.inference_mode = True
+            into = directory if name == "default" else directory / name
+            if path_initial_model_for_weight_conversion is None:
+                tensors, notes = checkpoint.collect(self.get_base_model(), self._state, name, whole)
+                if is_main_process:
+                    checkpoint.write(into, tensors, notes, config)
+            elif is_main_process:
+                save_as_lora(into, self, adapter_name=name)
+
+    def push_to_hub(self, repo_id: str, **settings: Any) -> Any:
+        """Upload the adapters with a card (`veneer.model.card.push`)."""
+        from .card import push
+
+        return push(self, repo_id, **settings)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: Config | None = None,
+        *,
+        autocast_adapter_dtype: bool = True,
+        check_base: bool = True,
+        allow_pickle: bool = False,
+        follow_paths: bool = False,
+        **hub: Any,
+    ) -> PeftModel:
+        """Put a saved adapter on its base model.
+
+        Args:
+            model: the base model the adapter was trained on.
+            model_id: a directory, or a hub id.
+            is_trainable: go on training it.
+            config: use this instead of the file's.
+            check_base: refuse a base model other than the adapter's own.
+            allow_pickle: where there is no safetensors file, read tensors (and nothing else) from a pickle.
+            follow_paths: paths in the file's config (X-LoRA's experts) may lead out of its directory.
+            hub: `subfolder`, `revision`, `token`, `cache_dir` and the like.
+
+        Raises:
+            CheckpointError: a file is missing, damaged, or does not fit; the model is left as it was.
+        """
+        check_hub_arguments(hub)
+        config, tensors, notes = checkpoint.load(
+            model_id, config, allow_pickle=allow_pickle, follow_paths=follow_paths, **hub
+        )
+        config.inference_mode = not is_trainable
+        lift = autocast_adapter_dtype
+        with _flags_kept_on_error(model):
+            adapted = cls(model, config, adapter_name, autocast_adapter_dtype=lift, low_cpu_mem_usage=True)
+            try:
+                adapted._fill(adapter_name, tensors, notes, lift, check_base)
+            except BaseException:
+                adapted.unload()
+                raise
+        return adapted if is_trainable else adapted.eval()
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        *,
+        autocast_adapter_dtype: bool = True,
+        check_base: bool = True,
+        allow_pickle: bool = False,
+        follow_paths: bool = False,
+        **hub: Any,
+    ) -> None:
+        """Load a further adapter, or new values for one of that name, whose Parameters stay the same objects."""
+        check_hub_arguments(hub)
+        is_present = adapter_name in self.peft_config  # what its config names was followed when it was made
+        follow = follow_paths or is_present
+        config, tensors, notes = checkpoint.load(model_id, allow_pickle=allow_pickle, follow_paths=follow, **hub)
+        if is_present:
+            self._check_refill(adapter_name, config)
+            self._fill(adapter_name, tensors, notes, autocast_adapter_dtype, check_base)
+            return
+        config.inference_mode = not is_trainable
+        self._attach(adapter_name, config, on_meta=True, lift=autocast_adapter_dtype)
+        try:
+            self._fill(adapter_name, tensors, notes, autocast_adapter_dtype, check_base)
+        except BaseException:
+            detach(self.get_base_model(), adapter_name, self._state)
+            raise
+
+    # Steps
+
+    def _attach(self, name: str, config: Config, *, on_meta: bool, lift: bool) -> None:
+        model = self.get_base_model()
+        if not isinstance(config, Config):
+            raise ConfigError(f"a veneer config describes an adapter, not a {type(config).__name__}")
+        config = copy.copy(config)  # what is found for this model is not written into the caller's own
+        config.base_model_name_or_path = getattr(getattr(model, "config", None), "name_or_path", None) or (
+            config.base_model_name_or_path
+        )
+        if isinstance(config, PromptConfig) and config.task_type is None:
+            config.task_type = task_of(model)
+        with remarked():
+            state = attach(model, config, name, trainable=not config.inference_mode, on_meta=on_meta, lift=lift)
+        if not state.watchers:
+            state.watchers.append(Guard(state))
+        if not config.inference_mode:
+            follow(state, name)
+
+    def _fill(self, name: str, tensors: Tensors, notes: dict[str, Any], lift: bool, check_base: bool) -> None:
+        state, model = self._state, self.get_base_model()
+        others = [other for other in state.configs if other != name]
+        brought = embeddings.among(tensors, model, checkpoint.slots(state, name), others)
+        checkpoint.check_fit(model, state, name, tensors, notes, check_base)
+        state.reshaped += [embeddings.Brought(brought)] if brought else []
+        checkpoint.absorb(state, name, tensors)
+        settle(model, state, name, lift=lift)
+        state.mark(name)
+
+    def _check_refill(self, name: str, config: Config) -> None:
+        """Raise unless a file's tensors mean the same in the adapter that is there."""
+        present = self.peft_config[name].saved()
+        if present.peft_type != config.peft_type:
+            raise CheckpointError(
+                f"adapter {name!r} is {present.peft_type}, the file {config.peft_type}; load it under another name"
+            )
+        if name in self._merged():
+            raise VeneerError(f"{name!r} is merged into the weights; call unmerge_adapter() before loading into it")
+        own, new = settings(present), settings(config)
+        other = [f"{field} = {own.get(field)!r}, in the file {b!r}" for field, b in new.items() if own.get(field) != b]
+        if other:
+            raise CheckpointError(
+                f"adapter {name!r} has other settings than the file; load it under another name:{listing(other)}"
+            )
+
+    def _known(self, name: str) -> str:
+        if name not in self.peft_config:
+            known = ", ".join(self.peft_config)
+            raise VeneerError(f"no adapter is called {name!r}; the model has {known}{nearest(name, self.peft_config)}")
+        return name

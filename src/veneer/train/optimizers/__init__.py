@@ -1,0 +1,1 @@
+"""Optimizers for adapters: LoRA+, LoRA-FA, Riemannian preconditioning."""

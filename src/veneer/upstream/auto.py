@@ -1,0 +1,60 @@
+"""transformers' Auto classes: which of them makes a model of a config, and classes and architectures by name.
+
+The private mapping of an Auto class and `_from_config` are the same in 5.20 to 5.24.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..core.config import TaskType
+from ..errors import ConfigError, nearest
+
+
+def makes(name: str, config: Any) -> Any:
+    """The Auto class called `name` if it has a model for a config; None otherwise."""
+    import transformers
+
+    auto = getattr(transformers, name)
+    return auto if type(config) in auto._model_mapping else None
+
+
+def model_class(name: str) -> Any:
+    """A model class of transformers by its name, with `from_config`; None where there is none."""
+    import transformers
+
+    cls = getattr(transformers, name, None)
+    return None if cls is None else _Direct(cls)
+
+
+class _Direct:
+    """A model class with the call of the Auto classes."""
+
+    def __init__(self, cls: Any) -> None:
+        self.cls = cls
+
+    def from_config(self, config: Any) -> Any:
+        return self.cls._from_config(config)
+
+
+def default_config(model_type: str) -> Any:
+    """The config of an architecture at its default sizes.
+
+    Raises:
+        ConfigError: transformers has no such architecture.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        raise ConfigError(f"transformers has no model type {model_type!r}{nearest(model_type, list(CONFIG_MAPPING))}")
+    return CONFIG_MAPPING[model_type]()
+
+
+AUTO_CLASSES = {
+    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
+    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
+    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
+    TaskType.FEATURE_EXTRACTION: "AutoModel",
+}
