@@ -89,7 +89,8 @@ def test_held_out_tasks_are_other_tasks():
 
 def test_the_recipe_is_one_that_can_be_run():
     from veneer.data.shapes import shape_of
-    from veneer.train.recipe import make, read
+    from veneer.files.recipe import read
+    from veneer.train.recipe import make
 
     recipe = make(read(DATA.parent / "reminders.yaml"))
     for source, file in ((recipe.data[0], TRAIN), (recipe.eval_data[0], HELD_OUT)):

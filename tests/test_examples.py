@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from veneer.train.recipe import make, read
+from veneer.files.recipe import read
+from veneer.train.recipe import make
 from veneer.train.run import train
 
 from .test_train import base  # noqa: F401

@@ -267,7 +267,7 @@ import torch
 torch.set_num_threads(1)
 from tests.cases import CASES
 from veneer.core import checkpoint
-from veneer.core.context import state_of
+from veneer.core.state import state_of
 for case in CASES:
     if case.needs_experts:
         continue

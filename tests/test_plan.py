@@ -17,11 +17,11 @@ from veneer import LoraConfig, TargetError, VeneerError
 from veneer.cli._options import size
 from veneer.cli.plan import folded, plan
 from veneer.core.config import all_methods
-from veneer.data.epoch import COUNTED, epoch_of
 from veneer.errors import ConfigError
 from veneer.files.skeleton import skeleton
 from veneer.model.catalogue import config_for
 from veneer.report import memory
+from veneer.report.epoch import COUNTED, epoch_of
 from veneer.report.forecast import forecast, settings_of
 from veneer.train.meter import Meter
 from veneer.train.recipe import Recipe, make
@@ -90,9 +90,9 @@ def llama():
 def test_a_70b_model_is_planned_in_two_seconds_and_one_gigabyte(tmp_path):
     script = f"""
 import time
-from veneer.catalogue import config_for
+from veneer.model.catalogue import config_for
 from veneer.report.forecast import forecast
-from veneer.skeleton import skeleton
+from veneer.files.skeleton import skeleton
 skeleton(None, "llama")  # the imports, which are not the plan's
 config = config_for("lora", r=16, target_modules="all-linear")
 start = time.process_time()
@@ -112,7 +112,7 @@ print(time.process_time() - start, int(peak.split()[1]) / 1e6)
 MEASURE = """
 import sys, torch, transformers
 from veneer import get_peft_model
-from veneer.catalogue import config_for
+from veneer.model.catalogue import config_for
 torch.set_num_threads(1)
 config = transformers.AutoConfig.from_pretrained(sys.argv[1])
 model = get_peft_model(transformers.AutoModelForCausalLM.from_config(config), config_for(sys.argv[2])).train()

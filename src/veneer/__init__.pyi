@@ -39,7 +39,6 @@ from .methods.dora import DoraConfig as DoraConfig
 from .methods.double_seq_bn import DoubleSeqBnConfig as DoubleSeqBnConfig
 from .methods.double_seq_bn_inv import DoubleSeqBnInvConfig as DoubleSeqBnInvConfig
 from .methods.families.compositions import parallel as parallel
-from .methods.families.detached_shadow import unload_shadow as unload_shadow
 from .methods.fourierft import FourierFTConfig as FourierFTConfig
 from .methods.frod import FrodConfig as FrodConfig
 from .methods.fusion import AdapterFusionConfig as AdapterFusionConfig
@@ -52,7 +51,6 @@ from .methods.inits.corda import CordaConfig as CordaConfig
 from .methods.inits.corda import preprocess_corda as preprocess_corda
 from .methods.inits.eva import EvaConfig as EvaConfig
 from .methods.inits.eva import get_eva_state_dict as get_eva_state_dict
-from .methods.inits.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
 from .methods.inits.kv_prefix import (
     initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
 )
@@ -124,6 +122,8 @@ from .model.auto import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from .model.auto import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from .model.auto import PeftModelForTokenClassification as PeftModelForTokenClassification
 from .model.combine import add_weighted_adapter as add_weighted_adapter
+from .model.detached_shadow import unload_shadow as unload_shadow
+from .model.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
 from .model.hotswap import hotswap_adapter as hotswap_adapter
 from .model.hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
 from .model.intruders import reduce_intruder_dimension as reduce_intruder_dimension

@@ -16,7 +16,7 @@ from ._options import size
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from veneer.data.epoch import Epoch
+    from veneer.report.epoch import Epoch
     from veneer.report.forecast import Forecast
 
 EXAMPLES = """
@@ -82,7 +82,7 @@ plan.__doc__ = (plan.__doc__ or "") + "\n" + EXAMPLES
 def _epoch(
     model: str | None, method: str, data: list[Any], batch_size: int, accumulate: int, max_length: int, packing: bool
 ) -> Epoch:
-    from veneer.data.epoch import epoch_of
+    from veneer.report.epoch import epoch_of
     from veneer.train.recipe import make
 
     if model is None:

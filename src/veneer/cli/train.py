@@ -99,7 +99,8 @@ def _recipe(
     from pathlib import Path
 
     from veneer.errors import ConfigError
-    from veneer.train.recipe import RECIPE_NAME, make, read
+    from veneer.files.recipe import RECIPE_NAME, read
+    from veneer.train.recipe import make
 
     saved = Path(flags.get("output", "")) / RECIPE_NAME
     content = read(path) if path else read(saved) if resume and flags.get("output") and saved.is_file() else {}

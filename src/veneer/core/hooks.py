@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import VeneerError
-from ..ops import _patch
+from ..ops import _patch as fast
+from ..ops._conditions import takes_part
 from ..upstream import cache as caches
 from ..upstream import checkpointing
 from ..upstream.calls import encoder_of, parameters
@@ -30,8 +31,10 @@ def install(model: nn.Module, state: State) -> None:
         model.__dict__["_veneer"] = state
         state.cache_argument = caches.argument(model)
         state.arguments = positional(model)
-        hooks = [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
-        hooks += _patch.install(model)
+        hooks = [
+            model.register_forward_pre_hook(before, with_kwargs=True),
+            model.register_forward_hook(after, always_call=True),
+        ]
         encoder = encoder_of(model)
         if encoder is not None:
             hooks.append(encoder.register_forward_pre_hook(before_encoder, with_kwargs=True))
@@ -49,7 +52,7 @@ def uninstall(model: nn.Module) -> None:
     """Leave the model as it was before the first adapter."""
     for hook in model.__dict__.pop("_veneer_hooks", ()):
         hook.remove()
-    _patch.uninstall(model)
+    fast.uninstall(model)
     model.__dict__.pop("_veneer", None)
     for child in CHILDREN:
         model._modules.pop(child, None)
@@ -59,10 +62,19 @@ def uninstall(model: nn.Module) -> None:
 
 
 def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The root pre-hook. Always takes the adapters' facts out of kwargs: the model would swallow them in silence."""
+    """The root pre-hook: fast paths of modules, watchers, facts, prompts, then what is exchanged for this call."""
     state = state_of(model)
     if state is None or state.busy:
         return args, kwargs
+    if takes_part(model):
+        fast.fit(model)
+    args, kwargs = _prepared(model, state, args, kwargs)
+    fast.begin(model, args, kwargs, state)
+    return args, kwargs
+
+
+def _prepared(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The arguments of a call without the adapters' facts, which the model would swallow, and with prompts in front."""
     for watcher in state.watchers:
         watcher.before(model, named(state.arguments, args, kwargs))
     own = {name: kwargs[name] for name in state.fact_names() if kwargs.get(name) is not None}
@@ -81,10 +93,18 @@ def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 
 def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """The root hook: show the methods the output; a prompt's own loss instead of the model's, and loss terms added."""
+    """The root hook, also of a call that failed, which has no output: what was exchanged goes back in any case."""
     state = state_of(model)
     if state is None or state.busy:
         return output
+    try:
+        return None if output is None else _finished(model, state, output)
+    finally:
+        fast.end(model)
+
+
+def _finished(model: nn.Module, state: State, output: Any) -> Any:
+    """Show the methods the output; a prompt's own loss takes the place of the model's, and loss terms are added."""
     for name in called(state):
         state.configs[name].after(state.facts, output)
     if getattr(output, "loss", None) is not None:

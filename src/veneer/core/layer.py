@@ -20,7 +20,7 @@ from ..ops import folded_linear as folded
 from ..ops import is_autocast, is_fast
 from ..ops import low_rank_linear as low_rank
 from ..ops.low_rank_linear import Run
-from ..targets.modules import Modules, evaluating
+from ..targets.modules import Modules, WrapperModule, evaluating
 from ..targets.target import kind_of
 from .adapter import Adapter, LowRank, Parts, Replace
 from .state import BASE, State
@@ -29,7 +29,7 @@ from .views import View
 Stack = Sequence[Adapter]
 
 
-class AdapterLayer(nn.Module):
+class AdapterLayer(WrapperModule):
     """A module of the base model together with the adapters on it.
 
     Reads of unknown attributes fall through to the base module, writes of `weight` and `bias` too.
@@ -68,6 +68,17 @@ class AdapterLayer(nn.Module):
             )
         finally:
             self.rows, self.call = None, {}
+
+    def is_by_row(self) -> bool:
+        """Whether the live adapters look at nothing but each row of the input, and draw no random numbers."""
+        if "adapter_names" in self.state.facts:
+            return False
+        for adapter in self.stack(self.state.live()):
+            is_plain = isinstance(adapter, LowRank) and type(adapter).post is LowRank.post
+            drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in adapter.modules())
+            if adapter.shared is not None or drops or not (is_plain or isinstance(adapter, Replace)):
+                return False
+        return True
 
     def stack(self, names: Sequence[str]) -> list[Adapter]:
         """The adapters of `names` on this layer that are not merged, innermost first."""

@@ -25,6 +25,10 @@ BASE = "__base__"
 """The row of a mixed batch that runs without an adapter."""
 
 
+BY_TOKEN = {"linear", "embedding", "norm", "param"}
+"""Kinds of module that treat each token by itself."""
+
+
 class Layers(MutableMapping[str, "AdapterLayer"]):
     """Layers by path while their model holds them; torch traces it, but not `weakref.WeakValueDictionary`."""
 
@@ -91,6 +95,16 @@ class State:
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         self.__dict__.update({**attributes, "layers": Layers(attributes["layers"]), "lock": RLock()})
+
+    def are_by_token(self) -> bool:
+        """Whether the active adapters treat each token by itself, in the call under way.
+
+        They have learned no facts of its rows, put no prompt in front of them, and are on modules of such a kind.
+        """
+        has_prompt = any(name in self.prompts for name in self.active)
+        if self.facts or has_prompt:
+            return False
+        return all(layer.target.kind in BY_TOKEN for layer in self.layers.values())
 
     def fact_names(self) -> set[str]:
         """The keyword arguments of a model call that belong to adapters."""

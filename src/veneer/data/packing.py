@@ -10,7 +10,6 @@ import torch
 from ..errors import TrainingError
 from ..ops import is_fast
 from ..ops.attention import by_sequence
-from ..ops.padding import adapts_by_token
 from .encode import IGNORED, Encoded
 
 ONE_ROW = {"input_ids", "labels", "position_ids"}
@@ -71,7 +70,7 @@ def goes_by_sequence(model: Any, rows: Sequence[Encoded]) -> bool:
         return False
     try:
         with by_sequence(model):
-            return keeps_apart(model, rows) and adapts_by_token(model._state)
+            return keeps_apart(model, rows) and model._state.are_by_token()
     except (NotImplementedError, RuntimeError, TypeError, ValueError):  # a model that does not take such a row
         return False
 

@@ -7,10 +7,9 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from ..errors import ConfigError, DataError
-from ..train.recipe import Recipe
 from .encode import Account, Encoded, Encoder
 from .packing import pack
 from .shapes import Example, shape_of, understand
@@ -18,6 +17,23 @@ from .sources import Source, rows
 
 SHUFFLED = 1000
 """Rows among which streamed ones are shuffled."""
+
+
+class Request(Protocol):
+    """What is asked of data: the keys of a recipe that are read here (`train.recipe.Recipe` explains each)."""
+
+    data: list[Source]
+    eval_data: list[Source]
+    eval_split: float | None
+    task: Literal["auto", "text", "classification"]
+    labels: list[str] | None
+    loss_on: Literal["assistant", "all"]
+    chat_template: str | None
+    max_length: int
+    long_rows: Literal["cut", "drop"]
+    packing: bool
+    streaming: bool
+    seed: int
 
 
 @dataclass
@@ -35,7 +51,7 @@ class Data:
     """A hash of the rows; None when streaming."""
 
 
-def prepare(recipe: Recipe, tokenizer: Any, facts: tuple[str, ...] = ()) -> Data:
+def prepare(recipe: Request, tokenizer: Any, facts: tuple[str, ...] = ()) -> Data:
     """Read, encode, split, weigh and pack.
 
     Args:
@@ -77,14 +93,14 @@ def examples(source: Source, task: str = "auto", facts: tuple[str, ...] = ()) ->
         raise DataError(f"{source.path!r} holds no rows")
 
 
-def is_classification(recipe: Recipe) -> bool:
+def is_classification(recipe: Request) -> bool:
     """Whether the recipe's data has classes, by its first row."""
     if recipe.task != "auto":
         return recipe.task == "classification"
     return next(examples(recipe.data[0])).label is not None
 
 
-def _labels(recipe: Recipe, every: Sequence[Example]) -> list[str] | None:
+def _labels(recipe: Request, every: Sequence[Example]) -> list[str] | None:
     """The classes in order: the recipe's, or those in the data, numbers by value."""
     kinds = {example.label is not None for example in every}
     if kinds == {False}:
@@ -101,7 +117,7 @@ def _labels(recipe: Recipe, every: Sequence[Example]) -> list[str] | None:
     return labels
 
 
-def _encoder(recipe: Recipe, tokenizer: Any, labels: list[str] | None) -> Encoder:
+def _encoder(recipe: Request, tokenizer: Any, labels: list[str] | None) -> Encoder:
     if labels is not None and recipe.packing:
         raise ConfigError("packing puts several rows into one sequence, which has one class; set packing off")
     return Encoder(
@@ -154,7 +170,7 @@ def _fingerprint(encoded: Sequence[Encoded]) -> str:
     return digest.hexdigest()
 
 
-def _streamed(recipe: Recipe, tokenizer: Any, facts: tuple[str, ...]) -> Data:
+def _streamed(recipe: Request, tokenizer: Any, facts: tuple[str, ...]) -> Data:
     from datasets import IterableDataset, interleave_datasets
 
     if recipe.packing:

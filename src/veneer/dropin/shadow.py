@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..methods.families.detached_shadow import DetachedShadowModel, head_of, unload_shadow
+from ..model.detached_shadow import DetachedShadowModel, head_of, unload_shadow
 
 
 class WithShadow:

@@ -41,7 +41,7 @@ def write_card(directory: Path, config: Config, facts: str = "") -> None:
         pipeline_tag=PIPELINES.get(kind or ""),
         tags=[method, "veneer", *([f"base_model:adapter:{base}"] if base else [])],
     )
-    auto = AUTO_CLASSES.get(kind, "AutoModel")  # type: ignore[call-overload]
+    auto = AUTO_CLASSES.get(kind or "", "AutoModel")
     use = USE.format(auto=auto, base=base or "the base model")
     of = f" for {base}" if base else ""
     text = f"---\n{data.to_yaml()}\n---\n\n# A {method} adapter{of}\n\n{facts}{use}"

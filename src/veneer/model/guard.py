@@ -171,6 +171,9 @@ class Guard:
 class Seen:
     """Which layers of the live adapters a call of the model runs, and whose weights it reads past them."""
 
+    only_looks = True
+    """Its hooks change nothing of a call."""
+
     def __init__(self, model: nn.Module, state: State) -> None:
         self.model, self.state = model, state
         self.names = state.live()

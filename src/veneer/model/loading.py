@@ -290,7 +290,7 @@ def _labels(places: dict[str, str], config: Any, given: list[str] | None) -> lis
 
 def _trained_classes(place: str) -> list[str] | None:
     """The classes that the recipe beside an adapter names."""
-    from ..train.recipe import RECIPE_NAME, read
+    from ..files.recipe import RECIPE_NAME, read
 
     recipe = Path(place) / RECIPE_NAME
     labels = read(recipe).get("labels") if recipe.is_file() else None

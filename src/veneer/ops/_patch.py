@@ -1,37 +1,49 @@
-"""Puts the fast paths into an adapted model: the root hooks of the loss, and `forward`s of single modules.
+"""The fast paths of an adapted model: `forward`s of single modules, and what is exchanged for one training call.
 
-A module's `forward` is put on the instance by the first training call and stays; it is the class's own outside of
-training, so only training is another. Taking the last adapter off takes all of it back.
+`core/hooks.py` calls `fit` at the start of a call of the model, `begin` when its arguments are final, and `end` after
+it, whether it failed or not. The `forward` of a norm or an MLP is put on the instance by the first training call and
+stays: outside of training it is the class's own. Taking the last adapter off takes all of it back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import nn
-
-from ._conditions import takes_part
 
 MARK = "_veneer_fast"
 
 
-def install(model: nn.Module) -> list[Any]:
-    """The root hooks that bring the fast paths in."""
+class Adapters(Protocol):
+    """What the fast paths need to know of the adapters on a model."""
+
+    def are_by_token(self) -> bool:
+        """Whether each of them treats every token by itself, in the call under way."""
+
+
+def begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Adapters) -> None:
+    """Exchange what a training call can do without; `end` undoes it."""
     from . import cross_entropy, padding
 
-    first = model.register_forward_pre_hook(_before, prepend=True)  # other hooks run modules that are checkpointed
-    return [first, *padding.install(model), *cross_entropy.install(model)]
+    if not torch.compiler.is_compiling():
+        padding.lend(model, args, kwargs, adapters)
+        cross_entropy.lend(model, kwargs)
 
 
-def _before(model: nn.Module, args: Any) -> None:
-    if takes_part(model):
-        fit(model)
+def end(model: nn.Module) -> None:
+    """Give back what `begin` exchanged."""
+    from . import cross_entropy, padding
+
+    if not torch.compiler.is_compiling():
+        padding.take_back(model)
+        cross_entropy.take_back(model)
 
 
 def fit(model: nn.Module) -> None:
-    """Bring the fast paths of modules in, as the first training call does."""
+    """Bring the fast paths of modules in, once."""
     if MARK not in model.__dict__:
         model.__dict__[MARK] = True
         for module, forward in _fitting(model):

@@ -12,7 +12,7 @@ The gradient of a chunk is computed in the forward pass, as in Liger (arXiv:2410
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import VeneerError
 from . import is_autocast, is_fast
+from ._conditions import takes_part
 
 CHUNK_BYTES = 64 << 20
 """Of fp32 logits at a time: smaller reads the weight more often, larger leaves the caches (measured, 49,152 tokens)."""
@@ -61,7 +62,7 @@ class Logits(Tensor):
         if func in FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func is Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
+        if func == Tensor.requires_grad.__get__:  # type: ignore[attr-defined]  # made anew at each look
             return True
         first = args[0] if args else kwargs.get("input")
         if isinstance(first, Logits) and not first.is_computed():
@@ -307,15 +308,10 @@ def _moved(name: str, hidden: Tensor, width: int, args: tuple[Any, ...]) -> Tens
 # On a model
 
 
-def install(model: nn.Module) -> Iterator[Any]:
-    """The hooks that lend the model's head for the length of each training call."""
-    yield model.register_forward_pre_hook(_lend, with_kwargs=True)
-    yield model.register_forward_hook(_take_back, always_call=True)
-
-
-def _lend(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    learns = kwargs.get("labels") is not None and model.training and torch.is_grad_enabled()
-    if not learns or not is_fast("cross_entropy") or torch.compiler.is_compiling():
+def lend(model: Any, kwargs: dict[str, Any]) -> None:
+    """Let the model's head give `Logits` for the length of a training call."""
+    learns = kwargs.get("labels") is not None and takes_part(model)
+    if not learns or not is_fast("cross_entropy"):
         return
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None or not _can_be_lent(model, head):
@@ -326,7 +322,7 @@ def _lend(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
     model.__dict__["_veneer_lent"] = head
 
 
-def _take_back(model: Any, args: Any, output: Any) -> None:
+def take_back(model: Any) -> None:
     head = model.__dict__.pop("_veneer_lent", None)
     if head is not None:
         head.__dict__.pop("forward", None)
@@ -342,25 +338,10 @@ def _can_be_lent(model: Any, head: nn.Module) -> bool:
     has_hooks = any(m._forward_hooks or m._backward_hooks or _meddles(m) for m in modules)
     own_forward = any("forward" in m.__dict__ for m in modules)
     ok = type(base) is nn.Linear and is_whole and not (is_sharded or has_hooks or own_forward)
-    return ok and (head is base or _is_by_row(head))
+    return ok and (head is base or head.is_by_row())
 
 
 def _meddles(module: nn.Module) -> bool:
-    """Whether a hook may change what a module is given; those of the training guard note that it runs."""
-    from ..model.guard import Seen
-
-    return any(not isinstance(getattr(hook, "__self__", None), Seen) for hook in module._forward_pre_hooks.values())
-
-
-def _is_by_row(layer: Any) -> bool:
-    """Whether the adapters on a layer look at nothing but each row of the input, and draw no random numbers."""
-    from ..core.adapter import LowRank, Replace
-
-    state = layer.state
-    if "adapter_names" in state.facts:
-        return False
-    stack = layer.stack(state.live())
-    low_rank = [a for a in stack if isinstance(a, LowRank) and type(a).post is LowRank.post]
-    drops = any(isinstance(m, nn.Dropout) and m.p > 0 for a in stack for m in a.modules())
-    known = all(a.shared is None and (isinstance(a, Replace) or a in low_rank) for a in stack)
-    return known and not drops
+    """Whether a hook may change what a module is given; one whose owner says that it `only_looks` does not."""
+    owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
+    return not all(getattr(owner, "only_looks", False) for owner in owners)

@@ -10,7 +10,6 @@ right and the model was seen to keep sequences in one row apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,29 +20,23 @@ from ..upstream import checkpointing
 from ..upstream.calls import is_encoder_decoder, parameters
 from . import is_fast
 from ._conditions import takes_part
+from ._patch import Adapters
 from .attention import by_sequence, is_replaceable
 
 KNOWN = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache"}
 KNOWN |= {"num_items_in_batch", "return_dict"}
 """What a body may be given, beside switches that are off; Trainer's count of items is for the loss, and comes along."""
 SEEN = "_veneer_keeps_apart"
-BY_TOKEN = {"linear", "embedding", "norm", "param"}
-"""Kinds of module that treat each token by itself."""
 
 
-def install(model: nn.Module) -> Iterator[Any]:
-    """The hooks that lend the model's body for the length of each training call."""
-    yield model.register_forward_pre_hook(_lend, with_kwargs=True)
-    yield model.register_forward_hook(_take_back, always_call=True)
-
-
-def _lend(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+def lend(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Adapters) -> None:
+    """Leave padding out of the layers for the length of a training call."""
     learns = kwargs.get("labels") is not None and takes_part(model)
     if args or not learns or not is_fast("padding") or not is_fast("attention"):
         return
     kept = kept_places(kwargs.get("attention_mask"), kwargs["labels"])
     body = getattr(model, "base_model", model)
-    if kept is None or body is model or "forward" in body.__dict__ or not _is_fit(model):
+    if kept is None or body is model or "forward" in body.__dict__ or not _is_fit(model, adapters):
         return
     own = body.forward
     names = parameters(body)
@@ -62,7 +55,7 @@ def _lend(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
     model.__dict__["_veneer_lent_body"] = body
 
 
-def _take_back(model: Any, args: Any, output: Any) -> None:
+def take_back(model: Any) -> None:
     body = model.__dict__.pop("_veneer_lent_body", None)
     if body is not None:
         body.__dict__.pop("forward", None)
@@ -100,27 +93,18 @@ def with_padding(hidden: Tensor, kept: Tensor) -> Tensor:
     return whole.index_copy(0, kept.flatten().nonzero().squeeze(1), hidden[0]).view(*kept.shape, -1)
 
 
-def _is_fit(model: Any) -> bool:
+def _is_fit(model: Any, adapters: Adapters) -> bool:
     """Whether nothing in the model or its adapters looks past its own token but attention, which is seen by trying."""
-    from ..core.state import state_of
-
-    config, state = model.config, state_of(model)
+    config = model.config
     checkpoints = checkpointing.is_on(model)
     routes = getattr(config, "output_router_logits", False)
-    if state is None or checkpoints or routes or is_encoder_decoder(model) or not is_replaceable(model):
+    if checkpoints or routes or is_encoder_decoder(model) or not is_replaceable(model):
         return False
-    if not adapts_by_token(state) or any(_is_special(module) for module in model.modules()):
+    if not adapters.are_by_token() or any(_is_special(module) for module in model.modules()):
         return False
     if SEEN not in model.__dict__:
         model.__dict__[SEEN] = _keeps_apart(model, model.base_model)
     return bool(model.__dict__[SEEN])
-
-
-def adapts_by_token(state: Any) -> bool:
-    """Whether the adapters on a model that was just called treat each token by itself: they have learned no facts of
-    its rows, put no prompt before them, and sit on modules of such a kind."""
-    prompts = any(name in state.prompts for name in state.active)
-    return not state.facts and not prompts and {layer.target.kind for layer in state.layers.values()} <= BY_TOKEN
 
 
 def _is_special(module: nn.Module) -> bool:

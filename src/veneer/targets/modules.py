@@ -1,4 +1,4 @@
-"""A dict of modules whose keys are adapter names: any string, where torch takes attribute names."""
+"""Modules of our own that hold others: by the names of adapters, or around one of the base model."""
 
 from __future__ import annotations
 
@@ -42,6 +42,12 @@ class Modules(nn.ModuleDict):
         super()._load_from_state_dict(state_dict, prefix, metadata, False, missing, unexpected, errors)
         own = tuple(f"{prefix}{name}." for name in self._modules)
         unexpected += [key for key in state_dict if strict and key.startswith(prefix) and not key.startswith(own)]
+
+
+class WrapperModule(nn.Module):
+    """A module around one of the base model, which it keeps as `base_layer`."""
+
+    base_layer: nn.Module
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import weakref
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,21 @@ from ..upstream.models import is_conv1d, is_from
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
-    from ..core.layer import AdapterLayer
+
+class Layer(Protocol):
+    """What a target reads of the layer that it belongs to (`core.layer.AdapterLayer`)."""
+
+    base_layer: Any
+    path: str
+    state: Any
+    rows: Tensor | None
+    """The rows of a mixed batch that are being computed."""
+    call: dict[str, Any]
+    """The keyword arguments of a block's call under way."""
+    kept: dict[str, Tensor]
+    """The pretrained tensors by name, while adapters are merged."""
+    kept_module: Any
+    """The pretrained module, where merging took another one."""
 
 
 class Target:
@@ -42,7 +56,7 @@ class Target:
     is_readable: ClassVar[bool] = True
     """What its weight stands for can be told."""
 
-    def __init__(self, layer: AdapterLayer) -> None:
+    def __init__(self, layer: Layer) -> None:
         self._layer = weakref.ref(layer)  # the layer holds the target: a base model must not wait for a cycle's end
 
     def __getstate__(self) -> dict[str, Any]:
@@ -52,7 +66,7 @@ class Target:
         self.__dict__.update(attributes | {"_layer": weakref.ref(attributes["_layer"])})
 
     @property
-    def layer(self) -> AdapterLayer:
+    def layer(self) -> Any:
         layer = self._layer()
         assert layer is not None, "the target outlived its layer"
         return layer
@@ -404,7 +418,7 @@ class ParamTarget(Target):
 
     kind = "param"
 
-    def __init__(self, layer: AdapterLayer, name: str) -> None:
+    def __init__(self, layer: Layer, name: str) -> None:
         super().__init__(layer)
         self.name = name
 

@@ -7,13 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from ..core.layer import AdapterLayer
-from .modules import Modules
+from .modules import Modules, WrapperModule
 
 
 def bare(module: nn.Module) -> nn.Module:
     """The module of the base model, without the adapters around it."""
-    while isinstance(module, AdapterLayer):
+    while isinstance(module, WrapperModule):
         module = module.base_layer
     return module
 

@@ -15,9 +15,9 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ..data.sources import Source, Strict
 from ..errors import ConfigError, nearest
+from ..files.recipe import RECIPE_NAME
 from ..files.write import write_atomically
 
-RECIPE_NAME = "recipe.yaml"
 PLAIN_NAME = re.compile(r"[\w.]+(\s*,\s*[\w.]+)*")
 
 
@@ -147,23 +147,6 @@ class Recipe(Strict):
     def changed(self, **values: Any) -> Recipe:
         """The same recipe with other values, checked."""
         return make(self.model_dump() | values)
-
-
-def read(path: str | Path) -> dict[str, Any]:
-    """The keys of a YAML file.
-
-    Raises:
-        ConfigError: it is missing, or no YAML mapping.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"there is no recipe {str(path)!r}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{str(path)!r} is not a YAML recipe: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{str(path)!r} holds no keys of a recipe (`key: value` lines)")
-    return content
 
 
 def make(content: Mapping[str, Any]) -> Recipe:

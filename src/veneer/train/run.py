@@ -18,6 +18,7 @@ from ..data.packing import goes_by_sequence
 from ..data.prepare import Data, prepare
 from ..errors import CheckpointError, ConfigError, listing
 from ..files.read import WEIGHTS_NAME
+from ..files.recipe import RECIPE_NAME, read
 from ..files.write import writing
 from ..model.card import CARD_NAME
 from ..model.loading import pad_of
@@ -27,7 +28,7 @@ from .display import Display
 from .finish import Run, finish
 from .meter import Meter
 from .page import PAGE_NAME
-from .recipe import RECIPE_NAME, Recipe, make, read
+from .recipe import Recipe, make
 from .report import REPORT_NAME
 from .setup import adapt, facts_of, load_base, load_tokenizer
 from .trainer import ExactTrainer, arguments, last_checkpoint, metrics

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..core.config import TaskType
 from ..errors import ConfigError, nearest
 
 
@@ -50,11 +49,11 @@ def default_config(model_type: str) -> Any:
     return CONFIG_MAPPING[model_type]()
 
 
-AUTO_CLASSES = {
-    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
-    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
-    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
-    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
-    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
-    TaskType.FEATURE_EXTRACTION: "AutoModel",
+AUTO_CLASSES: dict[str, str] = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
 }

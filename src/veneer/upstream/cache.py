@@ -99,7 +99,7 @@ def is_static(cache: Any) -> bool:
 
 def new(model: Any, is_encoder_decoder: bool) -> Any:
     """An empty cache of the kind that the model makes for itself."""
-    from transformers import DynamicCache, EncoderDecoderCache
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache  # torch 2.9 does not trace lazy modules
 
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     return EncoderDecoderCache(cache, DynamicCache()) if is_encoder_decoder else cache
@@ -121,7 +121,7 @@ def pairs(cache: Any) -> list[tuple[Tensor, Tensor]]:
 
 def part_of(cache: Any, network: nn.Module, layers_before: int, config: Any) -> Any:
     """A second network's layers of a model's cache, behind the model's: reordered and cut together with them."""
-    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicCache
 
     if cache is None:
         return None

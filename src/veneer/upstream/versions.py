@@ -50,7 +50,7 @@ TRIED = {
     "diffusers": Range("0.40.0", "0.42.1"),
     "sentence-transformers": Range("6.0.0", "6.2.0"),
     "bitsandbytes": Range("0.49.0", "0.50.2"),
-    "torchao": Range("0.15.0", "0.18.0"),
+    "torchao": Range("0.17.0", "0.18.0"),
 }
 """By the names of the distributions; the last five are optional."""
 

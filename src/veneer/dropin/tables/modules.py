@@ -14,14 +14,15 @@ import veneer
 from ...core.config import TaskType
 from ...errors import ConfigError, TargetError, VeneerError
 from ...files.pull import resolve
-from ...methods.families.detached_shadow import DetachedShadowModel
-from .. import alora as offsets
-from .. import attach as attaching
-from .. import buffer_dict as buffers
+from ...model.detached_shadow import DetachedShadowModel
 from .. import (
+    alora,
+    attach,
+    buffer_dict,
     configs,
     conversion,
     hotswap,
+    kappa,
     layers,
     lora_conversion,
     matching,
@@ -61,13 +62,14 @@ def _is_newer(module: str, version: str) -> bool:
 
 
 PARTS = (
-    attaching,
-    buffers,
+    attach,
+    buffer_dict,
     hotswap,
+    kappa,
     lora_conversion,
     matching,
     merging,
-    offsets,
+    alora,
     state,
     status,
     utils,
@@ -104,7 +106,7 @@ def everything() -> dict[str, Any]:
         "_freeze_adapter": utils.freeze_adapter,
         "_find_minimal_target_modules": matching.find_minimal_target_modules,
         "_get_no_split_modules": utils.no_split_modules,
-        "_set_adapter": attaching.set_adapter,
+        "_set_adapter": attach.set_adapter,
         "check_adapters_to_merge": layers.to_merge,
         "resolve_quantization_backend": utils.no_backend,
     }

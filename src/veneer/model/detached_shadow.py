@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
 
-from ...core.config import TaskType
-from ...core.layer import AdapterLayer
-from ...errors import VeneerError
-from ...targets.walk import bare
-from ...upstream import cache as caches
-from .side_network import classification_loss, last_position
+from ..core.config import TaskType
+from ..core.layer import AdapterLayer
+from ..errors import VeneerError
+from ..methods.families.side_network import classification_loss, last_position
+from ..targets.walk import bare
+from ..upstream import cache as caches
 
 if TYPE_CHECKING:
-    from ...model.peft_model import PeftModel
+    from .peft_model import PeftModel
 
 
 class DetachedShadowModel(PreTrainedModel, GenerationMixin):

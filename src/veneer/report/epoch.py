@@ -7,11 +7,11 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..data.collate import Shuffled
+from ..data.encode import Account
+from ..data.prepare import prepare
 from ..train.recipe import Recipe
 from ..train.setup import facts_of, load_tokenizer
-from .collate import Shuffled
-from .encode import Account
-from .prepare import prepare
 
 BINS = 10
 """Bars of the histogram, about."""
