@@ -128,7 +128,7 @@ class Config(Checked):
 
     # What a method may tell the core
 
-    def meaning(self) -> list[str]:
+    def semantic_fields(self) -> list[str]:
         """The fields that say what its tensors mean: the method's own, and of which modules it holds a copy."""
         return [f.name for f in fields(self) if f.name not in COMMON - {"modules_to_save"} and "dropout" not in f.name]
 

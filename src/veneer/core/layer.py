@@ -199,7 +199,7 @@ class AdapterLayer(WrapperModule):
     def _unadapted(self, *args: Any, **kwargs: Any) -> Any:
         """The pretrained module, also while adapters are merged into its weight."""
         module = self.kept_module or self.base_layer
-        return self.target.lend(module, self.kept, args, kwargs) if self.kept else module(*args, **kwargs)
+        return self.target.call_with(module, self.kept, args, kwargs) if self.kept else module(*args, **kwargs)
 
     # Merging
 

@@ -81,7 +81,7 @@ def check_whole(notes: Mapping[str, Any]) -> None:
 def settings(config: Config) -> dict[str, Any]:
     """The fields of a config that say what its tensors mean, as they stand in a file."""
     content = config.to_dict()
-    own = {name: content[name] if name in content else getattr(config, name) for name in config.meaning()}
+    own = {name: content[name] if name in content else getattr(config, name) for name in config.semantic_fields()}
     return without_paths(json.loads(json.dumps(own)), names_of_paths(config))
 
 

@@ -125,8 +125,8 @@ class PeftConfig(Config, metaclass=Called):
     def is_prompt_learning(self) -> bool:
         return isinstance(self, PromptConfig)
 
-    def meaning(self) -> list[str]:
-        return as_ours(self).meaning()
+    def semantic_fields(self) -> list[str]:
+        return as_ours(self).semantic_fields()
 
     def refuse_cacheless(self, model: str) -> None:
         """PEFT fails when such a model is called."""

@@ -111,9 +111,9 @@ class UniLoraConfig(LayerConfig):
         check_range(self, 1, math.inf, "r", "theta_d_length")
         check_range(self, 0, 1, "unilora_dropout")
 
-    def meaning(self) -> list[str]:
+    def semantic_fields(self) -> list[str]:
         """The places of a target follow from those of the others, of which the tensors say nothing."""
-        return [*super().meaning(), "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"]
+        return [*super().semantic_fields(), "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"]
 
     def build_shared(self, targets: Sequence[Target]) -> Vector:
         return Vector(self, targets)

@@ -65,7 +65,7 @@ class UnionConfig(Config):
         contents = [{**config.to_dict(), "inference_mode": None} for config in self.configs]
         return [{k: v for k, v in c.items() if v is not None or k not in ALWAYS_WRITTEN} for c in contents]
 
-    def meaning(self) -> list[str]:
+    def semantic_fields(self) -> list[str]:
         return ["contents"]
 
     def to_dict(self) -> dict[str, Any]:

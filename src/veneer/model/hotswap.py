@@ -142,7 +142,7 @@ def check_settings(present: Config, new: Config, name: str) -> None:
     if present.peft_type != new.peft_type:
         raise CheckpointError(f"adapter {name!r} is {present.peft_type}, the file {new.peft_type}")
     free = FREE if isinstance(present, LoraConfig) and not _keeps_rank(present, new) else ()
-    pairs = {f: (getattr(present, f), getattr(new, f)) for f in present.meaning() if f not in free}
+    pairs = {f: (getattr(present, f), getattr(new, f)) for f in present.semantic_fields() if f not in free}
     other = [f"{field} = {a!r}, in the file {b!r}" for field, (a, b) in pairs.items() if a != b]
     if other:
         raise CheckpointError(f"the file's settings cannot take the place of adapter {name!r}'s:{listing(other)}")

@@ -130,7 +130,7 @@ def _adapted(base: Any, config: Config) -> PeftModel:
 
 def _settings(config: Config) -> dict[str, Any]:
     """The method's own fields that are not at their defaults, and its rank."""
-    own = [f for f in fields(config) if f.name in config.meaning()]
+    own = [f for f in fields(config) if f.name in config.semantic_fields()]
     return {f.name: v for f in own if (v := getattr(config, f.name)) != default_of(f) or f.name in ("r", "lora_alpha")}
 
 

@@ -104,7 +104,7 @@ def _read_config(home: Path, found: Inspection) -> Config | None:
     except Exception as error:  # as above: a config may hold anything
         found.problems.append(f"{CONFIG_NAME} cannot be used: {printable(error)}")
         return None
-    found.settings = {name: getattr(config, name) for name in config.meaning()}
+    found.settings = {name: getattr(config, name) for name in config.semantic_fields()}
     found.settings |= {"target_modules": config.target_modules} if isinstance(config, LayerConfig) else {}
     if not found.base:
         found.problems.append("the config does not name the base model")

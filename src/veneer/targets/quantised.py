@@ -99,7 +99,7 @@ class QuantisedTarget(LinearTarget):
         found = {"weight": self.bound(self.base), "bias": getattr(self.base, "bias", None)}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
-    def lend(self, module: nn.Module, tensors: dict[str, Any], args: Any, kwargs: Any) -> Any:
+    def call_with(self, module: nn.Module, tensors: dict[str, Any], args: Any, kwargs: Any) -> Any:
         if module is not self.base:
             return module(*args, **kwargs)
         now = self.parameters()

@@ -253,7 +253,7 @@ class Target:
         """The module's own Parameters, for `restore`."""
         return dict(self.base._parameters)
 
-    def lend(self, module: nn.Module, tensors: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+    def call_with(self, module: nn.Module, tensors: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
         """A call of the module with other Parameters."""
         return functional_call(module, tensors, args, kwargs)
 
