@@ -16,15 +16,14 @@ from ..files.read import WEIGHTS_NAME
 from ..targets.target import ParamTarget, Target
 from ..targets.walk import walk
 from . import checkpoint
-from .adapter import Adapter, Bias, Replace, Tensors, TiedReplace, modules_of
+from .adapter import Adapter, Bias, Replace, Tensors, TiedReplace
 from .config import CONFIG_NAME, Config, LayerConfig, PromptConfig
 from .hooks import install, uninstall
 from .layer import AdapterLayer
+from .placement import settle
 from .prompt import spec_for
 from .select import parameters, saved_modules, targets
 from .state import BASE, State, state_of
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 def attach(
@@ -103,17 +102,6 @@ def try_on(model: nn.Module, config: Config, name: str, tensors: Tensors, notes:
         detach(model, name, state)
 
 
-def settle(model: nn.Module, state: State, name: str, *, lift: bool = True) -> None:
-    """Move an adapter to where its targets compute, in the dtype it learns in."""
-    for path, adapter in state.adapters(name).items():
-        target = state.layers[path].target
-        _settle(adapter, target.device, target.dtype, lift)
-    first = next((p for p in model.parameters() if p.is_floating_point() and not p.is_meta), None)
-    for module in (state.shared.get(name), state.prompts.get(name)):
-        if module is not None and first is not None:
-            _settle(module, first.device, first.dtype, lift)
-
-
 def detach(model: nn.Module, name: str, state: State) -> None:
     """Take one adapter off; a layer without adapters becomes the plain module again."""
     state.configs.pop(name, None)
@@ -169,23 +157,6 @@ class Wrapper:
                 for name, child in parent._modules.items():
                     self._index.setdefault(id(child), []).append((parent, name))
         return self._index.get(id(module), [])
-
-
-def _settle(module: nn.Module, device: torch.device, dtype: torch.dtype | None, lift: bool) -> None:
-    """Meta tensors stay until they are loaded. Half precision is lifted; without lifting the base's dtype is taken."""
-    parts = modules_of(module)
-    for tensor in (t for part in parts for t in (*part._parameters.values(), *part._buffers.values()) if t is not None):
-        if tensor.is_meta or not tensor.is_floating_point():
-            wanted = tensor.dtype
-        else:
-            wanted = torch.float32 if lift and tensor.dtype in HALF else tensor.dtype
-            wanted = dtype if not lift and dtype in HALF else wanted
-        if tensor.is_meta or device.type == "meta" or (tensor.device == device and tensor.dtype == wanted):
-            continue
-        tensor.data = tensor.data.to(device=device, dtype=wanted)
-    for part in parts:
-        if isinstance(part, Adapter):
-            part.forget_dtype()
 
 
 def _check_name(name: str, state: State) -> None:

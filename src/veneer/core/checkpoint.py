@@ -1,6 +1,7 @@
 """Reading and writing adapters in Hugging Face PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-A key is the place of a part in the model, then the attribute's name. Saving and loading are one walk over the parts.
+A key is the path of a module, then the attribute's name. Saving and loading are one walk over an adapter's parts:
+`slots`. `load` reads a saved adapter, `fill` puts it into one that is attached; nothing else loads.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, listing
+from ..errors import CheckpointError, VeneerError, listing
 from ..files.confine import confine
 from ..files.find import find_file, find_weights
 from ..files.read import PICKLE_NAME, WEIGHTS_NAME, computable, read_json, read_pickle, read_tensors
@@ -23,10 +24,10 @@ from ..files.write import identity, replacing, write_tensors
 from ..targets.quantised import quantised
 from ..targets.target import kind_of
 from ..targets.walk import walk
-from . import embeddings
-from . import provenance as own_notes
+from . import embeddings, provenance
 from .adapter import Adapter, Replace, Tensors
 from .config import CONFIG_NAME, METHODS, Config, PromptConfig
+from .placement import settle
 from .prompt import Prompt
 from .state import State
 
@@ -34,15 +35,27 @@ NEXT_NAME = f".{CONFIG_NAME}.next"
 """The config of a save that is under way: a crash between its two renames leaves it beside the new tensors."""
 
 
+class Saved(NamedTuple):
+    """An adapter as it was read from its files."""
+
+    config: Config
+    tensors: Tensors
+    """By key."""
+    notes: dict[str, Any]
+    """What veneer wrote about the adapter's origin (`provenance`)."""
+
+
 # Where things are
 
 
 def parts(state: State, name: str) -> Iterator[tuple[str, Adapter | Prompt | nn.Module]]:
-    """(key prefix, part) of everything saved under an adapter's name."""
-    below = "base_model." if isinstance(state.configs[name], PromptConfig) else "base_model.model."
+    """(prefix of its keys, module) for everything that is saved under an adapter's name."""
+    is_prompt = isinstance(state.configs[name], PromptConfig)
     for path, adapter in state.adapters(name).items():
         for part in adapter.parts:
-            yield f"{below if isinstance(part, Replace) else 'base_model.model.'}{path}.{part.key}", part
+            # PEFT has no tuner between a prompt's model and the modules saved with it
+            wrapper = "base_model." if is_prompt and isinstance(part, Replace) else "base_model.model."
+            yield f"{wrapper}{path}.{part.key}", part
     if name in state.shared:
         yield "base_model.", state.shared[name]
     if name in state.prompts:
@@ -50,54 +63,82 @@ def parts(state: State, name: str) -> Iterator[tuple[str, Adapter | Prompt | nn.
 
 
 def export(part: Any) -> Tensors:
+    """The tensors of a part by attribute name."""
     return part.export() if hasattr(part, "export") else part.state_dict()
 
 
 def slots(state: State, name: str) -> Tensors:
     """Every tensor of an adapter by its key in the file."""
-    return {prefix + key: t for prefix, part in parts(state, name) for key, t in export(part).items()}
+    tensors = {}
+    for prefix, part in parts(state, name):
+        for key, tensor in export(part).items():
+            tensors[prefix + key] = tensor
+    return tensors
 
 
 def repeats(state: State, name: str) -> dict[str, str]:
-    """Keys that a file may hold besides the slots, each with the slot whose tensor it repeats."""
-    layers = [(prefix, part.repeats()) for prefix, part in parts(state, name) if isinstance(part, Adapter)]
-    return {prefix + key: f"base_model.model.{whose}" for prefix, own in layers for key, whose in own.items()}
+    """Keys that a file may hold in addition, each with the slot whose tensor it repeats."""
+    repeated = {}
+    for prefix, part in parts(state, name):
+        if isinstance(part, Adapter):
+            for key, slot in part.repeats().items():
+                repeated[prefix + key] = f"base_model.model.{slot}"
+    return repeated
 
 
 # Writing
 
 
 def collect(model: nn.Module, state: State, name: str, whole: bool | None) -> tuple[Tensors, dict[str, Any]]:
-    """(tensors by key, notes) of an adapter, whole and on the CPU. Every process of a sharded run must take part."""
-    if any(tuple(getattr(p, "ds_shape", p.shape)) != tuple(p.shape) for p in state.parameters(name)):
-        raise CheckpointError(f"{name!r} is sharded by DeepSpeed's ZeRO-3; save it inside GatheredParameters")
-    tensors = slots(state, name) | embeddings.beside(model, state, state.configs[name], whole)
-    notes: dict[str, Any] = {"base": own_notes.fingerprint(base_weights(model, state, name))}
-    notes |= {"rounded": True} if is_rounded(state, name) else {}
-    seen: set[int] = set()
-    tensors = {key: _whole(t, seen) for key, t in tensors.items()}
-    _check_finite(tensors, f"adapter {name!r}, which is not saved,")
-    return tensors, notes
+    """(tensors by key, notes) of an adapter, gathered on the CPU. Every process of a sharded run must take part.
+
+    Args:
+        whole: save the base embeddings too; None: by PEFT's rule.
+    """
+    _checkgathered(state, name)
+    tensors = slots(state, name)
+    tensors |= embeddings.to_save(model, state, state.configs[name], whole)
+    notes: dict[str, Any] = {"base": provenance.fingerprint(base_weights(model, state, name))}
+    if is_rounded(state, name):
+        notes["rounded"] = True
+    memory: set[int] = set()
+    on_cpu = {key: gathered(tensor, memory) for key, tensor in tensors.items()}
+    _check_finite(on_cpu, f"adapter {name!r}, which is not saved,")
+    return on_cpu, notes
 
 
 def write(directory: Path, tensors: Tensors, notes: dict[str, Any], config: Config) -> None:
-    """Write one adapter. A crash leaves the old one or the new one: `load` can tell which config is the tensors'."""
+    """Write one adapter. After a crash there is the old one or the new one: `load` finds the config of the tensors."""
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(directory, NEXT_NAME)
     with replacing(directory / WEIGHTS_NAME) as temporary:
-        write_tensors(temporary, tensors, own_notes.metadata(notes, tensors, config))
+        write_tensors(temporary, tensors, provenance.metadata(notes, tensors, config))
     (directory / NEXT_NAME).replace(directory / CONFIG_NAME)
 
 
-def _whole(t: Tensor, seen: set[int]) -> Tensor:
-    """A tensor on the CPU: gathered if sharded, contiguous, and sharing memory with none of those whose are `seen`."""
-    t = t.full_tensor() if hasattr(t, "full_tensor") else t
-    if t.is_meta:
-        raise CheckpointError("the adapter has no values yet (it lies on the meta device); there is nothing to save")
-    t, memory = t.detach(), t.untyped_storage()
-    is_own = t.is_contiguous() and memory.nbytes() == t.nbytes and memory.data_ptr() not in seen
-    seen.add(memory.data_ptr())
-    return t.to("cpu", copy=not is_own).contiguous()
+def _checkgathered(state: State, name: str) -> None:
+    for parameter in state.parameters(name):
+        full_shape = getattr(parameter, "ds_shape", parameter.shape)
+        if tuple(full_shape) != tuple(parameter.shape):
+            raise CheckpointError(f"{name!r} is sharded by DeepSpeed's ZeRO-3; save it inside GatheredParameters")
+
+
+def gathered(tensor: Tensor, memory: set[int]) -> Tensor:
+    """A contiguous copy on the CPU, of all shards.
+
+    Args:
+        memory: addresses of storages already in use, with which it shares nothing; completed.
+    """
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    if tensor.is_meta:
+        raise CheckpointError("the adapter has no values yet (it is on the meta device); there is nothing to save")
+    tensor = tensor.detach()
+    storage = tensor.untyped_storage()
+    is_alone = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in memory
+    memory.add(storage.data_ptr())
+    needs_copy = not (is_alone and tensor.is_contiguous())
+    return tensor.to("cpu", copy=needs_copy).contiguous()
 
 
 # Reading
@@ -110,36 +151,38 @@ def load(
     allow_pickle: bool = False,
     follow_paths: bool = False,
     **hub: Any,
-) -> tuple[Config, Tensors, dict[str, Any]]:
-    """(config, tensors by key, veneer's own notes) of a saved adapter.
+) -> Saved:
+    """Read a saved adapter.
 
     Args:
-        config: the caller's own, instead of the file's.
+        config: use this one instead of the file's.
         allow_pickle: read a pickled tensor file where there is no other.
         follow_paths: paths in the file's config may lead out of its directory.
 
     Raises:
-        CheckpointError: a file is missing, broken, or the config is not the one the tensors were written with.
+        CheckpointError: a file is missing or broken, or the config is not the one the tensors were written with.
     """
     if config is not None:
-        return copy.copy(config), *read(source, allow_pickle=allow_pickle, **hub)
+        tensors, notes = read(source, allow_pickle=allow_pickle, **hub)
+        return Saved(copy.copy(config), tensors, notes)
     path = find_file(source, CONFIG_NAME, **hub)
-    found, config = identity(path), Config.from_dict(read_json(path))
+    before = identity(path)
+    config = Config.from_dict(read_json(path))
     tensors, notes = read(source, allow_pickle=allow_pickle, **hub)
-    other = own_notes.unlike(config, notes)
-    if other:
-        with contextlib.suppress(CheckpointError):  # there is none, unless a save was cut off or is under way
+    differences = provenance.differences(config, notes)
+    if differences:
+        with contextlib.suppress(CheckpointError):  # there is one if a save was cut off, or is under way
             config = Config.from_dict(read_json(path.with_name(NEXT_NAME)))
-            other = own_notes.unlike(config, notes)
-    if other and identity(path) != found:  # another process saved in the meantime
+            differences = provenance.differences(config, notes)
+    if differences and identity(path) != before:  # another process saved in the meantime
         return load(source, allow_pickle=allow_pickle, follow_paths=follow_paths, **hub)
-    if other:
+    if differences:
         raise CheckpointError(
-            f"{str(path)!r} is not the config that the tensors beside it were written with:{listing(other)}\n"
-            "Undo the change, or say that it is meant: config=Config.from_pretrained(...)"
+            f"{str(path)!r} is not the config that the tensors beside it were written with:{listing(differences)}\n"
+            "Undo the change; if it is intended, pass config=Config.from_pretrained(...)"
         )
     confine(config, path.parent, follow_paths)
-    return config, tensors, notes
+    return Saved(config, tensors, notes)
 
 
 def read(source: str | Path, *, allow_pickle: bool = False, **hub: Any) -> tuple[Tensors, dict[str, Any]]:
@@ -149,106 +192,200 @@ def read(source: str | Path, *, allow_pickle: bool = False, **hub: Any) -> tuple
         CheckpointError: no file, a pickle, a broken file, or values that are not finite.
     """
     path = find_weights(source, allow_pickle=allow_pickle, **hub)
-    found, metadata = (read_pickle(path), {}) if path.name == PICKLE_NAME else read_tensors(path)
-    _check_finite(found, repr(str(path)))
-    names = renamed()
-    tensors = {_todays(key, names): t for key, t in found.items()}
-    if len(tensors) < len(found):
-        twice = [key for key in found if _todays(key, names) != key and _todays(key, names) in found]
-        raise CheckpointError(f"{str(path)!r} holds tensors under an old and a new name:{listing(twice)}")
-    return computable(tensors), own_notes.read(metadata, found)
-
-
-def _check_finite(tensors: Tensors, what: str) -> None:
-    if broken := not_finite(tensors):
-        raise CheckpointError(f"{what} holds values that are not finite in:{listing(broken)}")
-
-
-def not_finite(tensors: Tensors) -> list[str]:
-    """The keys of tensors that hold values that are not finite; a sum that is finite has no other terms."""
-    floating = ((key, t.float() if t.element_size() == 1 else t) for key, t in tensors.items() if t.is_floating_point())
-    return [key for key, t in floating if not math.isfinite(t.float().sum()) and not torch.isfinite(t).all()]
+    metadata: Mapping[str, str] = {}
+    if path.name == PICKLE_NAME:
+        stored = read_pickle(path)
+    else:
+        stored, metadata = read_tensors(path)
+    _check_finite(stored, repr(str(path)))
+    tensors = _under_current_names(stored, path)
+    return computable(tensors), provenance.read(metadata, stored)
 
 
 def renamed() -> dict[str, str]:
-    """Today's names of attributes that methods' older files call otherwise."""
-    return {old: new for config in METHODS.values() for old, new in config.renamed.items()}
+    """The current names of attributes that a method's older files call otherwise."""
+    names: dict[str, str] = {}
+    for config in METHODS.values():
+        names |= config.renamed
+    return names
 
 
-def _todays(key: str, names: Mapping[str, str]) -> str:
+def _under_current_names(stored: Tensors, path: Path) -> Tensors:
+    names = renamed()
+    tensors = {}
+    twice = []
+    for key, tensor in stored.items():
+        current = current_key(key, names)
+        if current != key and current in stored:
+            twice.append(key)
+        tensors[current] = tensor
+    if twice:
+        raise CheckpointError(f"{str(path)!r} holds tensors under an old and a new name:{listing(twice)}")
+    return tensors
+
+
+def current_key(key: str, names: Mapping[str, str]) -> str:
+    """A key of an older file as it is called now; `names` is from `renamed`."""
     path, dot, attribute = key.rpartition(".")
     return path + dot + names.get(attribute, attribute)
 
 
-def check(state: State, name: str, tensors: Tensors) -> None:
-    """Raise CheckpointError unless `tensors` are exactly those of the adapter, in key and shape."""
-    expected = slots(state, name)
-    copies = {k: whose for k, whose in repeats(state, name).items() if k in tensors and whose in tensors}
-    extra = {k for k in tensors if embeddings.is_one(k)} | copies.keys()
-    missing = [k for k in expected if k not in tensors]
-    unlike = [k for k, whose in copies.items() if not _repeats(tensors[k], tensors[whose])]
-    unexpected = [k for k in tensors if k not in expected and k not in extra]
-    both = [(k, tensors[k], t) for k, t in expected.items() if k in tensors]
-    shapes = [
-        f"{k}: {tuple(found.shape)} in the file, {tuple(t.shape)} in the model"
-        for k, found, t in both
-        if found.shape != t.shape
-    ]
-    kinds = [
-        f"{k}: {found.dtype} in the file" for k, found, t in both if found.is_floating_point() != t.is_floating_point()
-    ]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes, "of another kind": kinds}
-    problems |= {"unlike those they should repeat": unlike}
-    if found := [f"{len(keys)} {how}:{listing(keys)}" for how, keys in problems.items() if keys]:
-        raise CheckpointError(f"the file does not fit adapter {name!r} on this model; tensors " + "\nand ".join(found))
+def _check_finite(tensors: Tensors, what: str) -> None:
+    broken = not_finite(tensors)
+    if broken:
+        raise CheckpointError(f"{what} holds values that are not finite in:{listing(broken)}")
 
 
-def is_rounded(state: State, name: str) -> bool:
-    """Whether an adapter stands on quantised weights, which are near the pretrained ones."""
-    return any(state.layers[path].target.is_quantised for path in state.adapters(name))
+def not_finite(tensors: Tensors) -> list[str]:
+    """The keys of tensors that hold values that are not finite."""
+    return [key for key, tensor in tensors.items() if tensor.is_floating_point() and not _is_finite(tensor)]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    wide = tensor.float()
+    if math.isfinite(wide.sum()):  # a quick look: a finite sum has only finite terms
+        return True
+    return bool(torch.isfinite(wide if tensor.element_size() == 1 else tensor).all())
+
+
+# Loading into an attached adapter
+
+
+def fill(model: Any, state: State, name: str, saved: Saved, *, lift: bool = True, check_base: bool = True) -> None:
+    """Put a saved adapter into the attached one called `name`. All is checked before anything changes.
+
+    Args:
+        lift: hold the adapter in float32 where the base is in half precision.
+        check_base: refuse a base model other than the one it was trained on.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, misshapen or damaged, or the base is another one.
+    """
+    others = [other for other in state.configs if other != name]
+    brought = embeddings.among(saved.tensors, model, slots(state, name), others)
+    check_fit(model, state, name, saved.tensors, saved.notes, check_base)
+    if brought:
+        state.reshaped.append(embeddings.Brought(brought))
+    absorb(state, name, saved.tensors)
+    settle(model, state, name, lift=lift)
+    state.mark(name)
+
+
+def check_refill(state: State, name: str, config: Config) -> None:
+    """Raise unless a saved adapter of these settings may take the place of the attached one called `name`.
+
+    Raises:
+        CheckpointError: another method, or settings under which the tensors mean something else.
+        VeneerError: the attached adapter is merged.
+    """
+    present = state.configs[name].saved()
+    if present.peft_type != config.peft_type:
+        raise CheckpointError(
+            f"adapter {name!r} is {present.peft_type}, the file {config.peft_type}; load it under another name"
+        )
+    if any(name in layer.merged_adapters for layer in state.layers.values()):
+        raise VeneerError(f"{name!r} is merged into the weights; call unmerge_adapter() before loading into it")
+    here = provenance.settings(present)
+    differences = []
+    for field, value in provenance.settings(config).items():
+        if here.get(field) != value:
+            differences.append(f"{field} = {here.get(field)!r}, in the file {value!r}")
+    if differences:
+        raise CheckpointError(
+            f"adapter {name!r} has other settings than the file; load it under another name:{listing(differences)}"
+        )
 
 
 def check_fit(
     model: Any, state: State, name: str, tensors: Tensors, notes: Mapping[str, Any], check_base: bool = True
 ) -> None:
-    """Raise unless a file's tensors are an adapter's, whole, and trained on this base model."""
+    """Raise unless a file's tensors are the adapter's, undamaged, and trained on this base model."""
     check(state, name, tensors)
-    own_notes.check_whole(notes)
+    provenance.check_undamaged(notes)
     if check_base:
-        own_notes.check_base(base_weights(model, state, name), notes, is_rounded(state, name))
+        provenance.check_base(base_weights(model, state, name), notes, is_rounded(state, name))
 
 
-def _repeats(t: Tensor, first: Tensor) -> bool:
-    """They are the same numbers; a tied module may see its weight from the other side."""
-    return torch.equal(t, first) or (first.dim() == 2 and torch.equal(t, first.T))
+def check(state: State, name: str, tensors: Tensors) -> None:
+    """Raise CheckpointError unless `tensors` are exactly those of the adapter, in key, shape and kind."""
+    expected = slots(state, name)
+    copies = {}
+    for key, slot in repeats(state, name).items():
+        if key in tensors and slot in tensors:
+            copies[key] = slot
+    problems = {
+        "missing": [key for key in expected if key not in tensors],
+        "unexpected": [],
+        "of another shape": [],
+        "of another kind": [],
+        "unlike those they should repeat": [],
+    }
+    for key, tensor in tensors.items():
+        if key not in expected:
+            if key not in copies and not embeddings.is_one(key):
+                problems["unexpected"].append(key)
+            continue
+        wanted = expected[key]
+        if tensor.shape != wanted.shape:
+            shapes = f"{tuple(tensor.shape)} in the file, {tuple(wanted.shape)} in the model"
+            problems["of another shape"].append(f"{key}: {shapes}")
+        if tensor.is_floating_point() != wanted.is_floating_point():
+            problems["of another kind"].append(f"{key}: {tensor.dtype} in the file")
+    for key, slot in copies.items():
+        if not _is_repeated(tensors[key], tensors[slot]):
+            problems["unlike those they should repeat"].append(key)
+    lines = [f"{len(keys)} {problem}:{listing(keys)}" for problem, keys in problems.items() if keys]
+    if lines:
+        raise CheckpointError(f"the file does not fit adapter {name!r} on this model; tensors " + "\nand ".join(lines))
+
+
+def _is_repeated(tensor: Tensor, first: Tensor) -> bool:
+    """Whether the numbers are the same; a tied module may hold them transposed."""
+    return torch.equal(tensor, first) or (first.dim() == 2 and torch.equal(tensor, first.T))
 
 
 def absorb(state: State, name: str, tensors: Tensors) -> None:
-    """Put checked tensors into the adapter."""
+    """Put checked tensors into the adapter; in place where it has memory."""
     for prefix, part in parts(state, name):
-        own = {key: tensors[prefix + key] for key in export(part) if prefix + key in tensors}
+        values = {}
+        for key in export(part):
+            if prefix + key in tensors:
+                values[key] = tensors[prefix + key]
         if hasattr(part, "absorb"):
-            part.absorb(own)
+            part.absorb(values)
         else:
-            part.load_state_dict(own, strict=False, assign=any(t.is_meta for t in part.state_dict().values()))
+            is_placeholder = any(tensor.is_meta for tensor in part.state_dict().values())
+            part.load_state_dict(values, strict=False, assign=is_placeholder)
 
 
 # The base model
 
 
-def base_weights(model: Any, state: State, name: str) -> dict[str, Tensor]:
-    """Pretrained weights an adapter stands on, by path; under a prompt the input embedding, by "".
+def is_rounded(state: State, name: str) -> bool:
+    """Whether any target of the adapter is quantised, so that its weights are near the pretrained ones."""
+    return any(state.layers[path].target.is_quantised for path in state.adapters(name))
 
-    Without those that are not whole in memory.
+
+def base_weights(model: Any, state: State, name: str) -> dict[str, Tensor]:
+    """The pretrained weights of an adapter's targets by path; of a prompt the input embedding, by "".
+
+    Only those that are whole in memory.
     """
-    found = {p: _pretrained(state, p) for p, a in state.adapters(name).items() if not isinstance(a, Replace)}
-    found |= {"": model.get_input_embeddings().weight} if name in state.prompts else {}
-    whole = {path: W for path, W in found.items() if W is not None}
-    return {path: W for path, W in whole.items() if not W.is_meta and not hasattr(W, "full_tensor")}
+    weights = {}
+    for path, adapter in state.adapters(name).items():
+        if not isinstance(adapter, Replace):
+            weights[path] = _pretrained(state, path)
+    if name in state.prompts:
+        weights[""] = model.get_input_embeddings().weight
+    whole = {}
+    for path, W in weights.items():
+        if W is not None and not W.is_meta and not hasattr(W, "full_tensor"):
+            whole[path] = W
+    return whole
 
 
 def _pretrained(state: State, path: str) -> Tensor | None:
-    """The pretrained weight of a layer; of a block, which has none of its own, that of the first matrix inside."""
+    """The pretrained weight of a layer; for a block, which has none itself, that of the first matrix inside."""
     target = state.layers[path].target
     if target.kind != "block":
         return target.original_weight() if target.is_readable else None

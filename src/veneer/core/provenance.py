@@ -1,6 +1,6 @@
-"""What a weight file says of its origin, beside its tensors: a sample of the base model, checksums, the settings.
+"""What a weight file says of its origin: a sample of the base model's weights, checksums, and the settings.
 
-They stand in the safetensors metadata under "veneer", which other readers ignore. A file without them loads too.
+This is kept in the safetensors metadata under "veneer", which other readers ignore. A file without it loads too.
 """
 
 from __future__ import annotations
@@ -20,26 +20,36 @@ if TYPE_CHECKING:
     from .config import Config
 
 KEY = "veneer"
+KINDS: dict[str, type] = {"base": dict, "checksums": list, "settings": dict}
+"""The types of the entries."""
+SAMPLED = 16
+"""Layers of which a sample is taken, at most."""
+NEAR, NEAR_QUANTISED = 0.05, 0.3
+"""How far the sampled weights may be from the noted ones, relative to their norm."""
 
 
 def metadata(notes: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Config) -> dict[str, str]:
     """The metadata of a weight file: notes on the base, completed by checksums and settings."""
-    kept = {name: value for name, value in notes.items() if name != "damaged"}
-    own = kept | {"checksums": checksums(tensors), "settings": settings(config)}
-    return {"format": "pt", KEY: json.dumps(own)}
+    content = {name: value for name, value in notes.items() if name != "damaged"}
+    content["checksums"] = checksums(tensors)
+    content["settings"] = settings(config)
+    return {"format": "pt", KEY: json.dumps(content)}
 
 
 def read(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A file's notes; under "damaged" the keys of tensors that are not what was written. Nonsense counts as none."""
+    """The notes of a file; "damaged" lists the keys of tensors that are not as they were written.
+
+    Empty if they are missing or malformed.
+    """
     try:
         notes = json.loads(metadata.get(KEY, "{}"))
     except (ValueError, RecursionError):
         return {}
-    kinds = {"base": dict, "checksums": list, "settings": dict}
-    if not isinstance(notes, dict) or any(
-        not isinstance(notes.get(name, kind()), kind) for name, kind in kinds.items()
-    ):
+    if not isinstance(notes, dict):
         return {}
+    for name, kind in KINDS.items():
+        if not isinstance(notes.get(name, kind()), kind):
+            return {}
     return notes | {"damaged": _damaged(tensors, notes.get("checksums"))}
 
 
@@ -51,22 +61,28 @@ def checksums(tensors: Mapping[str, Tensor]) -> list[int]:
     return [_checksum(key, tensors[key]) for key in sorted(tensors)]
 
 
-def _checksum(key: str, t: Tensor) -> int:
-    start = zlib.crc32(f"{key} {t.dtype} {tuple(t.shape)}".encode("utf-8", "surrogatepass"))
-    content: Any = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def _checksum(key: str, tensor: Tensor) -> int:
+    header = f"{key} {tensor.dtype} {tuple(tensor.shape)}"
+    start = zlib.crc32(header.encode("utf-8", "surrogatepass"))
+    content: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return zlib.crc32(content, start)
 
 
 def _damaged(tensors: Mapping[str, Tensor], noted: list[int] | None) -> list[str]:
+    """The keys of tensors whose checksums are not the noted ones."""
     if noted is None:
         return []
     if len(noted) != len(tensors):
         return [f"{len(tensors)} tensors, of {len(noted)} that were written"]
-    return [key for key, own, sum in zip(sorted(tensors), checksums(tensors), noted, strict=True) if own != sum]
+    damaged = []
+    for key, actual, expected in zip(sorted(tensors), checksums(tensors), noted, strict=True):
+        if actual != expected:
+            damaged.append(key)
+    return damaged
 
 
-def check_whole(notes: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where a file's tensors are not those that were written."""
+def check_undamaged(notes: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a file's tensors are not as they were written."""
     if notes.get("damaged"):
         raise CheckpointError(
             "the file was damaged or changed after it was written: its checksums differ for"
@@ -79,16 +95,23 @@ def check_whole(notes: Mapping[str, Any]) -> None:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """The fields of a config that say what its tensors mean, as they stand in a file."""
+    """The fields of a config that decide what its tensors mean, as a file holds them."""
     content = config.to_dict()
-    own = {name: content[name] if name in content else getattr(config, name) for name in config.semantic_fields()}
-    return without_paths(json.loads(json.dumps(own)), names_of_paths(config))
+    values = {}
+    for name in config.semantic_fields():
+        values[name] = content[name] if name in content else getattr(config, name)
+    plain = json.loads(json.dumps(values))
+    return without_paths(plain, names_of_paths(config))
 
 
-def unlike(config: Config, notes: Mapping[str, Any]) -> list[str]:
+def differences(config: Config, notes: Mapping[str, Any]) -> list[str]:
     """Where a config's settings are not those that the tensors were written with."""
-    noted, here = notes.get("settings", {}), settings(config)
-    return [f"{k} = {here[k]!r}, when written {v!r}" for k, v in noted.items() if k in here and here[k] != v]
+    current = settings(config)
+    lines = []
+    for name, noted in notes.get("settings", {}).items():
+        if name in current and current[name] != noted:
+            lines.append(f"{name} = {current[name]!r}, when written {noted!r}")
+    return lines
 
 
 # The base model
@@ -96,31 +119,38 @@ def unlike(config: Config, notes: Mapping[str, Any]) -> list[str]:
 
 def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, list[float]]:
     """A few of the pretrained weights, to recognise the base model by."""
-    return {path: _sample(weights[path]) for path in list(weights)[:: max(1, len(weights) // 16)][:16]}
+    step = max(1, len(weights) // SAMPLED)
+    paths = list(weights)[::step][:SAMPLED]
+    return {path: _sample(weights[path]) for path in paths}
 
 
 def check_base(weights: Mapping[str, Tensor], notes: Mapping[str, Any], rounded: bool = False) -> None:
-    """Raise BaseMismatch when the noted weights are not those of this model, which may be quantised (`rounded`)."""
-    noted = {
-        path: values
-        for path, values in notes.get("base", {}).items()
-        if path in weights and isinstance(values, list) and all(isinstance(v, float) for v in values)
-    }
+    """Raise BaseMismatch where the noted weights are not those of this model.
+
+    Args:
+        rounded: this model's weights are quantised.
+    """
+    noted = {path: sample for path, sample in notes.get("base", {}).items() if path in weights and _is_sample(sample)}
     if not noted:
         return
-    here = torch.tensor([v for path in noted for v in _sample(weights[path])])
-    there = torch.tensor([v for values in noted.values() for v in values])
+    here = torch.tensor([value for path in noted for value in _sample(weights[path])])
+    there = torch.tensor([value for sample in noted.values() for value in sample])
     if here.shape != there.shape:
         raise BaseMismatch("the file's notes on its base model do not fit this model's layers")
-    difference = float((here - there).norm() / there.norm().clamp_min(1e-12))
-    if not difference <= (0.3 if rounded or notes.get("rounded") else 0.05):
+    distance = float((here - there).norm() / there.norm().clamp_min(1e-12))
+    limit = NEAR_QUANTISED if rounded or notes.get("rounded") else NEAR
+    if not distance <= limit:  # also where it is nan
         raise BaseMismatch(
             f"the adapter was trained on another base model: {len(noted)} of its layers, sampled, differ by "
-            f"{difference:.0%} from the weights here. Load the base it was trained on, or pass check_base=False"
+            f"{distance:.0%} from the weights here. Load the base it was trained on, or pass check_base=False"
         )
+
+
+def _is_sample(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(number, float) for number in value)
 
 
 def _sample(W: Tensor) -> list[float]:
     """Four values spread over a weight, rounded as bf16 would."""
-    where = [torch.linspace(0, size - 1, 4, device=W.device).long() for size in W.shape]
-    return W.detach()[tuple(where)].to(torch.bfloat16).tolist()
+    places = tuple(torch.linspace(0, size - 1, 4, device=W.device).long() for size in W.shape)
+    return W.detach()[places].to(torch.bfloat16).tolist()

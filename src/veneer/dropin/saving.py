@@ -25,7 +25,7 @@ def save_adapter(
     from safetensors.torch import save as serialise
 
     seen: set[int] = set()
-    whole = {key: checkpoint._whole(t, seen) for key, t in tensors.items()}
+    whole = {key: checkpoint.gathered(t, seen) for key, t in tensors.items()}
     if not is_main_process:
         return
     directory.mkdir(parents=True, exist_ok=True)

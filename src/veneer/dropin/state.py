@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core import checkpoint, embeddings
-from ..core.attach import settle
 from ..core.config import PromptConfig
+from ..core.placement import settle
 from ..core.state import State, state_of
 from ..errors import CheckpointError, VeneerError
 from ..files.find import find_file
@@ -54,7 +54,7 @@ def get_peft_model_state_dict(
             "Could not identify embedding layer(s) because the model is not a 🤗 transformers model.", stacklevel=2
         )
         wanted = False
-    beside = embeddings.beside(inner, state, config, wanted)
+    beside = embeddings.to_save(inner, state, config, wanted)
     if wanted is None and beside:
         warnings.warn(
             "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.", stacklevel=2
@@ -132,7 +132,7 @@ def set_peft_model_state_dict(
 def _todays(given: Mapping[str, Tensor], config: Any, has_prefix: bool) -> dict[str, Tensor]:
     names = checkpoint.renamed()
     start = "" if has_prefix or isinstance(config, PromptConfig) else PREFIX
-    tensors = {checkpoint._todays(key, names): t for key, t in given.items()}
+    tensors = {checkpoint.current_key(key, names): t for key, t in given.items()}
     tensors = modern(tensors) if any_old(tensors) else tensors
     return {key if key.startswith("base_model.") else start + key: t for key, t in tensors.items()}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..core import checkpoint, embeddings
 from ..core.config import CONFIG_NAME, Config, at
-from ..core.provenance import check_whole
+from ..core.provenance import check_undamaged
 from ..errors import CheckpointError, ConfigError
 from ..files.read import PICKLE_NAME, WEIGHTS_NAME, read_json
 from ..methods.lora import LoRA, LoraConfig
@@ -33,7 +33,7 @@ def read(directory: Path, hints: Hints) -> Lora:
     if (directory / WEIGHTS_NAME).is_file():
         file = directory / WEIGHTS_NAME
         config, tensors, notes = checkpoint.load(directory)
-        check_whole(notes)
+        check_undamaged(notes)
     else:
         file, config = directory / PICKLE_NAME, Config.from_pretrained(directory)
         tensors, _ = read_tensors(file, hints.allow_pickle)

@@ -113,7 +113,13 @@ class UniLoraConfig(LayerConfig):
 
     def semantic_fields(self) -> list[str]:
         """The places of a target follow from those of the others, of which the tensors say nothing."""
-        return [*super().semantic_fields(), "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"]
+        return [
+            *super().semantic_fields(),
+            "target_modules",
+            "exclude_modules",
+            "layers_to_transform",
+            "layers_pattern",
+        ]
 
     def build_shared(self, targets: Sequence[Target]) -> Vector:
         return Vector(self, targets)

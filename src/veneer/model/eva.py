@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..core.attach import HALF, attach, detach
+from ..core.attach import attach, detach
+from ..core.placement import HALF
 from ..errors import ConfigError, VeneerError, listing
 from ..methods.inits.eva import (
     PREFIX,

@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core import checkpoint, embeddings
-from ..core.adapter import Tensors
-from ..core.attach import attach, detach, settle
+from ..core import checkpoint
+from ..core.attach import attach, detach
 from ..core.config import Config, PromptConfig
 from ..core.layer import AdapterLayer
-from ..core.provenance import settings
 from ..core.state import CheckpointContext, State, state_of
-from ..errors import CheckpointError, ConfigError, NotMergeable, VeneerError, listing, nearest
+from ..errors import CheckpointError, ConfigError, NotMergeable, VeneerError, nearest
 from ..files.find import check_hub_arguments
 from ..targets.quantised import warn_of_rounding
 from ..upstream import checkpointing
@@ -416,15 +414,13 @@ class PeftModel(nn.Module):
             CheckpointError: a file is missing, damaged, or does not fit; the model is left as it was.
         """
         check_hub_arguments(hub)
-        config, tensors, notes = checkpoint.load(
-            model_id, config, allow_pickle=allow_pickle, follow_paths=follow_paths, **hub
-        )
-        config.inference_mode = not is_trainable
+        saved = checkpoint.load(model_id, config, allow_pickle=allow_pickle, follow_paths=follow_paths, **hub)
+        saved.config.inference_mode = not is_trainable
         lift = autocast_adapter_dtype
         with _flags_kept_on_error(model):
-            adapted = cls(model, config, adapter_name, autocast_adapter_dtype=lift, low_cpu_mem_usage=True)
+            adapted = cls(model, saved.config, adapter_name, autocast_adapter_dtype=lift, low_cpu_mem_usage=True)
             try:
-                adapted._fill(adapter_name, tensors, notes, lift, check_base)
+                checkpoint.fill(model, adapted._state, adapter_name, saved, lift=lift, check_base=check_base)
             except BaseException:
                 adapted.unload()
                 raise
@@ -444,19 +440,21 @@ class PeftModel(nn.Module):
     ) -> None:
         """Load a further adapter, or new values for one of that name, whose Parameters stay the same objects."""
         check_hub_arguments(hub)
-        is_present = adapter_name in self.peft_config  # what its config names was followed when it was made
-        follow = follow_paths or is_present
-        config, tensors, notes = checkpoint.load(model_id, allow_pickle=allow_pickle, follow_paths=follow, **hub)
+        is_present = adapter_name in self.peft_config
+        follow = follow_paths or is_present  # the paths in a present adapter's config were followed when it was made
+        saved = checkpoint.load(model_id, allow_pickle=allow_pickle, follow_paths=follow, **hub)
+        model = self.get_base_model()
+        lift = autocast_adapter_dtype
         if is_present:
-            self._check_refill(adapter_name, config)
-            self._fill(adapter_name, tensors, notes, autocast_adapter_dtype, check_base)
+            checkpoint.check_refill(self._state, adapter_name, saved.config)
+            checkpoint.fill(model, self._state, adapter_name, saved, lift=lift, check_base=check_base)
             return
-        config.inference_mode = not is_trainable
-        self._attach(adapter_name, config, on_meta=True, lift=autocast_adapter_dtype)
+        saved.config.inference_mode = not is_trainable
+        self._attach(adapter_name, saved.config, on_meta=True, lift=lift)
         try:
-            self._fill(adapter_name, tensors, notes, autocast_adapter_dtype, check_base)
+            checkpoint.fill(model, self._state, adapter_name, saved, lift=lift, check_base=check_base)
         except BaseException:
-            detach(self.get_base_model(), adapter_name, self._state)
+            detach(model, adapter_name, self._state)
             raise
 
     # Steps
@@ -466,9 +464,8 @@ class PeftModel(nn.Module):
         if not isinstance(config, Config):
             raise ConfigError(f"a veneer config describes an adapter, not a {type(config).__name__}")
         config = copy.copy(config)  # what is found for this model is not written into the caller's own
-        config.base_model_name_or_path = getattr(getattr(model, "config", None), "name_or_path", None) or (
-            config.base_model_name_or_path
-        )
+        name_or_path = getattr(getattr(model, "config", None), "name_or_path", None)
+        config.base_model_name_or_path = name_or_path or config.base_model_name_or_path
         if isinstance(config, PromptConfig) and config.task_type is None:
             config.task_type = task_of(model)
         with remarked():
@@ -477,32 +474,6 @@ class PeftModel(nn.Module):
             state.watchers.append(Guard(state))
         if not config.inference_mode:
             follow(state, name)
-
-    def _fill(self, name: str, tensors: Tensors, notes: dict[str, Any], lift: bool, check_base: bool) -> None:
-        state, model = self._state, self.get_base_model()
-        others = [other for other in state.configs if other != name]
-        brought = embeddings.among(tensors, model, checkpoint.slots(state, name), others)
-        checkpoint.check_fit(model, state, name, tensors, notes, check_base)
-        state.reshaped += [embeddings.Brought(brought)] if brought else []
-        checkpoint.absorb(state, name, tensors)
-        settle(model, state, name, lift=lift)
-        state.mark(name)
-
-    def _check_refill(self, name: str, config: Config) -> None:
-        """Raise unless a file's tensors mean the same in the adapter that is there."""
-        present = self.peft_config[name].saved()
-        if present.peft_type != config.peft_type:
-            raise CheckpointError(
-                f"adapter {name!r} is {present.peft_type}, the file {config.peft_type}; load it under another name"
-            )
-        if name in self._merged():
-            raise VeneerError(f"{name!r} is merged into the weights; call unmerge_adapter() before loading into it")
-        own, new = settings(present), settings(config)
-        other = [f"{field} = {own.get(field)!r}, in the file {b!r}" for field, b in new.items() if own.get(field) != b]
-        if other:
-            raise CheckpointError(
-                f"adapter {name!r} has other settings than the file; load it under another name:{listing(other)}"
-            )
 
     def _known(self, name: str) -> str:
         if name not in self.peft_config:
