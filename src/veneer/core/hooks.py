@@ -1,6 +1,9 @@
-"""The root hooks on the Hugging Face model: facts of a call in, learned prompts in front of the input, loss terms out.
+"""The root hooks: what veneer does before and after each call of the Hugging Face model, in order.
 
-`generate`, TRL and `Trainer` all enter below `PeftModel.forward`; one pre-hook on the model they call serves them all.
+`generate`, TRL and `Trainer` all call the model below `PeftModel.forward`; one pre-hook and one post-hook on it serve
+them all. Before a call (`before`): the fast paths of modules are put in, the adapters' facts are taken out of the
+arguments, methods compute theirs, prompts go in front of the input, and the loss and the padding are taken over. After
+it (`after`): methods and prompts see the output, loss terms are added, and what was taken over is given back.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ def install(model: nn.Module, state: State) -> None:
         if encoder is not None:
             hooks.append(encoder.register_forward_pre_hook(before_encoder, with_kwargs=True))
             encoder.__dict__["_veneer_root"] = (state,)
+            state.encoder_arguments = positional(encoder)
         model.__dict__["_veneer_hooks"] = hooks
     for child, group in CHILDREN.items():
         modules = getattr(state, group)
@@ -62,7 +66,7 @@ def uninstall(model: nn.Module) -> None:
 
 
 def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The root pre-hook: fast paths of modules, watchers, facts, prompts, then what is exchanged for this call."""
+    """The root pre-hook: the arguments of the call as the model gets them."""
     state = state_of(model)
     if state is None or state.busy:
         return args, kwargs
@@ -77,9 +81,13 @@ def _prepared(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: dic
     """The arguments of a call without the adapters' facts, which the model would swallow, and with prompts in front."""
     for watcher in state.watchers:
         watcher.before(model, named(state.arguments, args, kwargs))
-    own = {name: kwargs[name] for name in state.fact_names() if kwargs.get(name) is not None}
-    kwargs = {name: value for name, value in kwargs.items() if name not in state.fact_names()}
-    state.facts = by_row({**state.sticky, **own}, kwargs, args)
+    facts = dict(state.sticky)
+    kwargs = dict(kwargs)
+    for name in state.fact_names():
+        value = kwargs.pop(name, None)
+        if value is not None:
+            facts[name] = value
+    state.facts = by_row(facts, kwargs, args)
     check_names(state)
     for name in called(state):
         _compute_facts(state, name, model, named(state.arguments, args, kwargs))
@@ -93,7 +101,7 @@ def _prepared(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: dic
 
 
 def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """The root hook, also of a call that failed, which has no output: what was exchanged goes back in any case."""
+    """The root post-hook. It also runs for a call that failed, which has no output."""
     state = state_of(model)
     if state is None or state.busy:
         return output
@@ -104,7 +112,7 @@ def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 
 
 def _finished(model: nn.Module, state: State, output: Any) -> Any:
-    """Show the methods the output; a prompt's own loss takes the place of the model's, and loss terms are added."""
+    """The output, with a prompt's own loss instead of the model's, and with the adapters' loss terms."""
     for name in called(state):
         state.configs[name].after(state.facts, output)
     if getattr(output, "loss", None) is not None:
@@ -116,10 +124,15 @@ def _finished(model: nn.Module, state: State, output: Any) -> Any:
 
 def _change_loss(state: State, output: Any) -> None:
     for prompt in live_prompts(state):
-        own = prompt.loss(getattr(output, "logits", None), state.facts)
-        output.loss = output.loss if own is None else own
-    for name in state.live() if torch.is_grad_enabled() else ():
-        term = state.configs[name].loss(list(state.adapters(name).values())) if name in state.trainable else None
+        replacement = prompt.loss(getattr(output, "logits", None), state.facts)
+        if replacement is not None:
+            output.loss = replacement
+    if not torch.is_grad_enabled():
+        return
+    for name in state.live():
+        if name not in state.trainable:
+            continue
+        term = state.configs[name].loss(list(state.adapters(name).values()))
         if term is not None:
             term = term.full_tensor() if hasattr(term, "full_tensor") else term
             output.loss = output.loss + term.to(output.loss)
@@ -187,7 +200,7 @@ def before_encoder(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if state is None or state.busy:
         return args, kwargs
     state.facts = dict(state.facts)
-    kwargs = named(positional(encoder), args, kwargs)
+    kwargs = named(state.encoder_arguments, args, kwargs)
     for name in called(state):
         _compute_facts(state, name, encoder, kwargs, of_encoder=True)
     for prompt in live_prompts(state):
@@ -209,7 +222,8 @@ def _with_embeds(model: nn.Module, prompt: Prompt, facts: dict[str, Any], kwargs
     if inputs is None:
         inputs = model.get_input_embeddings()(ids)
     learned = prompt.embeds(facts).to(inputs.dtype)
-    learned = learned.expand(inputs.shape[0], -1, -1) if learned.dim() == 2 else learned
+    if learned.dim() == 2:
+        learned = learned.expand(inputs.shape[0], -1, -1)
     kwargs["inputs_embeds"] = torch.cat([learned, inputs], dim=1)
     mask = kwargs.get("attention_mask")
     if mask is None or mask.shape[-1] == inputs.shape[1]:
@@ -226,8 +240,8 @@ def _with_embeds(model: nn.Module, prompt: Prompt, facts: dict[str, Any], kwargs
 def _with_cache(model: nn.Module, prompt: Prompt, state: State, pairs: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Keys and values at the start of the cache (the fact "filled"); the mask and the positions grow with them."""
     _refuse_checkpointing(model)
-    # without use_cache every call brings the whole sequence, and the cache that an earlier one returned is not meant
-    cache = caches.of_call(kwargs) if kwargs.get("use_cache") is not False else None
+    # without use_cache every call brings the whole sequence, even if a cache of an earlier call comes with it
+    cache = None if kwargs.get("use_cache") is False else caches.of_call(kwargs)
     rows = batch_size((), kwargs)
     assert rows is not None and state.cache_argument is not None
     if not caches.is_filled(cache):
@@ -295,14 +309,14 @@ def _per_token(labels: Tensor | None, inputs: Tensor) -> bool:
 
 
 def positional(model: nn.Module) -> tuple[str, ...]:
-    """The names of the positional arguments of a call; the input alone where a model does not tell."""
-    known = parameters(model) if hasattr(model, "config") else ()
-    return known or ("input_ids",)
+    """The names of the positional arguments of a call; just `input_ids` for models of other libraries."""
+    names = parameters(model) if hasattr(model, "config") else ()
+    return names or ("input_ids",)
 
 
 def named(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, positional ones too."""
-    return {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
+    """The arguments of a call by name, including positional ones."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _given(kwargs: dict[str, Any]) -> dict[str, Any]:

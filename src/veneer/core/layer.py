@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,28 @@ from .state import BASE, State
 from .views import View
 
 Stack = Sequence[Adapter]
+"""Adapters on one layer, innermost first."""
+
+
+class Group(NamedTuple):
+    """The rows of a mixed batch that use one adapter name."""
+
+    rows: Tensor
+    below: Stack
+    """Adapters that are computed as a weight."""
+    above: Stack
+    inputs: list[Tensor]
+    """What each of `above` received, innermost last."""
+
+
+class Snapshot(NamedTuple):
+    """A layer's state before a merge."""
+
+    base_layer: nn.Module
+    parameters: dict[str, Tensor]
+    kept_module: nn.Module | None
+    kept: dict[str, Tensor]
+    merged_adapters: tuple[str, ...]
 
 
 class AdapterLayer(WrapperModule):
@@ -63,11 +85,12 @@ class AdapterLayer(WrapperModule):
             return self._run(stack, args, kwargs)
         self.call = kwargs
         try:
-            return (
-                self._mixed(state.facts["adapter_names"], args, kwargs) if is_mixed else self._run(stack, args, kwargs)
-            )
+            if is_mixed:
+                return self._mixed(state.facts["adapter_names"], args, kwargs)
+            return self._run(stack, args, kwargs)
         finally:
-            self.rows, self.call = None, {}
+            self.rows = None
+            self.call = {}
 
     def is_by_row(self) -> bool:
         """Whether the live adapters look at nothing but each row of the input, and draw no random numbers."""
@@ -86,21 +109,31 @@ class AdapterLayer(WrapperModule):
         return [part for name in names if name in adapters and name not in merged for part in adapters[name].parts]
 
     def _run(self, stack: Stack, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        below, above = _split(stack)
+        """The base module with one stack of adapters for all rows."""
         x = _first(args, kwargs)
-        suits = len(stack) == 1 and stack[0].is_dense and folded.suits(x, stack[0].dtype, self.target.dtype)
-        if suits and (base := self.target.direct()) is not None:
-            return folded.folded_linear(x, *base, stack[0].fold, list(stack[0].parameters()))
-        direct = self._direct(x) if not below and above[0].is_product else None
-        if direct is not None:
-            inputs, x = _down(above[1:], x)
-            y = self._updated(x, direct, above[:1], [(0, x.numel() // x.shape[-1], 0)])
-            y = above[0].finish(_cast(y, above[0].dtype)) if above[0].has_finish else y
-            return _cast(_up(above[1:], inputs, y), x.dtype)
+        if len(stack) == 1 and stack[0].is_dense and folded.suits(x, stack[0].dtype, self.target.dtype):
+            base = self.target.direct()
+            if base is not None:
+                return folded.folded_linear(x, *base, stack[0].fold, list(stack[0].parameters()))
+        below, above = _split(stack)
+        if not below and above[0].is_product:
+            base = self._direct(x)
+            if base is not None:
+                return self._fused(above, x, base)
         inputs, x = _down(above, x)
         args, kwargs = _with_first(x, args, kwargs)
         out = self._through(below, args, kwargs) if below else self.base_layer(*args, **kwargs)
         return _with_output(out, _up(above, inputs, _output(out)))
+
+    def _fused(self, stack: Stack, x: Tensor, base: tuple[Tensor, Tensor | None]) -> Tensor:
+        """A stack whose innermost adapter is a low-rank update, computed together with the base."""
+        innermost, outer = stack[0], stack[1:]
+        inputs, x = _down(outer, x)
+        rows = x.numel() // x.shape[-1]
+        y = self._updated(x, base, [innermost], [(0, rows, 0)])
+        if innermost.has_finish:
+            y = innermost.finish(_cast(y, innermost.dtype))
+        return _cast(_up(outer, inputs, y), x.dtype)
 
     def _direct(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """The weight and bias of the base, where it and a low-rank update of it can be computed in one."""
@@ -109,26 +142,38 @@ class AdapterLayer(WrapperModule):
             return None
         return direct
 
-    def _updated(self, x: Tensor, direct: tuple[Tensor, Tensor | None], products: Stack, runs: Sequence[Run]) -> Tensor:
-        """The base with low-rank updates by runs of rows. What needs no gradient is put together once a call."""
+    def _updated(self, x: Tensor, base: tuple[Tensor, Tensor | None], products: Stack, runs: Sequence[Run]) -> Tensor:
+        """The base with low-rank updates by runs of rows.
+
+        Without gradients, and while no adapter changes (`State.memo`), the factors are stacked once for many calls.
+        """
         memo = None if torch.is_grad_enabled() else self.state.memo
-        key = (self.path, tuple(id(adapter) for adapter in products), tuple(runs))
-        if memo is not None and key not in memo:
-            memo[key] = low_rank.stack([a.as_update() for a in products], runs, x.numel() // x.shape[-1], x.dtype)
-        if memo is not None and memo[key] is not None:
-            return low_rank.stacked_linear(x, *direct, memo[key])
-        return low_rank.low_rank_linear(x, *direct, [a.as_update() for a in products], runs)
+        if memo is not None:
+            key = (self.path, tuple(id(adapter) for adapter in products), tuple(runs))
+            if key not in memo:
+                updates = [adapter.as_update() for adapter in products]
+                memo[key] = low_rank.stack(updates, runs, x.numel() // x.shape[-1], x.dtype)
+            if memo[key] is not None:
+                return low_rank.stacked_linear(x, *base, memo[key])
+        updates = [adapter.as_update() for adapter in products]
+        return low_rank.low_rank_linear(x, *base, updates, runs)
 
     def _mixed_products(self, names: Sequence[str], x: Tensor) -> Tensor | None:
-        """A mixed batch in which every row has a low-rank update or none; None for others."""
-        stacks = {name: self.stack((name,)) for name in dict.fromkeys(names) if name != BASE}
-        own = {name: stack[0] for name, stack in stacks.items() if stack}
+        """The output for a mixed batch in which every row has one low-rank update or none; None for others."""
+        products: dict[str, Adapter] = {}
+        for name in dict.fromkeys(names):
+            stack = [] if name == BASE else self.stack((name,))
+            if len(stack) > 1 or not all(map(_is_sum, stack)):
+                return None
+            if stack:
+                products[name] = stack[0]
         rows = x.numel() // x.shape[-1]
-        by_row = x.shape[0] == len(names) or (x.dim() == 2 and rows % len(names) == 0)
-        if not own or not by_row or not all(len(s) < 2 and all(map(_is_sum, s)) for s in stacks.values()):
+        has_rows = x.shape[0] == len(names) or (x.dim() == 2 and rows % len(names) == 0)
+        base = self._direct(x) if products and has_rows else None
+        if base is None:
             return None
-        direct = self._direct(x)
-        return None if direct is None else self._updated(x, direct, list(own.values()), _runs(names, list(own), rows))
+        runs = _runs(names, list(products), rows)
+        return self._updated(x, base, list(products.values()), runs)
 
     def _mixed(self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One batch whose rows use different adapters; the base module still runs once."""
@@ -136,29 +181,33 @@ class AdapterLayer(WrapperModule):
         y = self._mixed_products(names, x)
         if y is not None:
             return y
-        runs = []
+        groups = []
         for rows, stack in self._groups(names, x):
             below, above = _split(stack)
             self.rows = rows
-            inputs, own = _down(above, x[rows])
-            x = x.index_copy(0, rows, own) if any(a.has_pre for a in above) else x
-            runs.append((rows, below, above, inputs))
+            inputs, changed = _down(above, x[rows])
+            if any(adapter.has_pre for adapter in above):
+                x = x.index_copy(0, rows, changed)
+            groups.append(Group(rows, below, above, inputs))
         args, kwargs = _with_first(x, args, kwargs)
         out = self.base_layer(*args, **kwargs)
-        for rows, below, above, inputs in runs:
-            self.rows = rows
-            out = _with_rows(out, self._through(below, args, kwargs), rows) if below else out
-            if above:
+        for group in groups:
+            self.rows = group.rows
+            if group.below:
+                out = _with_rows(out, self._through(group.below, args, kwargs), group.rows)
+            if group.above:
                 y = _output(out)
-                out = _with_output(out, y.index_copy(0, rows, _up(above, inputs, y[rows])))
+                changed = _up(group.above, group.inputs, y[group.rows])
+                out = _with_output(out, y.index_copy(0, group.rows, changed))
         return out
 
     def _groups(self, names: Sequence[str], x: Tensor) -> list[tuple[Tensor, Stack]]:
-        """The rows of a mixed batch that each adapter on this layer serves."""
-        tokens = x.shape[0] // len(names) if x.dim() == 2 and x.shape[0] % len(names) == 0 else 1
-        rows: dict[str, list[int]] = {}  # of (rows x tokens, width) where a mixture of experts flattened them
-        for row, name in enumerate(name for name in names for _ in range(tokens)):
-            rows.setdefault(name, []).append(row)
+        """(rows, adapters) for each adapter name of a mixed batch that has adapters here."""
+        is_flat = x.dim() == 2 and x.shape[0] % len(names) == 0  # (rows x tokens, width), as experts are given it
+        tokens = x.shape[0] // len(names) if is_flat else 1
+        rows: dict[str, list[int]] = {}
+        for place, name in enumerate(names):
+            rows.setdefault(name, []).extend(range(place * tokens, (place + 1) * tokens))
         stacks = {name: self.stack((name,)) for name in rows if name != BASE}
         if any(stacks.values()) and x.shape[0] != len(names) * tokens:
             raise VeneerError(
@@ -168,10 +217,12 @@ class AdapterLayer(WrapperModule):
         return [(torch.tensor(rows[name], device=x.device), stack) for name, stack in stacks.items() if stack]
 
     def _through(self, below: Stack, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module's output through the weight that the adapters `below` fold into."""
-        if isinstance(below[-1], Replace):
-            args, kwargs = _with_first(_cast(_first(args, kwargs), below[-1].dtype), args, kwargs)
-            out = below[-1].run(*args, **kwargs)
+        """The module's output with the weight that results from folding in the adapters `below`."""
+        outermost = below[-1]
+        if isinstance(outermost, Replace):
+            x = _cast(_first(args, kwargs), outermost.dtype)
+            args, kwargs = _with_first(x, args, kwargs)
+            out = outermost.run(*args, **kwargs)
             return _with_output(out, _cast(_output(out), self.target.dtype))
         if any(adapter.target.kind == "param" for adapter in below):
             return functional_call(self.base_layer, self.folded(below), args, kwargs)
@@ -180,26 +231,36 @@ class AdapterLayer(WrapperModule):
 
     def folded(self, stack: Stack) -> dict[str, Tensor]:
         """The module's parameters with `stack` folded in, by name."""
-        found: dict[str, Tensor] = {}
-        for path in dict.fromkeys(adapter.target.path for adapter in stack):
-            same = [adapter for adapter in stack if adapter.target.path == path]
-            found |= same[0].target.tensors(*self.fold(same))
-        return found
+        by_path: dict[str, list[Adapter]] = {}
+        for adapter in stack:
+            by_path.setdefault(adapter.target.path, []).append(adapter)
+        tensors: dict[str, Tensor] = {}
+        for adapters in by_path.values():
+            W, b = self.fold(adapters)
+            tensors |= adapters[0].target.tensors(W, b)
+        return tensors
 
     def fold(self, stack: Stack) -> tuple[Tensor, Tensor | None]:
-        """Weight (out, in) and bias with `stack`, of one target, folded in: summed in at least fp32, rounded once."""
+        """Weight (out, in) and bias with adapters of one target folded in.
+
+        Summed in at least float32 and rounded once.
+        """
         target = stack[0].target
         W, b = target.weight(), target.bias()
-        dtype, wide = W.dtype, torch.promote_types(W.dtype, torch.float32)
-        W, b = W.to(wide), None if b is None else b.to(wide)
+        dtype = W.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        W = W.to(wide)
+        b = None if b is None else b.to(wide)
         for adapter in stack:
             W, b = adapter.fold(W, b)
         return W.to(dtype), None if b is None else b.to(dtype)
 
     def _unadapted(self, *args: Any, **kwargs: Any) -> Any:
-        """The pretrained module, also while adapters are merged into its weight."""
+        """The pretrained module's output, also while adapters are merged into its weight."""
         module = self.kept_module or self.base_layer
-        return self.target.call_with(module, self.kept, args, kwargs) if self.kept else module(*args, **kwargs)
+        if self.kept:
+            return self.target.call_with(module, self.kept, args, kwargs)
+        return module(*args, **kwargs)
 
     # Merging
 
@@ -208,56 +269,74 @@ class AdapterLayer(WrapperModule):
         for name in names:
             for part in self.stack((name,)):
                 if not part.has_fold:
-                    part.fold(torch.empty(0), None)
-        waiting = [n for n in self.state.active if n in self.adapters and n not in (*names, *self.merged_adapters)]
-        for name in (n for n in names if n in self.adapters and n in self.state.active):
-            order = self.state.active
-            for first in (n for n in waiting if order.index(n) < order.index(name)):
-                if not all(p.commutes for n in (first, name) for p in self.adapters[n].parts):
+                    part.fold(torch.empty(0), None)  # which raises, with the reason
+        order = self.state.active
+        merged = (*names, *self.merged_adapters)
+        waiting = [name for name in order if name in self.adapters and name not in merged]
+        for name in names:
+            if name not in self.adapters or name not in order:
+                continue
+            for first in waiting:
+                if order.index(first) < order.index(name) and not self._commute(first, name):
                     raise NotMergeable(
                         f"adapter {name!r} acts after {first!r} on {self.path!r}, and the two do not commute: "
                         f"merge {first!r} first, or both"
                     )
 
+    def _commute(self, *names: str) -> bool:
+        """Whether the order of these adapters makes no difference here."""
+        return all(part.commutes for name in names for part in self.adapters[name].parts)
+
     def merge(self, names: Sequence[str], safe: bool = False) -> None:
         """Fold adapters into the weight, keeping the Parameters (and a replaced module) for `unmerge`."""
         stack = self.stack(names)
-        whole = max((i for i, part in enumerate(stack) if isinstance(part, Replace)), default=-1)
-        if whole >= 0:
-            self._swap(stack[whole].module)
-        rest = stack[whole + 1 :]
-        if rest:
-            with evaluating(*rest):
-                new = self.folded(rest)
-            if safe and not all(torch.isfinite(t).all() for t in new.values()):
-                raise NotMergeable(f"merging {', '.join(names)} into {self.path!r} gives values that are not finite")
-            old = self.target.replace(new)
-            self.kept = self.kept if self.kept_module else {**old, **self.kept}
+        for place in reversed(range(len(stack))):
+            if isinstance(stack[place], Replace):
+                self._swap(stack[place].module)
+                stack = stack[place + 1 :]
+                break
+        if stack:
+            self._bind_folded(stack, names, safe)
+        self._note_merged(names)
+
+    def _bind_folded(self, stack: Stack, names: Sequence[str], safe: bool) -> None:
+        with evaluating(*stack):
+            tensors = self.folded(stack)
+        if safe and not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+            raise NotMergeable(f"merging {', '.join(names)} into {self.path!r} gives values that are not finite")
+        replaced = self.target.replace(tensors)
+        if self.kept_module is None:
+            self.kept = {**replaced, **self.kept}
+
+    def _note_merged(self, names: Sequence[str]) -> None:
         self.merged_adapters += tuple(n for n in names if n in self.adapters and n not in self.merged_adapters)
 
     def is_summed(self, names: Sequence[str]) -> bool:
-        """Merging `names` is adding low-rank updates to the weight."""
+        """Whether merging `names` adds low-rank updates to the weight and nothing else."""
         stack = self.stack(names)
         is_sum = all(isinstance(adapter, LowRank) and adapter.is_plain_sum for adapter in stack)
         return bool(stack) and is_sum and self.target.direct() is not None
 
     @torch.no_grad()
     def merge_in_place(self, names: Sequence[str], safe: bool = False) -> None:
-        """The merge of a layer that `is_summed`, into the Parameter itself: a sum in at least fp32, rounded once.
+        """The merge of a layer that `is_summed`, into the Parameter itself: a sum in at least float32, rounded once.
 
         In new memory: where the weight is mapped from a file, each page that is written is copied first, which takes
         nine times as long.
         """
-        W, stack = self.target.weight(), self.stack(names)
+        W = self.target.weight()
         wide = torch.promote_types(W.dtype, torch.float32)
+        stack = self.stack(names)
         with evaluating(*stack):
-            A, B = zip(*(adapter.factors() for adapter in stack), strict=True)  # type: ignore[operator]
-        merged = torch.addmm(W.to(wide), torch.cat(B, dim=1).to(wide), torch.cat(A).to(wide)).to(W.dtype)
+            factors = [adapter.factors() for adapter in stack]  # type: ignore[operator]
+        A = torch.cat([down for down, _ in factors]).to(wide)  # (sum of ranks, in)
+        B = torch.cat([up for _, up in factors], dim=1).to(wide)  # (out, sum of ranks)
+        merged = torch.addmm(W.to(wide), B, A).to(W.dtype)
         self.base_layer.weight.data = self.target.as_stored(merged).contiguous()
-        self.merged_adapters += tuple(n for n in names if n in self.adapters and n not in self.merged_adapters)
+        self._note_merged(names)
 
     def _swap(self, replacement: nn.Module) -> None:
-        """Put the trained copy of the module in its place; the weights merged into the old one go back first."""
+        """Put the trained copy of the module in its place, after what was merged into the old one is undone."""
         self.target.restore(self.kept)
         self.kept = {}
         self.kept_module = self.kept_module or self.base_layer
@@ -266,26 +345,31 @@ class AdapterLayer(WrapperModule):
     def unmerge(self) -> None:
         """Bind the kept Parameters back: bit-exact for every method and dtype."""
         if self.kept_module is not None:
-            self.base_layer, self.kept_module = self.kept_module, None
+            self.base_layer = self.kept_module
+            self.kept_module = None
         self.target.restore(self.kept)
         self.kept = {}
         self.merged_adapters = ()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """A move or a cast takes along what `unmerge` binds back."""
+        """Also moves and casts the kept parameters."""
         holder = nn.Module()
         holder._parameters.update(self.kept)  # type: ignore[arg-type]
         self.kept = dict(holder._apply(fn)._parameters)  # type: ignore[arg-type]
         return super()._apply(fn, recurse)
 
-    def snapshot(self) -> tuple[Any, ...]:
+    def snapshot(self) -> Snapshot:
         """What `merge` changes, for `revert`."""
-        base = self.base_layer
-        return base, self.target.parameters(), self.kept_module, self.kept, self.merged_adapters
+        parameters = self.target.parameters()
+        return Snapshot(self.base_layer, parameters, self.kept_module, self.kept, self.merged_adapters)
 
-    def revert(self, snapshot: tuple[Any, ...]) -> None:
-        self.base_layer, parameters, self.kept_module, self.kept, self.merged_adapters = snapshot
-        self.target.restore(parameters)
+    def revert(self, snapshot: Snapshot) -> None:
+        """Undo what was merged since the snapshot."""
+        self.base_layer = snapshot.base_layer
+        self.kept_module = snapshot.kept_module
+        self.kept = snapshot.kept
+        self.merged_adapters = snapshot.merged_adapters
+        self.target.restore(snapshot.parameters)
 
     # Holding adapters
 
@@ -320,41 +404,51 @@ class AdapterLayer(WrapperModule):
             super().__setattr__(name, value)
 
     def __repr__(self) -> str:
-        first, *rest = repr(self.base_layer).split("\n")
-        notes = [
-            f" + {type(a).__name__}[{name}]({a.describe()}){' merged' if name in self.merged_adapters else ''}"
-            for name, a in self.adapters.items()
-        ]
-        return "\n".join([first, *rest]) + "".join(notes)
+        lines = repr(self.base_layer)
+        for name, adapter in self.adapters.items():
+            merged = " merged" if name in self.merged_adapters else ""
+            lines += f" + {type(adapter).__name__}[{name}]({adapter.describe()}){merged}"
+        return lines
 
 
 def _is_sum(adapter: Adapter) -> bool:
     return adapter.is_product and not adapter.has_finish
 
 
-def _runs(names: Sequence[str], known: Sequence[str], rows: int) -> list[Run]:
-    """Where in a matrix of so many rows the runs of a mixed batch are whose names are known."""
-    each, place, found = rows // len(names), 0, []
+def _runs(names: Sequence[str], adapted: Sequence[str], rows: int) -> list[Run]:
+    """Runs of equal names in a mixed batch, as rows of a matrix that has `rows` in all; only of the names in `adapted`.
+
+    A run is (first row, row after the last, place of its name in `adapted`).
+    """
+    rows_each = rows // len(names)
+    start = 0
+    runs = []
     for name, group in itertools.groupby(names):
-        start, place = place, place + each * len(list(group))
-        if name in known:
-            found.append((start, place, known.index(name)))
-    return found
+        end = start + rows_each * len(list(group))
+        if name in adapted:
+            runs.append((start, end, adapted.index(name)))
+        start = end
+    return runs
 
 
 def _split(stack: Stack) -> tuple[Stack, Stack]:
-    """What must go through the weight (a weight form only, or above others and reading their weight), and the rest."""
-    k = 0
-    for i, adapter in enumerate(stack):
+    """(adapters that must be computed as a weight, those above them).
+
+    An adapter that has only a weight form needs it, and so does one that reads the weight below other adapters; then
+    all below it do too.
+    """
+    count = 0
+    for place, adapter in enumerate(stack):
         only_folds = adapter.target.kind == "param" or not (adapter.has_pre or adapter.has_post)
-        if only_folds or (adapter.reads_weight and i > 0):
-            k = i + 1
-    return stack[:k], stack[k:]
+        if only_folds or (adapter.reads_weight and place > 0):
+            count = place + 1
+    return stack[:count], stack[count:]
 
 
 def _down(above: Stack, x: Tensor) -> tuple[list[Tensor], Tensor]:
-    """`pre` from the outermost adapter in. Returns what each received, innermost last, and x in its own dtype."""
-    inputs, dtype = [], x.dtype
+    """`pre` from the outermost adapter in: (what each received, innermost last; x in its own dtype)."""
+    inputs = []
+    dtype = x.dtype
     for adapter in reversed(above):
         x = _cast(x, adapter.dtype)
         inputs.append(x)
@@ -373,7 +467,9 @@ def _up(above: Stack, inputs: list[Tensor], y: Tensor) -> Tensor:
 
 
 def _cast(t: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return t if dtype is None or t.dtype == dtype or not t.is_floating_point() else t.to(dtype)
+    if dtype is None or t.dtype == dtype or not t.is_floating_point():
+        return t
+    return t.to(dtype)
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -382,9 +478,10 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _with_first(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    for i, value in enumerate(args):
+    """The arguments with another tensor in place of the first."""
+    for place, value in enumerate(args):
         if isinstance(value, Tensor):
-            return (*args[:i], x, *args[i + 1 :]), kwargs
+            return (*args[:place], x, *args[place + 1 :]), kwargs
     name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
     return args, {**kwargs, name: x}
 
@@ -393,8 +490,9 @@ def _with_rows(out: Any, other: Any, rows: Tensor) -> Any:
     """A module's output with some rows taken from another call, in each tensor that has rows."""
     if isinstance(out, tuple):
         return tuple(_with_rows(a, b, rows) for a, b in zip(out, other, strict=True))
-    same = isinstance(out, Tensor) and out.dim() > 0 and out.shape == other.shape
-    return out.index_copy(0, rows, other[rows].to(out.dtype)) if same else out
+    if isinstance(out, Tensor) and out.dim() > 0 and out.shape == other.shape:
+        return out.index_copy(0, rows, other[rows].to(out.dtype))
+    return out
 
 
 def _output(out: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -13,9 +13,12 @@ from ..targets.target import adapts, is_conv1d, kind_of
 from ..targets.walk import matches, walk
 from .config import TASK_HEADS, Config, LayerConfig
 
+Modules = Mapping[str, nn.Module]
+"""Modules by path."""
+
 
 def saved_modules(model: nn.Module, config: Config) -> list[str]:
-    """Paths of the modules of which `config` trains a whole copy, the task's head among them.
+    """Paths of the modules of which `config` trains a whole copy, including the task's head.
 
     Adds the head's names to `config.modules_to_save`, as PEFT's files have them.
 
@@ -24,15 +27,17 @@ def saved_modules(model: nn.Module, config: Config) -> list[str]:
     """
     paths = [path for path, _ in walk(model) if path]
     heads = list(TASK_HEADS.get(config.task_type, ()))  # type: ignore[call-overload]
-    given = list(config.modules_to_save or ())
-    for entry in given:
-        if entry not in heads and not any(matches(path, entry) for path in paths):
+    names = list(config.modules_to_save or ())
+    for entry in names:
+        if entry not in heads and not _any_matches(paths, entry):
             raise TargetError(_no_match("modules_to_save", entry, paths))
-    names = [*given, *(head for head in heads if head not in given)]
+    for head in heads:
+        if head not in names:
+            names.append(head)
     if names:
         config.modules_to_save = names
-    found = [path for path in paths if any(matches(path, name) for name in names)]
-    return [path for path in found if not any(path.startswith(outer + ".") for outer in found)]
+    matching = [path for path in paths if _matches_any(path, names)]
+    return [path for path in matching if not any(path.startswith(outer + ".") for outer in matching)]
 
 
 def targets(
@@ -40,125 +45,183 @@ def targets(
 ) -> list[str]:
     """Paths of the modules that `config` adapts, in the model's order. Fills in `target_modules` when it is None.
 
-    Patterns may also mean one of the `bare` parameters that it adapts.
+    Args:
+        saved: modules of which a whole copy is trained, with all that is inside them.
+        bare: (module path, name) of the bare parameters it adapts; entries of `rank_pattern` may also mean these.
 
     Raises:
         TargetError: an entry matches nothing, or something the method cannot adapt.
     """
-    modules = {p: m for p, m in walk(model) if p and not any(p == s or p.startswith(s + ".") for s in saved)}
+    modules = _outside(model, saved)
     if config.target_modules is None:
         config.fill_targets(model)
     if saved and isinstance(config.target_modules, list):
-        hidden = [e for e in config.target_modules if not any(matches(p, e) for p in modules)]
-        hidden = [e for e in hidden if any(matches(p, e) for p, _ in walk(model))]
-        if hidden:
-            raise TargetError(
-                f"target_modules: {hidden[0]!r} lies inside what modules_to_save trains whole ({', '.join(saved)})"
-            )
-    found = _wanted(model, modules, config)
-    found = _excluded(modules, found, config.exclude_modules)
-    found = config.choose(_of_layers(found, config))
-    if not found:
+        _check_not_inside(model, modules, config.target_modules, saved)
+    chosen = _targeted(model, modules, config)
+    chosen = _without_excluded(modules, chosen, config.exclude_modules)
+    chosen = config.choose(_of_layers(chosen, config))
+    if not chosen:
         raise TargetError(f"target_modules = {config.target_modules!r}: every match is excluded; nothing is left")
-    _check_kinds(found, modules, config)
+    _check_kinds(chosen, modules, config)
     for field in config.subsets:
-        _matching(found, getattr(config, field), field)
+        _matching(chosen, getattr(config, field), field)
+    adapted = [*chosen, *map(".".join, bare)]
     for field in config.patterns:
-        check_patterns(field, getattr(config, field) or (), [*found, *map(".".join, bare)])
-    config.fan_in_fan_out = any(is_conv1d(modules[path]) for path in found)
-    return found
-
-
-def parameters(model: nn.Module, config: LayerConfig, wanted: Sequence[str]) -> list[tuple[str, str]]:
-    """(path of the module, name) of the bare parameters that the entries of `target_parameters` mean.
-
-    Raises:
-        TargetError: an entry matches none, or not a matrix or a stack of matrices.
-    """
-    there = {(path, name): p for path, module in walk(model) for name, p in module._parameters.items() if p is not None}
-    found = {f"{path}.{name}": (path, name) for path, name in there}
-    chosen = [found[full] for full in _matching(found, wanted, "target_parameters")]
-    wrong = [f"{p}.{n}: {tuple(there[p, n].shape)}" for p, n in chosen if there[p, n].dim() not in (2, 3)]
-    if wrong:
-        raise TargetError(f"target_parameters: these are neither matrices nor stacks of matrices:{listing(wrong)}")
+        check_patterns(field, getattr(config, field) or (), adapted)
+    config.fan_in_fan_out = any(is_conv1d(modules[path]) for path in chosen)
     return chosen
 
 
-def _wanted(model: nn.Module, modules: dict[str, nn.Module], config: LayerConfig) -> list[str]:
-    wanted = config.target_modules
-    if wanted == "all-linear":
-        heads = head_paths(model, modules)
-        found = [path for path, module in modules.items() if is_linear(module) and path not in heads]
-        if not found:
-            raise TargetError(f'target_modules = "all-linear": {type(model).__name__} has no linear layers')
-        return found
-    return _matching(modules, wanted, "target_modules")
+def parameters(model: nn.Module, config: LayerConfig, wanted: Sequence[str]) -> list[tuple[str, str]]:
+    """(module path, name) of the bare parameters that the entries of `target_parameters` mean.
+
+    Raises:
+        TargetError: an entry matches none, or one that is neither a matrix nor a stack of matrices.
+    """
+    places = {}
+    shapes = {}
+    for path, module in walk(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places[f"{path}.{name}"] = (path, name)
+                shapes[f"{path}.{name}"] = tuple(parameter.shape)
+    chosen = _matching(places, wanted, "target_parameters")
+    wrong = [f"{full}: {shapes[full]}" for full in chosen if len(shapes[full]) not in (2, 3)]
+    if wrong:
+        raise TargetError(f"target_parameters: these are neither matrices nor stacks of matrices:{listing(wrong)}")
+    return [places[full] for full in chosen]
+
+
+def check_patterns(field: str, patterns: Iterable[str], paths: Sequence[str]) -> None:
+    """Raise TargetError unless each key of a field like `rank_pattern` matches one of the targets' paths."""
+    for key in patterns:
+        if not any(fits(rf"(.*\.)?({key})", path, field) for path in paths):
+            raise TargetError(_no_match(field, key, paths))
+
+
+def _outside(model: nn.Module, saved: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules by path, without those of which a whole copy is trained."""
+    inside = tuple(f"{path}." for path in saved)
+    modules = {}
+    for path, module in walk(model):
+        if path and not f"{path}.".startswith(inside):
+            modules[path] = module
+    return modules
+
+
+def _check_not_inside(model: nn.Module, modules: Modules, entries: Sequence[str], saved: Sequence[str]) -> None:
+    """Raise where an entry matches only modules inside those of which a whole copy is trained."""
+    everything = [path for path, _ in walk(model)]
+    for entry in entries:
+        if not _any_matches(modules, entry) and _any_matches(everything, entry):
+            raise TargetError(
+                f"target_modules: {entry!r} lies inside what modules_to_save trains whole ({', '.join(saved)})"
+            )
+
+
+def _targeted(model: nn.Module, modules: Modules, config: LayerConfig) -> list[str]:
+    """What `target_modules` matches."""
+    if config.target_modules != "all-linear":
+        return _matching(modules, config.target_modules, "target_modules")
+    heads = head_paths(model, dict(modules))
+    linear = [path for path, module in modules.items() if is_linear(module) and path not in heads]
+    if not linear:
+        raise TargetError(f'target_modules = "all-linear": {type(model).__name__} has no linear layers')
+    return linear
 
 
 def _matching(paths: Iterable[str], wanted: str | Sequence[str] | None, field: str) -> list[str]:
     """The paths that match a regular expression, or any of a list of names, each of which must match."""
     paths = list(paths)
     if isinstance(wanted, str):
-        found = [path for path in paths if fits(wanted, path, field)]
-        if not found and any(matches(path, wanted) for path in paths):
-            raise TargetError(
-                f"{field}: {wanted!r} is a regular expression for the whole path of a module, and matches none; "
-                f"for modules of that name give a list, [{wanted!r}]"
-            )
-        if not found:
-            raise TargetError(_no_match(field, wanted, paths))
-        return found
-    for entry in wanted or ():
-        if not any(matches(path, entry) for path in paths):
+        return _matching_expression(paths, wanted, field)
+    entries = wanted or ()
+    for entry in entries:
+        if not _any_matches(paths, entry):
             raise TargetError(_no_match(field, entry, paths))
-    return [path for path in paths if any(matches(path, entry) for entry in wanted or ())]
+    return [path for path in paths if _matches_any(path, entries)]
 
 
-def _excluded(modules: dict[str, nn.Module], found: list[str], exclude: str | Sequence[str] | None) -> list[str]:
+def _matching_expression(paths: Sequence[str], expression: str, field: str) -> list[str]:
+    matching = [path for path in paths if fits(expression, path, field)]
+    if matching:
+        return matching
+    if _any_matches(paths, expression):
+        raise TargetError(
+            f"{field}: {expression!r} is a regular expression for the whole path of a module, and matches none; "
+            f"for modules of that name give a list, [{expression!r}]"
+        )
+    raise TargetError(_no_match(field, expression, paths))
+
+
+def _any_matches(paths: Iterable[str], entry: str) -> bool:
+    return any(matches(path, entry) for path in paths)
+
+
+def _matches_any(path: str, entries: Iterable[str]) -> bool:
+    return any(matches(path, entry) for entry in entries)
+
+
+def _without_excluded(modules: Modules, chosen: list[str], exclude: str | Sequence[str] | None) -> list[str]:
     if not exclude:
-        return found
-    out = set(_matching(modules, exclude, "exclude_modules"))
-    return [path for path in found if path not in out]
+        return chosen
+    excluded = set(_matching(modules, exclude, "exclude_modules"))
+    return [path for path in chosen if path not in excluded]
 
 
-def _of_layers(found: list[str], config: LayerConfig) -> list[str]:
-    if config.layers_to_transform is None:
-        return found
+def _of_layers(chosen: list[str], config: LayerConfig) -> list[str]:
+    """Those of the chosen paths that are in one of the layers of `layers_to_transform`."""
     wanted = config.layers_to_transform
-    wanted = [wanted] if isinstance(wanted, int) else list(wanted)
-    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    if not wanted:
+    if wanted is None:
+        return chosen
+    numbers = [wanted] if isinstance(wanted, int) else list(wanted)
+    if not numbers:
         raise TargetError("layers_to_transform = [] names no layer; None means all of them")
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
     for name in patterns or ():
-        if all(_layer_index(path, [name]) is None for path in found):
-            raise TargetError(_no_match("layers_pattern", name, {p for path in found for p in path.split(".")}))
-    index = {path: _layer_index(path, patterns) for path in found}
-    for number in wanted:
-        if number not in index.values():
-            have = sorted({i for i in index.values() if i is not None})
-            raise TargetError(f"layers_to_transform: no target lies in layer {number}; targets lie in layers {have}")
-    return [path for path in found if index[path] in wanted]
+        if all(_layer_index(path, [name]) is None for path in chosen):
+            raise TargetError(_no_match("layers_pattern", name, _path_parts(chosen)))
+    index = {path: _layer_index(path, patterns) for path in chosen}
+    present = sorted({number for number in index.values() if number is not None})
+    for number in numbers:
+        if number not in present:
+            raise TargetError(f"layers_to_transform: no target lies in layer {number}; targets lie in layers {present}")
+    return [path for path in chosen if index[path] in numbers]
+
+
+def _path_parts(paths: Iterable[str]) -> set[str]:
+    parts: set[str] = set()
+    for path in paths:
+        parts.update(path.split("."))
+    return parts
 
 
 def _layer_index(path: str, patterns: Sequence[str] | None) -> int | None:
-    """The index of the layer a path lies in: `model.layers.3.mlp` is 3."""
+    """The index of the layer that a path is in: 3 for `model.layers.3.mlp`."""
     for name in patterns or [r"[^.]+"]:
-        found = pattern(rf"(?:.*?\.)?(?:{name})\.(?P<index>\d+)\.", "layers_pattern").match(path + ".")
-        if found:
-            return int(found["index"])
+        match = pattern(rf"(?:.*?\.)?(?:{name})\.(?P<index>\d+)\.", "layers_pattern").match(path + ".")
+        if match:
+            return int(match["index"])
     return None
 
 
-def _check_kinds(found: list[str], modules: dict[str, nn.Module], config: LayerConfig) -> None:
+def _check_kinds(chosen: list[str], modules: Modules, config: LayerConfig) -> None:
+    """Raise unless the method adapts every chosen module, and the model calls each of them."""
     kinds = config.adapter.kinds
-    wrong = [p for p in found if not adapts(kinds, modules[p])]
-    if wrong:
-        lines = [f"{p}: {kind_of(modules[p]).kind} ({type(modules[p]).__name__})" for p in wrong]
+    unfit = []
+    uncalled = []
+    for path in chosen:
+        module = modules[path]
+        class_name = type(module).__name__
+        if not adapts(kinds, module):
+            unfit.append(f"{path}: {kind_of(module).kind} ({class_name})")
+        if class_name == "NonDynamicallyQuantizableLinear":
+            uncalled.append(path)
+    if unfit:
         raise TargetError(
             f"{config.adapter.__name__} adapts {', '.join(sorted(kinds))}, not what target_modules = "
-            f"{config.target_modules!r} also matches:{listing(lines)}\nName the modules more exactly."
+            f"{config.target_modules!r} also matches:{listing(unfit)}\nName the modules more exactly."
         )
-    uncalled = [p for p in found if type(modules[p]).__name__ == "NonDynamicallyQuantizableLinear"]
     if uncalled:
         raise TargetError(
             "these are read by nn.MultiheadAttention without being called, so an adapter on them would never run:"
@@ -166,16 +229,14 @@ def _check_kinds(found: list[str], modules: dict[str, nn.Module], config: LayerC
         )
 
 
-def check_patterns(field: str, patterns: Iterable[str], found: Sequence[str]) -> None:
-    """Each key of `rank_pattern`, `alpha_pattern` and their like must match a target."""
-    for key in patterns:
-        if not any(fits(rf"(.*\.)?({key})", path, field) for path in found):
-            raise TargetError(_no_match(field, key, found))
-
-
-def _no_match(field: str, entry: str, paths: Iterable[str]) -> str:
+def _no_match(field: str, entry: str, paths: Collection[str]) -> str:
+    """The message for an entry that matches nothing, with the nearest endings of real paths, as long as the entry."""
     paths = [path for path in paths if path]
-    lengths = range(1, entry.count(".") + 2)
-    endings = [".".join(path.split(".")[-n:]) for n in lengths for path in paths]
-    close = nearest(entry, [ending for ending in endings if not ending.isdigit()]) or nearest(entry, paths)
+    endings = []
+    for length in range(1, entry.count(".") + 2):
+        for path in paths:
+            ending = ".".join(path.split(".")[-length:])
+            if not ending.isdigit():
+                endings.append(ending)
+    close = nearest(entry, endings) or nearest(entry, paths)
     return f"{field}: {entry!r} matches none of the model's {len(paths)} modules{close}"

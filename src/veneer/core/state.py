@@ -30,10 +30,12 @@ BY_TOKEN = {"linear", "embedding", "norm", "param"}
 
 
 class Layers(MutableMapping[str, "AdapterLayer"]):
-    """Layers by path while their model holds them; torch traces it, but not `weakref.WeakValueDictionary`."""
+    """Layers by path, for as long as the model holds them: `weakref.WeakValueDictionary`, which torch cannot trace."""
 
     def __init__(self, layers: Mapping[str, AdapterLayer] | None = None) -> None:
-        self._refs = {path: weakref.ref(layer) for path, layer in (layers or {}).items()}
+        self._refs: dict[str, weakref.ref[AdapterLayer]] = {}
+        for path, layer in (layers or {}).items():
+            self[path] = layer
 
     def __getitem__(self, path: str) -> AdapterLayer:
         layer = self._refs[path]()
@@ -47,14 +49,19 @@ class Layers(MutableMapping[str, "AdapterLayer"]):
     def __delitem__(self, path: str) -> None:
         del self._refs[path]
 
-    def items(self) -> list[tuple[str, AdapterLayer]]:  # type: ignore[override]  # a third of the time of the mixin's
-        return [(path, layer) for path, layer in ((p, ref()) for p, ref in self._refs.items()) if layer is not None]
+    def items(self) -> list[tuple[str, AdapterLayer]]:  # type: ignore[override]  # three times as fast as the mixin's
+        pairs = []
+        for path, ref in self._refs.items():
+            layer = ref()
+            if layer is not None:
+                pairs.append((path, layer))
+        return pairs
 
     def __iter__(self) -> Iterator[str]:
         return iter([path for path, _ in self.items()])
 
     def __len__(self) -> int:
-        return sum(ref() is not None for ref in self._refs.values())
+        return len(self.items())
 
 
 class State:
@@ -65,36 +72,51 @@ class State:
 
     def __init__(self) -> None:
         self.configs: dict[str, Config] = {}
+        """The config of each adapter, by name."""
         self.layers = Layers()
         self.shared = Modules()
+        """The module that an adapter shares between its layers, by adapter name."""
         self.prompts = Modules()
+        """Learned prompts, by adapter name."""
         self.active: tuple[str, ...] = ()
+        """The active adapters, innermost first."""
         self.trainable: set[str] = set()
+        """The adapters that were declared trainable; one learns while it is also active."""
         self.schedules: dict[str, Any] = {}
+        """What an adapter's method does after each optimizer step."""
         self.reshaped: list[Any] = []
+        """Changes of the base model that are undone with the last adapter, in reverse."""
         self.watchers: list[Any] = []
         """Objects that are shown each call of the model: `before(model, kwargs)`, `after(model, output)`."""
         self.watch: set[str] | None = None
-        """Where given, the paths of layers whose weight is read past them are put in."""
+        """If set, collects the paths of layers whose weight is read without running them."""
         self.arguments: tuple[str, ...] = ("input_ids",)
-        """The names of the positional arguments of a call of the model."""
+        """The names of the positional arguments of the model's `forward`."""
+        self.encoder_arguments: tuple[str, ...] = ("input_ids",)
+        """The names of the positional arguments of its encoder's `forward`."""
         self.cache_argument: str | None = None
-        """The one of them that is the cache."""
+        """The name of the model's argument that takes the cache."""
         self.enabled = True
         self.facts: dict[Any, Any] = {}
+        """What the current call tells the adapters. Overwritten by each call, and kept for recomputation."""
         self.sticky: dict[str, Any] = {}
+        """Facts of every call inside a `remembering` block."""
         self.busy = False
+        """A method is calling the model, or parts of it, to compute its facts."""
         self.memo: dict[Any, Any] | None = None
+        """What layers computed from their adapters alone, while no adapter changes; else None."""
         self.lock = RLock()
-        """Held over a call of the model: those of several threads run one after another."""
+        """Held during a call of the model: calls of several threads run one after another."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle is made between calls: the facts of the last one stay behind."""
+        """Copies and pickles are made between calls, and do not hold the facts of the last one."""
         of_call = {"facts": {}, "sticky": {}, "busy": False, "memo": None, "watch": None, "lock": None}
         return {**self.__dict__, "layers": dict(self.layers), **of_call}
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
-        self.__dict__.update({**attributes, "layers": Layers(attributes["layers"]), "lock": RLock()})
+        self.__dict__.update(attributes)
+        self.layers = Layers(attributes["layers"])
+        self.lock = RLock()
 
     def are_by_token(self) -> bool:
         """Whether the active adapters treat each token by itself, in the call under way.
@@ -108,18 +130,27 @@ class State:
 
     def fact_names(self) -> set[str]:
         """The keyword arguments of a model call that belong to adapters."""
-        members = (member for config in self.configs.values() for member in config.members())
-        return {"adapter_names"}.union(*(member.facts for member in members))
+        names = {"adapter_names"}
+        for config in self.configs.values():
+            for member in config.members():
+                names.update(member.facts)
+        return names
 
     def adapters(self, name: str) -> dict[str, Adapter]:
         """The adapters called `name`, by path."""
-        held = ((path, layer.adapters._modules) for path, layer in self.layers.items())  # a kind of layer may hold them
-        return {path: adapters[name] for path, adapters in held if name in adapters}  # type: ignore[misc]
+        adapters = {}
+        for path, layer in self.layers.items():
+            by_name = layer.adapters._modules
+            if name in by_name:
+                adapters[path] = by_name[name]
+        return adapters  # type: ignore[return-value]
 
     def modules(self, name: str) -> Iterator[nn.Module]:
         """Everything that holds parameters of the adapter called `name`."""
         yield from self.adapters(name).values()
-        yield from (m for m in (self.shared.get(name), self.prompts.get(name)) if m is not None)
+        for module in (self.shared.get(name), self.prompts.get(name)):
+            if module is not None:
+                yield module
 
     def parameters(self, name: str) -> Iterator[nn.Parameter]:
         """The parameters that training the adapter called `name` changes."""
@@ -127,9 +158,10 @@ class State:
             yield from module.learned() if isinstance(module, Adapter) else module.parameters()
 
     def activate(self, names: tuple[str, ...]) -> None:
-        """Make `names` the active adapters; requires_grad follows: declared trainable and active."""
-        before, self.active = self.active, names
-        for name in {*before, *names}:
+        """Make `names` the active adapters; an adapter's parameters require gradients if it is trainable and active."""
+        changed = {*self.active, *names}
+        self.active = names
+        for name in changed:
             self.mark(name)
 
     def mark(self, name: str) -> None:
@@ -147,19 +179,24 @@ class State:
     def remembering(self, facts: dict[str, Any]) -> Iterator[None]:
         """Facts that hold for every model call inside (a `generate`), in which no adapter changes.
 
-        So `memo` may hold what layers compute from their adapters alone; outside it is None.
+        So `memo` may hold what layers compute from their adapters alone.
         """
-        before = self.sticky, self.facts, self.memo
-        self.sticky, self.memo = {**self.sticky, **facts}, {}
-        self.facts = {**self.facts, **self.sticky}
+        sticky, current, memo = self.sticky, self.facts, self.memo
+        self.sticky = {**sticky, **facts}
+        self.facts = {**current, **self.sticky}
+        self.memo = {}
         try:
             yield
         finally:
-            self.sticky, self.facts, self.memo = before
+            self.sticky = sticky
+            self.facts = current
+            self.memo = memo
 
     @contextmanager
     def switched(self, *, enabled: bool) -> Iterator[None]:
-        before, self.enabled = self.enabled, enabled
+        """Inside, the adapters are on or off."""
+        before = self.enabled
+        self.enabled = enabled
         try:
             yield
         finally:

@@ -14,12 +14,14 @@ class View(MutableMapping[str, Any]):
     """One attribute of a layer's adapters by name: `layer.lora_A["default"]`, `layer.scaling["default"] = 2`."""
 
     def __init__(self, layer: nn.Module, attribute: str) -> None:
-        self._layer, self._attribute = layer, attribute
+        self._layer = layer
+        self._attribute = attribute
 
     def _owner(self, name: str) -> nn.Module:
-        for part in self._layer.adapters[name].parts if name in self._layer.adapters else ():
-            if hasattr(part, self._attribute):
-                return part
+        if name in self._layer.adapters:
+            for part in self._layer.adapters[name].parts:
+                if hasattr(part, self._attribute):
+                    return part
         raise KeyError(name)
 
     def __getitem__(self, name: str) -> Any:
@@ -38,10 +40,12 @@ class View(MutableMapping[str, Any]):
             raise AttributeError(name) from None
 
     def __iter__(self) -> Iterator[str]:
-        return (n for n, a in self._layer.adapters.items() if any(hasattr(p, self._attribute) for p in a.parts))
+        for name, adapter in self._layer.adapters.items():
+            if any(hasattr(part, self._attribute) for part in adapter.parts):
+                yield name
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def __repr__(self) -> str:
-        return f"{{{', '.join(f'{name!r}: {value!r}' for name, value in self.items())}}}"
+        return repr(dict(self.items()))
