@@ -14,7 +14,6 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from veneer import LoraConfig, TargetError, VeneerError
-from veneer.cli._options import size
 from veneer.cli.plan import folded, plan
 from veneer.core.config import all_methods
 from veneer.errors import ConfigError
@@ -23,6 +22,7 @@ from veneer.model.catalogue import config_for
 from veneer.report import memory
 from veneer.report.epoch import COUNTED, epoch_of
 from veneer.report.forecast import forecast, settings_of
+from veneer.terminal import size
 from veneer.train.meter import Meter
 from veneer.train.recipe import Recipe, make
 from veneer.train.run import train

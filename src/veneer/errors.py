@@ -78,3 +78,8 @@ def printable(text: str, most: int = 300) -> str:
         c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text[:most]
     )
     return escaped if len(text) <= most else f"{escaped}..."
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message: libraries add hints and tracebacks below it."""
+    return str(error).strip().partition("\n")[0]

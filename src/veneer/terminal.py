@@ -1,23 +1,27 @@
-"""How far a command has come: bars on a terminal, some plain lines anywhere else."""
+"""What a person sees on a terminal: progress, sizes and times; and libraries that are kept quiet meanwhile."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 LINES = 5
-"""Plain lines for one thing that is done."""
+"""Lines for one task where there is no terminal."""
+UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 Step = Callable[[str, int, int], None]
-"""Called with what is being done, how many are done, and of how many."""
+"""Called with the name of a task, how much of it is done, and how much there is."""
+Item = TypeVar("Item")
 
 
 @contextmanager
 def showing() -> Iterator[Step]:
-    """Inside, calls of what this gives show progress on stderr; bars are gone afterwards."""
+    """Inside, the function that this gives shows progress on stderr: bars on a terminal, which vanish at the end, and
+    a few lines elsewhere."""
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
         yield _lines(console)
@@ -34,21 +38,61 @@ def showing() -> Iterator[Step]:
         yield step
 
 
-def _lines(console: Console) -> Step:
-    said: dict[str, int] = {}
+def tracked(items: Collection[Item], what: str, shown: bool) -> Iterator[Item]:
+    """The items one by one, with progress if `shown`."""
+    if not shown:
+        yield from items
+        return
+    with showing() as step:
+        for done, item in enumerate(items):
+            step(what, done, len(items))
+            yield item
+        step(what, len(items), len(items))
 
-    def step(what: str, done: int, of: int) -> None:
-        if done * LINES // of > said.get(what, 0):
-            said[what] = done * LINES // of
-            console.print(f"{what}: {done} of {of}", markup=False)
 
-    return step
+def size(count: float) -> str:
+    """A number of bytes in decimal units, with three digits: "1.23 GB"."""
+    for scale, unit in UNITS:
+        if count >= 1000 * scale:
+            return f"{count / scale:,.0f} {unit}"
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def clock(seconds: float) -> str:
+    """A duration as minutes and seconds ("3:05"), with hours before them where there are any ("1:03:05")."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def duration(seconds: float) -> str:
+    """A duration in words: "42 s", "3 min 05 s", "1 h 03 min"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def quiet() -> None:
-    """No progress bars and no advice from transformers; no warnings of the libraries below us."""
+    """No progress bars and no advice from transformers, and no warnings of the libraries below."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"torch\.|transformers\.|accelerate\.")
+
+
+def _lines(console: Console) -> Step:
+    """Progress in a few lines for each task."""
+    printed: dict[str, int] = {}
+
+    def step(what: str, done: int, of: int) -> None:
+        line = done * LINES // of
+        if line > printed.get(what, 0):
+            printed[what] = line
+            console.print(f"{what}: {done} of {of}", markup=False)
+
+    return step

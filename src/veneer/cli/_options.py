@@ -6,15 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-
-def size(count: int) -> str:
-    """Bytes in decimal units."""
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}" if count < 1000 * scale else f"{count / scale:,.0f} {unit}"
-    return f"{count} bytes"
-
-
 Column = Annotated[
     list[str] | None, typer.Option(help="OURS=THEIRS, as in prompt=title: a column's other name; repeatable.")
 ]

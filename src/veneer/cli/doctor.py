@@ -63,7 +63,7 @@ def _show(found: Diagnosis) -> None:
 
 
 def _show_environment(here: Environment) -> None:
-    from veneer.cli._options import size
+    from veneer.terminal import size
 
     lines = {"veneer": here.veneer, "python": here.python, "system": here.system}
     lines |= {name: _version(here, name) for name in here.packages}

@@ -44,8 +44,8 @@ def _show(found: Inspection, tensors: bool) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from veneer.cli._options import size
     from veneer.report.inspection import printable
+    from veneer.terminal import size
 
     console = Console(highlight=False)
     settings = {name: value for name, value in found.settings.items() if value not in (None, {}, False)}

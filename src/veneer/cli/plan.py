@@ -11,8 +11,6 @@ import typer
 
 from veneer.cli._options import Column, pairs, source
 
-from ._options import size
-
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -119,6 +117,8 @@ def _bars(epoch: Epoch) -> Table:
 def _show(found: Forecast, layers: bool) -> None:
     from rich.console import Console
 
+    from veneer.terminal import size
+
     console = Console(highlight=False)
     shown = ", ".join(f"{name}={value}" for name, value in found.settings.items())
     console.print(f"[bold]{found.method}[/bold] on {found.model}" + (f": {shown}" if shown else ""))
@@ -135,6 +135,8 @@ def _show(found: Forecast, layers: bool) -> None:
 
 
 def _show_memory(console: object, found: Forecast) -> None:
+    from veneer.terminal import size
+
     memory = found.memory
     step = "unknown for this method" if memory.step is None else size(memory.step)
     lines = {

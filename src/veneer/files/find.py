@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, VeneerError, nearest, printable
+from ..errors import CheckpointError, VeneerError, first_line, nearest, printable
 from .read import PICKLE_NAME, WEIGHTS_NAME
 
 HUB_ARGUMENTS = (
@@ -70,7 +70,7 @@ def _download(repository: str, name: str, *, subfolder: str, **hub: Any) -> Path
     try:
         return Path(hf_hub_download(repository, name, subfolder=None if subfolder == "." else subfolder, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"{repository!r} is no local directory, and {name} could not be had from the hub: {reason}"
         ) from error

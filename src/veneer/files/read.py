@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,7 +131,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile pickle can fail anywhere in the reader
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise CheckpointError(f"{str(path)!r} is no pickle of tensors alone: {reason}") from None
     if not isinstance(content, dict) or not all(
         isinstance(key, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided for key, t in content.items()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from ..upstream.auto import default_config, makes
 from .pull import resolve
 
@@ -41,5 +41,5 @@ def _of_model(model: str) -> Any:
     try:
         return AutoConfig.from_pretrained(resolve(model))
     except OSError as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise ConfigError(f"{model!r} is no directory with a config, nor could one be had: {reason}") from None

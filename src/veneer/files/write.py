@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import TrainingError, VeneerError
+from ..errors import TrainingError, VeneerError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,7 +123,7 @@ def writing(what: str, folder: Path, *errors: type[Exception]) -> Iterator[None]
         yield
     except failures as error:
         free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).partition("\n")[0]
+        reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
         raise TrainingError(
             f"{what} could not be written into {str(folder)!r}: {reason} ({free:,} bytes are free there); make room, "
             "and go on with --resume"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.config import Config, TaskType
-from ..errors import CheckpointError, ConfigError, nearest
+from ..errors import CheckpointError, ConfigError, first_line, nearest
 from ..files.find import find_weights
 from ..files.pull import resolve
 from ..upstream.auto import AUTO_CLASSES, makes
@@ -133,7 +133,7 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(resolve(model), revision=revision or "main")
     except OSError as error:
-        raise ConfigError(f"the tokenizer of {model!r} cannot be loaded: {_first_line(error)}") from None
+        raise ConfigError(f"the tokenizer of {model!r} cannot be loaded: {first_line(error)}") from None
 
 
 def pad_of(tokenizer: Any) -> int:
@@ -179,7 +179,7 @@ def load_model(
             raise ConfigError(f"{model!r} is a {config.model_type}, of which transformers has no {auto_class}")
         found, about = auto.from_pretrained(resolve(model), output_loading_info=True, **kwargs)
     except OSError as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise ConfigError(f"the base model {model!r} cannot be loaded; say where it is with model: {reason}") from None
     return found, set(about["missing_keys"])
 
@@ -309,7 +309,3 @@ def _adapted(bare: Any, places: dict[str, str]) -> Any:
             model = PeftModel.from_pretrained(bare, place, name)
     model = model.eval()
     return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]

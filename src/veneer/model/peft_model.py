@@ -20,6 +20,7 @@ from ..core.state import CheckpointContext, State, state_of
 from ..errors import CheckpointError, ConfigError, NotMergeable, VeneerError, nearest
 from ..files.find import check_hub_arguments
 from ..targets.quantised import warn_of_rounding
+from ..terminal import tracked
 from ..upstream import checkpointing
 from ..upstream.models import note_untied, task_of
 from ..upstream.trainer import recognise
@@ -270,8 +271,6 @@ class PeftModel(nn.Module):
         self, adapter_names: Sequence[str] | None, safe_merge: bool, progressbar: bool = False, for_good: bool = False
     ) -> None:
         """All layers or none. `for_good`: sums that nothing need undo are made in place, after all that can fail."""
-        from tqdm import tqdm
-
         names, layers = self._merge_order(adapter_names), list(self._state.layers.values())
         for layer in layers:
             layer.check_merge(names)
@@ -280,7 +279,7 @@ class PeftModel(nn.Module):
         done = {id(layer) for layer in last}
         try:
             first = [layer for layer in layers if id(layer) not in done]
-            for layer in tqdm([*first, *last], desc="merging", disable=not progressbar):
+            for layer in tracked([*first, *last], "merging", progressbar):
                 (layer.merge_in_place if id(layer) in done else layer.merge)(names, safe_merge)
         except BaseException:
             for layer, snapshot in zip(layers, before, strict=True):

@@ -7,24 +7,13 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING, cast
-
-import torch
-from torch import nn
-
-from ..errors import NotMergeable
-from ..methods.inits.plain import check_joined, joined, plain
-
-if TYPE_CHECKING:
-    from ..methods.lora import LoraConfig
-    from .peft_model import PeftModel
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..core import checkpoint
 from ..core.adapter import Adapter, LowRank, Parts, Replace
@@ -32,9 +21,14 @@ from ..core.config import Config
 from ..core.layer import AdapterLayer
 from ..core.provenance import fingerprint
 from ..core.state import State, state_of
-from ..errors import VeneerError
+from ..errors import NotMergeable, VeneerError
 from ..maths.low_rank import Pair, compress, truncate
+from ..methods.inits.plain import check_joined, joined, plain
 from ..methods.lora import LoraConfig
+from ..terminal import tracked
+
+if TYPE_CHECKING:
+    from .peft_model import PeftModel
 
 
 @dataclass
@@ -156,13 +150,11 @@ def convert_to_lora(
     Raises:
         NotMergeable: the method is no update of the weights (prompts, bottlenecks, gates).
     """
-    from tqdm import tqdm
-
     check_rank(rank)
     state = adapter_state(model, adapter_name)
     pairs: dict[str, Pair] = {}
     tensors: dict[str, Tensor] = {}
-    for path, adapter in tqdm(state.adapters(adapter_name).items(), desc="converting", disable=not progressbar):
+    for path, adapter in tracked(state.adapters(adapter_name).items(), "converting", progressbar):
         layer = state.layers[path]
         update = update_of(layer, adapter_name)
         if update is not None:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback
 
+from ..terminal import clock
 from .meter import Meter, rss
 
 LINES = 20
@@ -72,9 +73,3 @@ class Display(TrainerCallback):
 
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False)
-
-
-def clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from ..terminal import duration, size
+
 PAGE_NAME = "report.html"
 MOST_POINTS = 400
 """Of a curve; longer ones are averaged down."""
@@ -71,7 +73,7 @@ def render(content: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"count": _count, "size": _size, "clock": _clock, "share": _share, "short": _short}
+    environment.filters |= {"count": _count, "size": size, "clock": duration, "share": _share, "short": _short}
     view = {
         "name": content["model"].rstrip("/").rpartition("/")[2],
         "curves": curves(content),
@@ -256,23 +258,10 @@ def bars(lengths: dict[str, int], limit: int) -> dict[str, Any]:
 
 def _count(value: int) -> str:
     """12,345 up to a hundred thousand, then 1.23 M."""
-    for size, unit in ((1e9, " B"), (1e6, " M")):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
+    for scale, unit in ((1e9, " B"), (1e6, " M")):
+        if value >= scale:
+            return f"{value / scale:.3g}{unit}"
     return f"{value:,}"
-
-
-def _size(value: float) -> str:
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= size:
-            return f"{value / size:.1f} {unit}"
-    return f"{value:.0f} bytes"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def _share(value: float) -> str:

@@ -10,11 +10,10 @@ from transformers import TrainerCallback
 from ..core import checkpoint
 from ..core.sharding import whole
 from ..errors import TrainingError
+from ..model.guard import PATIENCE
 
 NEGLIGIBLE = 1e-7
 """The largest entry of a gradient that need not move a tensor: Adam's eps is of that size."""
-PATIENCE = 10
-"""Optimizer steps with a learning rate above 0 after which an adapter must have moved."""
 
 
 class Watch(TrainerCallback):
