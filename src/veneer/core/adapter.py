@@ -36,14 +36,14 @@ class Adapter(nn.Module):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     """The kinds of target it adapts: linear, conv, embedding, norm, block."""
     reads_weight: bool = False
-    """`post` looks at the weight below it, so adapters below it must be folded first (it divides by a norm, say)."""
+    """`post` reads the weight below it (its norm, say), so adapters below it must be folded into that weight first."""
     follows_ties: ClassVar[bool] = False
-    """Also adapts the module whose weight is the same Parameter; built there with `twin=` the first adapter."""
+    """It also adapts modules with a tied weight; there it is built with `twin=` the first adapter."""
     is_product: ClassVar[bool] = False
-    """It adds x A^T B^T to the output, before it may `finish` it: see `LowRank`."""
+    """Whether it adds x A^T B^T to the output, and nothing but `finish` after that (see `LowRank`)."""
     has_finish: ClassVar[bool] = False
     key: str = ""
-    """What stands before the names of its tensors in the file."""
+    """Prefix of the names of its tensors in the file."""
     has_pre: bool = False
     has_post: bool = False
     has_fold: bool = False
@@ -66,33 +66,33 @@ class Adapter(nn.Module):
 
     @property
     def shared(self) -> Any:
-        """The module this adapter name shares between its layers, from `Config.build_shared`."""
+        """The module that all layers of this adapter name share, from `Config.build_shared`."""
         return self._shared[0]
 
     @property
     def parts(self) -> tuple[Adapter, ...]:
+        """The single adapters it consists of, innermost first."""
         return (self,)
 
     @property
     def commutes(self) -> bool:
-        """Its place among other adapters does not matter (a sum of weights), so it may be merged out of order."""
+        """Whether its place among other adapters makes no difference, so that it may be merged out of order."""
         return False
 
     @property
     def is_dense(self) -> bool:
-        """`post` makes the update as a whole matrix; `fold` gives the same, and needs nothing but its parameters."""
+        """Whether `post` makes the update as a whole matrix, which `fold` gives from its parameters alone."""
         return False
 
     @property
     def dtype(self) -> torch.dtype | None:
         """The dtype its mathematics runs in: that of its first floating tensor, or the shared module's."""
         if "_dtype" not in self.__dict__:
-            modules = [module for module in (self, self.shared) if module is not None]
-            tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
-            self._dtype = next((t.dtype for t in tensors if t.is_floating_point()), None)
+            self._dtype = _dtype_of(self) or _dtype_of(self.shared)
         return self._dtype
 
     def forget_dtype(self) -> None:
+        """Look `dtype` up again: its tensors were cast."""
         self.__dict__.pop("_dtype", None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -115,42 +115,59 @@ class Adapter(nn.Module):
         return self.state_dict()
 
     def absorb(self, tensors: Tensors) -> None:
-        """Take what came from a file; in place where memory exists, since an optimizer may hold the Parameters."""
+        """Take tensors from a file.
+
+        In place where it has memory, since an optimizer may hold its Parameters; placeholder tensors are replaced.
+        """
         present = self.state_dict(keep_vars=True)
-        if not any(t.is_meta for t in present.values()):
+        if not any(tensor.is_meta for tensor in present.values()):
             self.load_state_dict(tensors, strict=False)
             return
         for key in tensors.keys() & present.keys():
             path, _, name = key.rpartition(".")
-            owner, old, tensor = self.get_submodule(path), present[key], tensors[key]
-            if isinstance(old, nn.Parameter):
-                owner._parameters[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+            owner = self.get_submodule(path)
+            placeholder = present[key]
+            if isinstance(placeholder, nn.Parameter):
+                owner._parameters[name] = nn.Parameter(tensors[key], requires_grad=placeholder.requires_grad)
             else:
-                owner._buffers[name] = tensor
+                owner._buffers[name] = tensors[key]
 
     def repeats(self) -> dict[str, str]:
-        """Keys under which a file holds again, perhaps transposed, what another target's adapter holds: its key."""
+        """Keys whose tensors repeat those of another target's adapter, perhaps transposed, each with that one's key."""
         return {}
 
     def learned(self) -> list[nn.Parameter]:
         """The parameters that training may change."""
-        return [p for module in modules_of(self) for p in module._parameters.values() if p is not None]
+        parameters = []
+        for module in modules_of(self):
+            parameters += [parameter for parameter in module._parameters.values() if parameter is not None]
+        return parameters
 
     def describe(self) -> str:
-        """A few words for `print(model)`."""
+        """Its settings in a few words, for `print(model)`."""
         return ""
 
     def expected_parameters(self) -> int:
-        """The trainable count by the method's formula; the real count where a method states none."""
+        """The number of trained parameters by the paper's formula; the actual number where a method states none."""
         return sum(p.numel() for p in self.parameters())
 
 
 def modules_of(module: nn.Module) -> list[nn.Module]:
-    """As `module.modules()`, which takes four times as long; a module held twice comes twice."""
-    found = [module]
-    for each in found:
-        found.extend(child for child in each._modules.values() if child is not None)
-    return found
+    """The module and all below it: `module.modules()` in a quarter of the time, with repetitions."""
+    modules = [module]
+    for parent in modules:  # which grows meanwhile
+        modules.extend(child for child in parent._modules.values() if child is not None)
+    return modules
+
+
+def _dtype_of(module: nn.Module | None) -> torch.dtype | None:
+    """The dtype of the first floating-point parameter, else buffer."""
+    if module is None:
+        return None
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return None
 
 
 class Parts(Adapter):
@@ -169,14 +186,17 @@ class Parts(Adapter):
             part.forget_dtype()
 
     def export(self) -> Tensors:
-        return {key: tensor for part in self.parts for key, tensor in part.export().items()}
+        tensors: Tensors = {}
+        for part in self.parts:
+            tensors |= part.export()
+        return tensors
 
     def absorb(self, tensors: Tensors) -> None:
         for part in self.parts:
             part.absorb({key: tensors[key] for key in part.export() if key in tensors})
 
     def learned(self) -> list[nn.Parameter]:
-        return [p for part in self.parts for p in part.learned()]
+        return [parameter for part in self.parts for parameter in part.learned()]
 
     def describe(self) -> str:
         return ", ".join(filter(None, (part.describe() for part in self.parts)))
@@ -222,9 +242,11 @@ class LowRank(Additive):
         raise NotImplementedError  # a subclass that forgets it fails in every law
 
     def as_update(self) -> Update:
-        """The factors, and how much dropout there is at the moment."""
-        drop = self.dropout
-        return Update(*self.factors(), drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0)
+        """The factors, and the dropout that is in effect."""
+        A, B = self.factors()
+        dropout = self.dropout
+        in_effect = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        return Update(A, B, in_effect)
 
     def delta(self) -> Tensor:
         A, B = self.factors()
@@ -232,7 +254,7 @@ class LowRank(Additive):
 
     @property
     def is_plain_sum(self) -> bool:
-        """fold is W + B A for W (out, in) as it is."""
+        """Whether `fold` is W + B A, for W (out, in) as it is stored."""
         kind = type(self)
         return self.target.kind == "linear" and kind.fold is LowRank.fold and kind.delta is LowRank.delta
 
@@ -245,13 +267,15 @@ class LowRank(Additive):
     def update(self, x: Tensor) -> Tensor:
         """What it adds to the output for an input."""
         A, B = self.factors()
-        return self.target.low_rank(x if self.dropout is None else self.dropout(x), A, B)
+        if self.dropout is not None:
+            x = self.dropout(x)
+        return self.target.low_rank(x, A, B)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         return self.finish(y + self.update(x))
 
     def finish(self, z: Tensor) -> Tensor:
-        """What becomes of the output with the update."""
+        """A last change of the output, after the update was added."""
         return z
 
     def set_dropout(self, p: float) -> None:
@@ -259,7 +283,7 @@ class LowRank(Additive):
 
 
 class Bias(Adapter):
-    """A trained copy of the target's bias: y' = y - b + b'. A copy, so that the base stays whole."""
+    """A trained copy of the target's bias: y' = y - b + b'. The base keeps its own."""
 
     kinds = frozenset({"linear", "conv", "norm"})
 
@@ -283,7 +307,7 @@ class Bias(Adapter):
 
 
 class Replace(Adapter):
-    """A trained copy of a whole module that runs instead of it (`modules_to_save`: a classifier, a head)."""
+    """A trained copy of a whole module, which runs instead of it (`modules_to_save`: a classifier, a head)."""
 
     kinds = frozenset({"linear", "conv", "embedding", "norm", "block"})
 
@@ -306,7 +330,7 @@ class Replace(Adapter):
 
 
 class TiedReplace(Replace):
-    """On a module that shares its weight with one of which a copy is trained: it runs with the copy's weight."""
+    """A module tied to one of which a copy is trained: it runs with the copy's weight."""
 
     def __init__(self, target: Target, first: Replace) -> None:
         Adapter.__init__(self, None, target, first)
@@ -324,7 +348,7 @@ class TiedReplace(Replace):
         return {"weight": self.shared.module.weight.detach()}
 
     def absorb(self, tensors: Tensors) -> None:
-        pass  # what the first has taken
+        pass  # the first one has taken it
 
     def repeats(self) -> dict[str, str]:
         return {"weight": f"{self.shared.target.path}.weight"}
