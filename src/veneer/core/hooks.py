@@ -316,7 +316,10 @@ def positional(model: nn.Module) -> tuple[str, ...]:
 
 def named(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name, including positional ones."""
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    if not args:
+        return kwargs
+    named_args = dict(zip(names[: len(args)], args[: len(names)], strict=True))
+    return {**named_args, **kwargs}
 
 
 def _given(kwargs: dict[str, Any]) -> dict[str, Any]:

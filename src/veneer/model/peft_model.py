@@ -122,7 +122,7 @@ class PeftModel(nn.Module):
         return self._state.active[0]
 
     def get_base_model(self) -> nn.Module:
-        """The Hugging Face model, adapters on it."""
+        """The Hugging Face model, with the adapters on it."""
         return self.base_model.model
 
     def __getattr__(self, name: str) -> Any:
@@ -143,12 +143,14 @@ class PeftModel(nn.Module):
 
         Calls from several threads run one after another, each with the adapters it names; `set_adapter` is for all.
         """
-        state, model = self._state, self.get_base_model()
-        facts = {name: kwargs.pop(name) for name in list(kwargs) if name in state.fact_names()}
-        for member in (m for name in state.live() if name in state.configs for m in state.configs[name].members()):
-            kwargs = {**kwargs, **member.generate_with}
+        state = self._state
+        facts = {name: kwargs.pop(name) for name in state.fact_names() if name in kwargs}
+        for name in state.live():
+            if name in state.configs:
+                for member in state.configs[name].members():
+                    kwargs.update(member.generate_with)
         with state.lock, state.remembering(facts), remarked():
-            return model.generate(*args, **kwargs)
+            return self.get_base_model().generate(*args, **kwargs)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
         """The model's own, which recomputes each layer with the facts (adapter names, ...) of its forward pass."""
@@ -198,9 +200,13 @@ class PeftModel(nn.Module):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Declare adapters trainable or frozen; a trainable one learns while it is active."""
-        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names:
             self._known(name)
-            self._state.trainable = self._state.trainable - {name} | ({name} if requires_grad else set())
+            if requires_grad:
+                self._state.trainable.add(name)
+            else:
+                self._state.trainable.discard(name)
             self._state.mark(name)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -250,8 +256,9 @@ class PeftModel(nn.Module):
         """
         self._merge(adapter_names, safe_merge, progressbar, for_good=True)
         for layer in self._state.layers.values():
-            layer.kept, layer.kept_module = {}, None
-        self._state.reshaped.clear()  # the merged weights stand in those layers
+            layer.kept = {}
+            layer.kept_module = None
+        self._state.reshaped.clear()  # the merged weights are in the reshaped layers
         model = self.unload()
         note_untied(model)
         return model
@@ -270,31 +277,41 @@ class PeftModel(nn.Module):
     def _merge(
         self, adapter_names: Sequence[str] | None, safe_merge: bool, progressbar: bool = False, for_good: bool = False
     ) -> None:
-        """All layers or none. `for_good`: sums that nothing need undo are made in place, after all that can fail."""
-        names, layers = self._merge_order(adapter_names), list(self._state.layers.values())
+        """Merge in all layers or in none.
+
+        Args:
+            for_good: nobody will unmerge, so sums are made in place where possible, after all that can fail.
+        """
+        names = self._merge_order(adapter_names)
+        layers = list(self._state.layers.values())
         for layer in layers:
             layer.check_merge(names)
-        before = [layer.snapshot() for layer in layers]
-        last = self._summed_in_place(names) if for_good and not safe_merge else []
-        done = {id(layer) for layer in last}
+        snapshots = [layer.snapshot() for layer in layers]
+        in_place = self._summed_in_place(names) if for_good and not safe_merge else []
+        summed = {id(layer) for layer in in_place}
+        others = [layer for layer in layers if id(layer) not in summed]
         try:
-            first = [layer for layer in layers if id(layer) not in done]
-            for layer in tracked([*first, *last], "merging", progressbar):
-                (layer.merge_in_place if id(layer) in done else layer.merge)(names, safe_merge)
+            for layer in tracked([*others, *in_place], "merging", progressbar):
+                if id(layer) in summed:
+                    layer.merge_in_place(names, safe_merge)
+                else:
+                    layer.merge(names, safe_merge)
         except BaseException:
-            for layer, snapshot in zip(layers, before, strict=True):
+            for layer, snapshot in zip(layers, snapshots, strict=True):
                 layer.revert(snapshot)
             raise
         warn_of_rounding(layers)
 
     def _summed_in_place(self, names: Sequence[str]) -> list[AdapterLayer]:
         """The layers whose merge is a sum into a weight that no other module shares."""
-        modules = self.base_model.model.modules()
-        held = Counter(id(p) for module in modules for p in module._parameters.values() if p is not None)
-        found = [layer for layer in self._state.layers.values() if layer.is_summed(names)]
-        return [layer for layer in found if held[id(layer.base_layer.weight)] == 1]
+        uses: Counter[int] = Counter()
+        for module in self.base_model.model.modules():
+            uses.update(id(parameter) for parameter in module._parameters.values() if parameter is not None)
+        layers = [layer for layer in self._state.layers.values() if layer.is_summed(names)]
+        return [layer for layer in layers if uses[id(layer.base_layer.weight)] == 1]
 
     def _merge_order(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
+        """The adapters to merge, inactive ones first, active ones in the order in which they act."""
         state = self._state
         for name in adapter_names or ():
             self._known(name)
@@ -304,11 +321,16 @@ class PeftModel(nn.Module):
                 raise NotMergeable(f"{name!r} is a prompt: it lives in front of the input and has no form as a weight")
             if not state.adapters(name):
                 raise NotMergeable(f"{name!r} has no layers of its own, so there is nothing to merge")
-        inactive = [n for n in names if n not in state.active]
-        return (*inactive, *(n for n in state.active if n in names))
+        inactive = [name for name in names if name not in state.active]
+        active = [name for name in state.active if name in names]
+        return (*inactive, *active)
 
     def _merged(self) -> list[str]:
-        return list(dict.fromkeys(n for layer in self._state.layers.values() for n in layer.merged_adapters))
+        """The adapters that are merged in some layer."""
+        names: dict[str, None] = {}
+        for layer in self._state.layers.values():
+            names |= dict.fromkeys(layer.merged_adapters)
+        return list(names)
 
     # Looking
 
