@@ -181,7 +181,7 @@ def test_what_cannot_bring_back_its_best_checkpoint_says_so_at_once(base, data, 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "probe.safetensors", "report.json"])
 def test_a_full_disk_at_the_end_leaves_nothing(base, data, tmp_path, monkeypatch, name):  # noqa: F811
-    from veneer.files import read as files
+    from veneer.files import write as files
 
     @contextmanager
     def full(path, true=files.replacing):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -66,3 +67,20 @@ def test_an_expression_that_hangs_is_refused_in_time(field: str, tmp_path, monke
 def test_an_expression_too_large_to_be_honest_is_refused(expression: str):
     with at_most(5), pytest.raises(ConfigError, match="target_modules"):
         LoraConfig(target_modules=expression)
+
+
+def test_waiting_for_the_processor_is_not_time_spent(monkeypatch):
+    """On a busy machine the library's limit, which is of time on the clock, may strike a match that has hardly run."""
+    monkeypatch.setattr(patterns, "SECONDS", 0.05)
+    honest = patterns.Pattern("a+b", "target_modules")
+    real, waits = honest.compiled, iter([True, True, False])
+
+    class Busy:
+        def match(self, text: str, timeout: float):
+            if next(waits):
+                time.sleep(0.1)
+                raise TimeoutError
+            return real.match(text, timeout=timeout)
+
+    honest.compiled = Busy()
+    assert honest.match("aaab")[0] == "aaab" and honest.left > 0.04

@@ -108,7 +108,7 @@ def test_looking_for_pip_leaves_setuptools_importable(tmp_path: Path):
     script = """
 import sys
 from pathlib import Path
-from veneer import hub
+from veneer.files import pull as hub
 try:
     hub._pip_download("no-such-model==1.0", Path(sys.argv[1]) / "kept")
 except OSError:
