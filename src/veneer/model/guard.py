@@ -1,8 +1,8 @@
-"""Training that cannot work says so at the first step that shows it, under any loop: `Trainer`'s or one by hand.
+"""Training that cannot work raises at the first step that shows it, under any loop: `Trainer`'s or one by hand.
 
-A model's guard looks at its calls (the root hooks tell it) and at the steps of torch's optimizers. It costs one look at
-the labels and one at the loss a call, or at the gradients where the loss is computed outside of the model; the rest
-ends with the first steps, once they have shown what they should.
+A model's guard sees its calls, through the root hooks, and the steps of torch's optimizers. For each call it looks at
+the labels and at the loss, or at the gradients where the loss is computed outside of the model; all other checks end
+with the first steps.
 """
 
 from __future__ import annotations
@@ -86,90 +86,118 @@ class Guard:
         self._check_graph(loss, output)
 
     def _check_graph(self, loss: Any, output: Any) -> None:
-        tensors = [t for t in (loss, getattr(output, "logits", None)) if isinstance(t, Tensor)]
-        if self.called and tensors and not any(t.requires_grad for t in tensors):
+        """Raise where neither the loss nor the logits depend on anything that learns."""
+        tensors = [value for value in (loss, getattr(output, "logits", None)) if isinstance(value, Tensor)]
+        if self.called and tensors and not any(tensor.requires_grad for tensor in tensors):
             raise TrainingError(_unreached(sorted(self.called), "the loss depends on none of its parameters"))
 
     def _start_looking(self, model: nn.Module, kwargs: dict[str, Any]) -> None:
-        """The first call with a set of adapters shows which of their layers the model runs."""
-        whole = not any(kwargs.get(name) is not None for name in ("encoder_outputs", "inputs_embeds"))
-        stack = (self.state.live(), tuple(self.state.configs), len(self.state.layers))
+        """Watch which layers the model runs, in the first whole call with a set of adapters."""
         if self.seen is not None:
             self.seen.stop()
             self.seen = None
-        if whole and stack != self.seen_for and stack[0] and "adapter_names" not in kwargs and not _is_compiled(model):
-            self.seen_for, self.seen = stack, Seen(model, self.state)
+        adapters = (self.state.live(), tuple(self.state.configs), len(self.state.layers))
+        is_partial = any(kwargs.get(name) is not None for name in ("encoder_outputs", "inputs_embeds"))
+        is_known = adapters == self.seen_for or not self.state.live()
+        if is_partial or is_known or "adapter_names" in kwargs or _is_compiled(model):
+            return
+        self.seen_for = adapters
+        self.seen = Seen(model, self.state)
 
     # Steps
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Look at the gradients, for as long as adapters have not been seen to change."""
         waiting = [name for name in self.called if name not in self.changed]
         if not waiting and not self.blind:
             return
-        held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-        if self.blind and getattr(optimizer, "found_inf", None) is None:  # else a gradient scaler has looked
-            self._check_gradients(held)
+        stepped = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
+        has_scaler = getattr(optimizer, "found_inf", None) is not None  # which has looked for infinite gradients
+        if self.blind and not has_scaler:
+            self._check_gradients(stepped)
         for name in waiting:
             if name not in self.start:
                 self.start[name] = _sum(self.state.parameters(name))
-            own = [held[id(p)] for p in self._own(name) if id(p) in held and p.numel()]
-            if own and name not in self.reached:
-                if all(p.grad is None for p in own):
-                    raise TrainingError(_unreached([name], "after a backward pass none of its parameters has one"))
-                self.reached.add(name)
+            if name not in self.reached:
+                self._check_reached(name, stepped)
         if waiting:
-            self._check_holds(held)
+            self._check_holds(stepped)
+
+    def _check_reached(self, name: str, stepped: dict[int, Any]) -> None:
+        parameters = [p for p in self._own(name) if id(p) in stepped and p.numel()]
+        if not parameters:
+            return
+        if all(parameter.grad is None for parameter in parameters):
+            raise TrainingError(_unreached([name], "after a backward pass none of its parameters has one"))
+        self.reached.add(name)
 
     def _own(self, name: str) -> list[nn.Parameter]:
-        """What the method itself learns: a copy of a head or of a bias has a gradient where that has none.
+        """What the method itself learns, without copies of a head or a bias, which get gradients in any case.
 
-        All that is learned where these are all there is.
+        All that is learned where there is nothing else.
         """
-        learned = [p for p in self.state.parameters(name) if p.requires_grad]
-        parts = (part for adapter in self.state.adapters(name).values() for part in adapter.parts)
-        copies = {id(p) for part in parts if isinstance(part, (Bias, Replace)) for p in part.learned()}
-        return [p for p in learned if id(p) not in copies] or learned
+        learned = [parameter for parameter in self.state.parameters(name) if parameter.requires_grad]
+        copies: set[int] = set()
+        for adapter in self.state.adapters(name).values():
+            for part in adapter.parts:
+                if isinstance(part, (Bias, Replace)):
+                    copies.update(id(parameter) for parameter in part.learned())
+        return [parameter for parameter in learned if id(parameter) not in copies] or learned
 
-    def _check_gradients(self, held: dict[int, Any]) -> None:
+    def _check_gradients(self, stepped: dict[int, Any]) -> None:
         for name in self.called:
-            own = [held[id(p)].grad for p in self.state.parameters(name) if id(p) in held]
-            if not _are_finite([grad for grad in own if grad is not None]):
+            parameters = [stepped[id(p)] for p in self.state.parameters(name) if id(p) in stepped]
+            if not _are_finite([p.grad for p in parameters if p.grad is not None]):
                 raise TrainingError(
                     f"the gradient of adapter {name!r} is not finite after training call {self.calls}: lower the "
                     "learning rate, or look for values in the loss, the data or the base model that are not finite"
                 )
 
-    def _check_holds(self, held: dict[int, Any]) -> None:
-        """An optimizer of this model's parameters must hold some that learn."""
+    def _check_holds(self, stepped: dict[int, Any]) -> None:
+        """Raise where an optimizer of this model's parameters holds none that learns."""
         model = self.model() if self.model is not None else None
-        ours = [p for p in model.parameters() if id(p) in held] if model is not None else []
-        if ours and not any(p.requires_grad for p in ours):
+        if model is None:
+            return
+        parameters = [parameter for parameter in model.parameters() if id(parameter) in stepped]
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
             names = ", ".join(map(repr, sorted(self.called)))
             raise TrainingError(
-                f"the optimizer holds {len(ours)} parameters of the model, all of them frozen, and none of adapter "
-                f"{names}: make the optimizer after the adapter is on the model and active"
+                f"the optimizer holds {len(parameters)} parameters of the model, all of them frozen, and none of "
+                f"adapter {names}: make the optimizer after the adapter is on the model and active"
             )
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.calls == self.looked:  # a step of somebody else's
+        """Look whether the adapters have changed, after their first step and after `PATIENCE` steps."""
+        if self.calls == self.looked:  # no call of this model led to the step
             return
-        self.looked, self.blind = self.calls, False
-        held = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        self.looked = self.calls
+        self.blind = False
+        rates = {}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                rates[id(parameter)] = group["lr"]
         for name in list(self.start):
-            own = list(self.state.parameters(name))
-            rates = [held[id(p)] for p in own if id(p) in held]
-            counts = any(float(rate) for rate in rates) if rates else any(p.grad is not None for p in own)
-            if name in self.changed or not counts:
-                continue
-            self.steps[name] = self.steps.get(name, 0) + 1
-            if self.steps[name] in (1, PATIENCE) and _sum(self.state.parameters(name)) != self.start[name]:
-                self.changed.add(name)
-            elif self.steps[name] == PATIENCE:
-                raise TrainingError(_unchanged(name, len(rates)))
+            if name not in self.changed:
+                self._count_step(name, rates)
+
+    def _count_step(self, name: str, rates: dict[int, Any]) -> None:
+        parameters = list(self.state.parameters(name))
+        own_rates = [rates[id(parameter)] for parameter in parameters if id(parameter) in rates]
+        if own_rates:
+            may_change = any(float(rate) for rate in own_rates)
+        else:
+            may_change = any(parameter.grad is not None for parameter in parameters)
+        if not may_change:
+            return
+        self.steps[name] = self.steps.get(name, 0) + 1
+        if self.steps[name] in (1, PATIENCE) and _sum(parameters) != self.start[name]:
+            self.changed.add(name)
+        elif self.steps[name] == PATIENCE:
+            raise TrainingError(_unchanged(name, len(own_rates)))
 
 
 class Seen:
-    """Which layers of the live adapters a call of the model runs, and whose weights it reads past them."""
+    """Which layers of the live adapters a call of the model runs, and of which it reads the weight instead."""
 
     only_looks = True
     """Its hooks change nothing of a call."""
@@ -195,31 +223,36 @@ class Seen:
         """Raise TargetError where an adapter has no effect although the model uses the weight it is on."""
         self.stop()
         idle = [path for path in self.layers if path not in self.run]
-        twins = _twins(self.model, self.layers, self.names) if idle else {}
-        silent = {path: twins.get(path, []) for path in idle if path in self.read or path in twins}
-        if not silent:
+        if not idle:
             return
-        lines = [f"{p}{f' (it is {_listed(others)} that run)' if others else ''}" for p, others in silent.items()]
-        raise TargetError(
-            f"adapter {_listed(self.names)} has no effect on modules whose weight the model reads without running "
-            f"them:{listing(lines)}\nTake them out of target_modules, or name those that run"
-        )
+        tied = _tied(self.model, self.layers)
+        lines = []
+        for path in idle:
+            if path in tied:
+                lines.append(f"{path} (it is {_listed(tied[path])} that run)")
+            elif path in self.read:
+                lines.append(path)
+        if lines:
+            raise TargetError(
+                f"adapter {_listed(self.names)} has no effect on modules whose weight the model reads without running "
+                f"them:{listing(lines)}\nTake them out of target_modules, or name those that run"
+            )
 
 
-def _twins(model: nn.Module, layers: dict[str, Any], names: Iterable[str]) -> dict[str, list[str]]:
-    """Of each layer, the other modules with the same weight, unless one of them has the same adapter."""
-    places: dict[int, list[str]] = {}
+def _tied(model: nn.Module, layers: dict[str, Any]) -> dict[str, list[str]]:
+    """For each layer, the other modules with the same weight, unless one of them has the same adapter."""
+    paths_by_weight: dict[int, list[str]] = {}
     for path, module in walk(model):
         weight = module._parameters.get("weight")
         if weight is not None:
-            places.setdefault(id(weight), []).append(path)
-    found = {}
+            paths_by_weight.setdefault(id(weight), []).append(path)
+    tied = {}
     for path, layer in layers.items():
-        same = places.get(id(getattr(layer.base_layer, "_parameters", {}).get("weight")), [])
-        others = [other for other in same if other != path]
+        weight = getattr(layer.base_layer, "_parameters", {}).get("weight")
+        others = [other for other in paths_by_weight.get(id(weight), []) if other != path]
         if others and not any(other in layers for other in others):
-            found[path] = others
-    return found
+            tied[path] = others
+    return tied
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -227,7 +260,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    """Some part of it is compiled, where a look from outside would mean compiling it again."""
+    """Whether some part of it is compiled: watching would compile that again."""
     return any(
         getattr(m, "_compiled_call_impl", None) is not None or type(m).__name__ == "OptimizedModule"
         for m in model.modules()
@@ -256,7 +289,7 @@ def _check_loss(loss: Any, calls: int) -> None:
 
 
 def _are_finite(tensors: Iterable[Tensor]) -> bool:
-    """Asks the device once."""
+    """Whether all values are finite, with one look at the device."""
     local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
     finite = [torch.isfinite(t.detach().abs().max()) for t in local if t.numel() and not t.is_sparse and not t.is_meta]
     return not finite or bool(torch.stack([found.to(finite[0].device) for found in finite]).all())
@@ -279,7 +312,7 @@ def _unchanged(name: str, held: int) -> str:
 
 
 def _sum(parameters: Iterable[Tensor]) -> float:
-    """A number that changes with any of the values, as good as always."""
+    """A number that changes, almost surely, with any of the values."""
     total = 0.0
     for i, p in enumerate(parameters):
         local = p.detach()
