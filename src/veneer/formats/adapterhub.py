@@ -2,8 +2,8 @@
 
     <path>.loras.<adapter name>.lora_A (r, in), .lora_B (out, r)
 
-Its config says where by roles: matrices of the attention (q, k, v) and two layers of the MLP, the same in every layer
-that is not left out.
+Its config names the adapted modules by roles: matrices of the attention (q, k, v) and two layers of the MLP, the same
+in every transformer layer that is not listed in `leave_out`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,20 @@ import re
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import CheckpointError, ConfigError, listing
 from ..files.read import read_json
 from .lora import Hints, Lora, Pair, find, number, paired, read_tensors, write_settings, write_tensors
 
 name = "adapterhub"
-CONFIG, WEIGHTS = "adapter_config.json", "adapter.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter.safetensors"
 FILES = (WEIGHTS, "pytorch_adapter.bin")
 ADAPTER = "veneer"
+"""The adapter name that is written."""
+PLAIN = {"composition_mode": "add", "use_gating": False, "use_dora": False, "vera_d": None, "vera_b": None}
+"""Settings of a plain LoRA."""
 LLAMA = {
     "self_attn.q_proj": "q",
     "self_attn.k_proj": "k",
@@ -35,7 +41,7 @@ BERT = {
     "output.dense": "output",
 }
 ROLES = {"llama": LLAMA, "mistral": LLAMA, "bert": BERT, "roberta": BERT, "xlm-roberta": BERT}
-"""What its config calls the modules of a layer, by architecture."""
+"""The roles of a layer's modules, by architecture."""
 LAYER = re.compile(r"(.*\.)?layers?\.(\d+)\.(.+)")
 
 
@@ -44,31 +50,46 @@ def is_here(directory: Path) -> bool:
 
 
 def read(directory: Path, hints: Hints) -> Lora:
-    file, path = find(directory, *FILES), directory / CONFIG
-    assert file is not None
+    path = directory / CONFIG
     content = read_json(path)
     settings = content.get("config")
     if not isinstance(settings, dict) or settings.get("architecture") != "lora":
         raise ConfigError(f"{str(path)!r} is no LoRA adapter of AdapterHub")
     _check_plain(settings, path)
     alpha = number(settings, "alpha", path)
-    tensors, _ = read_tensors(file, hints.allow_pickle)
-    found = paired(tensors, (".lora_A", ".lora_B"), file)
-    names = {key: re.fullmatch(r"(.+)\.loras\.([^.]+)", key) for key in found}
-    strange = [key for key, match in names.items() if match is None]
-    if strange or len({match.group(2) for match in names.values() if match}) > 1:
-        raise CheckpointError(f"{str(file)!r} holds several adapters, or none of AdapterHub's:{listing(names)}")
-    pairs = {match.group(1): Pair(*found[key], alpha) for key, match in names.items() if match}
-    dropout = settings.get("dropout") or 0.0
+    pairs = {}
+    for module, (A, B) in _factors(directory, hints).items():
+        pairs[module] = Pair(A, B, alpha)
+    dropout = float(settings.get("dropout") or 0.0)
     base = content.get("model_name")
-    return Lora(pairs, base if isinstance(base, str) else hints.model, None, float(dropout))
+    if not isinstance(base, str):
+        base = hints.model
+    return Lora(pairs, base, None, dropout)
 
 
 def _check_plain(settings: dict[str, Any], path: Path) -> None:
-    plain = {"composition_mode": "add", "use_gating": False, "use_dora": False, "vera_d": None, "vera_b": None}
-    given = {key: settings[key] for key, value in plain.items() if settings.get(key, value) != value}
-    if given:
-        raise ConfigError(f"{str(path)!r}: {given} is more than LoRA, and has no place in other layouts")
+    """Raise ConfigError if the settings are those of more than a plain LoRA."""
+    others = {key: settings[key] for key, value in PLAIN.items() if settings.get(key, value) != value}
+    if others:
+        raise ConfigError(f"{str(path)!r}: {others} is more than LoRA, which other layouts cannot store")
+
+
+def _factors(directory: Path, hints: Hints) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A, B) by the modules' paths; raises CheckpointError unless the file holds exactly one adapter."""
+    file = find(directory, *FILES)
+    assert file is not None
+    tensors, _ = read_tensors(file, hints.allow_pickle)
+    factors = {}
+    names = set()
+    by_key = paired(tensors, (".lora_A", ".lora_B"), file)
+    for key, pair in by_key.items():
+        match = re.fullmatch(r"(.+)\.loras\.([^.]+)", key)
+        path, adapter = match.groups() if match else (key, None)
+        factors[path] = pair
+        names.add(adapter)
+    if None in names or len(names) > 1:
+        raise CheckpointError(f"{str(file)!r} holds several adapters, or none of AdapterHub's:{listing(by_key)}")
+    return factors
 
 
 def write(lora: Lora, directory: Path, hints: Hints) -> None:
@@ -76,17 +97,22 @@ def write(lora: Lora, directory: Path, hints: Hints) -> None:
     r, alpha = lora.one_rank(name)
     config = hints.config(lora.base, "AdapterHub's config describes the base model")
     roles, layers = _roles(lora, config)
+    attention = [role for role in ("q", "k", "v") if role in roles]
+    left_out = set(range(config.num_hidden_layers)) - layers
     settings = {
         "architecture": "lora",
         "r": r,
         "alpha": alpha,
         "dropout": lora.dropout,
-        "attn_matrices": sorted(roles & {"q", "k", "v"}, key="qkv".index),
-        "selfattn_lora": bool(roles & {"q", "k", "v"}),
+        "attn_matrices": attention,
+        "selfattn_lora": bool(attention),
         "intermediate_lora": "intermediate" in roles,
         "output_lora": "output" in roles,
-        "leave_out": sorted(set(range(config.num_hidden_layers)) - layers),
-        **{"composition_mode": "add", "init_weights": "lora", "use_gating": False, "use_dora": False},
+        "leave_out": sorted(left_out),
+        "composition_mode": "add",
+        "init_weights": "lora",
+        "use_gating": False,
+        "use_dora": False,
     }
     content = {
         "config": settings,
@@ -97,31 +123,35 @@ def write(lora: Lora, directory: Path, hints: Hints) -> None:
         "name": ADAPTER,
         "version": "adapters.1.3.0",
     }
-    ends = {"lora_A": "A", "lora_B": "B"}
-    write_tensors(
-        directory / WEIGHTS,
-        {f"{p}.loras.{ADAPTER}.{e}": getattr(pair, side) for p, pair in lora.pairs.items() for e, side in ends.items()},
-    )
+    write_tensors(directory / WEIGHTS, lora.tensors(f".loras.{ADAPTER}.lora_A", f".loras.{ADAPTER}.lora_B"))
     write_settings(directory / CONFIG, content)
 
 
 def _roles(lora: Lora, config: Any) -> tuple[set[str], set[int]]:
-    """(the roles of the adapted modules, the layers they lie in); each of the layers must have all of the roles."""
-    known = ROLES.get(config.model_type)
-    if known is None:
-        raise ConfigError(f"AdapterHub's names for {config.model_type} are not known here; known: {', '.join(ROLES)}")
-    places: dict[int, set[str]] = {}
+    """(the roles of the adapted modules, the numbers of their layers).
+
+    Raises:
+        ConfigError: AdapterHub has no role for a module, or the layers do not all have the same roles.
+    """
+    roles_of = ROLES.get(config.model_type)
+    if roles_of is None:
+        raise ConfigError(f"AdapterHub's names for {config.model_type} are unknown here; known: {', '.join(ROLES)}")
+    by_layer: dict[int, set[str]] = {}
     for path in lora.pairs:
-        found = LAYER.fullmatch(path)
-        if found is None or found.group(3) not in known:
+        match = LAYER.fullmatch(path)
+        if match is None or match.group(3) not in roles_of:
             raise ConfigError(
-                f"AdapterHub puts no LoRA on {path!r}; on {config.model_type} it does on:{listing(known)}"
+                f"AdapterHub puts no LoRA on {path!r}; on {config.model_type} it does on:{listing(roles_of)}"
             )
-        places.setdefault(int(found.group(2)), set()).add(known[found.group(3)])
-    roles = set().union(*places.values())
-    uneven = [f"layer {i}: {', '.join(sorted(own))}" for i, own in places.items() if own != roles]
+        layer = int(match.group(2))
+        by_layer.setdefault(layer, set()).add(roles_of[match.group(3)])
+    roles = set().union(*by_layer.values())
+    uneven = []
+    for layer, own in by_layer.items():
+        if own != roles:
+            uneven.append(f"layer {layer}: {', '.join(sorted(own))}")
     if uneven:
         raise ConfigError(
             f"AdapterHub adapts the same modules in each layer ({', '.join(sorted(roles))}):{listing(uneven)}"
         )
-    return roles, set(places)
+    return roles, set(by_layer)

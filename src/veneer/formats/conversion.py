@@ -1,4 +1,4 @@
-"""From one project's layout of a LoRA adapter to another's."""
+"""Converting LoRA adapters between the file layouts of several projects."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from ..files.write import appearing, check_free
 from . import adapterhub, kohya, loralib, mlx, peft, torchtune
 from .lora import Hints, Layout
 
-LAYOUTS: dict[str, Layout] = {
-    module.name: cast(Layout, module) for module in (mlx, torchtune, peft, adapterhub, kohya, loralib)
-}
-"""In the order in which a directory is tried; torchtune's config may say it is PEFT's."""
+MODULES = (mlx, torchtune, peft, adapterhub, kohya, loralib)
+LAYOUTS: dict[str, Layout] = {module.name: cast(Layout, module) for module in MODULES}
+"""By name, in the order of detection; torchtune's config may look like PEFT's, so it comes first."""
 
 
 @dataclass(frozen=True)
 class Conversion:
+    """What was converted."""
+
     source: str
     layout: str
+    """The layout of `source`."""
     out: str
     wanted: str
+    """The layout of `out`."""
     modules: int
     parameters: int
 
@@ -31,6 +34,7 @@ class Conversion:
 
 
 def layout(name: str) -> Layout:
+    """The layout called `name`; raises ConfigError if there is none."""
     if name not in LAYOUTS:
         raise ConfigError(f"no layout is called {name!r}; use one of {', '.join(LAYOUTS)}{nearest(name, LAYOUTS)}")
     return LAYOUTS[name]
@@ -40,41 +44,43 @@ def detected(directory: Path) -> Layout:
     """The layout of the adapter in a directory.
 
     Raises:
-        CheckpointError: it is none that is known.
+        CheckpointError: the layout is unknown.
     """
-    found = next((one for one in LAYOUTS.values() if one.is_here(directory)), None)
-    if found is None:
-        holds = (
-            ", ".join(sorted(p.name for p in directory.iterdir())[:8])
-            if directory.is_dir()
-            else "nothing: it is not there"
-        )
-        raise CheckpointError(
-            f"{str(directory)!r} is no adapter of {', '.join(LAYOUTS)}; it holds {holds or 'nothing'}"
-        )
-    return found
+    for candidate in LAYOUTS.values():
+        if candidate.is_here(directory):
+            return candidate
+    if not directory.is_dir():
+        content = "nothing: it does not exist"
+    else:
+        names = sorted(path.name for path in directory.iterdir())
+        content = ", ".join(names[:8]) or "nothing"
+    raise CheckpointError(f"{str(directory)!r} is no adapter of {', '.join(LAYOUTS)}; it holds {content}")
 
 
 def convert(
     source: str | Path, out: str | Path, to: str, from_: str | None = None, hints: Hints | None = None
 ) -> Conversion:
-    """Write the LoRA adapter in a directory in another layout, its numbers bit for bit.
+    """Write a LoRA adapter in another layout; its parameters stay the same bit for bit.
 
     Args:
-        to: the layout.
-        from_: the layout of `source`; None: whichever it is.
-        hints: what the files leave open.
+        source: the adapter's directory.
+        out: a directory that does not exist yet, or is empty.
+        to: the layout to write.
+        from_: the layout of `source`; None: detected.
+        hints: facts that the files do not record.
 
     Raises:
-        ConfigError: a layout cannot hold the adapter, or leaves something open.
-        CheckpointError: the files are damaged, or pickles.
+        ConfigError: a layout cannot store the adapter, or a hint is missing.
+        CheckpointError: the files are damaged, or pickles that are not allowed.
     """
-    hints, source, out = hints or Hints(), Path(source), Path(out)
+    hints = hints or Hints()
+    source = Path(source)
+    out = Path(out)
     check_free(out)
     writer = layout(to)
     reader = layout(from_) if from_ else detected(source)
     if not reader.is_here(source):
-        raise CheckpointError(f"{str(source)!r} has not the files of {reader.name}'s layout")
+        raise CheckpointError(f"{str(source)!r} lacks the files of {reader.name}'s layout")
     lora = reader.read(source, hints).check(source)
     with appearing(out) as folder:
         writer.write(lora, folder, hints)

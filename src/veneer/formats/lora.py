@@ -1,4 +1,4 @@
-"""A LoRA adapter of no project's layout: what every layout is read into and written from."""
+"""A LoRA adapter independent of file layouts: what every layout is read into and written from."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Pair:
     """The factors of one module: dW = alpha / r * B A."""
 
     A: Tensor
-    """(r, in); of a convolution (r, in, *kernel)."""
+    """(r, in); for a convolution (r, in, *kernel)."""
     B: Tensor
-    """(out, r); of a convolution (out, r, 1, ...)."""
+    """(out, r); for a convolution (out, r, 1, ...)."""
     alpha: float
 
     @property
@@ -36,66 +36,85 @@ class Pair:
         return self.alpha / self.r
 
     def problem(self) -> str | None:
+        """What is wrong with the factors, or None."""
         if self.A.dim() < 2 or self.B.dim() != self.A.dim() or self.B.shape[1] != self.A.shape[0]:
             return f"A {tuple(self.A.shape)} and B {tuple(self.B.shape)} are no pair"
         if not (self.A.is_floating_point() and self.B.is_floating_point()):
             return f"numbers of type {self.A.dtype} and {self.B.dtype}"
-        finite = bool(torch.isfinite(self.A).all() and torch.isfinite(self.B).all())
-        return None if finite else "values that are not finite"
+        is_finite = torch.isfinite(self.A).all() and torch.isfinite(self.B).all()
+        if not is_finite:
+            return "values that are not finite"
+        return None
 
 
 @dataclass
 class Lora:
-    """Pairs by the paths of the modules in the transformers model."""
+    """A LoRA adapter: factors by the paths of the modules in the transformers model."""
 
     pairs: dict[str, Pair]
     base: str | None = None
     task: str | None = None
     dropout: float = 0.0
     targets: list[str] | str | None = None
-    """The `target_modules` that led to these modules, where the layout says it."""
+    """The `target_modules` that selected these modules, if the layout records it."""
 
     def check(self, where: Path) -> Lora:
-        """Raise CheckpointError unless there are pairs, and all are sound."""
-        found = [f"{path}: {problem}" for path, pair in self.pairs.items() if (problem := pair.problem())]
-        if found or not self.pairs:
-            raise CheckpointError(f"{str(where)!r} is no LoRA adapter:{listing(found or ['it holds no pairs'])}")
+        """Return self; raise CheckpointError if there are no pairs, or some are invalid."""
+        problems = []
+        for path, pair in self.pairs.items():
+            problem = pair.problem()
+            if problem is not None:
+                problems.append(f"{path}: {problem}")
+        if not self.pairs:
+            problems.append("it holds no pairs")
+        if problems:
+            raise CheckpointError(f"{str(where)!r} is no LoRA adapter:{listing(problems)}")
         return self
 
     def matrices_only(self, layout: str) -> None:
-        """Raise where the layout has linear layers only."""
-        others = [path for path, pair in self.pairs.items() if pair.A.dim() != 2]
-        if others:
-            raise ConfigError(f"{layout} holds updates of linear layers; these are convolutions:{listing(others)}")
+        """Raise ConfigError if there are convolutions, for layouts that have linear layers only."""
+        convolutions = [path for path, pair in self.pairs.items() if pair.A.dim() != 2]
+        if convolutions:
+            raise ConfigError(
+                f"{layout} holds updates of linear layers; these are convolutions:{listing(convolutions)}"
+            )
 
     def one_rank(self, layout: str) -> tuple[int, float]:
-        """(rank, alpha) of all modules. Raises where they differ, for layouts that have one of each."""
-        kinds = {(pair.r, pair.alpha) for pair in self.pairs.values()}
-        if len(kinds) > 1:
-            lines = [f"r = {r}, alpha = {alpha:g}" for r, alpha in sorted(kinds)]
+        """(rank, alpha) of all modules; raises ConfigError if they differ, for layouts that have one of each."""
+        values = {(pair.r, pair.alpha) for pair in self.pairs.values()}
+        if len(values) > 1:
+            lines = [f"r = {r}, alpha = {alpha:g}" for r, alpha in sorted(values)]
             raise ConfigError(f"{layout} has one rank and one alpha for all modules; this adapter has:{listing(lines)}")
-        return kinds.pop()
+        return values.pop()
+
+    def tensors(self, end_A: str, end_B: str, prefix: str = "") -> dict[str, Tensor]:
+        """The factors by key: prefix, path of the module, and an ending for A or B."""
+        tensors = {}
+        for path, pair in self.pairs.items():
+            tensors[f"{prefix}{path}{end_A}"] = pair.A
+            tensors[f"{prefix}{path}{end_B}"] = pair.B
+        return tensors
 
 
 @dataclass
 class Hints:
-    """What a layout's own files leave open."""
+    """Facts that a layout's files do not record."""
 
     model: str | None = None
-    """The base model, of which the config is read."""
+    """The base model, whose config is read."""
     alpha: float | None = None
-    """Of layouts that do not record it."""
+    """For layouts that do not record it."""
     enabled: list[bool] | None = None
-    """Which of a fused projection's parts are adapted (loralib's `enable_lora`)."""
+    """Which parts of a fused projection are adapted (loralib's `enable_lora`)."""
     prefix: str | None = None
-    """What kohya's keys begin with."""
+    """The start of kohya's keys."""
     allow_pickle: bool = False
 
     def config(self, base: str | None, why: str) -> Any:
         """The base model's config.
 
         Raises:
-            ConfigError: no base model is known.
+            ConfigError: the base model is unknown, or its config cannot be read.
         """
         from transformers import AutoConfig
 
@@ -108,22 +127,22 @@ class Hints:
             return AutoConfig.from_pretrained(resolve(name))
         except OSError as error:
             reason = str(error).strip().split("\n")[0]
-            raise ConfigError(f"{why}; the config of {name!r} cannot be had ({reason}). Give --model") from None
+            raise ConfigError(f"{why}; the config of {name!r} cannot be read ({reason}). Give --model") from None
 
 
 class Layout(Protocol):
-    """One project's way to put a LoRA adapter into a directory."""
+    """How one project stores a LoRA adapter in a directory."""
 
     name: str
 
     def is_here(self, directory: Path) -> bool:
-        """Its files are in the directory."""
+        """Whether the directory has files of this layout."""
         ...
 
     def read(self, directory: Path, hints: Hints) -> Lora: ...
 
     def write(self, lora: Lora, directory: Path, hints: Hints) -> None:
-        """Raises ConfigError where the layout cannot hold the adapter."""
+        """Raises ConfigError if the layout cannot store the adapter."""
         ...
 
 
@@ -131,12 +150,16 @@ class Layout(Protocol):
 
 
 def find(directory: Path, *names: str) -> Path | None:
-    """The first of some files that is there; patterns are sorted."""
-    return next((path for name in names for path in sorted(directory.glob(name)) if path.is_file()), None)
+    """The first file that matches one of the names or glob patterns, in their order, then alphabetically."""
+    for name in names:
+        for path in sorted(directory.glob(name)):
+            if path.is_file():
+                return path
+    return None
 
 
 def has_key(file: Path, ending: str) -> bool:
-    """A safetensors file has a tensor whose key ends so; one that is not whole has none."""
+    """Whether a safetensors file has a key with this ending; False for a damaged file."""
     try:
         return any(key.endswith(ending) for key in tensor_shapes(file))
     except CheckpointError:
@@ -144,10 +167,10 @@ def has_key(file: Path, ending: str) -> bool:
 
 
 def read_tensors(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors by key, metadata) of a safetensors file, or on request of a pickle of tensors alone.
+    """(tensors by key, metadata) of a safetensors file or, if allowed, of a pickle that holds only tensors.
 
     Raises:
-        CheckpointError: a pickle, or a broken file.
+        CheckpointError: the file is a pickle and that is not allowed, or it is damaged.
     """
     if path.suffix == ".safetensors":
         tensors, metadata = files.read_tensors(path)
@@ -172,7 +195,7 @@ def write_settings(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def number(settings: Mapping[str, Any], name: str, path: Path) -> float:
-    """A positive number of a config file."""
+    """A setting from a config file that must be a positive number."""
     value = settings.get(name)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
         raise CheckpointError(f"{str(path)!r}: {name} must be a positive number, not {value!r}")
@@ -180,16 +203,36 @@ def number(settings: Mapping[str, Any], name: str, path: Path) -> float:
 
 
 def paired(tensors: Mapping[str, Tensor], ends: tuple[str, str], path: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """(first, second) by what stands before the endings of their keys.
+    """(first, second) by the part of their keys before the endings.
 
     Raises:
-        CheckpointError: keys of another kind, or halves without the other.
+        CheckpointError: a key has neither ending, or one tensor of a pair is missing.
     """
-    places = {key: next((end for end in ends if key.endswith(end)), None) for key in tensors}
-    strange = [key for key, end in places.items() if end is None]
-    bases = dict.fromkeys(key.removesuffix(end) for key, end in places.items() if end is not None)
-    alone = [base for base in bases if any(base + end not in tensors for end in ends)]
-    if strange or alone:
-        what = "these keys are no part of a LoRA" if strange else "the other half is missing of"
-        raise CheckpointError(f"{str(path)!r}: {what}:{listing(strange or alone)}")
-    return {base: (tensors[base + ends[0]], tensors[base + ends[1]]) for base in bases}
+    bases: dict[str, None] = {}
+    unknown = []
+    for key in tensors:
+        base = _without_end(key, ends)
+        if base is None:
+            unknown.append(key)
+        else:
+            bases[base] = None
+    if unknown:
+        raise CheckpointError(f"{str(path)!r}: these keys are no part of a LoRA:{listing(unknown)}")
+    first, second = ends
+    pairs = {}
+    incomplete = []
+    for base in bases:
+        if base + first in tensors and base + second in tensors:
+            pairs[base] = (tensors[base + first], tensors[base + second])
+        else:
+            incomplete.append(base)
+    if incomplete:
+        raise CheckpointError(f"{str(path)!r}: the other half is missing of:{listing(incomplete)}")
+    return pairs
+
+
+def _without_end(key: str, ends: tuple[str, str]) -> str | None:
+    for end in ends:
+        if key.endswith(end):
+            return key.removesuffix(end)
+    return None

@@ -2,8 +2,8 @@
 
     <path>.lora_A (r, in), <path>.lora_B (out, r)
 
-It does not say alpha. The parts of a fused projection (`MergedLinear`) have pairs of their own, one after another in A
-and B; which parts, it does not say either. What veneer writes says both in the metadata, which loralib ignores.
+It does not record alpha. The adapted parts of a fused projection (`MergedLinear`) have a pair each, concatenated in A
+and B, and it does not record which parts they are. veneer writes alpha to the metadata, which loralib ignores.
 """
 
 from __future__ import annotations
@@ -38,29 +38,36 @@ def read(directory: Path, hints: Hints) -> Lora:
     alphas = _alphas(metadata)
     pairs = {}
     for path, (A, B) in paired(tensors, (".lora_A", ".lora_B"), file).items():
-        alpha = hints.alpha if hints.alpha is not None else alphas.get(path)
+        alpha = alphas.get(path) if hints.alpha is None else hints.alpha
         if alpha is None:
-            raise ConfigError(f"{str(file)!r} does not say alpha, as loralib's files do not; give it with --alpha")
-        pairs[path] = Pair(A, B, alpha) if A.shape[0] == B.shape[1] else _fused(path, A, B, alpha, hints.enabled)
+            raise ConfigError(f"{str(file)!r} does not record alpha, as loralib's files do not; give it with --alpha")
+        is_fused = A.shape[0] != B.shape[1]
+        pairs[path] = _fused(path, A, B, alpha, hints.enabled) if is_fused else Pair(A, B, alpha)
     return Lora(pairs, hints.model)
 
 
 def _alphas(metadata: dict[str, str]) -> dict[str, float]:
+    """alpha by the modules' paths, from the metadata that veneer writes; empty if it has none."""
     try:
-        found = json.loads(metadata.get("lora_alpha", "{}"))
+        content = json.loads(metadata.get("lora_alpha", "{}"))
     except (json.JSONDecodeError, RecursionError):
         return {}
-    found = found if isinstance(found, dict) else {}
-    return {k: v for k, v in found.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    if not isinstance(content, dict):
+        return {}
+    alphas = {}
+    for path, alpha in content.items():
+        if isinstance(alpha, (int, float)) and not isinstance(alpha, bool):
+            alphas[path] = alpha
+    return alphas
 
 
 def _fused(path: str, A: Tensor, B: Tensor, alpha: float, enabled: list[bool] | None) -> Pair:
-    """The pairs of a fused projection's parts as one pair: A one after another, B block-diagonal, zeros elsewhere."""
+    """One pair for the parts of a fused projection: A stays concatenated, B becomes block-diagonal."""
     r = B.shape[1]
     parts = A.shape[0] // r if r else 0
     if enabled is None:
         raise ConfigError(
-            f"{path!r} is a fused projection with {parts} adapted parts; say which, as loralib was told: "
+            f"{path!r} is a fused projection with {parts} adapted parts; give loralib's enable_lora: "
             "--enabled true,false,true"
         )
     if parts * r != A.shape[0] or sum(enabled) != parts or B.shape[0] % parts:
@@ -68,15 +75,15 @@ def _fused(path: str, A: Tensor, B: Tensor, alpha: float, enabled: list[bool] | 
             f"{path!r}: A {tuple(A.shape)} and B {tuple(B.shape)} are not {sum(enabled)} pairs of one rank"
         )
     width = B.shape[0] // parts
-    whole = torch.zeros(width * len(enabled), parts * r, dtype=B.dtype)
-    for k, place in enumerate(i for i, is_on in enumerate(enabled) if is_on):
-        whole[place * width : (place + 1) * width, k * r : (k + 1) * r] = B[k * width : (k + 1) * width]
-    return Pair(A, whole, alpha * parts)
+    blocks = torch.zeros(len(enabled), width, parts, r, dtype=B.dtype)
+    is_on = torch.tensor(enabled).nonzero().flatten().tolist()
+    for k, part in enumerate(is_on):
+        blocks[part, :, k] = B[k * width : (k + 1) * width]
+    return Pair(A, blocks.reshape(-1, parts * r), alpha * parts)
 
 
 def write(lora: Lora, directory: Path, hints: Hints) -> None:
     lora.matrices_only(name)
-    ends = {"lora_A": "A", "lora_B": "B"}
-    tensors = {f"{p}.{end}": getattr(pair, side) for p, pair in lora.pairs.items() for end, side in ends.items()}
     alphas = {path: pair.alpha for path, pair in lora.pairs.items()}
-    write_tensors(directory / WEIGHTS, tensors, {"lora_alpha": json.dumps(alphas)})
+    metadata = {"lora_alpha": json.dumps(alphas)}
+    write_tensors(directory / WEIGHTS, lora.tensors(".lora_A", ".lora_B"), metadata)

@@ -6,8 +6,11 @@ base_model.model.<path>.lora_A.weight (r, in), .lora_B.weight (out, r)
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ..core import checkpoint, embeddings
 from ..core.config import CONFIG_NAME, Config, at
@@ -20,7 +23,15 @@ from .lora import Hints, Lora, Pair, paired, read_tensors, write_tensors
 name = "peft"
 PREFIX = "base_model.model."
 PLAIN_STARTS = ("True", "False", "gaussian", "orthogonal", "eva")
-"""Starts of which the file holds all there is to know."""
+"""Values of `init_lora_weights` that leave the base's weights unchanged, so that A and B are the whole adapter."""
+MORE_THAN_PAIRS = (
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "lora_bias",
+)
+"""Fields of a config that make an adapter more than pairs A, B on modules."""
 
 
 def is_here(directory: Path) -> bool:
@@ -35,74 +46,80 @@ def read(directory: Path, hints: Hints) -> Lora:
         config, tensors, notes = checkpoint.load(directory)
         check_undamaged(notes)
     else:
-        file, config = directory / PICKLE_NAME, Config.from_pretrained(directory)
+        file = directory / PICKLE_NAME
+        config = Config.from_pretrained(directory)
         tensors, _ = read_tensors(file, hints.allow_pickle)
     plain = check_plain(config)
-    strange = [key for key in tensors if not key.startswith(PREFIX)]
-    if strange:
-        raise CheckpointError(f"{str(file)!r}: {strange[0]!r} does not begin with {PREFIX!r}")
+    by_path = {}
+    for key, tensor in tensors.items():
+        if not key.startswith(PREFIX):
+            raise CheckpointError(f"{str(file)!r}: {key!r} does not begin with {PREFIX!r}")
+        by_path[key.removeprefix(PREFIX)] = tensor
     refuse_embeddings(tensors)
-    own = {key.removeprefix(PREFIX): t for key, t in tensors.items()}
-    pairs = {
-        path: _pair(plain, path, *both)
-        for path, both in paired(own, (".lora_A.weight", ".lora_B.weight"), file).items()
-    }
+    pairs = {}
+    for path, (A, B) in paired(by_path, (".lora_A.weight", ".lora_B.weight"), file).items():
+        pairs[path] = Pair(A, B, _alpha(plain, path, A))
     return Lora(pairs, plain.base_model_name_or_path, plain.task_type, plain.lora_dropout, plain.target_modules)
 
 
 def check_plain(config: Config) -> LoraConfig:
-    """Raise ConfigError unless the config is a LoRA that its pairs of matrices say all about."""
-    more = "convert it with veneer.convert_to_lora first"
+    """The config, if A, B and alpha are the whole adapter; else raises ConfigError."""
+    advice = "convert it with veneer.convert_to_lora first"
     if not isinstance(config, LoraConfig) or type(config).adapter is not LoRA:
-        raise ConfigError(f"only LoRA adapters have a layout in other projects; this is {config.peft_type}; {more}")
-    given: list[Any] = [*config.variants()]
-    given += [f'bias="{config.bias}"'] if config.bias != "none" else []
-    fields = ("modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication", "lora_bias")
-    given += [name for name in fields if getattr(config, name)]
-    if given:
-        raise ConfigError(f"this LoRA has {', '.join(dict.fromkeys(given))}, which is more than its pairs say; {more}")
+        raise ConfigError(f"only LoRA adapters have a layout in other projects; this is {config.peft_type}; {advice}")
+    features: list[Any] = [*config.variants()]
+    if config.bias != "none":
+        features.append(f'bias="{config.bias}"')
+    for field in MORE_THAN_PAIRS:
+        if getattr(config, field):
+            features.append(field)
+    if features:
+        names = ", ".join(dict.fromkeys(features))
+        raise ConfigError(f"this LoRA has {names}, which its matrices A and B do not contain; {advice}")
     if str(config.init_lora_weights) not in PLAIN_STARTS:
-        raise ConfigError(f"this LoRA starts from the base's weights ({config.init_lora_weights!r}); {more}")
+        raise ConfigError(f"this LoRA starts from the base's weights ({config.init_lora_weights!r}); {advice}")
     return config
 
 
-def refuse_embeddings(tensors: Any) -> None:
+def refuse_embeddings(tensors: Iterable[str]) -> None:
+    """Raise ConfigError if a key belongs to an embedding."""
     for key in tensors:
         if "lora_embedding_" in key or embeddings.is_one(key):
-            raise ConfigError(f"{key}: an embedding, which the other layouts do not hold as PEFT does")
+            raise ConfigError(f"{key}: an embedding, which the other layouts do not store as PEFT does")
 
 
-def _pair(config: LoraConfig, path: str, A: Any, B: Any) -> Pair:
-    """rsLoRA's alpha / sqrt(r) becomes alpha' / r."""
-    alpha = at(path, config.alpha_pattern, config.lora_alpha)
-    return Pair(A, B, alpha * math.sqrt(A.shape[0]) if config.use_rslora else alpha)
+def _alpha(config: LoraConfig, path: str, A: Tensor) -> float:
+    """alpha of a module, for the scaling alpha / r; rsLoRA's is alpha / sqrt(r)."""
+    alpha: float = at(path, config.alpha_pattern, config.lora_alpha)
+    if config.use_rslora:
+        alpha *= math.sqrt(A.shape[0])
+    return alpha
 
 
 def write(lora: Lora, directory: Path, hints: Hints) -> None:
     first = next(iter(lora.pairs.values()))
-    alphas = {path: _tidy(pair.alpha) for path, pair in lora.pairs.items()}
+    ranks = {}
+    alphas = {}
+    for path, pair in lora.pairs.items():
+        if pair.r != first.r:
+            ranks[path] = pair.r
+        if pair.alpha != first.alpha:
+            alphas[path] = _as_int(pair.alpha)
     config = LoraConfig(
         r=first.r,
-        lora_alpha=_tidy(first.alpha),
-        rank_pattern={path: pair.r for path, pair in lora.pairs.items() if pair.r != first.r},
-        alpha_pattern={path: a for path, a in alphas.items() if a != _tidy(first.alpha)},
+        lora_alpha=_as_int(first.alpha),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
         lora_dropout=lora.dropout,
         target_modules=list(lora.pairs) if lora.targets is None else lora.targets,
         task_type=lora.task,
         base_model_name_or_path=hints.model or lora.base,
         inference_mode=True,
     )
-    ends = {"lora_A": "A", "lora_B": "B"}
-    write_tensors(
-        directory / WEIGHTS_NAME,
-        {
-            f"{PREFIX}{p}.{end}.weight": getattr(pair, side)
-            for p, pair in lora.pairs.items()
-            for end, side in ends.items()
-        },
-    )
+    write_tensors(directory / WEIGHTS_NAME, lora.tensors(".lora_A.weight", ".lora_B.weight", PREFIX))
     config.save_pretrained(directory)
 
 
-def _tidy(alpha: float) -> int | float:
+def _as_int(alpha: float) -> int | float:
+    """The same number, an int if it is whole."""
     return int(alpha) if float(alpha).is_integer() else alpha

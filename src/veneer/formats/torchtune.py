@@ -1,9 +1,9 @@
-"""torchtune's own layout: `adapter_model.safetensors` or `.pt` under its module names, and `adapter_config.json`.
+"""torchtune's layout: `adapter_model.safetensors` or `.pt` with torchtune's module names, and `adapter_config.json`.
 
     layers.N.attn.q_proj.lora_a.weight (r, in), .lora_b.weight (out, r)
 
-Its rotary embedding of the Llama family pairs neighbouring features, transformers' those half a head apart: the rows of
-the query's and key's B are dealt anew, for which the number of heads must be known.
+For the Llama family, torchtune's rotary embedding pairs neighbouring features, that of transformers features half a
+head apart. The rows of B for queries and keys are permuted accordingly, which requires the number of heads.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ THEIRS = {
     "lm_head": "output",
 }
 OURS = {theirs: ours for ours, theirs in THEIRS.items()}
-TURNED = {"llama", "mistral", "gemma2"}
-"""Architectures whose queries and keys are dealt anew."""
-STRAIGHT = {"qwen2"}
+PERMUTED = {"llama", "mistral", "gemma2"}
+"""Architectures whose queries and keys are permuted."""
+UNPERMUTED = {"qwen2"}
 
 
 def is_here(directory: Path) -> bool:
@@ -48,19 +48,22 @@ def is_here(directory: Path) -> bool:
 
 
 def read(directory: Path, hints: Hints) -> Lora:
-    file, settings = find(directory, *FILES), read_json(directory / CONFIG)
+    file = find(directory, *FILES)
+    settings = read_json(directory / CONFIG)
     assert file is not None
     alpha = number(settings, "lora_alpha", directory / CONFIG)
     tensors, _ = read_tensors(file, hints.allow_pickle)
     if any(key.endswith(".magnitude") for key in tensors):
-        raise ConfigError(f"{str(file)!r} is a DoRA, which only PEFT's layout holds")
+        raise ConfigError(f"{str(file)!r} is a DoRA, which only PEFT's layout can store")
     base = settings.get("base_model_name_or_path")
     heads = _heads(hints.config(base, "torchtune's layout depends on the number of heads"))
     pairs = {}
-    for key, (a, b) in paired(tensors, (".lora_a.weight", ".lora_b.weight"), file).items():
-        path = _translated(key, OURS)
-        pairs[path] = Pair(a, _dealt(b, heads, path, back=True), alpha)
-    return Lora(pairs, base if isinstance(base, str) else hints.model, "CAUSAL_LM")
+    for key, (A, B) in paired(tensors, (".lora_a.weight", ".lora_b.weight"), file).items():
+        path = _our_path(key)
+        pairs[path] = Pair(A, _permuted(B, heads, path, back=True), alpha)
+    if not isinstance(base, str):
+        base = hints.model
+    return Lora(pairs, base, "CAUSAL_LM")
 
 
 def write(lora: Lora, directory: Path, hints: Hints) -> None:
@@ -68,43 +71,68 @@ def write(lora: Lora, directory: Path, hints: Hints) -> None:
     r, alpha = lora.one_rank(name)
     heads = _heads(hints.config(lora.base, "torchtune's layout depends on the number of heads"))
     tensors: dict[str, Tensor] = {}
+    targets = set()
     for path, pair in lora.pairs.items():
-        theirs = _translated(path, THEIRS)
-        tensors |= {f"{theirs}.lora_a.weight": pair.A, f"{theirs}.lora_b.weight": _dealt(pair.B, heads, path)}
-    targets = sorted({key.rsplit(".", 3)[-3] for key in tensors})
-    settings = {"r": r, "lora_alpha": alpha, "target_modules": targets, "peft_type": "LORA"}
-    write_settings(directory / CONFIG, settings | {"base_model_name_or_path": hints.model or lora.base})
+        theirs = _their_path(path)
+        tensors[f"{theirs}.lora_a.weight"] = pair.A
+        tensors[f"{theirs}.lora_b.weight"] = _permuted(pair.B, heads, path)
+        targets.add(theirs.rpartition(".")[2])
+    settings = {
+        "r": r,
+        "lora_alpha": alpha,
+        "target_modules": sorted(targets),
+        "peft_type": "LORA",
+        "base_model_name_or_path": hints.model or lora.base,
+    }
+    write_settings(directory / CONFIG, settings)
     write_tensors(directory / "adapter_model.safetensors", tensors)
 
 
-def _translated(path: str, names: dict[str, str]) -> str:
-    found = re.fullmatch(r"(?:model\.)?(layers\.\d+\.)?(.+)", path)
-    assert found is not None
-    layer, rest = found.group(1) or "", found.group(2)
+def _our_path(path: str) -> str:
+    """A module's path in transformers."""
+    layer, name = _translated(path, OURS)
+    return f"model.{layer}{name}" if layer else name
+
+
+def _their_path(path: str) -> str:
+    """A module's path in torchtune."""
+    layer, name = _translated(path, THEIRS)
+    return layer + name
+
+
+def _translated(path: str, names: dict[str, str]) -> tuple[str, str]:
+    """("layers.N." or "", the translated rest of the path)."""
+    match = re.fullmatch(r"(?:model\.)?(layers\.\d+\.)?(.+)", path)
+    assert match is not None
+    layer = match.group(1) or ""
+    rest = match.group(2)
     if rest not in names:
         raise CheckpointError(f"torchtune has no name for {path!r}; it knows, in each layer:{listing(names)}")
-    return ("model." if names is OURS and layer else "") + layer + names[rest]
+    return layer, names[rest]
 
 
 def _heads(config: Any) -> dict[str, tuple[int, int]]:
-    """(number of heads, features of one) of the projections that are dealt anew."""
-    if config.model_type in STRAIGHT:
+    """(number of heads, features of one) of the projections that are permuted."""
+    if config.model_type in UNPERMUTED:
         return {}
-    if config.model_type not in TURNED:
-        known = ", ".join(sorted(TURNED | STRAIGHT))
-        raise ConfigError(f"torchtune's layout of {config.model_type} is not known here; known are {known}")
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return {"q_proj": (config.num_attention_heads, size), "k_proj": (keys, size)}
+    if config.model_type not in PERMUTED:
+        known = ", ".join(sorted(PERMUTED | UNPERMUTED))
+        raise ConfigError(f"torchtune's layout of {config.model_type} is unknown here; known are {known}")
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return {"q_proj": (heads, size), "k_proj": (key_heads, size)}
 
 
-def _dealt(B: Tensor, heads: dict[str, tuple[int, int]], path: str, back: bool = False) -> Tensor:
-    """B (out, r) with the two halves of each head interleaved, as torchtune's rotary embedding takes them."""
-    place = heads.get(path.rpartition(".")[2])
-    if place is None:
+def _permuted(B: Tensor, heads: dict[str, tuple[int, int]], path: str, back: bool = False) -> Tensor:
+    """B (out, r) with the two halves of each head interleaved for torchtune, or back in transformers' order."""
+    module = path.rpartition(".")[2]
+    if module not in heads:
         return B
-    n, size = place
+    n, size = heads[module]
     if B.shape[0] != n * size or size % 2:
         raise CheckpointError(f"{path}: {B.shape[0]} outputs are not {n} heads of {size}; is it the right base model?")
-    inner = (size // 2, 2) if back else (2, size // 2)
-    return B.unflatten(0, (n, *inner)).transpose(1, 2).flatten(0, 2).contiguous()
+    half = size // 2
+    shape = (n, half, 2) if back else (n, 2, half)
+    permuted = B.unflatten(0, shape).transpose(1, 2)
+    return permuted.flatten(0, 2).contiguous()

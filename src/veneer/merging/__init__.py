@@ -1,4 +1,5 @@
-"""Adapters merged into a base, or with each other, from files to files in bounded memory.
+"""Merging adapters into a base model, or into one adapter, from files to files in bounded memory.
 
-Start with `merge.py`; `mapped.py` binds weights from files while they are needed, `combine.py` sums adapters.
+Start reading with `merge.py`. `mapped.py` binds weights from files while they are needed, `merger.py` folds adapters
+into new files, `combine.py` computes weighted sums of adapters.
 """

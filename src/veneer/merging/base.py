@@ -1,4 +1,4 @@
-"""A base model's directory: found on this machine or the hub, its class, and the small files beside the weights."""
+"""A base model's directory, its class, and the tokenizer and settings that are stored with its weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..upstream import auto as auto_classes
 from ..upstream.auto import AUTO_CLASSES
 
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-"""What is asked of the hub for a model in safetensors with its tokenizer."""
+"""Files to download for a model in safetensors with its tokenizer."""
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -38,52 +38,58 @@ OTHERS = (
 
 
 def find_base(name: str, revision: str | None = None) -> Path:
-    """The directory of a base model; one that is only on the hub is downloaded.
+    """The directory of a base model, downloaded from the hub if it is not on this machine.
 
     Raises:
-        CheckpointError: it is neither here nor there.
+        CheckpointError: it is not on this machine and cannot be downloaded.
     """
-    found = Path(resolve(name))
-    if found.is_dir():
-        return found
+    directory = Path(resolve(name))
+    if directory.is_dir():
+        return directory
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(WANTED)))
+        downloaded = snapshot_download(name, revision=revision, allow_patterns=list(WANTED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{name!r} is no directory, and could not be had from the hub: {reason}") from None
+        raise CheckpointError(
+            f"{name!r} is not a directory, and could not be downloaded from the hub: {reason}"
+        ) from None
+    return Path(downloaded)
 
 
 def model_class(config: Any, adapters: Sequence[Config]) -> Any:
-    """The transformers class (of `from_config`) that the adapters of one task were trained on.
+    """The transformers class, with `from_config`, that the adapters were trained on.
 
     Raises:
-        ConfigError: the adapters are of several tasks, or nothing says which class it is.
+        ConfigError: the adapters are for several tasks, or neither they nor the base's config name a class.
     """
     tasks = {adapter.task_type for adapter in adapters if adapter.task_type is not None}
     if len(tasks) > 1:
-        raise ConfigError(f"the adapters are for several tasks ({', '.join(sorted(tasks))}); merge those of one")
+        names = ", ".join(sorted(tasks))
+        raise ConfigError(f"the adapters are for several tasks ({names}); merge those of one task")
     for task in tasks:
         assert isinstance(task, TaskType)
         auto = auto_classes.makes(AUTO_CLASSES[task], config)
         if auto is not None:
             return auto
     for name in config.architectures or ():
-        found = auto_classes.model_class(name)
-        if found is not None:
-            return found
-    raise ConfigError(f"nothing says which class of {config.model_type} the adapters are for; set their task_type")
+        named_class = auto_classes.model_class(name)
+        if named_class is not None:
+            return named_class
+    raise ConfigError(f"it is unknown which class of {config.model_type} the adapters are for; set their task_type")
 
 
-def copy_beside(base: Path, adapters: Sequence[Path], out: Path) -> None:
-    """The tokenizer and the settings of generation; of the last adapter that brings a tokenizer, else the base's."""
-    homes = [home for home in (base, *adapters) if (home / "tokenizer_config.json").is_file()]
+def copy_settings(base: Path, adapters: Sequence[Path], out: Path) -> None:
+    """Copy the base's settings and a tokenizer: that of the last adapter that has one, else the base's."""
     for name in OTHERS:
         _copy(base / name, out)
-    for name in TOKENIZER if homes else ():
-        _copy(homes[-1] / name, out)
+    sources = [directory for directory in (base, *adapters) if (directory / "tokenizer_config.json").is_file()]
+    if not sources:
+        return
+    for name in TOKENIZER:
+        _copy(sources[-1] / name, out)
 
 
 def _copy(file: Path, into: Path) -> None:

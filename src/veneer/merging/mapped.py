@@ -1,7 +1,7 @@
-"""A model on the meta device whose weights lie in files: bound to it while they are needed, then let go.
+"""A model on the meta device whose weights are bound to tensors in files while they are needed.
 
-Names in files are not always names in the model: transformers renames them, and fuses or splits some (the experts of a
-mixture are one parameter there and many tensors in the files).
+Names in files are not always names in the model: transformers renames tensors, and fuses or splits some of them (the
+experts of a mixture are one parameter in the model and many tensors in the files).
 """
 
 from __future__ import annotations
@@ -21,169 +21,203 @@ from .shards import Shards
 
 @dataclass
 class Group:
-    """Tensors of the files that are other tensors in the model."""
+    """Tensors in the files that transformers converts to other tensors in the model."""
 
     transform: Any
     keys: list[tuple[str, str]] = field(default_factory=list)
     """(key in the files, the pattern of the transform that it matched)."""
     names: list[str] = field(default_factory=list)
-    """The parameters they become."""
+    """The parameters that they are converted to."""
 
 
 @dataclass
 class Tie:
-    """One Parameter, and every place that has it."""
+    """One Parameter, with all its names and the modules that hold it."""
 
     parameter: nn.Parameter
     names: list[str] = field(default_factory=list)
     places: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     def hold(self, parameter: nn.Parameter) -> None:
+        """Bind another Parameter in all places."""
         for module, leaf in self.places:
             module._parameters[leaf] = parameter
 
 
 class MappedModel:
-    """A transformers model on the meta device and the files of its weights.
+    """A transformers model on the meta device, and the files of its weights.
 
     Attributes:
-        homes: keys in the files by the names of the parameters and buffers they are, unchanged.
-        groups: where files and model differ in more than names, by the parameters' names.
-        ties: the Parameters by each of their names.
-        strays: keys that are nothing in the model.
+        homes: keys in the files, by the names of the parameters and buffers that they store unchanged.
+        groups: the converted parameters' groups, by the parameters' names.
+        ties: the Parameters, by each of their names.
+        strays: keys in the files that the model has no tensor for.
     """
 
     def __init__(self, model: Any, shards: Shards) -> None:
-        self.model, self.shards = model, shards
+        self.model = model
+        self.shards = shards
         self.ties = ties_of(model)
         self.homes: dict[str, str] = {}
         self.groups: dict[str, Group] = {}
         self.strays: list[str] = []
-        self._place()
+        self._assign_keys()
 
-    def _place(self) -> None:
+    def _assign_keys(self) -> None:
+        """Assign each key in the files to `homes`, `groups` or `strays`."""
         conversions = weights.conversions(self.model)
-        by_pattern = {pattern: t for t in conversions.converters for pattern in t.source_patterns}
-        there = self.model.state_dict()
+        by_pattern: dict[str, Any] = {}
+        for transform in conversions.converters:
+            by_pattern |= dict.fromkeys(transform.source_patterns, transform)
+        tensors = self.model.state_dict()
         groups: dict[str, Group] = {}
         for key in sorted(self.shards.entries, key=weights.order_of):
-            name, pattern = conversions.rename(key, self.model.base_model_prefix, there)
-            if name not in there and key in there:
-                name, pattern = key, None
-            if name not in there:
+            name, pattern = conversions.rename(key, self.model.base_model_prefix, tensors)
+            if name not in tensors and key in tensors:
+                name = key
+                pattern = None
+            if name not in tensors:
                 self.strays.append(key)
             elif pattern is None:
                 self.homes[name] = key
             else:
-                group = groups.setdefault(name, Group(copy.deepcopy(by_pattern[pattern])))
-                group.keys.append((key, pattern))
+                if name not in groups:
+                    groups[name] = Group(copy.deepcopy(by_pattern[pattern]))
+                groups[name].keys.append((key, pattern))
         weights.remember(self.model, conversions.used())
         for first, group in groups.items():
             group.names = self._names(first, group)
             self.groups |= dict.fromkeys(group.names, group)
 
     def _names(self, first: str, group: Group) -> list[str]:
-        """All parameters that a group becomes: a transform names the first alone."""
+        """All parameters that a group is converted to; renaming gives only the first."""
+        names = [first]
         targets = group.transform.target_patterns
-        names = [first.replace(targets[0], target) for target in targets] if len(targets) > 1 else [first]
-        lost = [name for name in names if name not in self.ties]
-        if lost:
-            raise NotMergeable(f"the files' {group.keys[0][0]!r} becomes parameters the model lacks:{listing(lost)}")
+        if len(targets) > 1:
+            names = [first.replace(targets[0], target) for target in targets]
+        missing = [name for name in names if name not in self.ties]
+        if missing:
+            key, _ = group.keys[0]
+            raise NotMergeable(f"{key!r} in the base's files becomes parameters the model lacks:{listing(missing)}")
         return names
 
     # Values
 
     def bind_all(self) -> None:
-        """Bind every parameter that is in the files as it is. Those that transformers converts stay on meta."""
-        names = {key: name for name, key in self.homes.items() if name in self.ties}
-        for key, tensor in self.shards.tensors([key for key, name in names.items() if self.fits(name)]):
-            self._hold(self.ties[names[key]], tensor)
+        """Bind every parameter that the files store unchanged. Converted parameters stay on the meta device."""
+        names = {}
+        for name, key in self.homes.items():
+            if name in self.ties and self.fits(name):
+                names[key] = name
+        for key, tensor in self.shards.tensors(list(names)):
+            self._bind_tensor(self.ties[names[key]], tensor)
 
     def bind_new(self) -> None:
-        """Bind what is still on meta, is not converted, and so must come from the adapters, to memory of its size."""
+        """Allocate memory for parameters that the files do not store, and whose values come from the adapters."""
         for name, tie in self.ties.items():
             module, leaf = tie.places[0]
             bound = module._parameters[leaf]
             if bound is not None and bound.is_meta and name not in self.groups:
-                self._hold(tie, torch.empty(tie.parameter.shape))
+                self._bind_tensor(tie, torch.empty(tie.parameter.shape))
 
     def bind(self, names: Iterable[str]) -> None:
-        """Bind some parameters, on mappings of their own."""
+        """Bind some parameters, each with a mapping of its own."""
         for name in names:
             home = self.home(name)
             if name in self.groups:
                 self._bind_group(self.groups[name])
             elif home is not None and self.fits(name):
-                self._hold(self.ties[name], self.shards.tensor(home))
+                self._bind_tensor(self.ties[name], self.shards.tensor(home))
 
     def _bind_group(self, group: Group) -> None:
         transform = copy.deepcopy(group.transform)
+        first = group.names[0]
+        patterns = dict(group.keys)
         for key, tensor in self.shards.tensors([key for key, _ in group.keys]):
-            transform.add_tensor(group.names[0], key, dict(group.keys)[key], tensor)
-        made = transform.convert(group.names[0], model=self.model, config=self.model.config)
-        for name, tensor in made.items():
-            self._hold(self.ties[name], tensor[0] if isinstance(tensor, list) else tensor)
+            transform.add_tensor(first, key, patterns[key], tensor)
+        converted = transform.convert(first, model=self.model, config=self.model.config)
+        for name, tensor in converted.items():
+            if isinstance(tensor, list):
+                tensor = tensor[0]
+            self._bind_tensor(self.ties[name], tensor)
 
-    def _hold(self, tie: Tie, tensor: Tensor) -> None:
-        # not a Parameter of the tensor itself: of integers it would refuse
-        tie.hold(nn.Parameter(tensor, requires_grad=False))
+    def _bind_tensor(self, tie: Tie, tensor: Tensor) -> None:
+        tie.hold(nn.Parameter(tensor, requires_grad=False))  # integer tensors cannot require gradients
 
     def value(self, name: str) -> Tensor:
-        """What is bound to a parameter now."""
+        """The tensor that is bound to a parameter now."""
         module, leaf = self.ties[name].places[0]
-        held = module._parameters[leaf]
-        assert held is not None
-        return held.detach()
+        bound = module._parameters[leaf]
+        assert bound is not None
+        return bound.detach()
 
     def home(self, name: str) -> str | None:
-        """The key of a parameter, or of one that it is tied to."""
-        names = (name, *self.ties[name].names) if name in self.ties else (name,)
-        return next((self.homes[n] for n in names if n in self.homes), None)
+        """The key in the files of a parameter, or of one that it is tied to."""
+        names = [name]
+        if name in self.ties:
+            names += self.ties[name].names
+        for candidate in names:
+            if candidate in self.homes:
+                return self.homes[candidate]
+        return None
 
     def fits(self, name: str) -> bool:
-        """The files have a parameter in the model's shape."""
+        """Whether the files store a parameter in the model's shape."""
         home = self.home(name)
-        return home is not None and self.shards.entries[home].shape == tuple(self.ties[name].parameter.shape)
+        if home is None:
+            return False
+        return self.shards.entries[home].shape == tuple(self.ties[name].parameter.shape)
 
     def release(self, names: Iterable[str] | None = None) -> None:
-        """Let go of the values of some parameters, or of all."""
-        for name in self.ties if names is None else names:
-            self.ties[name].hold(self.ties[name].parameter)
+        """Release the values of some parameters, or of all: they are placeholders on the meta device again."""
+        if names is None:
+            names = self.ties
+        for name in names:
+            tie = self.ties[name]
+            tie.hold(tie.parameter)
 
     def reverted(self, group: Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of the files that a group's parameters came from.
+        """The tensors of a group's parameters as the files store them, by key.
 
         Raises:
-            NotMergeable: transformers would not write them as they were.
+            NotMergeable: transformers would store them under other keys or in other shapes.
         """
-        found = weights.revert(self.model, tensors)
+        stored = weights.revert(self.model, tensors)
         keys = {key for key, _ in group.keys}
-        if set(found) != keys or any(tuple(t.shape) != self.shards.entries[k].shape for k, t in found.items()):
+        is_same = stored.keys() == keys
+        is_same = is_same and all(tuple(t.shape) == self.shards.entries[key].shape for key, t in stored.items())
+        if not is_same:
             raise NotMergeable(
                 f"{group.names[0]!r} cannot be written back as its files have it; merge in memory with "
                 f"merge_and_unload(), then save_pretrained(). Expected:{listing(sorted(keys))}"
             )
-        return found
+        return stored
 
     def without_home(self) -> list[str]:
-        """Parameters for which the files have nothing."""
+        """Parameters that the files do not store."""
         return [name for name in self.ties if self.home(name) is None and name not in self.groups]
 
 
 def ties_of(model: nn.Module) -> dict[str, Tie]:
+    """A model's Parameters by each of their names, with all their places."""
     ties: dict[int, Tie] = {}
+    by_name: dict[str, Tie] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for leaf, parameter in module._parameters.items():
-            if parameter is not None:
-                tie = ties.setdefault(id(parameter), Tie(parameter))
-                tie.names.append(f"{path}.{leaf}" if path else leaf)
-                tie.places.append((module, leaf))
-    return {name: tie for tie in ties.values() for name in tie.names}
+            if parameter is None:
+                continue
+            name = f"{path}.{leaf}" if path else leaf
+            tie = ties.setdefault(id(parameter), Tie(parameter))
+            tie.names.append(name)
+            tie.places.append((module, leaf))
+    for tie in ties.values():
+        by_name |= dict.fromkeys(tie.names, tie)
+    return by_name
 
 
 def widened(parameter: Tensor) -> nn.Parameter:
-    """In at least fp32."""
+    """A parameter in at least fp32; integers stay as they are."""
     if not parameter.is_floating_point():
         return nn.Parameter(parameter, requires_grad=False)
-    wide = torch.promote_types(parameter.dtype, torch.float32)
-    return nn.Parameter(parameter.to(wide), requires_grad=False)
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return nn.Parameter(parameter.to(dtype), requires_grad=False)

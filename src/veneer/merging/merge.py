@@ -1,8 +1,8 @@
-"""Adapters merged into a model on disk: from the base's files to the merged model's, a module at a time.
+"""Merging adapters into a model on disk, from the base's files to the merged model's, one module at a time.
 
-The base model is never whole in memory. Its skeleton stands on the meta device with the adapters on it; for each
-adapted module the weights are read, the adapters folded in (summed in fp32, rounded once to the file's dtype), and the
-result goes to its place in the new files.
+The base model is never in memory as a whole. It is built on the meta device with the adapters on it. For each adapted
+module the weights are read, the adapters are folded in (summed in fp32, rounded once to the file's dtype), and the
+result is written to its place in the new files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,35 +23,36 @@ from ..files.find import find_weights
 from ..files.read import tensor_shapes
 from ..files.write import appearing, check_free
 from ..model.peft_model import PeftModel
-from . import merger as rounding
-from .base import copy_beside, find_base, model_class
+from .base import copy_settings, find_base, model_class
 from .mapped import MappedModel
-from .merger import Merger
+from .merger import Merger, Rounded, share_lost, share_unmoved
 from .shards import Shards
 
 SETTINGS = ("num_labels", "tie_word_embeddings", "vocab_size")
-"""What of a config a merge may change, besides the class."""
+"""Settings of the text model's config that a merge may change."""
 
 
 @dataclass
 class MergeReport:
-    """What was merged, and what rounding took."""
+    """What was merged, and how much of the change was lost to rounding."""
 
     out: str
     base: str
     adapters: list[str]
-    tensors: list[rounding.Rounded] = field(default_factory=list)
+    tensors: list[Rounded] = field(default_factory=list)
     untied: bool = False
-    """The base's tied weights have values of their own now."""
+    """The base's tied weights have separate values now."""
     files: list[str] = field(default_factory=list)
 
     @property
     def lost(self) -> float:
-        return rounding.lost(self.tensors)
+        """The rounding error of all tensors relative to the change."""
+        return share_lost(self.tensors)
 
     @property
     def unmoved(self) -> float:
-        return rounding.unmoved(self.tensors)
+        """The share of the changed entries that rounding brings back to their old value."""
+        return share_unmoved(self.tensors)
 
     def as_dict(self) -> dict[str, Any]:
         tensors = [asdict(t) | {"lost": t.lost} for t in self.tensors]
@@ -73,84 +74,100 @@ def merge(
         out: a directory that does not exist yet, or is empty.
         model: the base; None: the one that the adapters name.
         check_base: refuse a base other than the one an adapter was trained on.
-        progress: called with the number of modules done, and of all.
+        progress: called with the number of modules done and the number of all modules.
 
     Raises:
-        NotMergeable: a method has no form as a weight, or tied weights could not be set apart.
+        NotMergeable: a method has no form as a weight, or tied weights cannot be separated.
         CheckpointError: the base's files or an adapter's are damaged, or do not fit each other.
-        VeneerError: something would be overwritten, or the disk is too small. Nothing is left of `out` in any case.
+        VeneerError: something would be overwritten, or the disk is too small. Errors leave nothing in `out`.
     """
     check_free(Path(out))
-    base, home, mapped, adapted = on_files(adapters, model, check_base)
-    merger = Merger(mapped, adapted, _embeddings(adapters))
-    report = MergeReport(str(out), base, [str(adapter) for adapter in adapters], untied=bool(merger.apart))
+    opened = on_files(adapters, model, check_base)
+    merger = Merger(opened.mapped, opened.model, _embeddings(adapters))
+    report = MergeReport(str(out), opened.base, [str(adapter) for adapter in adapters], untied=bool(merger.apart))
     with appearing(Path(out), merger.size) as folder:
         report.tensors = merger.write(folder, progress)
-        _write_config(mapped.model, home, folder)
-        copy_beside(home, [Path(adapter) for adapter in adapters], folder)
+        _write_config(opened.mapped.model, opened.directory, folder)
+        copy_settings(opened.directory, [Path(adapter) for adapter in adapters], folder)
         report.files = sorted(p.name for p in folder.iterdir())
     return report
 
 
-def on_files(
-    adapters: Sequence[str | Path], model: str | None, check_base: bool = True
-) -> tuple[str, Path, MappedModel, PeftModel]:
-    """Adapters on the files of their base, all active, called "1", "2" and so on.
+class Opened(NamedTuple):
+    """A base model whose weights stay in its files, with adapters."""
 
-    Returns:
-        (the base's name, its directory, the model whose weights lie in files, that model adapted)
-    """
+    base: str
+    """The name of the base model."""
+    directory: Path
+    mapped: MappedModel
+    model: PeftModel
+
+
+def on_files(adapters: Sequence[str | Path], model: str | None, check_base: bool = True) -> Opened:
+    """Load adapters on the files of their base, all active and named "1", "2" and so on."""
     configs = [Config.from_pretrained(adapter) for adapter in adapters]
     base = base_of(configs, model)
-    home = find_base(base, configs[0].revision if model is None else None)
-    mapped = MappedModel(_skeleton(home, configs, adapters), Shards(home))
-    return base, home, mapped, _adapted(mapped, configs, adapters, check_base)
+    revision = configs[0].revision if model is None else None
+    directory = find_base(base, revision)
+    skeleton = _skeleton(directory, configs, adapters)
+    mapped = MappedModel(skeleton, Shards(directory))
+    return Opened(base, directory, mapped, _adapted(mapped, configs, adapters, check_base))
 
 
 def base_of(configs: Sequence[Config], model: str | None) -> str:
     """The base model's name: the one given, else the one that all adapters name."""
-    named = list(dict.fromkeys(c.base_model_name_or_path for c in configs if c.base_model_name_or_path))
-    if model is None and len(named) != 1:
-        what = f"name {len(named)} base models ({', '.join(named)})" if named else "do not name their base model"
-        raise ConfigError(f"the adapters {what}; give the right one with --model")
-    return model or str(named[0])
+    if model:
+        return model
+    named = [config.base_model_name_or_path for config in configs if config.base_model_name_or_path]
+    named = list(dict.fromkeys(named))
+    if not named:
+        raise ConfigError("the adapters do not name their base model; give the right one with --model")
+    if len(named) > 1:
+        raise ConfigError(
+            f"the adapters name {len(named)} base models ({', '.join(named)}); give the right one with --model"
+        )
+    return str(named[0])
 
 
 def _skeleton(home: Path, configs: Sequence[Config], adapters: Sequence[str | Path]) -> Any:
-    """The model on meta, of the adapters' task, with as many labels and words as the adapters' files have."""
+    """The model on the meta device, with the class, number of labels and vocabulary that the adapters need."""
     import transformers
 
-    shapes = [tensor_shapes(find_weights(adapter)) for adapter in adapters]
+    files = [tensor_shapes(find_weights(adapter)) for adapter in adapters]
     config = transformers.AutoConfig.from_pretrained(home)
     if getattr(config, "quantization_config", None):
         raise NotMergeable(f"the weights of {str(home)!r} are quantised; give the model they were made from (--model)")
-    labels = {n for c, s in zip(configs, shapes, strict=True) if (n := _labels(c, s)) is not None}
-    words = {s[key][0] for s in shapes for key in s if embeddings.is_one(key)}
+    labels: set[int] = set()
+    words: set[int] = set()
+    for adapter_config, shapes in zip(configs, files, strict=True):
+        labels |= _labels(adapter_config, shapes)
+        words |= {shape[0] for key, shape in shapes.items() if embeddings.is_one(key)}
     if len(labels) > 1 or len(words) > 1:
         raise ConfigError(f"the adapters differ in their number of labels ({labels}) or words ({words}); merge one")
-    for n in labels - {config.num_labels}:
-        config.num_labels = n
+    for count in labels - {config.num_labels}:
+        config.num_labels = count
     with torch.device("meta"):
         model = model_class(config, configs).from_config(config)
-    for n in words - {model.get_input_embeddings().weight.shape[0]}:
-        model.resize_token_embeddings(n, mean_resizing=False)
+    for count in words - {model.get_input_embeddings().weight.shape[0]}:
+        model.resize_token_embeddings(count, mean_resizing=False)
     return model
 
 
-def _labels(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """How many labels the head in an adapter's file has."""
+def _labels(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> set[int]:
+    """The number of labels of the head in an adapter's file; empty without a head."""
     heads = TASK_HEADS.get(config.task_type, ())  # type: ignore[call-overload]
     for key, shape in shapes.items():
         path, _, leaf = key.rpartition(".")
-        if leaf == "weight" and path.rpartition(".")[2] in heads and len(shape) == 2:
-            return shape[0]
-    return None
+        is_head = path.rpartition(".")[2] in heads
+        if is_head and leaf == "weight" and len(shape) == 2:
+            return {shape[0]}
+    return set()
 
 
 def _adapted(
     mapped: MappedModel, configs: Sequence[Config], adapters: Sequence[str | Path], check_base: bool
 ) -> PeftModel:
-    """All adapters on the mapped model, and active."""
+    """The mapped model with all adapters, all active."""
     mapped.bind_all()
     mapped.bind_new()
     names = [str(i) for i in range(1, len(adapters) + 1)]
@@ -164,26 +181,34 @@ def _adapted(
 
 
 def _embeddings(adapters: Sequence[str | Path]) -> Tensors:
-    """Base embeddings that came in the adapters' files, by the parameters' names."""
+    """Base embeddings that were saved with the adapters, by the parameters' names."""
     from safetensors import safe_open
 
-    found = {}
-    for path in map(find_weights, adapters):
-        with safe_open(path, framework="pt") as file:
+    tensors = {}
+    for adapter in adapters:
+        with safe_open(find_weights(adapter), framework="pt") as file:
             for key in filter(embeddings.is_one, file.keys()):
                 name = key.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer")
-                found[f"{name}.weight"] = file.get_tensor(key)
-    return found
+                tensors[f"{name}.weight"] = file.get_tensor(key)
+    return tensors
 
 
 def _write_config(model: Any, home: Path, folder: Path) -> None:
-    """The base's config as it is; where labels, words, ties or the class have changed, anew."""
-    config, old = model.config, type(model.config).from_pretrained(home)
-    same = [getattr(c, "num_labels", None) for c in (config, old)]
-    pairs = [(c.get_text_config(), o.get_text_config()) for c, o in ((config, old),)]
-    unchanged = all(getattr(c, name, None) == getattr(o, name, None) for c, o in pairs for name in SETTINGS)
-    if unchanged and same[0] == same[1] and type(model).__name__ in (old.architectures or ()):
+    """Copy the base's config, or write a new one if the merge changed labels, vocabulary, ties or the class."""
+    config = model.config
+    base_config = type(config).from_pretrained(home)
+    class_name = type(model).__name__
+    if class_name in (base_config.architectures or ()) and _are_equal(config, base_config):
         shutil.copyfile(home / "config.json", folder / "config.json")
         return
-    config.architectures = [type(model).__name__]
+    config.architectures = [class_name]
     config.save_pretrained(folder)
+
+
+def _are_equal(config: Any, base_config: Any) -> bool:
+    """Whether two configs have the same number of labels and the same `SETTINGS`."""
+    if getattr(config, "num_labels", None) != getattr(base_config, "num_labels", None):
+        return False
+    text = config.get_text_config()
+    base_text = base_config.get_text_config()
+    return all(getattr(text, name, None) == getattr(base_text, name, None) for name in SETTINGS)

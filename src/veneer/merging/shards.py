@@ -1,7 +1,7 @@
-"""The safetensors files of a base model, used without reading them whole: mapped tensors in, tensors out one by one.
+"""The safetensors files of a base model, read by memory mapping and written one tensor at a time.
 
-A tensor that comes from here is a view of a mapped file: it takes memory only where it is read, and gives it back when
-it is dropped.
+A tensor read here is a view of a memory-mapped file: it uses memory only for the parts that are read, and releases it
+when it is deleted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch import Tensor
 from ..errors import CheckpointError, listing
 from ..files.read import read_json
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -37,13 +38,13 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-"""By the names that the format has for them."""
+"""By their names in the safetensors format."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file."""
+    """Where a tensor is stored, its dtype and its shape."""
 
     file: str
     dtype: torch.dtype
@@ -55,10 +56,10 @@ class Entry:
 
 
 class Shards:
-    """The tensor files of a model's directory, as transformers would read them.
+    """The tensor files in a model's directory that transformers would read.
 
     Raises:
-        CheckpointError: there are none, one is damaged, or the index leads elsewhere.
+        CheckpointError: there are none, one is damaged, or the index names a file outside of the directory.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -72,23 +73,28 @@ class Shards:
     def _read(self, file: str, wanted: list[str] | None) -> None:
         from safetensors import SafetensorError, safe_open
 
+        path = self.directory / file
         try:
-            with safe_open(self.directory / file, framework="pt") as opened:
+            with safe_open(path, framework="pt") as opened:
                 self.metadata |= opened.metadata() or {}
                 keys = list(opened.keys())
-                lost = [key for key in wanted or () if key not in keys]
-                if lost:
-                    raise CheckpointError(f"the index of {str(self.directory)!r} says {file} holds:{listing(lost)}")
-                for key in keys if wanted is None else wanted:
-                    piece = opened.get_slice(key)
-                    if piece.get_dtype() not in DTYPES:
-                        raise CheckpointError(f"{file}: {key} is of type {piece.get_dtype()}, a quantised weight")
-                    self.entries[key] = Entry(file, DTYPES[piece.get_dtype()], tuple(piece.get_shape()))
+                if wanted is not None:
+                    self._check_keys(file, wanted, keys)
+                    keys = wanted
+                for key in keys:
+                    self.entries[key] = _entry(file, key, opened.get_slice(key))
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{str(self.directory / file)!r} is not a whole safetensors file: {error}") from None
+            raise CheckpointError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
+
+    def _check_keys(self, file: str, wanted: list[str], keys: list[str]) -> None:
+        missing = [key for key in wanted if key not in keys]
+        if missing:
+            raise CheckpointError(
+                f"{file} lacks tensors that the index of {str(self.directory)!r} places in it:{listing(missing)}"
+            )
 
     def tensors(self, keys: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """(key, mapped tensor); those of one call share a mapping for each file."""
+        """Yield (key, mapped tensor); the tensors of one call share one mapping of each file."""
         from safetensors import safe_open
 
         with ExitStack() as stack:
@@ -96,16 +102,26 @@ class Shards:
             for key in keys:
                 file = self.entries[key].file
                 if file not in opened:
-                    opened[file] = stack.enter_context(safe_open(self.directory / file, framework="pt"))
+                    mapping = safe_open(self.directory / file, framework="pt")
+                    opened[file] = stack.enter_context(mapping)
                 yield key, opened[file].get_tensor(key)
 
     def tensor(self, key: str) -> Tensor:
-        """A mapped tensor, on a mapping of its own."""
-        return next(self.tensors([key]))[1]
+        """A mapped tensor with a mapping of its own."""
+        _, tensor = next(self.tensors([key]))
+        return tensor
+
+
+def _entry(file: str, key: str, piece: Any) -> Entry:
+    """The entry of a safetensors slice."""
+    dtype = piece.get_dtype()
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{file}: {key} is of type {dtype}, a quantised weight")
+    return Entry(file, DTYPES[dtype], tuple(piece.get_shape()))
 
 
 def _files(directory: Path) -> dict[str, list[str] | None]:
-    """The keys wanted of each file; None: all of them."""
+    """The keys to read from each file; None: all of its keys."""
     if (directory / SINGLE).is_file():
         return {SINGLE: None}
     if not (directory / INDEX).is_file():
@@ -115,55 +131,69 @@ def _files(directory: Path) -> dict[str, list[str] | None]:
     places = read_json(directory / INDEX).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise CheckpointError(f"{str(directory / INDEX)!r} has no weight_map of keys to file names")
-    found: dict[str, list[str] | None] = {}
+    keys: dict[str, list[str] | None] = {}
     for key, file in places.items():
         if Path(file).name != file:
             raise CheckpointError(f"{str(directory / INDEX)!r} leads out of its directory: {file!r}")
-        found.setdefault(file, []).append(key)  # type: ignore[union-attr]
-    return found
+        keys.setdefault(file, []).append(key)  # type: ignore[union-attr]
+    return keys
 
 
 class Writer:
-    """Writes safetensors files whose tensors come one at a time, in any order.
+    """Writes safetensors files, one tensor at a time and in any order.
 
     Args:
-        directory: exists.
-        entries: what will come, by key.
+        directory: an existing directory.
+        entries: the tensors that will be written, by key.
+        metadata: of each file.
+
+    Attributes:
+        left: keys of the tensors that are not written yet.
     """
 
     def __init__(self, directory: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
-        self.entries, self.left = dict(entries), set(entries)
+        self.entries = dict(entries)
+        self.left = set(entries)
         self.opened: dict[str, IO[bytes]] = {}
         self.offsets: dict[str, int] = {}
-        for file in dict.fromkeys(entry.file for entry in entries.values()):
-            own = {key: entry for key, entry in entries.items() if entry.file == file}
-            self.opened[file] = open(directory / file, "wb")  # noqa: SIM115 (closed on exit)
-            start = self._head(file, own, metadata)
-            self.opened[file].truncate(start + sum(entry.bytes for entry in own.values()))
-
-    def _head(self, file: str, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> int:
-        """Write the header; returns where the data starts."""
-        header: dict[str, Any] = {"__metadata__": dict(metadata)}
-        at = 0
+        by_file: dict[str, dict[str, Entry]] = {}
         for key, entry in entries.items():
-            span = [at, at + entry.bytes]
-            header[key] = {"dtype": NAMES[entry.dtype], "shape": entry.shape, "data_offsets": span}
-            self.offsets[key], at = at, span[1]
+            by_file.setdefault(entry.file, {})[key] = entry
+        for file, own in by_file.items():
+            self.opened[file] = open(directory / file, "wb")  # noqa: SIM115 (closed on exit)
+            end = self._write_header(file, own, metadata)
+            self.opened[file].truncate(end)
+
+    def _write_header(self, file: str, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> int:
+        """Write a file's header and note the offsets of its tensors; returns the size of the whole file."""
+        header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        starts: dict[str, int] = {}
+        size = 0
+        for key, entry in entries.items():
+            starts[key] = size
+            size += entry.bytes
+            header[key] = {
+                "dtype": NAMES[entry.dtype],
+                "shape": entry.shape,
+                "data_offsets": [starts[key], size],
+            }
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self.opened[file].write(struct.pack("<Q", len(text)) + text)
-        start = 8 + len(text)
-        for key in entries:
-            self.offsets[key] += start
-        return start
+        text += b" " * (-len(text) % 8)  # the data is aligned to 8 bytes
+        length = struct.pack("<Q", len(text))
+        self.opened[file].write(length + text)
+        data_start = len(length) + len(text)
+        for key, start in starts.items():
+            self.offsets[key] = data_start + start
+        return data_start + size
 
     def put(self, key: str, tensor: Tensor) -> None:
-        """Write one tensor, which has the dtype and shape that were announced."""
+        """Write one tensor, of the dtype and shape in its entry."""
         entry = self.entries[key]
         assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), (key, tensor.shape, entry)
         file = self.opened[entry.file]
         file.seek(self.offsets[key])
-        content: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        flat = tensor.detach().contiguous().reshape(-1)
+        content: Any = flat.view(torch.uint8).numpy()
         file.write(content)
         self.left.discard(key)
 
@@ -181,12 +211,18 @@ class Writer:
 
 def numbered(n: int) -> list[str]:
     """File names of a model in n files."""
-    return [SINGLE] if n == 1 else [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+    if n == 1:
+        return [SINGLE]
+    return [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
 
 
 def index_of(entries: Mapping[str, Entry]) -> dict[str, Any]:
-    """What the index of a model in several files says."""
-    total = sum(entry.bytes for entry in entries.values())
-    numbers = sum(math.prod(entry.shape) for entry in entries.values())
-    places = {key: entry.file for key, entry in sorted(entries.items())}
-    return {"metadata": {"total_parameters": numbers, "total_size": total}, "weight_map": places}
+    """The content of the index of a model in several files."""
+    size = 0
+    parameters = 0
+    places = {}
+    for key, entry in sorted(entries.items()):
+        size += entry.bytes
+        parameters += math.prod(entry.shape)
+        places[key] = entry.file
+    return {"metadata": {"total_parameters": parameters, "total_size": size}, "weight_map": places}

@@ -1,7 +1,8 @@
-"""The fast paths: each gives what the plain path gives, rounding apart, and each can be switched off.
+"""Fast paths: each gives the result of the plain code, up to rounding, and each can be switched off.
 
-A path has the name of its file here. `with ops.plain("cross_entropy"): ...` takes the plain road for a while, `with
-ops.plain(): ...` for all of them; the environment variable VENEER_PLAIN (names by commas, or "all") does for a process.
+A fast path has the name of its file. `with ops.plain("cross_entropy"): ...` switches one off inside the block, `with
+ops.plain(): ...` switches off all. The environment variable VENEER_PLAIN (comma-separated names, or "all") does so for
+the whole process.
 """
 
 from __future__ import annotations
@@ -16,24 +17,29 @@ import torch
 from ..errors import ConfigError
 
 NAMES = frozenset(file.stem for file in Path(__file__).parent.glob("[a-z]*.py"))
-"""The fast paths there are."""
+"""The names of all fast paths."""
 
 
 def is_fast(name: str) -> bool:
-    """Whether the fast path `name` may be taken."""
+    """Whether the fast path `name` is switched on."""
     return name not in _plain
 
 
 def is_autocast(device: str) -> bool:
-    """Whether operations on a type of device choose their dtype by themselves; never on "meta"."""
+    """Whether autocast is on for a device type; never for "meta"."""
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
 @contextmanager
 def plain(*names: str) -> Iterator[None]:
-    """Without the named fast paths, or without any."""
+    """Switch off the named fast paths inside the block, or all of them if none is named.
+
+    Raises:
+        ConfigError: a name is unknown.
+    """
     before = set(_plain)
-    _plain.update(_known(names) or NAMES)
+    _check_names(names)
+    _plain.update(names or NAMES)
     try:
         yield
     finally:
@@ -41,15 +47,19 @@ def plain(*names: str) -> Iterator[None]:
         _plain.update(before)
 
 
-def _known(names: tuple[str, ...]) -> frozenset[str]:
-    if unknown := sorted(set(names) - NAMES):
+def _check_names(names: tuple[str, ...]) -> None:
+    unknown = sorted(set(names) - NAMES)
+    if unknown:
         raise ConfigError(f"no fast path is called {', '.join(unknown)}; there are {', '.join(sorted(NAMES))}")
-    return frozenset(names)
 
 
 def _from_environment() -> set[str]:
-    names = tuple(name for name in os.environ.get("VENEER_PLAIN", "").split(",") if name)
-    return set(NAMES if names == ("all",) else _known(names))
+    value = os.environ.get("VENEER_PLAIN", "")
+    names = tuple(name for name in value.split(",") if name)
+    if names == ("all",):
+        return set(NAMES)
+    _check_names(names)
+    return set(names)
 
 
 _plain = _from_environment()

@@ -1,4 +1,4 @@
-"""What fast paths ask before they replace a module: whether a call trains it, and what decides what it computes."""
+"""Questions that fast paths ask about a module before they replace its `forward`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from torch import nn
 
 
 def takes_part(module: nn.Module) -> bool:
-    """Whether a module is called to learn something; not while being compiled, which fuses by itself."""
+    """Whether the module is training, with gradients on and without being compiled (the compiler fuses by itself)."""
     return module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def kind_of(module: nn.Module) -> tuple[Any, ...]:
-    """What decides what a module without layers computes: its class and its settings."""
-    settings = (v for k, v in sorted(vars(module).items()) if isinstance(v, (str, float, int)) and k != "training")
+    """A key for what a module without children computes: its class and the values of its settings."""
+    settings = []
+    for name, value in sorted(vars(module).items()):
+        if name != "training" and isinstance(value, (str, float, int)):
+            settings.append(value)
     return type(module), *settings

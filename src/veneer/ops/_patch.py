@@ -1,13 +1,16 @@
-"""The fast paths of an adapted model: `forward`s of single modules, and what is exchanged for one training call.
+"""Installing the fast paths on an adapted model.
 
-`core/hooks.py` calls `fit` at the start of a call of the model, `begin` when its arguments are final, and `end` after
-it, whether it failed or not. The `forward` of a norm or an MLP is put on the instance by the first training call and
-stays: outside of training it is the class's own. Taking the last adapter off takes all of it back.
+Some fast paths replace the `forward` of a single module (norms, MLPs, activations). `fit` puts it on the instance at
+the first training call; outside of training it calls the class's own `forward`. `uninstall` removes it together with
+the last adapter.
+
+Others replace the `forward` of the head or the body for one training call only: `core/hooks.py` calls `begin` when the
+call's arguments are final, and `end` after the call, even if it failed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,66 +21,65 @@ MARK = "_veneer_fast"
 
 
 class Adapters(Protocol):
-    """What the fast paths need to know of the adapters on a model."""
+    """What the fast paths need to know about the adapters on a model."""
 
     def are_by_token(self) -> bool:
-        """Whether each of them treats every token by itself, in the call under way."""
+        """Whether each of them treats every token independently in the current call."""
 
 
 def begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Adapters) -> None:
-    """Exchange what a training call can do without; `end` undoes it."""
+    """Replace the `forward` of body and head for this training call; `end` undoes it."""
     from . import cross_entropy, padding
 
     if not torch.compiler.is_compiling():
-        padding.lend(model, args, kwargs, adapters)
-        cross_entropy.lend(model, kwargs)
+        padding.replace_forward(model, args, kwargs, adapters)
+        cross_entropy.replace_forward(model, kwargs)
 
 
 def end(model: nn.Module) -> None:
-    """Give back what `begin` exchanged."""
+    """Restore what `begin` replaced."""
     from . import cross_entropy, padding
 
     if not torch.compiler.is_compiling():
-        padding.take_back(model)
-        cross_entropy.take_back(model)
+        padding.restore_forward(model)
+        cross_entropy.restore_forward(model)
 
 
 def fit(model: nn.Module) -> None:
-    """Bring the fast paths of modules in, once."""
-    if MARK not in model.__dict__:
-        model.__dict__[MARK] = True
-        for module, forward in _fitting(model):
+    """Replace the `forward` of every module that has a fast one; does nothing after the first time."""
+    if MARK in model.__dict__:
+        return
+    model.__dict__[MARK] = True
+    for module in model.modules():
+        is_free = "forward" not in module.__dict__  # otherwise another library has replaced it
+        forward = _fast_forward(module) if is_free else None
+        if forward is not None:
             module.__dict__["forward"] = partial(forward, module)
 
 
 def uninstall(model: nn.Module) -> None:
-    """Give every module its own `forward` back."""
-    from . import padding
+    """Restore the `forward` of every module."""
+    from . import gated_mlp, norm, padding
 
     model.__dict__.pop(padding.SEEN, None)
-    if model.__dict__.pop(MARK, None):
-        for module in model.modules():
-            own = module.__dict__.get("forward")
-            if isinstance(own, partial) and own.func in _forwards():
-                del module.__dict__["forward"]
-
-
-def _forwards() -> tuple[Any, ...]:
-    from . import gated_mlp, norm
-
-    return norm.forward, gated_mlp.forward, gated_mlp.activate
-
-
-def _fitting(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
-    """Modules that a fast path knows, and their new `forward`."""
-    from . import gated_mlp, norm
-
+    was_installed = model.__dict__.pop(MARK, False)
+    if not was_installed:
+        return
+    fast_forwards = (norm.forward, gated_mlp.forward, gated_mlp.activate)
     for module in model.modules():
-        if "forward" in module.__dict__:  # somebody else's
-            continue
-        if norm.recognised(module):
-            yield module, norm.forward
-        elif gated_mlp.recognised(module):
-            yield module, gated_mlp.forward
-        elif gated_mlp.is_written_out(module):
-            yield module, gated_mlp.activate
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, partial) and forward.func in fast_forwards:
+            del module.__dict__["forward"]
+
+
+def _fast_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """The function that replaces a module's `forward`, or None."""
+    from . import gated_mlp, norm
+
+    if norm.recognised(module):
+        return norm.forward
+    if gated_mlp.recognised(module):
+        return gated_mlp.forward
+    if gated_mlp.is_written_out(module):
+        return gated_mlp.activate
+    return None

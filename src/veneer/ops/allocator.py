@@ -1,7 +1,8 @@
-"""glibc keeps large blocks instead of giving them back to the kernel on every free.
+"""Keep freed memory blocks in the process instead of returning them to the kernel (glibc only).
 
-By itself it maps every block beyond 32 MB (at first 128 KB) afresh, and each 4 KB of it cost a page fault; a training
-step frees and takes the same blocks again and again. Only for processes that train: what was freed stays with them.
+By default glibc maps each block above a threshold (128 KB at first, at most 32 MB) anew, and every 4 KB page of it
+costs a page fault; a training step frees and allocates the same blocks again and again. Meant for processes that train,
+because freed memory stays with the process.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import sys
 
 from . import is_fast
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Names of malloc.h."""
+# The parameters' numbers in malloc.h.
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
 
 
 def keep_blocks() -> bool:
-    """Set the thresholds of this process; false where the C library is another, or the path is switched off."""
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or not is_fast("allocator"):
+    """Set this process's thresholds; False if the C library is not glibc, or the fast path is switched off."""
+    is_glibc = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+    if not is_glibc or not is_fast("allocator"):
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return all(bool(mallopt(*pair)) for pair in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)))
+    return bool(mallopt(M_MMAP_THRESHOLD, 2**30)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

@@ -1,11 +1,12 @@
-"""Attention by sequence: a batch is one row of sequences laid end to end, and none is padded.
+"""Attention by sequence: a batch is one row of concatenated sequences, without padding.
 
-    out = [softmax(q_s k_s^T * scale) v_s for s in sequences],  each causal, with its window if it has one
+    out = [softmax(q_s k_s^T * scale) v_s for s in sequences],  each causal, with its sliding window if it has one
 
-transformers marks such a row by position ids that start again (its DataCollatorWithFlattening) and masks it with a
-matrix (tokens, tokens). Under `by_sequence` the mask is the lengths of the sequences instead, and attention goes over
-them: through `torch.split`, whose backward is one `cat` (that of a slice fills a tensor of the whole row), and
-sequences of one length as one batch. Registered through transformers' attention and mask interfaces.
+transformers recognises such a row by position ids that restart (its DataCollatorWithFlattening) and masks it with a
+matrix (tokens, tokens). Under `by_sequence` the mask is the lengths of the sequences instead, and attention is computed
+for each of them. The row is cut with `torch.split`, whose backward is one `cat` (that of a slice fills a tensor of the
+whole row), and sequences of equal length are computed as one batch. Registered through transformers' attention and mask
+interfaces.
 """
 
 from __future__ import annotations
@@ -24,18 +25,21 @@ from . import is_fast
 
 NAME = "veneer_by_sequence"
 REPLACED = ("sdpa", "eager")
-"""What it stands in for; flash and flex attention know sequences in a row themselves."""
-BEYOND = ("s_aux", "position_bias", "cache")
-"""What some models hand to attention that is not computed here."""
+"""Implementations it replaces; flash and flex attention handle sequences in a row themselves."""
+UNSUPPORTED = ("s_aux", "position_bias", "cache")
+"""Arguments that some models pass to attention and that are not implemented here."""
 
 
 @contextmanager
 def by_sequence(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` computes attention by sequence for calls with one row and no mask, and as ever for others.
+    """Compute attention by sequence inside the block, in calls with one row and no mask; other calls are unaffected.
 
-    A training step belongs inside as a whole, since gradient checkpointing calls attention again in the backward pass.
+    The block must contain the whole training step, because gradient checkpointing calls attention again in the
+    backward pass.
     """
-    configs = upstream.configs(model, REPLACED) if is_fast("attention") else []
+    configs = []
+    if is_fast("attention"):
+        configs = upstream.configs(model, REPLACED)
     if configs:
         upstream.register(NAME, attend, mask_of)
     with upstream.implementation(configs, NAME):
@@ -43,15 +47,19 @@ def by_sequence(model: nn.Module) -> Iterator[None]:
 
 
 def is_replaceable(model: nn.Module) -> bool:
-    """Whether the model's attention is one that `by_sequence` stands in for."""
+    """Whether the model uses an attention implementation that `by_sequence` replaces."""
     return bool(upstream.configs(model, REPLACED))
+
+
+# The mask
 
 
 def mask_of(
     batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: Any = 0, **kwargs: Any
 ) -> Tensor | None:
-    """[window or 0, length of each sequence] where the row is of causal sequences; else the mask of "sdpa"."""
-    is_whole = batch_size == 1 and q_length == kv_length and q_offset == 0 and kv_offset == 0
+    """[window or 0, length of each sequence] for a row of causal sequences; else the mask of "sdpa"."""
+    is_row = batch_size == 1 and q_length == kv_length
+    is_whole = is_row and q_offset == 0 and kv_offset == 0
     if is_whole and kwargs.get("attention_mask") is None and not kwargs.get("use_vmap"):
         lengths = sequences(kwargs["mask_function"], q_length, kwargs.get("device", "cpu"))
         if lengths is not None:
@@ -63,26 +71,38 @@ def mask_of(
 def sequences(mask: Callable[..., Tensor], count: int, device: Any) -> Tensor | None:
     """The sequences that a mask function of transformers makes of `count` tokens: [window or 0, lengths ...].
 
-    Asks it about the tokens beside each one, and about the last of the longest sequence. None if it is not causal.
+    Evaluates the mask only between neighbouring tokens, and for the last token of the longest sequence. Returns None if
+    the mask is not causal.
     """
-    zero, place = torch.zeros(1, dtype=torch.long, device=device), torch.arange(count, device=device)
-    after, before = place[1:], place[:-1]
-    goes_on = _ask(mask, zero, after, before)
-    starts = [0, *(after[~goes_on]).tolist(), count]
-    lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
-    own = place[starts[longest] : starts[longest + 1]]
-    seen = _ask(mask, zero, own[-1:].expand_as(own), own)
-    width = int(seen.sum())
-    is_window = bool(seen[len(own) - width :].all())
-    if not is_window or bool(_ask(mask, zero, before, after).any()):
+    zero = torch.zeros(1, dtype=torch.long, device=device)
+    positions = torch.arange(count, device=device)
+    before = positions[:-1]
+    after = positions[1:]
+    continues = _evaluate(mask, zero, after, before)
+    starts = [0, *after[~continues].tolist(), count]
+    lengths = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    longest = lengths.index(max(lengths))
+    longest_positions = positions[starts[longest] : starts[longest + 1]]
+    last_position = longest_positions[-1:].expand_as(longest_positions)
+    visible = _evaluate(mask, zero, last_position, longest_positions)
+    width = int(visible.sum())
+    is_window = bool(visible[len(longest_positions) - width :].all())
+    if not is_window:
         return None
-    return torch.tensor([0 if width == len(own) else width, *lengths])
+    sees_ahead = _evaluate(mask, zero, before, after)
+    if bool(sees_ahead.any()):
+        return None
+    window = 0 if width == len(longest_positions) else width
+    return torch.tensor([window, *lengths])
 
 
-def _ask(mask: Callable[..., Tensor], zero: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+def _evaluate(mask: Callable[..., Tensor], zero: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    """Whether each position in `q` sees the position in `kv` at the same index."""
     zeros = zero.expand_as(q)
     return mask(zeros, zeros, q, kv).expand(q.shape)
+
+
+# The product
 
 
 def attend(
@@ -99,53 +119,83 @@ def attend(
     """Attention of query (1, heads, tokens, d), key and value (1, key heads, tokens, d): (1, tokens, heads, d).
 
     Raises:
-        NotImplementedError: the model's attention has more to it.
+        NotImplementedError: the model's attention takes arguments that are not implemented here.
     """
     if attention_mask is None or attention_mask.dim() != 1:
-        more = {**kwargs, **({} if softcap is None else {"softcap": softcap})}
-        return upstream.sdpa_attention(module, query, key, value, attention_mask, dropout, scaling, **more)
-    unknown = [name for name in BEYOND if kwargs.get(name) is not None]
-    if unknown:
-        raise NotImplementedError(f"attention with {', '.join(unknown)} is not computed by sequence")
+        if softcap is not None:
+            kwargs["softcap"] = softcap
+        return upstream.sdpa_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    unsupported = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
+    if unsupported:
+        raise NotImplementedError(f"attention with {', '.join(unsupported)} is not computed by sequence")
     window, *lengths = attention_mask.tolist()
-    rows = [t.split(lengths, dim=2) for t in (query, key, value)]
-    done: list[Any] = [None] * len(lengths)
-    for places in _alike(lengths):
-        q, k, v = (row[places[0]] if len(places) == 1 else torch.cat([row[i] for i in places]) for row in rows)
-        for i, out in zip(places, _one_length(q, k, v, dropout, scaling, softcap, window).split(1), strict=True):
-            done[i] = out
-    return torch.cat(done, dim=2).transpose(1, 2).contiguous(), None
+    q_parts = query.split(lengths, dim=2)
+    k_parts = key.split(lengths, dim=2)
+    v_parts = value.split(lengths, dim=2)
+    outputs: list[Any] = [None] * len(lengths)
+    for indices in _by_length(lengths):
+        q = _batch(q_parts, indices)
+        k = _batch(k_parts, indices)
+        v = _batch(v_parts, indices)
+        out = _one_length(q, k, v, dropout, scaling, softcap, window)
+        for index, sequence in zip(indices, out.split(1), strict=True):
+            outputs[index] = sequence
+    row = torch.cat(outputs, dim=2)
+    return row.transpose(1, 2).contiguous(), None
 
 
-def _alike(lengths: Sequence[int]) -> list[list[int]]:
-    """The places of the sequences of each length."""
-    found: dict[int, list[int]] = {}
-    for place, length in enumerate(lengths):
-        found.setdefault(length, []).append(place)
-    return list(found.values())
+def _by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """The indices of the sequences, grouped by length."""
+    groups: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        groups.setdefault(length, []).append(index)
+    return list(groups.values())
+
+
+def _batch(parts: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
+    """(n, heads, length, d) of n sequences of one length."""
+    if len(indices) == 1:
+        return parts[indices[0]]
+    return torch.cat([parts[index] for index in indices])
 
 
 def _one_length(q: Tensor, k: Tensor, v: Tensor, p: float, scale: Any, cap: float | None, window: int) -> Tensor:
     """Causal attention of sequences of one length, (n, heads, length, d)."""
-    banded = 0 < window < q.shape[2]
+    length = q.shape[2]
+    is_banded = 0 < window < length
     if cap is not None:
-        return _capped(q, k, v, p, scale, cap, window if banded else q.shape[2])
-    grouped = k.shape[1] != q.shape[1]
-    mask = _band(q.shape[2], window, q.device) if banded else None
-    if mask is not None and grouped:  # with a mask torch repeats them itself, and not always rightly typed
-        k, v, grouped = *(t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v)), False
-    return scaled_dot_product_attention(q, k, v, mask, p, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+        return _capped(q, k, v, p, scale, cap, window if is_banded else length)
+    is_grouped = k.shape[1] != q.shape[1]
+    if not is_banded:
+        return scaled_dot_product_attention(q, k, v, None, p, is_causal=True, scale=scale, enable_gqa=is_grouped)
+    mask = _band(length, window, q.device)
+    if is_grouped:  # with a mask, torch would repeat the heads itself, and sometimes in the wrong dtype
+        k = _repeat_heads(k, q)
+        v = _repeat_heads(v, q)
+    return scaled_dot_product_attention(q, k, v, mask, p, is_causal=False, scale=scale, enable_gqa=False)
 
 
 def _capped(q: Tensor, k: Tensor, v: Tensor, p: float, scale: Any, cap: float, window: int) -> Tensor:
-    """Attention whose scores are kept within -cap and cap (Gemma 2)."""
-    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-    scores = torch.tanh(q @ k.transpose(2, 3) * ((q.shape[-1] ** -0.5 if scale is None else scale) / cap)) * cap
-    scores = scores.masked_fill(~_band(q.shape[2], window, q.device), -torch.inf)
-    return drop(scores.softmax(-1, dtype=torch.float32).to(q.dtype), p) @ v
+    """Attention whose scores are soft-capped to (-cap, cap), as in Gemma 2."""
+    k = _repeat_heads(k, q)
+    v = _repeat_heads(v, q)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    scores = q @ k.transpose(2, 3)
+    scores = torch.tanh(scores * (scale / cap)) * cap
+    visible = _band(q.shape[2], window, q.device)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    weights = scores.softmax(-1, dtype=torch.float32)
+    return drop(weights.to(q.dtype), p) @ v
+
+
+def _repeat_heads(t: Tensor, q: Tensor) -> Tensor:
+    """Keys or values repeated to the number of heads of the query."""
+    repeats = q.shape[1] // t.shape[1]
+    return t.repeat_interleave(repeats, 1)
 
 
 def _band(length: int, window: int, device: Any) -> Tensor:
-    """(length, length): whether the token of a row sees that of a column, among the last `window` up to itself."""
-    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return seen.triu(1 - window)
+    """(length, length): True where the row's token sees the column's, among the last `window` up to itself."""
+    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return visible.triu(1 - window)

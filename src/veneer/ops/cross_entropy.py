@@ -1,11 +1,11 @@
-"""Cross-entropy of a language model's head, of supervised positions only, in chunks: full logits never exist.
+"""Cross-entropy of a language model's head, for supervised positions only, in chunks: full logits never exist.
 
     loss = sum_i logsumexp(z_i) - z_i[t_i],  z_i = f(W h_i + b),  over positions whose label t_i is not ignored
 
-For the length of a training call with labels the model's head is lent a `forward` that gives `Logits`: a tensor that
-is not computed yet. The model's own code goes on as ever, whatever it is: scaling, soft-capping, casts, shifts and
-reshapes are noted, and `torch.nn.functional.cross_entropy` on the outcome is computed here. Whatever else touches the
-tensor gets the true values, graph and all, so `outputs.logits` can still be read.
+During a training call with labels, the `forward` of the model's head returns `Logits`: a tensor that is not computed
+yet. The model's own code runs unchanged. Scaling, soft-capping, casts, shifts and reshapes of the logits are recorded,
+and `torch.nn.functional.cross_entropy` of the result is computed here. Every other operation gets the true values, with
+their graph, so `outputs.logits` can still be read.
 
 The gradient of a chunk is computed in the forward pass, as in Liger (arXiv:2410.10989).
 """
@@ -13,11 +13,12 @@ The gradient of a chunk is computed in the forward pass, as in Liger (arXiv:2410
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy as plain_cross_entropy
+from torch.nn.functional import linear
 from torch.utils._pytree import tree_map_only
 
 from ..errors import VeneerError
@@ -25,22 +26,44 @@ from . import is_autocast, is_fast
 from ._conditions import takes_part
 
 CHUNK_BYTES = 64 << 20
-"""Of fp32 logits at a time: smaller reads the weight more often, larger leaves the caches (measured, 49,152 tokens)."""
+"""fp32 logits per chunk: smaller reads the weight more often, larger leaves the caches (measured, 49,152 tokens)."""
 SAME_SHAPE = {"float", "to", "div", "true_divide", "__truediv__", "mul", "__mul__", "__rmul__", "tanh", "contiguous"}
-"""Operations on each logit by itself, with numbers and dtypes as their only other arguments."""
+"""Elementwise operations, recorded if their other arguments are numbers and dtypes only."""
 MOVING = {"view", "reshape", "flatten", "__getitem__"}
-"""Operations that may leave the last dimension as it is; such a one is done to the hidden states."""
-FACTS = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta")),
-    *(getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "is_complex", "ndimension")),
-}
-"""What can be known of logits without computing them."""
-Step = tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]
-Loss = tuple[Tensor, Tensor, tuple[Tensor, ...]]
+"""Operations that may keep the last dimension whole; they are then applied to the hidden states."""
+PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta")
+METHODS = ("size", "dim", "numel", "is_floating_point", "is_complex", "ndimension")
+FACTS = {getattr(Tensor, name).__get__ for name in PROPERTIES} | {getattr(Tensor, name) for name in METHODS}
+"""What can be read from logits without computing them."""
+CASTS = ("float", "to", "contiguous")
+
+
+class Step(NamedTuple):
+    """A recorded operation on logits."""
+
+    func: Callable[..., Tensor]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Loss(NamedTuple):
+    """A summed loss and its gradients."""
+
+    total: Tensor
+    hidden: Tensor
+    learned: tuple[Tensor, ...]
+    """With respect to the parameters that the head trains."""
 
 
 class Logits(Tensor):
-    """The logits of `hidden` (..., in), (..., vocabulary), before they are computed."""
+    """The logits (..., vocabulary) of hidden states (..., in), before they are computed.
+
+    Attributes:
+        hidden: the hidden states, after the recorded moves.
+        steps: the recorded elementwise operations.
+        origin: the logits that this was made from and the operation; None for what the head returned.
+        value: the true logits, once computed.
+    """
 
     hidden: Tensor
     steps: tuple[Step, ...]
@@ -53,7 +76,11 @@ class Logits(Tensor):
         dtype = _after(torch.empty(0, dtype=head.dtype), steps).dtype
         shape = (*hidden.shape[:-1], head.width)
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
-        self.head, self.hidden, self.steps, self.origin, self.value = head, hidden, steps, origin, None
+        self.head = head
+        self.hidden = hidden
+        self.steps = steps
+        self.origin = origin
+        self.value = None
         return self
 
     @classmethod
@@ -62,16 +89,13 @@ class Logits(Tensor):
         if func in FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func == Tensor.requires_grad.__get__:  # type: ignore[attr-defined]  # made anew at each look
+        if func == Tensor.requires_grad.__get__:  # type: ignore[attr-defined]  # a new object at each access
             return True
-        first = args[0] if args else kwargs.get("input")
-        if isinstance(first, Logits) and not first.is_computed():
-            if func is plain_cross_entropy:
-                loss = _fast(first, *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
-            else:
-                loss = first.later(func, args[1:], kwargs)
-            if loss is not None:
-                return loss
+        logits = args[0] if args else kwargs.get("input")
+        if isinstance(logits, Logits) and not logits.is_computed():
+            result = logits.apply(func, args[1:], kwargs)
+            if result is not None:
+                return result
         return func(*whole(args), **whole(kwargs))
 
     @classmethod
@@ -79,36 +103,53 @@ class Logits(Tensor):
         return func(*whole(args), **whole(kwargs or {}))
 
     def is_computed(self) -> bool:
-        return self.value is not None or (self.origin is not None and self.origin[0].is_computed())
+        if self.value is not None:
+            return True
+        return self.origin is not None and self.origin[0].is_computed()
+
+    def apply(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The loss, or new `Logits`, from an operation; None if the operation needs the true values."""
+        if func is plain_cross_entropy:
+            options = {name: value for name, value in kwargs.items() if name != "input"}
+            return _fast(self, *args, **options)
+        return self.later(func, args, kwargs)
 
     def later(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Logits | None:
-        """The same operation on logits to be computed; None where it needs them now."""
-        name, step = getattr(func, "__name__", ""), (func, args, kwargs)
-        if name in SAME_SHAPE and all(isinstance(a, (int, float, torch.dtype)) for a in (*args, *kwargs.values())):
+        """The logits with one more recorded operation; None if the operation needs the true values."""
+        name = getattr(func, "__name__", "")
+        step = Step(func, args, kwargs)
+        if name in SAME_SHAPE and _is_simple(step):
             return Logits(self.head, self.hidden, (*self.steps, step), (self, step))
         if name in MOVING and not kwargs:
             hidden = _moved(name, self.hidden, self.head.width, args)
-            return None if hidden is None else Logits(self.head, hidden, self.steps, (self, step))
+            if hidden is not None:
+                return Logits(self.head, hidden, self.steps, (self, step))
         return None
 
     def compute(self) -> Tensor:
         """The true logits, with their graph."""
-        if self.value is None and self.origin is not None:
-            parent, (func, args, kwargs) = self.origin
-            self.value = func(parent.compute(), *args, **kwargs)
-        elif self.value is None:
+        if self.value is not None:
+            return self.value
+        if self.origin is None:
             self.value = self.head.all_at_once(self.hidden)
+        else:
+            parent, step = self.origin
+            self.value = step.func(parent.compute(), *step.args, **step.kwargs)
         return self.value
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
-        return f"Logits({tuple(self.shape)}, not computed)" if not self.is_computed() else repr(self.compute())
+        if self.is_computed():
+            return repr(self.compute())
+        return f"Logits({tuple(self.shape)}, not computed)"
 
 
 class Head:
     """A model's head in one call: the module, and the state in which it was called."""
 
     def __init__(self, module: nn.Module, width: int, weight: Tensor) -> None:
-        self.module, self.forward, self.width = module, module.forward, width
+        self.module = module
+        self.forward = module.forward
+        self.width = width
         self.learned = tuple(p for p in module.parameters() if p.requires_grad)
         self.device = weight.device.type
         self.autocast = is_autocast(self.device)
@@ -122,19 +163,23 @@ class Head:
         return module.weight, module.bias
 
     def _now(self) -> tuple[Any, ...]:
+        """What identifies the head's weights and active adapters at this moment."""
+        versions = [(id(p), p._version) for p in self.module.parameters()]
         state = getattr(self.module, "state", None)
-        adapters = (state.active, state.enabled) if state is not None else ()
-        return (*adapters, *((id(p), p._version) for p in self.module.parameters()))
+        if state is None:
+            return tuple(versions)
+        return (state.active, state.enabled, *versions)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        with torch.autocast(self.device, dtype=self.dtype if self.autocast else None, enabled=self.autocast):
+        dtype = self.dtype if self.autocast else None
+        with torch.autocast(self.device, dtype=dtype, enabled=self.autocast):
             return self.forward(hidden)
 
     def all_at_once(self, hidden: Tensor) -> Tensor:
         """Logits as the call would have given them.
 
         Raises:
-            VeneerError: weights or active adapters are others by now.
+            VeneerError: weights or active adapters have changed since the call.
         """
         if self._now() != self.seen:
             raise VeneerError(
@@ -145,6 +190,9 @@ class Head:
             return self(hidden)
 
 
+# The loss
+
+
 class _Sum(torch.autograd.Function):
     """The summed loss of hidden states (n, in) and their labels (n,)."""
 
@@ -152,9 +200,9 @@ class _Sum(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, labels: Tensor, head: Head, steps: Any, smoothing: float, *_: Tensor
     ) -> Tensor:
-        total, grad, grads = _in_chunks(hidden, labels, head, steps, smoothing)
-        ctx.save_for_backward(grad, *grads)
-        return total
+        loss = _in_chunks(hidden, labels, head, steps, smoothing)
+        ctx.save_for_backward(loss.hidden, *loss.learned)
+        return loss.total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -176,17 +224,21 @@ def linear_cross_entropy(
     """Cross-entropy of the logits that `head`, then `steps`, make of hidden states (n, in); a scalar.
 
     Args:
-        labels: (n,); where they are `ignore_index`, nothing is computed.
+        labels: (n,); positions with the label `ignore_index` are not computed.
         reduction: "mean" over supervised positions, or "sum".
     """
-    kept = _supervised(labels, ignore_index)
-    picked = hidden if len(kept) == len(labels) else hidden.index_select(0, kept)
-    total = _Sum.apply(picked, labels[kept], head, steps, label_smoothing, *head.learned)
-    return total / torch.tensor(len(kept), dtype=total.dtype) if reduction == "mean" else total
+    supervised = _supervised(labels, ignore_index)
+    count = len(supervised)
+    if count < len(labels):
+        hidden = hidden.index_select(0, supervised)
+    total = _Sum.apply(hidden, labels[supervised], head, steps, label_smoothing, *head.learned)
+    if reduction == "mean":
+        return total / torch.tensor(count, dtype=total.dtype)
+    return total
 
 
 def _supervised(labels: Tensor, ignore_index: int) -> Tensor:
-    """Positions of labels (n,) that are learned; all of them on the meta device, where labels have no values."""
+    """Positions in labels (n,) that are not ignored; all of them on the meta device, where labels have no values."""
     if labels.is_meta:
         return torch.arange(len(labels), device=labels.device)
     return (labels != ignore_index).nonzero().squeeze(1)
@@ -195,64 +247,71 @@ def _supervised(labels: Tensor, ignore_index: int) -> Tensor:
 def reference(
     hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], steps: tuple[Step, ...] = (), **kwargs: Any
 ) -> Tensor:
-    """The same, the plain way."""
+    """`linear_cross_entropy` with plain operations."""
     return plain_cross_entropy(_after(head(hidden), steps), labels, **kwargs)
 
 
 def _in_chunks(hidden: Tensor, labels: Tensor, head: Head, steps: Any, smoothing: float) -> Loss:
-    """Summed loss, its gradient in hidden, and in what the head learns."""
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    grad, grads = torch.empty_like(hidden), tuple(torch.zeros_like(p) for p in head.learned)
+    grad = torch.empty_like(hidden)
+    learned = tuple(torch.zeros_like(p) for p in head.learned)
     size = max(1, CHUNK_BYTES // (4 * head.width))
-    one = _frozen_chunk if head.is_frozen else _module_chunk
-    for h, t, out in zip(hidden.split(size), labels.split(size), grad.split(size), strict=True):
-        loss, own, learned = one(h, t, head, steps, smoothing)
-        total += loss
-        out.copy_(own)
-        for whole_grad, part in zip(grads, learned, strict=True):
-            whole_grad += part
-    return total, grad, grads
+    compute = _frozen_chunk if head.is_frozen else _module_chunk
+    chunks = zip(hidden.split(size), labels.split(size), grad.split(size), strict=True)
+    for h, t, grad_h in chunks:
+        chunk = compute(h, t, head, steps, smoothing)
+        total += chunk.total
+        grad_h.copy_(chunk.hidden)
+        for accumulated, part in zip(learned, chunk.learned, strict=True):
+            accumulated += part
+    return Loss(total, grad, learned)
 
 
-def _frozen_chunk(h: Tensor, t: Tensor, head: Head, steps: Any, smoothing: float) -> Loss:
+def _frozen_chunk(h: Tensor, t: Tensor, head: Head, steps: tuple[Step, ...], smoothing: float) -> Loss:
     """A frozen linear head."""
     W, b = head.parameters()
-    z = torch.nn.functional.linear(h, W, b)
-    if all(func.__name__ in ("float", "to", "contiguous") for func, *_ in steps):
+    z = linear(h, W, b)
+    if all(step.func.__name__ in CASTS for step in steps):
         loss, dz = _gradient(z.float(), t, smoothing)
-        return loss, dz.to(W.dtype) @ W, ()
+        return Loss(loss, dz.to(W.dtype) @ W, ())
     z.requires_grad_()
     with torch.enable_grad():
         y = _after(z, steps)
     loss, dy = _gradient(y.detach().float(), t, smoothing)
     (dz,) = torch.autograd.grad(y, z, dy.to(y.dtype))
-    return loss, dz @ W, ()
+    return Loss(loss, dz @ W, ())
 
 
 def _gradient(z: Tensor, t: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
     """The summed loss of logits (n, vocabulary), and its gradient: softmax minus target.
 
-    By torch's log_softmax, whose rounding the plain path has too: a more exact sum of the exponentials (its error here
-    is 1e-5) would set first gradients 1e-4 apart from the plain path's.
+    Uses torch's log_softmax to have the same rounding as the plain path: a more exact sum of the exponentials (its
+    error here is 1e-5) would move first gradients 1e-4 away from the plain path's.
     """
     p = z.log_softmax(1)
-    own = p.gather(1, t[:, None])
-    loss = -own if not smoothing else (smoothing - 1) * own - smoothing * p.mean(1, keepdim=True)
+    target = p.gather(1, t[:, None])  # (n, 1)
+    loss = -target
+    if smoothing:
+        loss = (smoothing - 1) * target - smoothing * p.mean(1, keepdim=True)
     p.exp_()
     if smoothing:
         p.sub_(smoothing / z.shape[1])
-    p.scatter_add_(1, t[:, None], torch.full_like(own, smoothing - 1))
+    p.scatter_add_(1, t[:, None], torch.full_like(target, smoothing - 1))
     return loss.sum(), p
 
 
-def _module_chunk(h: Tensor, t: Tensor, head: Head, steps: Any, smoothing: float) -> Loss:
-    """Any head: through the module, with autograd."""
+def _module_chunk(h: Tensor, t: Tensor, head: Head, steps: tuple[Step, ...], smoothing: float) -> Loss:
+    """Any other head: through the module, with autograd."""
     h = h.detach().requires_grad_()
     with torch.enable_grad():
         z = _after(head(h), steps).float()
         loss = plain_cross_entropy(z, t, reduction="sum", label_smoothing=smoothing)
-    own, *learned = torch.autograd.grad(loss, (h, *head.learned), allow_unused=True, materialize_grads=True)
-    return loss.detach(), own, tuple(learned)
+    inputs = (h, *head.learned)
+    dh, *learned = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+    return Loss(loss.detach(), dh, tuple(learned))
+
+
+# Recorded operations
 
 
 def _fast(
@@ -265,9 +324,11 @@ def _fast(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor | None:
-    """`torch.nn.functional.cross_entropy` of logits not computed yet; None for what it offers beyond this file."""
-    deprecated = weight is not None or size_average is not None or reduce is not None
-    if deprecated or reduction == "none" or logits.dim() != 2 or target.dim() != 1 or target.is_floating_point():
+    """`torch.nn.functional.cross_entropy` of logits that are not computed; None for options without a fast path."""
+    has_options = weight is not None or size_average is not None or reduce is not None
+    if has_options or reduction == "none":
+        return None
+    if logits.dim() != 2 or target.dim() != 1 or target.is_floating_point():
         return None
     loss = linear_cross_entropy(
         logits.hidden,
@@ -282,66 +343,89 @@ def _fast(
 
 
 def whole(tree: Any) -> Any:
-    """A tree of arguments with the true logits in it."""
+    """A tree of arguments with true logits in place of `Logits`."""
     return tree_map_only(Logits, Logits.compute, tree)
 
 
 def _after(t: Tensor, steps: tuple[Step, ...]) -> Tensor:
+    """The tensor after the recorded operations."""
     for func, args, kwargs in steps:
         t = func(t, *args, **kwargs)
     return t
 
 
+def _is_simple(step: Step) -> bool:
+    """Whether all arguments are numbers or dtypes."""
+    arguments = (*step.args, *step.kwargs.values())
+    return all(isinstance(argument, (int, float, torch.dtype)) for argument in arguments)
+
+
 def _moved(name: str, hidden: Tensor, width: int, args: tuple[Any, ...]) -> Tensor | None:
-    """Hidden states after an operation on logits that keeps the last dimension whole; None for another."""
+    """Hidden states after an operation on their logits; None if the operation does not keep the last dimension."""
     if name == "flatten":
-        return hidden.flatten(*args) if args == (0, hidden.dim() - 2) or args == (0, -2) else None
+        is_leading = args in ((0, hidden.dim() - 2), (0, -2))
+        return hidden.flatten(*args) if is_leading else None
     if name == "__getitem__":
         index = args[0] if isinstance(args[0], tuple) else (args[0],)
-        to_last = Ellipsis in index or len(index) == hidden.dim()
-        ok = all(i is Ellipsis or isinstance(i, slice) for i in index) and index.count(Ellipsis) <= 1
-        return hidden[index] if ok and (not to_last or index[-1] in (slice(None), Ellipsis)) else None
+        return hidden[index] if _keeps_last(index, hidden.dim()) else None
     shape = tuple(args[0]) if isinstance(args[0], (tuple, list)) else args
-    return hidden.reshape(*shape[:-1], hidden.shape[-1]) if len(shape) > 1 and shape[-1] == width else None
+    if len(shape) < 2 or shape[-1] != width:
+        return None
+    return hidden.reshape(*shape[:-1], hidden.shape[-1])
 
 
-# On a model
+def _keeps_last(index: tuple[Any, ...], dims: int) -> bool:
+    """Whether an index consists of slices that leave the last dimension whole."""
+    if not all(i is Ellipsis or isinstance(i, slice) for i in index) or index.count(Ellipsis) > 1:
+        return False
+    reaches_last = Ellipsis in index or len(index) == dims
+    return not reaches_last or index[-1] in (slice(None), Ellipsis)
 
 
-def lend(model: Any, kwargs: dict[str, Any]) -> None:
-    """Let the model's head give `Logits` for the length of a training call."""
-    learns = kwargs.get("labels") is not None and takes_part(model)
-    if not learns or not is_fast("cross_entropy"):
+# Installation
+
+
+def replace_forward(model: Any, kwargs: dict[str, Any]) -> None:
+    """Let the model's head return `Logits` in this training call."""
+    is_supervised = kwargs.get("labels") is not None and takes_part(model)
+    if not is_supervised or not is_fast("cross_entropy"):
         return
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None or not _can_be_lent(model, head):
+    module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if module is None or not _is_replaceable(model, module):
         return
-    weight = head.weight
-    own = Head(head, weight.shape[0], weight)
-    head.__dict__["forward"] = lambda hidden: Logits(own, hidden)
-    model.__dict__["_veneer_lent"] = head
+    head = Head(module, module.weight.shape[0], module.weight)
+    module.__dict__["forward"] = lambda hidden: Logits(head, hidden)
+    model.__dict__["_veneer_lent"] = module
 
 
-def take_back(model: Any) -> None:
-    head = model.__dict__.pop("_veneer_lent", None)
-    if head is not None:
-        head.__dict__.pop("forward", None)
+def restore_forward(model: Any) -> None:
+    """Give the head its own `forward` back after the call."""
+    module = model.__dict__.pop("_veneer_lent", None)
+    if module is not None:
+        module.__dict__.pop("forward", None)
 
 
-def _can_be_lent(model: Any, head: nn.Module) -> bool:
-    """Whether the head is a linear layer, adapted or not, that gives the same whenever it is asked, row by row."""
+def _is_replaceable(model: Any, head: nn.Module) -> bool:
+    """Whether the head is a linear layer, adapted or not, that computes each row independently and always the same."""
     base = getattr(head, "base_layer", head)
+    if type(base) is not nn.Linear or _is_sharded(model, head, base):
+        return False
+    for module in (head, base):
+        if "forward" in module.__dict__ or module._forward_hooks or module._backward_hooks or _may_change_input(module):
+            return False
+    return head is base or bool(head.is_by_row())  # type: ignore[operator]
+
+
+def _is_sharded(model: nn.Module, head: nn.Module, base: nn.Module) -> bool:
+    """Whether FSDP or DeepSpeed manages the model or the head, or the weight is not a plain Parameter."""
     weight = base._parameters.get("weight")
-    is_whole = type(weight) is nn.Parameter and not any(hasattr(weight, n) for n in ("ds_id", "_fsdp_flattened"))
-    modules = (head, base)
-    is_sharded = any(kind.__name__ == "FSDPModule" for m in (model, *modules) for kind in type(m).__mro__)
-    has_hooks = any(m._forward_hooks or m._backward_hooks or _meddles(m) for m in modules)
-    own_forward = any("forward" in m.__dict__ for m in modules)
-    ok = type(base) is nn.Linear and is_whole and not (is_sharded or has_hooks or own_forward)
-    return ok and (head is base or head.is_by_row())
+    if type(weight) is not nn.Parameter or hasattr(weight, "ds_id") or hasattr(weight, "_fsdp_flattened"):
+        return True
+    kinds = {*type(model).__mro__, *type(head).__mro__, *type(base).__mro__}
+    return any(kind.__name__ == "FSDPModule" for kind in kinds)
 
 
-def _meddles(module: nn.Module) -> bool:
-    """Whether a hook may change what a module is given; one whose owner says that it `only_looks` does not."""
+def _may_change_input(module: nn.Module) -> bool:
+    """Whether a forward pre-hook may change the input; a hook whose owner has `only_looks` set does not."""
     owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
     return not all(getattr(owner, "only_looks", False) for owner in owners)
