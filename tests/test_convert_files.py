@@ -236,6 +236,20 @@ def test_damaged_files_are_refused(tmp_path):
     refused(tmp_path, "peft", "positive number", CheckpointError, "mlx")
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (0, 30), (4, 0)], ids=str)
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_a_factor_that_is_no_matrix_is_refused(layout: str, shape: tuple[int, ...], tmp_path):
+    convert(adapter(tmp_path), tmp_path / "there", layout, hints=hints(tmp_path))
+    (file,) = (tmp_path / "there").glob("*.safetensors")
+    tensors = load_file(file)
+    factors = [key for key in tensors if "lora" in key and tensors[key].dim() == 2]
+    for side in (factors[0], factors[1]):
+        save_file(tensors | {side: torch.ones(shape)}, file)
+        with pytest.raises(VeneerError):
+            convert(tmp_path / "there", tmp_path / "out", "mlx", hints=hints(tmp_path, alpha=6.0))
+        assert not (tmp_path / "out").exists()
+
+
 class Exploit:
     def __reduce__(self):
         return exec, ("raise SystemExit('the pickle ran')",)

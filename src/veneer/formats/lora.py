@@ -206,7 +206,7 @@ def paired(tensors: Mapping[str, Tensor], ends: tuple[str, str], path: Path) -> 
     """(first, second) by the part of their keys before the endings.
 
     Raises:
-        CheckpointError: a key has neither ending, or one tensor of a pair is missing.
+        CheckpointError: a key has neither ending, one tensor of a pair is missing, or one is not at least a matrix.
     """
     bases: dict[str, None] = {}
     unknown = []
@@ -228,6 +228,10 @@ def paired(tensors: Mapping[str, Tensor], ends: tuple[str, str], path: Path) -> 
             incomplete.append(base)
     if incomplete:
         raise CheckpointError(f"{str(path)!r}: the other half is missing of:{listing(incomplete)}")
+    for base, factors in pairs.items():
+        for factor in factors:
+            if factor.dim() < 2 or factor.numel() == 0:
+                raise CheckpointError(f"{str(path)!r}: {base!r} holds a factor of {tuple(factor.shape)}, not a matrix")
     return pairs
 
 
