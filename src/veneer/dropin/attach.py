@@ -34,12 +34,12 @@ def put_on(
     model: nn.Module, config: Any, name: str, *, on_meta: bool = False, lift: bool = True, state_dict: Any = None
 ) -> State:
     """Attach the adapter that `config` describes and record in the config what was resolved for this model."""
-    given = config
-    config = as_peft(given)
+    original = config
+    config = as_peft(original)
     if not isinstance(config, PeftConfig):
-        raise VeneerError(f"The input config must be a PeftConfig, got {type(given)}")
+        raise VeneerError(f"The input config must be a PeftConfig, got {type(original)}")
     check_rank(config)
-    _rewrite_targets(model, given, config)
+    _rewrite_targets(model, original, config)
     if state_dict is not None:
         config = _by_keys(model, config, state_dict)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -60,8 +60,8 @@ def put_on(
     warn_of_layout(config, resolved)
     if trainable:
         follow(state, name)
-    _record_resolved(given, config, resolved, state.adapters(name))
-    state.configs[name] = given if isinstance(given, PeftConfig) else config
+    _record_resolved(original, config, resolved, state.adapters(name))
+    state.configs[name] = original if isinstance(original, PeftConfig) else config
     if name in state.prompts:
         state.prompts[name].requires_grad_(True)
     model.peft_config = state.configs  # type: ignore[assignment]
@@ -83,7 +83,7 @@ def _restore(flags: Sequence[tuple[nn.Parameter, bool]]) -> None:
         parameter.requires_grad_(requires_grad)
 
 
-def _rewrite_targets(model: nn.Module, given: Any, config: Any) -> None:
+def _rewrite_targets(model: nn.Module, original: Any, config: Any) -> None:
     """Rewrite the targets of older architectures and long lists of paths as PEFT does, also in the caller's config."""
     if not is_strict():
         modernise(model, config)
@@ -91,18 +91,18 @@ def _rewrite_targets(model: nn.Module, given: Any, config: Any) -> None:
         config.target_modules = shortened(model, config)
     for field in REWRITTEN:
         if hasattr(config, field):
-            given.__dict__[field] = getattr(config, field)
+            original.__dict__[field] = getattr(config, field)
 
 
-def _record_resolved(given: Any, config: Any, resolved: Any, adapters: dict[str, Any]) -> None:
+def _record_resolved(original: Any, config: Any, resolved: Any, adapters: dict[str, Any]) -> None:
     """Write into the config the values that were resolved for the fields it left open."""
     defaults = resolved.__dict__.pop("filled", {})
     for field, value in resolved.__dict__.items():
         if getattr(config, field, None) is None:
-            given.__dict__[field] = defaults.get(field, value)
-    if getattr(given, "target_modules", None) == "all-linear":
-        given.target_modules = Names(_targeted_paths(adapters))
-    config.__dict__.update(given.__dict__)
+            original.__dict__[field] = defaults.get(field, value)
+    if getattr(original, "target_modules", None) == "all-linear":
+        original.target_modules = Names(_targeted_paths(adapters))
+    config.__dict__.update(original.__dict__)
 
 
 def _targeted_paths(adapters: dict[str, Any]) -> list[str]:
@@ -113,9 +113,9 @@ def _targeted_paths(adapters: dict[str, Any]) -> list[str]:
     return paths
 
 
-def warn_of_layout(given: Any, resolved: Any) -> None:
+def warn_of_layout(original: Any, resolved: Any) -> None:
     """Warn where a config was wrong about how the weights are stored, as PEFT does."""
-    before = getattr(given, "fan_in_fan_out", False)
+    before = getattr(original, "fan_in_fan_out", False)
     after = getattr(resolved, "fan_in_fan_out", False)
     if before != after and not is_strict():
         kind = "Conv1D" if after else "torch.nn.Linear"

@@ -221,10 +221,10 @@ class PeftConfig(Config, metaclass=Called):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **settings: Any
     ) -> Any:
-        hub, own, _ = cls._split_kwargs(settings)
+        hub, defaults, _ = cls._split_kwargs(settings)
         file = _config_file(pretrained_model_name_or_path, subfolder=subfolder, **hub)
         content = cls.from_json_file(file)
-        return cls.from_peft_type(**(own | content))
+        return cls.from_peft_type(**(defaults | content))
 
     @classmethod
     def from_json_file(cls, path_json_file: str | Path, **ignored: Any) -> dict[str, Any]:
@@ -277,16 +277,16 @@ class PeftConfig(Config, metaclass=Called):
         names_of_hub = hub_arguments()
         names = _field_names(cls)
         hub: dict[str, Any] = {}
-        own: dict[str, Any] = {}
+        of_config: dict[str, Any] = {}
         rest: dict[str, Any] = {}
         for name, value in given.items():
             if name in names_of_hub:
                 hub[name] = value
             elif name in names:
-                own[name] = value
+                of_config[name] = value
             else:
                 rest[name] = value
-        return hub, own, rest
+        return hub, of_config, rest
 
     @classmethod
     def _get_peft_type(cls, model_id: str | Path, **hub: Any) -> str:
