@@ -47,8 +47,9 @@ def convert_to_lora(
             tensors[key] = factor.to(parameter.dtype)
     for path, adapter in state.adapters(adapter_name).items():
         tensors |= to_lora.copies(path, adapter)
-    prefix = PREFIX if hasattr(model, "base_model") and hasattr(model, "peft_config") else ""
-    tensors = {prefix + key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    is_peft_model = hasattr(model, "base_model") and hasattr(model, "peft_config")
+    if not is_peft_model:
+        tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     config = _config(state.configs[adapter_name], pairs, rank)
     return config, tensors
 
