@@ -1,4 +1,4 @@
-"""Putting adapters on a model and taking them off, as PEFT's tuners do it."""
+"""Attach adapters to a model and detach them, with the semantics of PEFT's tuners."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core import attach as inject
+from ..core import attach as core_attach
 from ..core.adapter import Replace
 from ..core.config import PromptConfig
 from ..core.state import State, state_of
@@ -27,72 +27,96 @@ from .strict import is_strict
 from .tables import methods as table
 
 REWRITTEN = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
-"""Fields of a config that are changed for a model whose modules were joined since."""
+"""Config fields that are rewritten for architectures whose modules have since been fused."""
 
 
 def put_on(
     model: nn.Module, config: Any, name: str, *, on_meta: bool = False, lift: bool = True, state_dict: Any = None
 ) -> State:
-    """Attach the adapter a config describes; the config itself is kept, with what was found for this model."""
-    given, config = config, as_peft(config)
+    """Attach the adapter that `config` describes and record in the config what was resolved for this model."""
+    original = config
+    config = as_peft(original)
     if not isinstance(config, PeftConfig):
-        raise VeneerError(f"The input config must be a PeftConfig, got {type(given)}")
+        raise VeneerError(f"The input config must be a PeftConfig, got {type(original)}")
     check_rank(config)
-    _rewrite_targets(model, given, config)
+    _rewrite_targets(model, original, config)
     if state_dict is not None:
         config = _by_keys(model, config, state_dict)
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    present = _current(model)
-    if present is None:
-        model.requires_grad_(False)
-    elif name in present.configs:
-        inject.detach(model, name, present)
-    found = narrowed(model, config)
-    if isinstance(found, PromptConfig) and found.task_type is None:
-        found.task_type = task_of(model)
-    task = found.task_type
-    if found.peft_type != "SHADOW":  # which judges itself by the task
-        found.task_type = None  # its heads are for PEFT's model classes to add
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    _make_room(model, name)
+    resolved = narrowed(model, config)
+    if isinstance(resolved, PromptConfig) and resolved.task_type is None:
+        resolved.task_type = task_of(model)
+    task = resolved.task_type
+    if resolved.peft_type != "SHADOW":  # SHADOW needs the task to choose its own head
+        resolved.task_type = None  # PEFT's model classes add the heads of a task
+    trainable = not config.inference_mode
     try:
-        state = inject.attach(model, found, name, trainable=not config.inference_mode, on_meta=on_meta, lift=lift)
+        state = core_attach.attach(model, resolved, name, trainable=trainable, on_meta=on_meta, lift=lift)
     except BaseException:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        _restore(flags)
         raise
-    found.task_type = task
-    warn_of_layout(config, found)
-    if not config.inference_mode:
+    resolved.task_type = task
+    warn_of_layout(config, resolved)
+    if trainable:
         follow(state, name)
-    _note_found(given, config, found, state.adapters(name))
-    state.configs[name] = given if isinstance(given, PeftConfig) else config
-    for parameter in state.prompts[name].parameters() if name in state.prompts else ():
-        parameter.requires_grad_(True)
+    _record_resolved(original, config, resolved, state.adapters(name))
+    state.configs[name] = original if isinstance(original, PeftConfig) else config
+    if name in state.prompts:
+        state.prompts[name].requires_grad_(True)
     model.peft_config = state.configs  # type: ignore[assignment]
     _hide(model, state)
     return state
 
 
-def _rewrite_targets(model: nn.Module, given: Any, config: Any) -> None:
-    """Targets of an older architecture, and long lists of paths, as PEFT rewrites them, also in the caller's config."""
+def _make_room(model: nn.Module, name: str) -> None:
+    """Freeze a model that has no adapters yet; otherwise detach an older adapter of the same name."""
+    state = _current(model)
+    if state is None:
+        model.requires_grad_(False)
+    elif name in state.configs:
+        core_attach.detach(model, name, state)
+
+
+def _restore(flags: Sequence[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, requires_grad in flags:
+        parameter.requires_grad_(requires_grad)
+
+
+def _rewrite_targets(model: nn.Module, original: Any, config: Any) -> None:
+    """Rewrite the targets of older architectures and long lists of paths as PEFT does, also in the caller's config."""
     if not is_strict():
         modernise(model, config)
     if hasattr(config, "target_modules"):
         config.target_modules = shortened(model, config)
-    given.__dict__.update({n: getattr(config, n) for n in REWRITTEN if hasattr(config, n)})
+    for field in REWRITTEN:
+        if hasattr(config, field):
+            original.__dict__[field] = getattr(config, field)
 
 
-def _note_found(given: Any, config: Any, found: Any, adapters: dict[str, Any]) -> None:
-    """Keep in the config what was found for this model where it left that open."""
-    filled = found.__dict__.pop("filled", {})
-    given.__dict__.update({n: filled.get(n, v) for n, v in found.__dict__.items() if getattr(config, n, None) is None})
-    if getattr(given, "target_modules", None) == "all-linear":
-        given.target_modules = Names(p for p, a in adapters.items() if any(map(is_targeted, a.parts)))
-    config.__dict__.update(given.__dict__)
+def _record_resolved(original: Any, config: Any, resolved: Any, adapters: dict[str, Any]) -> None:
+    """Write into the config the values that were resolved for the fields it left open."""
+    defaults = resolved.__dict__.pop("filled", {})
+    for field, value in resolved.__dict__.items():
+        if getattr(config, field, None) is None:
+            original.__dict__[field] = defaults.get(field, value)
+    if getattr(original, "target_modules", None) == "all-linear":
+        original.target_modules = Names(_targeted_paths(adapters))
+    config.__dict__.update(original.__dict__)
 
 
-def warn_of_layout(given: Any, found: Any) -> None:
-    """PEFT says so when a config is wrong about how weights are stored."""
-    before, after = getattr(given, "fan_in_fan_out", False), getattr(found, "fan_in_fan_out", False)
+def _targeted_paths(adapters: dict[str, Any]) -> list[str]:
+    paths = []
+    for path, adapter in adapters.items():
+        if any(is_targeted(part) for part in adapter.parts):
+            paths.append(path)
+    return paths
+
+
+def warn_of_layout(original: Any, resolved: Any) -> None:
+    """Warn where a config was wrong about how the weights are stored, as PEFT does."""
+    before = getattr(original, "fan_in_fan_out", False)
+    after = getattr(resolved, "fan_in_fan_out", False)
     if before != after and not is_strict():
         kind = "Conv1D" if after else "torch.nn.Linear"
         warnings.warn(
@@ -102,59 +126,77 @@ def warn_of_layout(given: Any, found: Any) -> None:
 
 
 def check_rank(config: Any) -> None:
-    """Raise what was wrong with a config's settings when it was made."""
-    refused, r = config.__dict__.get("refused"), getattr(config, "r", None)
-    if refused is not None and isinstance(r, int) and r <= 0 and " must be at least 1" in str(refused):
+    """Raise the error that was found when the config was made and, as in PEFT, deferred until it is used."""
+    error = config.__dict__.get("refused")
+    if error is None:
+        return
+    r = getattr(config, "r", None)
+    if isinstance(r, int) and r <= 0 and " must be at least 1" in str(error):
         raise VeneerError(f"`r` should be a positive integer value but the value passed is {r}")
-    if refused is not None:
-        raise refused
+    raise error
 
 
 def is_targeted(part: Any) -> bool:
-    """It is what the targets asked for, no copy of the whole module and no tokens beside it."""
+    """Whether a part is there because of the targets: neither a trained copy of the module nor trained tokens."""
     return not isinstance(part, (Replace, TokenAdapter))
 
 
 def _hide(model: nn.Module, state: State) -> None:
-    """What layers share stands on the layers, and a prompt on the `PeftModel`: not in the model once more."""
+    """Take shared modules and prompts out of the model's children: the layers and the `PeftModel` show them."""
     if all(is_flat(shared) for shared in state.shared.values()):
         model._modules.pop("veneer_shared", None)
     model._modules.pop("veneer_prompts", None)
 
 
 def _current(model: nn.Module) -> State | None:
-    """A model's state without the layers that a program has taken out of the model by itself (diffusers does)."""
+    """The state of a model, without layers that another library has taken out of it (diffusers does this)."""
     state = state_of(model)
     if state is None:
         return None
-    there = {id(module) for module in model.modules()}
+    present = {id(module) for module in model.modules()}
     for path, layer in list(state.layers.items()):
-        if id(layer) not in there:
+        if id(layer) not in present:
             del state.layers[path]
-    for name in [n for n in state.configs if not any(True for _ in state.modules(n))]:
-        inject.detach(model, name, state)
+    empty = [name for name in state.configs if next(state.modules(name), None) is None]
+    for name in empty:
+        core_attach.detach(model, name, state)
     return state_of(model)
 
 
 def _by_keys(model: nn.Module, config: Any, state_dict: dict[str, Any]) -> Any:
-    """A config whose targets are the modules that a state dict has keys for."""
+    """A copy of the config whose targets are the modules that a state dict has keys for."""
+    paths = _paths_of_keys(config, state_dict)
+    by_keys = copy.copy(config)
+    by_keys.target_modules = sorted(paths)
+    by_keys.exclude_modules = None
+    by_keys.layers_to_transform = None
+    by_config = copy.copy(config)
+    fill_defaults(model, by_config)
+    targets = [path for path, _ in walk(model) if path and check_target_module_exists(by_config, path)]
+    _warn_unlike(paths, targets)
+    return by_keys
 
-    prefix = table.METHODS[config.peft_type.value].prefix
-    paths = {key.rsplit("." + prefix, 1)[0].removeprefix("_orig_mod.") for key in state_dict if "." + prefix in key}
-    found = copy.copy(config)
-    of_layers = paths - {"base_model"}  # there is what they share
-    found.target_modules = sorted(path.removeprefix("base_model.model.") for path in of_layers)
-    found.exclude_modules = found.layers_to_transform = None
-    wanted = copy.copy(config)
-    fill_defaults(model, wanted)
-    _warn_unlike(set(found.target_modules), [p for p, _ in walk(model) if p and check_target_module_exists(wanted, p)])
-    return found
+
+def _paths_of_keys(config: Any, state_dict: dict[str, Any]) -> set[str]:
+    marker = "." + table.METHODS[config.peft_type.value].prefix
+    paths = set()
+    for key in state_dict:
+        if marker not in key:
+            continue
+        path = key.rsplit(marker, 1)[0].removeprefix("_orig_mod.")
+        if path != "base_model":  # the tensors that layers share
+            paths.add(path.removeprefix("base_model.model."))
+    return paths
 
 
 def _warn_unlike(of_keys: set[str], of_config: Sequence[str]) -> None:
-    more, fewer = sorted(set(of_config) - of_keys), sorted(of_keys - set(of_config))
-    message = f"The PEFT config contained these additional target modules: {more}. " if more else ""
-    message += f"The state_dict contained these additional target modules: {fewer}. " if fewer else ""
+    only_config = sorted(set(of_config) - of_keys)
+    only_keys = sorted(of_keys - set(of_config))
+    message = ""
+    if only_config:
+        message += f"The PEFT config contained these additional target modules: {only_config}. "
+    if only_keys:
+        message += f"The state_dict contained these additional target modules: {only_keys}. "
     if message:
         warnings.warn(
             "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the "
@@ -166,31 +208,41 @@ def _warn_unlike(of_keys: set[str], of_config: Sequence[str]) -> None:
 
 
 def activate(state: State, names: str | Sequence[str], inference_mode: bool = False) -> None:
-    """Make adapters the active ones, and, as in PEFT, those that learn."""
-    wanted = names_of(names)
-    for layer in state.layers.values():
-        here = [name for name in wanted if name in layer.adapters]
-        if getattr(layer, "is_copy", False) and len(here) > 1:
-            raise VeneerError(f"Only one adapter can be set at a time for {layer._get_name()}, got {len(here)}")
+    """Make adapters the active ones and, as in PEFT, the only trainable ones."""
+    active = names_of(names)
+    _check_copies(state, active)
     merged = [layer for layer in state.layers.values() if layer.merged_adapters]
     if merged:
         warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
         for layer in merged:
             layer.unmerge()
-    state.trainable = state.trainable - set(wanted) | (set() if inference_mode else set(wanted))
-    prompts = [(p, p.requires_grad) for prompt in state.prompts.values() for p in prompt.parameters()]
-    state.activate(tuple(name for name in wanted))
+    if inference_mode:
+        state.trainable = state.trainable - set(active)
+    else:
+        state.trainable = state.trainable | set(active)
+    flags = [(p, p.requires_grad) for prompt in state.prompts.values() for p in prompt.parameters()]
+    state.activate(active)
     agree(state)
     for name in state.configs:
-        learns = name in wanted and not inference_mode
-        for parameter in state.parameters(name):
-            parameter.requires_grad_(learns)
-    for parameter, flag in prompts:  # PEFT leaves a prompt learning or not, active or not
-        parameter.requires_grad_(flag)
+        _require_grad(state, name, name in active and not inference_mode)
+    _restore(flags)  # PEFT leaves requires_grad of prompts as it is
+
+
+def _check_copies(state: State, names: Sequence[str]) -> None:
+    """Raise if a module would have to run with more than one of its trained copies."""
+    for layer in state.layers.values():
+        copies = [name for name in names if name in layer.adapters]
+        if getattr(layer, "is_copy", False) and len(copies) > 1:
+            raise VeneerError(f"Only one adapter can be set at a time for {layer._get_name()}, got {len(copies)}")
+
+
+def _require_grad(state: State, name: str, requires_grad: bool) -> None:
+    for parameter in state.parameters(name):
+        parameter.requires_grad_(requires_grad)
 
 
 def enable(state: State, enabled: bool) -> None:
-    """Switch all adapters; PEFT also lets go of the gradients of those that are off."""
+    """Switch all adapters on or off; as in PEFT, adapters that are off require no gradients."""
     state.enabled = enabled
     agree(state)
     if enabled:
@@ -198,25 +250,23 @@ def enable(state: State, enabled: bool) -> None:
         return
     for name in state.configs:
         if name not in state.prompts:
-            for parameter in state.parameters(name):
-                parameter.requires_grad_(False)
+            _require_grad(state, name, False)
 
 
 def activate_quietly(state: State) -> None:
+    """Make the active adapters, except prompts, trainable again."""
     state.trainable |= set(state.active)
     for name in state.active:
         if name in state.configs and name not in state.prompts:
-            for parameter in state.parameters(name):
-                parameter.requires_grad_(True)
+            _require_grad(state, name, True)
 
 
 def take_off(model: nn.Module, name: str, state: State) -> list[str]:
-    """Delete an adapter. Returns what is active then: the rest, or the first of those that are left."""
-    merged = sorted({n for layer in state.layers.values() for n in layer.merged_adapters if n == name})
-    if merged:
-        raise VeneerError(f"Cannot delete adapter(s) {merged} while they are merged. Please unmerge them first.")
+    """Delete an adapter; return what is active afterwards: the other active ones, or the first that is left."""
+    if any(name in layer.merged_adapters for layer in state.layers.values()):
+        raise VeneerError(f"Cannot delete adapter(s) {[name]} while they are merged. Please unmerge them first.")
     was_active = name in state.active
-    inject.detach(model, name, state)
+    core_attach.detach(model, name, state)
     _hide(model, state)
     agree(state)
     left = sorted(state.configs)
@@ -232,10 +282,8 @@ def layers_of(model: nn.Module) -> list[PeftLayer]:
     return [module for module in model.modules() if isinstance(module, PeftLayer)]
 
 
-# PEFT's functions on any model
-
-
 def _existing(model: nn.Module) -> tuple[nn.Module, State]:
+    """The adapted model, without a `PeftModel` around it, and its state."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     state = state_of(inner)
     if state is None:
@@ -250,7 +298,7 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> nn.Module:
-    """Put an adapter on any module in place, without a `PeftModel` around it."""
+    """Attach an adapter to any module in place, without a `PeftModel` around it."""
     kind = peft_config.peft_type.value
     if isinstance(peft_config, PromptConfig) or kind in ("ADAPTION_PROMPT", "SHADOW"):
         raise VeneerError("`create_and_replace` does not support prompt learning, adaption prompt and shadow yet.")
@@ -259,7 +307,7 @@ def inject_adapter_in_model(
             f"`inject_adapter_in_model` does not support {peft_config.peft_type} because it uses shared state stored "
             "on the tuner. Please use `get_peft_model` instead."
         )
-    inner = getattr(model, "_orig_mod", model)  # of a compiled model, which sees what is put on
+    inner = getattr(model, "_orig_mod", model)  # a compiled model sees the adapters of its original module
     state = put_on(inner, peft_config, adapter_name, on_meta=low_cpu_mem_usage, lift=False, state_dict=state_dict)
     activate(state, adapter_name, peft_config.inference_mode)
     return model
@@ -269,11 +317,12 @@ def set_adapter(
     model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False, layer_cls: Any = None
 ) -> None:
     """Make adapters of any model the active ones."""
-    activate(_existing(model)[1], adapter_name, inference_mode)
+    _, state = _existing(model)
+    activate(state, adapter_name, inference_mode)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: Any = None) -> list[str] | None:
-    """Take an adapter off any model; returns the adapters that are active then, None without any."""
+    """Delete an adapter of any model; return the adapters that are active afterwards, or None if there are none."""
     inner, state = _existing(model)
     if adapter_name not in state.configs:
         return list(state.active) or None
@@ -281,17 +330,20 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-    """Let adapters learn, or not, active or not."""
-    state = _existing(model)[1]
+    """Make adapters trainable or not, whether they are active or not."""
+    _, state = _existing(model)
     for name in names_of(adapter_names):
-        if name in state.configs:
-            for parameter in state.parameters(name):
-                parameter.requires_grad_(requires_grad)
-            state.trainable = state.trainable - {name} | ({name} if requires_grad else set())
+        if name not in state.configs:
+            continue
+        _require_grad(state, name, requires_grad)
+        if requires_grad:
+            state.trainable = state.trainable | {name}
+        else:
+            state.trainable = state.trainable - {name}
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-    """Lift an adapter in half precision to fp32."""
+    """Upcast an adapter in half precision to fp32."""
     inner, state = _existing(model)
     if autocast_adapter_dtype and adapter_name in state.configs:
-        inject.settle(inner, state, adapter_name, lift=True)
+        core_attach.settle(inner, state, adapter_name, lift=True)

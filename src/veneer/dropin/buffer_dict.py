@@ -1,4 +1,4 @@
-"""PEFT's dict of tensors that move and are saved with a module but are not learned."""
+"""PEFT's dict of buffers: tensors that move and are saved with a module but are not trained."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .slots import TensorSlot
 
 
 class BufferDict(MutableMapping[str, Tensor], nn.Module):
-    """Buffers by name; saved in state dicts where `persistent`."""
+    """Buffers by name; `persistent` puts them into state dicts."""
 
     def __init__(self, buffers: Mapping[str, Tensor] | None = None, persistent: bool = False) -> None:
         nn.Module.__init__(self)
@@ -36,7 +36,11 @@ class BufferDict(MutableMapping[str, Tensor], nn.Module):
         return key in self._buffers
 
     def extra_repr(self) -> str:
-        return "\n".join(f"  ({name}): Buffer of {tuple(t.shape)} ({t.dtype})" for name, t in self.items())
+        lines = []
+        for name, buffer in self.items():
+            shape = tuple(buffer.shape)
+            lines.append(f"  ({name}): Buffer of {shape} ({buffer.dtype})")
+        return "\n".join(lines)
 
 
 BufferDict.register(TensorSlot)

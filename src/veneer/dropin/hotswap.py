@@ -1,4 +1,4 @@
-"""PEFT's hot swapping, which takes an adapter of a higher rank too, where the model is not compiled."""
+"""PEFT's hot swapping; unless the model is compiled, the new adapter may also have a higher rank."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ def hotswap_adapter(
     **settings: Any,
 ) -> None:
     """Overwrite an adapter with a saved one; see `veneer.hotswap_adapter`."""
-    hub = {name: value for name, value in settings.items() if name in hub_arguments()}
-    hotswap.make_room(model, adapter_name, PeftConfig.from_pretrained(model_name_or_path, **hub))
+    names_of_hub = hub_arguments()
+    hub = {name: value for name, value in settings.items() if name in names_of_hub}
+    config = PeftConfig.from_pretrained(model_name_or_path, **hub)
+    hotswap.make_room(model, adapter_name, config)
     hotswap.hotswap_adapter(model, model_name_or_path, adapter_name, torch_device, **settings)
 
 
@@ -33,13 +35,20 @@ def hotswap_adapter_from_state_dict(
     config: Any,
     parameter_prefix: str = "lora_",
 ) -> None:
-    """The same with tensors in memory, by keys with or without the adapter's name and PEFT's prefix (diffusers')."""
+    """Overwrite an adapter with tensors in memory.
+
+    Their keys may have or lack the adapter's name and PEFT's prefix (diffusers passes them without).
+    """
     hotswap.make_room(model, adapter_name, config)
-    keys = {key: key.replace(f".{adapter_name}.", ".").removesuffix(f".{adapter_name}") for key in state_dict}
-    tensors = {f"{PREFIX}{new.removeprefix(PREFIX)}": state_dict[old] for old, new in keys.items()}
+    tensors = {}
+    for key, tensor in state_dict.items():
+        nameless = key.replace(f".{adapter_name}.", ".")
+        nameless = nameless.removesuffix(f".{adapter_name}")
+        nameless = nameless.removeprefix(PREFIX)
+        tensors[PREFIX + nameless] = tensor
     hotswap.hotswap_tensors(model, adapter_name, config, tensors)
 
 
 def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
-    """Raise unless an adapter of the second config may take the place of one of the first."""
+    """Raise unless an adapter with the second config can replace one with the first."""
     hotswap.check_settings(config0, config1, "default")

@@ -1,4 +1,4 @@
-"""PEFT's KappaTune: targets chosen by the condition number of their weights."""
+"""PEFT's KappaTune: choose targets by the condition number of their weights."""
 
 from __future__ import annotations
 
@@ -12,47 +12,56 @@ from ..targets.walk import walk
 
 
 class KappaTuneSelector:
-    """Ranks a model's weights by their condition numbers, the lowest first: PEFT's KappaTune adapts these.
+    """Ranks a model's weights by condition number, lowest first; KappaTune adapts those with the lowest.
 
     Args:
-        settings: PEFT's limits on sizes, which are not needed: singular values alone are computed.
+        settings: ignored; PEFT's limits on the sizes of weights.
     """
 
     def __init__(self, model: nn.Module, **settings: Any) -> None:
-        modules = list(walk(model))
-        self.modules = {path: _kappa(m.weight) for path, m in modules if is_linear(m)}
-        bare_parameters = {f"{path}.{n}": p for path, m in modules for n, p in m._parameters.items() if p is not None}
-        self.parameters = {path: _kappa(p) for path, p in bare_parameters.items() if p.dim() == 3}
+        self.modules: dict[str, float] = {}
+        self.parameters: dict[str, float] = {}
+        for path, module in walk(model):
+            if is_linear(module):
+                self.modules[path] = _kappa(module.weight)
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.dim() == 3:
+                    self.parameters[f"{path}.{name}"] = _kappa(parameter)
 
     def get_best_targets(
         self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
     ) -> list[str]:
-        """Paths of linear layers, the best first: a share, a number, or those up to a condition number."""
+        """Paths of linear layers, best first: a fraction, a number, or those up to a condition number."""
         return _best(self.modules, top_p, num_modules, threshold)
 
     def get_best_target_parameters(
         self, top_p: float | None = None, num_params: int | None = None, threshold: float | None = None
     ) -> list[str]:
-        """The same of experts that are one parameter with three dimensions."""
+        """Names of parameters with three dimensions (fused experts), selected in the same way."""
         return _best(self.parameters, top_p, num_params, threshold)
 
 
 def _kappa(weight: Tensor) -> float:
-    """The largest singular value over the smallest; of several matrices the mean."""
-    return float(torch.linalg.cond(weight.detach().float()).mean())
+    """The ratio of the largest to the smallest singular value; the mean over a stack of matrices."""
+    W = weight.detach().float()
+    return float(torch.linalg.cond(W).mean())
 
 
 def _best(numbers: dict[str, float], share: float | None, count: int | None, threshold: float | None) -> list[str]:
-    order = sorted(numbers, key=lambda path: numbers[path])
+    """Names by ascending number: a share of them, a count of them, or those up to a threshold."""
+    ranking = sorted(numbers, key=numbers.__getitem__)
     if share is not None:
-        return order[: max(1, int(len(order) * share))]
+        count = max(1, int(len(ranking) * share))
     if count is not None:
-        return order[:count]
-    return [path for path in order if threshold is None or numbers[path] <= threshold]
+        return ranking[:count]
+    if threshold is not None:
+        return [name for name in ranking if numbers[name] <= threshold]
+    return ranking
 
 
 def find_kappa_target_modules(model: nn.Module, top_p: float = 0.2, **settings: Any) -> dict[str, list[str] | None]:
-    """What to adapt by `KappaTuneSelector`: linear layers, and parameters of fused experts if there are any."""
+    """Targets chosen by `KappaTuneSelector`: linear layers, and parameters of fused experts if there are any."""
     selector = KappaTuneSelector(model)
-    found = {"target_modules": selector.get_best_targets(top_p)}
-    return found | {"target_parameters": selector.get_best_target_parameters(top_p) or None}
+    modules = selector.get_best_targets(top_p)
+    parameters = selector.get_best_target_parameters(top_p)
+    return {"target_modules": modules, "target_parameters": parameters or None}

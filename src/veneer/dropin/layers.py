@@ -1,7 +1,8 @@
-"""`PeftLayer`: an adapter layer under the names and the methods that code written for PEFT uses on one."""
+"""`PeftLayer`: an adapter layer with the attributes and methods of PEFT's layers."""
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +19,14 @@ from ..methods.families.tied import TiedLoRA
 from ..methods.trainable_tokens import TrainableTokens
 from ..targets.target import Matrix, Target
 from ..targets.walk import matches
+from .configs import LoraConfig
 from .slots import DropoutSlot, HeldSlot, ModuleSlot, SharedSlot, ShownTokens, TensorSlot, TiedSlot, as_factor
 from .tables import methods as table
 
 SHOWN = {own: shown for shown, own in table.EVERYWHERE.items()}
+"""PEFT's names of attributes, by veneer's name."""
 CONVOLUTION = {1: "Conv1d", 2: "Conv2d", 3: "Conv3d"}
+"""Names of PEFT's convolutions, by the number of spatial dimensions."""
 
 
 def names_of(names: str | Sequence[str]) -> tuple[str, ...]:
@@ -30,7 +34,7 @@ def names_of(names: str | Sequence[str]) -> tuple[str, ...]:
 
 
 class PeftLayer(AdapterLayer):
-    """Shows an attribute of its adapters as a container by adapter name, and takes PEFT's calls on one layer."""
+    """An adapter layer that shows attributes of its adapters as containers by adapter name, as PEFT's layers do."""
 
     _merged: tuple[str, ...] = ()
     fan_in_fan_out = False
@@ -41,6 +45,7 @@ class PeftLayer(AdapterLayer):
         super().__init__(base_layer, path, state)
         self.__dict__["adapters"] = self._modules.pop("adapters")
         self.own: tuple[tuple[str, ...], bool] | None = None
+        """(active names, enabled) of this layer alone; None while it follows the state of the model."""
         self.__dict__["readings"] = {}
 
     # Running
@@ -48,7 +53,7 @@ class PeftLayer(AdapterLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._merged and self.disable_adapters:
             self.unmerge()
-        if self._merged:  # PEFT's layers then run their weight alone, whatever else is active
+        if self._merged:  # as in PEFT, other active adapters are then ignored
             return self.base_layer(*args, **kwargs)
         if self.own is None:
             return super().forward(*args, **kwargs)
@@ -65,61 +70,81 @@ class PeftLayer(AdapterLayer):
     def add(self, name: str, adapter: Adapter) -> None:
         super().add(name, adapter)
         for part in self.adapters[name].parts:
-            if isinstance(part, LowRank) and hasattr(part, "lora_alpha"):
-                self._show("dropout", DropoutSlot, part.key)
-            for attribute, child in part._modules.items():
-                if child is None:
-                    continue
-                if type(child) is Matrix and part.target.kind in ("linear", "conv", "param"):
-                    as_factor(child, self.base_layer)
-                self._show(attribute, ModuleSlot, part.key)
-            for attribute, tensor in (*part._parameters.items(), *part._buffers.items()):
-                if tensor is not None:
-                    self._show(attribute, HeldSlot if attribute in table.IN_MODULES else TensorSlot, part.key)
-            if group_of(part.key) == "token_adapter":
-                self.group(part.key)
-            if isinstance(part, TiedReplace):
-                self._show("module", TiedSlot, part.key)
-            if is_flat(part.shared):
-                for attribute in (*part.shared._parameters, *part.shared._buffers):
-                    self._modules.setdefault(attribute, SharedSlot(self.state, attribute))
+            self._show_part(part)
         self._rename()
         self.__class__ = class_for(self)
 
-    def _show(self, attribute: str, kind: Any, key: str = "") -> None:
-        row = self.row()
-        own = {mine: shown for shown, mine in row.aliases.items()} if row is not None else {}
-        shown = own.get(attribute, SHOWN.get(attribute, attribute))
+    def _show_part(self, part: Adapter) -> None:
+        """Create the slots that show the modules and tensors of an adapter."""
+        if isinstance(part, LowRank) and hasattr(part, "lora_alpha"):
+            self._show("dropout", DropoutSlot, part.key)
+        for attribute, child in part._modules.items():
+            if child is None:
+                continue
+            if type(child) is Matrix and part.target.kind in ("linear", "conv", "param"):
+                as_factor(child, self.base_layer)
+            self._show(attribute, ModuleSlot, part.key)
+        for tensors in (part._parameters, part._buffers):
+            for attribute, tensor in tensors.items():
+                if tensor is not None:
+                    slot_class = HeldSlot if attribute in table.IN_MODULES else TensorSlot
+                    self._show(attribute, slot_class, part.key)
+        if group_of(part.key) == "token_adapter":
+            self.group(part.key)
+        if isinstance(part, TiedReplace):
+            self._show("module", TiedSlot, part.key)
+        if is_flat(part.shared):
+            for attribute in (*part.shared._parameters, *part.shared._buffers):
+                self._modules.setdefault(attribute, SharedSlot(self.state, attribute))
+
+    def _show(self, attribute: str, slot_class: Any, key: str) -> None:
+        shown = self._shown_name(attribute)
         slots = self._modules if not key else self.group(key)._modules
         if shown not in slots:
-            slots[shown] = kind(self, attribute, key)
+            slots[shown] = slot_class(self, attribute, key)
+
+    def _shown_name(self, attribute: str) -> str:
+        """PEFT's name of an adapter's attribute."""
+        row = self.row()
+        if row is not None:
+            for shown, alias_of in row.aliases.items():
+                if alias_of == attribute:
+                    return shown
+        return SHOWN.get(attribute, attribute)
 
     def group(self, key: str) -> nn.Module:
-        """What holds the tensors of parts whose keys begin with `key`."""
+        """The child that holds the slots of parts with this key."""
         name = group_of(key)
         if name not in self._modules:
             self._modules[name] = ShownTokens(self) if name == "token_adapter" else nn.Module()
         return self._modules[name]  # type: ignore[return-value]
 
     def _rename(self) -> None:
-        """A module of which whole copies are trained is PEFT's `original_module`, beside `modules_to_save`."""
-        copies = all(isinstance(part, Replace) for adapter in self.adapters.values() for part in adapter.parts)
-        key = "original_module" if copies else "base_layer"
-        other = "base_layer" if copies else "original_module"
+        """Name the wrapped module as PEFT does: `original_module` where only copies of it are trained."""
+        if all(_is_replacement(self.parts(name)) for name in self.adapters):
+            name = "original_module"
+            other = "base_layer"
+        else:
+            name = "base_layer"
+            other = "original_module"
         if other in self._modules:
-            first = self._modules.pop(other)
-            rest, self._modules = self._modules, {}
-            self._modules.update({key: first, **rest})
+            wrapped = self._modules.pop(other)
+            self._modules = {name: wrapped, **self._modules}
 
     @property
     def base(self) -> nn.Module:
-        found = self._modules.get("base_layer")
-        return found if found is not None else self._modules["original_module"]  # type: ignore[return-value]
+        """The wrapped module."""
+        wrapped = self._modules.get("base_layer")
+        if wrapped is None:
+            wrapped = self._modules["original_module"]
+        return wrapped  # type: ignore[return-value]
 
     def train(self, mode: bool = True) -> PeftLayer:
         super().train(mode)
-        for adapter in self.__dict__["adapters"].values() if "adapters" in self.__dict__ else ():
-            adapter.train(mode)
+        adapters = self.__dict__.get("adapters")
+        if adapters is not None:  # not yet, while the base class is initialised
+            for adapter in adapters.values():
+                adapter.train(mode)
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -132,7 +157,8 @@ class PeftLayer(AdapterLayer):
         if name == "base_layer" and "original_module" in self.__dict__.get("_modules", {}):
             self._modules["original_module"] = value
         elif isinstance(value, Mapping) and name in self.other_param_names:
-            self.__dict__["readings"].pop(name, getattr(self, name)).keep()
+            previous = self.__dict__["readings"].pop(name, getattr(self, name))
+            previous.keep()
             getattr(self, name).update(value)
         else:
             super().__setattr__(name, value)
@@ -143,23 +169,32 @@ class PeftLayer(AdapterLayer):
             return held["original_module"]
         if name in held:
             return held[name]
-        if name == "original_module" and held:  # PEFT's name where copies, or tokens, are trained beside it
+        if name == "original_module" and held:  # PEFT's name also where an adapter or tokens are trained on the module
             return self.base
         if name.startswith("__"):
             raise AttributeError(name)
         if "original_module" in held and name not in ("adapters", "state", "target"):
-            active = next((self.adapters[n] for n in self.active_adapters if n in self.adapters), None)
-            if active is not None and not self.disable_adapters and hasattr(active, "module"):
-                return getattr(active.module, name)
-            if (active is None or self.disable_adapters) and not (self.own and self.own[0] and active is None):
-                return getattr(held["original_module"], name)
-        kind = self.row()
-        if kind is not None and name in kind.other:
-            attribute = kind.aliases.get(name, table.EVERYWHERE.get(name, name))
+            module = self._running_module()
+            if module is not None:
+                return getattr(module, name)
+        row = self.row()
+        if row is not None and name in row.other:
+            attribute = row.aliases.get(name, table.EVERYWHERE.get(name, name))
             return self.__dict__["readings"].setdefault(name, Reading(self, attribute))
-        if kind is not None and name in kind.trained and name not in self._modules:
+        if row is not None and name in row.trained:
             return followed(self, name) or nn.ParameterDict()
         return super().__getattr__(name)
+
+    def _running_module(self) -> nn.Module | None:
+        """On a module with trained copies, the one that runs: the active copy or the original."""
+        original = self._modules["original_module"]
+        active = next((self.adapters[name] for name in self.active_adapters if name in self.adapters), None)
+        if active is None:
+            has_own_names = self.own is not None and bool(self.own[0])
+            return None if has_own_names else original
+        if self.disable_adapters:
+            return original
+        return getattr(active, "module", None)
 
     # What it is
 
@@ -168,23 +203,28 @@ class PeftLayer(AdapterLayer):
         return () if adapter is None else adapter.parts
 
     def kinds(self) -> set[str]:
-        """The methods on it, as PEFT calls their types."""
-        return {
-            self.state.configs[n].peft_type.value for n in self.adapters if n in self.state.configs
-        } or self.__dict__.get("was", set())
+        """PEFT's types of the methods on this layer; of the last ones, once all adapters are deleted."""
+        configs = self.state.configs
+        present = {configs[name].peft_type.value for name in self.adapters if name in configs}
+        return present or self.__dict__.get("last_kinds", set())
 
     def row(self) -> table.Row | None:
-        kinds = self.kinds() if "state" in self.__dict__ and "adapters" in self.__dict__ else set()
+        """The row of PEFT's names for the method on this layer."""
+        if "state" not in self.__dict__ or "adapters" not in self.__dict__:
+            return None
+        kinds = self.kinds()
         return table.METHODS.get(min(kinds)) if kinds else None
 
     @property
     def is_copy(self) -> bool:
+        """Whether only whole copies of the module are trained (`modules_to_save`)."""
         return "original_module" in self._modules
 
     def _get_name(self) -> str:
         row = self.row()
-        name = type(self).__name__
-        return name if self.is_copy or row is None or not row.layers else f"{row.package}.{shown_class(self, row)}"
+        if self.is_copy or row is None or not row.layers:
+            return type(self).__name__
+        return f"{row.package}.{shown_class(self, row)}"
 
     def __repr__(self) -> str:
         return nn.Module.__repr__(self)
@@ -193,13 +233,17 @@ class PeftLayer(AdapterLayer):
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
+        if self.is_copy:
+            return ("modules_to_save",)
         row = self.row()
-        return ("modules_to_save",) if self.is_copy else row.trained if row is not None else ()
+        return row.trained if row is not None else ()
 
     @property
     def other_param_names(self) -> tuple[str, ...]:
         row = self.row()
-        return row.other if row is not None and not self.is_copy else ()
+        if row is None or self.is_copy:
+            return ()
+        return row.other
 
     @property
     def merged_adapters(self) -> Any:  # type: ignore[override]
@@ -215,8 +259,10 @@ class PeftLayer(AdapterLayer):
 
     @property
     def active_adapters(self) -> list[str]:
-        names = list(self.own[0] if self.own is not None else self.state.active)
-        return [name for name in names if name in self.adapters] if self.is_copy else names
+        active, _ = self._current()
+        if self.is_copy:
+            return [name for name in active if name in self.adapters]
+        return list(active)
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -229,11 +275,18 @@ class PeftLayer(AdapterLayer):
 
     @_active_adapter.setter
     def _active_adapter(self, names: str | Sequence[str]) -> None:
-        self._keep(names_of(names), not self.disable_adapters)
+        self._switch(names_of(names), not self.disable_adapters)
+
+    def _current(self) -> tuple[tuple[str, ...], bool]:
+        """(active names, enabled): this layer's own, or those of the model."""
+        if self.own is not None:
+            return self.own
+        return self.state.active, self.state.enabled
 
     @property
     def disable_adapters(self) -> bool:
-        return not (self.own[1] if self.own is not None else self.state.enabled)
+        _, enabled = self._current()
+        return not enabled
 
     _disable_adapters = disable_adapters
 
@@ -257,16 +310,21 @@ class PeftLayer(AdapterLayer):
 
     def _adapted(self) -> Target:
         """What the adapters see: the module, or one of its parameters."""
-        return next((part.target for adapter in self.adapters.values() for part in adapter.parts), self.target)
+        for adapter in self.adapters.values():
+            return adapter.parts[0].target
+        return self.target
 
     @property
     def is_feedforward(self) -> bool:
-        """Of IA3: it scales the input."""
-        return any(getattr(part, "is_feedforward", False) for a in self.adapters.values() for part in a.parts)
+        """Whether an IA3 on this layer scales the input instead of the output."""
+        for adapter in self.adapters.values():
+            if any(getattr(part, "is_feedforward", False) for part in adapter.parts):
+                return True
+        return False
 
     @property
     def parameter_name(self) -> str:
-        """Which parameter of the module is adapted by itself."""
+        """Name of the module's parameter that is adapted by itself (`target_parameters`), or ""."""
         return next(iter(bare_targets(self)), "")
 
     def get_base_layer(self) -> nn.Module:
@@ -287,31 +345,32 @@ class PeftLayer(AdapterLayer):
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         names = names_of(adapter_names)
         for name in self.adapters:
-            for parameter in self.learned(name):
-                parameter.requires_grad_(name in names and not inference_mode)
+            self.set_requires_grad(name, name in names and not inference_mode)
         state = self.state
-        state.trainable = state.trainable - set(names) | (set() if inference_mode else set(names))
-        self._keep(names, not self.disable_adapters)
+        if inference_mode:
+            state.trainable = state.trainable - set(names)
+        else:
+            state.trainable = state.trainable | set(names)
+        self._switch(names, not self.disable_adapters)
 
     def enable_adapters(self, enabled: bool) -> None:
-        self._keep(tuple(self.active_adapters), enabled)
+        self._switch(tuple(self.active_adapters), enabled)
         if enabled:
             self.set_adapter(self.active_adapters)
             return
         for name in self.adapters:
-            for parameter in self.learned(name):
-                parameter.requires_grad_(False)
+            self.set_requires_grad(name, False)
 
-    def _keep(self, names: tuple[str, ...], enabled: bool) -> None:
-        """Note what is active here; once all layers agree, the model's own state says it."""
+    def _switch(self, active: tuple[str, ...], enabled: bool) -> None:
+        """Switch this layer alone; once all layers agree, the model's state takes over."""
         state = self.state
-        self.own = names, enabled
-        if any(layer.own != self.own for layer in state.layers.values() if isinstance(layer, PeftLayer)):
-            if (state.active, state.enabled) == self.own:
-                self.own = None
-            return
-        state.active, state.enabled = names, enabled
-        agree(state)
+        self.own = active, enabled
+        if all(layer.own == self.own for layer in state.layers.values() if isinstance(layer, PeftLayer)):
+            state.active = active
+            state.enabled = enabled
+            agree(state)
+        elif (state.active, state.enabled) == self.own:
+            self.own = None
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         for name in names_of(adapter_names):
@@ -320,22 +379,25 @@ class PeftLayer(AdapterLayer):
 
     def delete_adapter(self, adapter_name: str, *ignored: Any, **also_ignored: Any) -> None:
         if adapter_name in self.adapters:
-            self.__dict__["was"] = self.kinds()
+            self.__dict__["last_kinds"] = self.kinds()
             del self.adapters[adapter_name]
-        if adapter_name in self.active_adapters:
-            rest = [name for name in self.active_adapters if name != adapter_name]
-            left = self._all_available_adapter_names()
-            if not rest and left:
-                warnings.warn(
-                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
-                    stacklevel=2,
-                )
-            self.set_adapter(rest or left[:1])
+        if adapter_name not in self.active_adapters:
+            return
+        active = [name for name in self.active_adapters if name != adapter_name]
+        left = self._all_available_adapter_names()
+        if not active and left:
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
+                stacklevel=2,
+            )
+            active = left[:1]
+        self.set_adapter(active)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
         adapter = self.adapters.get(adapter_name)
-        if adapter is not None and not any(p.is_meta for p in adapter.parameters()):
-            adapter.to(device or self.target.device)
+        if adapter is None or any(parameter.is_meta for parameter in adapter.parameters()):
+            return
+        adapter.to(device or self.target.device)
 
     # Merging one layer
 
@@ -347,21 +409,36 @@ class PeftLayer(AdapterLayer):
         safe_merge: bool | None = None,
         adapter_names: Sequence[str] | None = None,
     ) -> None:
-        """Fold adapters into the weight. PEFT's first argument is `safe_merge`, ours the names."""
+        """Fold adapters into the weight.
+
+        The positional arguments are veneer's (names, safe) or PEFT's (safe_merge, adapter_names).
+        """
         if isinstance(names, bool):
             names, safe = (safe or None), names  # type: ignore[assignment]
+        if safe_merge is not None:
+            safe = safe_merge
         if names is None:
             names = to_merge(self, adapter_names)
-        wanted = [n for n in names if n in self.adapters]
-        check_tokens([p for n in (*self.merged_adapters, *wanted) for p in self.parts(n)])
+        present = [name for name in names if name in self.adapters]
+        self._check_tokens(present)
         try:
-            super().merge(wanted, safe if safe_merge is None else safe_merge)
+            super().merge(present, safe)
         except NotMergeable as error:
             if "not finite" not in str(error):
                 raise
             raise NotMergeable(
-                f"NaNs detected in the merged weights. The adapter {', '.join(wanted)} seems to be broken"
+                f"NaNs detected in the merged weights. The adapter {', '.join(present)} seems to be broken"
             ) from error
+
+    def _check_tokens(self, names: Sequence[str]) -> None:
+        """Raise where two merged adapters would both write the embedding of a token."""
+        written: set[int] = set()
+        for name in (*self.merged_adapters, *names):
+            for part in self.parts(name):
+                if isinstance(part, TrainableTokens):
+                    tokens = set(part.index.tolist())  # type: ignore[operator]
+                    _check_disjoint(written, tokens)
+                    written |= tokens
 
     def unmerge(self) -> None:
         if not self.merged:
@@ -370,44 +447,45 @@ class PeftLayer(AdapterLayer):
         super().unmerge()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What an adapter adds to the weight, as the module stores it."""
+        """What an adapter adds to the weight, in the layout in which the module stores it."""
         deltas = [part.delta() for part in self.parts(adapter) if hasattr(part, "delta")]
         if not deltas:
             raise KeyError(adapter)
-        return self.target.as_stored(sum(deltas[1:], deltas[0]))
+        total = deltas[0]
+        for delta in deltas[1:]:
+            total = total + delta
+        return self.target.as_stored(total)
 
     # LoRA's scaling
 
-    def _scalings(self, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    def _scaled_parts(self, names: Sequence[str]) -> list[Any]:
+        scaled = []
         for name in names:
-            yield from ((name, part) for part in self.parts(name) if hasattr(part, "lora_alpha"))
+            scaled += [part for part in self.parts(name) if hasattr(part, "lora_alpha")]
+        return scaled
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        for _, part in self._scalings([adapter]):
+        for part in self._scaled_parts([adapter]):
             part.scaling = scale * first_scaling(part)
 
     def scale_layer(self, scale: float) -> None:
-        for _, part in self._scalings(self.active_adapters):
+        for part in self._scaled_parts(self.active_adapters):
             part.scaling = part.scaling * scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        for _, part in self._scalings(self.active_adapters):
+        for part in self._scaled_parts(self.active_adapters):
             part.scaling = first_scaling(part) if scale is None else part.scaling / scale
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any = None, **settings: Any) -> None:
-        """Put a new LoRA under a name on this layer alone."""
-        import copy
-
-        from .configs import LoraConfig
-
+        """Attach a new LoRA to this layer alone; it replaces an adapter of the same name."""
         config = copy.copy(config) if config is not None else LoraConfig()
         config.__dict__.update(r=r, lora_alpha=lora_alpha, rank_pattern={}, alpha_pattern={}, **settings)
         if adapter_name in self.adapters:
             del self.adapters[adapter_name]
         self.state.configs.setdefault(adapter_name, config)
         self.add(adapter_name, config.build(self.target))
-        for parameter in self.learned(adapter_name):
-            parameter.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+        is_active = adapter_name in self.active_adapters
+        self.set_requires_grad(adapter_name, is_active and not config.inference_mode)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         config: Any = self.state.configs.get(adapter_name)
@@ -415,28 +493,29 @@ class PeftLayer(AdapterLayer):
         return self.target.kind == "linear" and not is_kasa and self.kinds() <= table.CONVERTS
 
 
-def check_tokens(parts: Sequence[Adapter]) -> None:
-    """Raise where two adapters would each write the same tokens' embeddings."""
-    seen: set[int] = set()
-    for part in (p for p in parts if isinstance(p, TrainableTokens)):
-        both = seen & set(part.index.tolist())  # type: ignore[operator]
-        if both:
-            raise NotMergeable(
-                f"Token indices {sorted(both)} are already defined and would result in undefined merging behavior. "
-                "Only disjunct token indices are currently supported."
-            )
-        seen |= set(part.index.tolist())  # type: ignore[operator]
+def _is_replacement(parts: Sequence[Adapter]) -> bool:
+    return all(isinstance(part, Replace) for part in parts)
+
+
+def _check_disjoint(written: set[int], tokens: set[int]) -> None:
+    both = written & tokens
+    if both:
+        raise NotMergeable(
+            f"Token indices {sorted(both)} are already defined and would result in undefined merging behavior. "
+            "Only disjunct token indices are currently supported."
+        )
 
 
 class Reading(Mapping[str, Any]):
-    """A setting of a layer's adapters by name; what can be written goes to the adapter."""
+    """A setting of a layer's adapters, by adapter name; writing an entry sets it on the adapter."""
 
     def __init__(self, layer: PeftLayer, attribute: str) -> None:
-        self._layer, self._attribute = layer, attribute
+        self._layer = layer
+        self._attribute = attribute
         self._kept: dict[str, Any] | None = None
 
     def keep(self) -> None:
-        """Stay as it is: another dict has taken its place on the layer."""
+        """Keep the present values: another mapping has been assigned to the layer's attribute."""
         self._kept = dict(self)
 
     def __getitem__(self, name: str) -> Any:
@@ -473,7 +552,8 @@ class Reading(Mapping[str, Any]):
             raise AttributeError(name) from None
 
     def __iter__(self) -> Iterator[str]:
-        for name in list(self._layer.adapters.keys() if self._kept is None else self._kept):
+        names = self._layer.adapters if self._kept is None else self._kept
+        for name in list(names):
             try:
                 self[name]
             except KeyError:
@@ -488,53 +568,65 @@ class Reading(Mapping[str, Any]):
 
 
 def group_of(key: str) -> str:
-    """Where adapters stand whose tensors have a further part in their names: tokens, or a module's other parameters."""
+    """Name of the child that shows the parts with this key: trained tokens, or further parameters of the module."""
     count = key.count("base_layer.")
     return f"base_layer_{count}" if count else key.strip(".")
 
 
 def followed(layer: PeftLayer, attribute: str) -> dict[str, Any]:
-    """By adapter: what a layer shows under a name, but another layer holds."""
-    found: dict[str, Any] = {}
+    """What a layer shows under a name although another layer holds it, by adapter."""
+    by_adapter: dict[str, Any] = {}
     for name, adapter in layer.adapters.items():
         for part in adapter.parts:
             shown = _transposed(part) if isinstance(part, TiedLoRA) else _borrowed(layer.state, name, part)
-            found |= {name: shown[attribute]} if attribute in shown else {}
-    return found
+            if attribute in shown:
+                by_adapter[name] = shown[attribute]
+    return by_adapter
 
 
 def _transposed(part: TiedLoRA) -> dict[str, Any]:
-    """The other layer's factors, each in the place of the other."""
+    """The factors of the layer that shares the weight, transposed and swapped, by attribute."""
     A, B = part.shared.matrices()
-    shown = zip(part.names(), (B.T, A.T), strict=True)
-    return {n.removesuffix(".weight"): SimpleNamespace(weight=t) if "." in n else t for n, t in shown}
+    shown: dict[str, Any] = {}
+    for name, factor in zip(part.names(), (B.T, A.T), strict=True):
+        if "." in name:
+            shown[name.removesuffix(".weight")] = SimpleNamespace(weight=factor)
+        else:
+            shown[name] = factor
+    return shown
 
 
 def _borrowed(state: State, name: str, part: Adapter) -> dict[str, Any]:
-    """Modules of the same name on the layers whose tensors this one's would repeat."""
-    owners = {key: whose.removesuffix(f".{key}") for key, whose in part.repeats().items()}
-    names = {key.partition(".")[0]: path for key, path in owners.items() if path in state.layers}
-    return {attribute: getattr(state.layers[path], attribute)[name] for attribute, path in names.items()}
+    """The modules of other layers that hold the tensors of this part, by attribute."""
+    shown: dict[str, Any] = {}
+    for key, source in part.repeats().items():
+        path = source.removesuffix(f".{key}")
+        if path in state.layers:
+            attribute = key.partition(".")[0]
+            shown[attribute] = getattr(state.layers[path], attribute)[name]
+    return shown
 
 
 def is_flat(shared: Any) -> bool:
-    """What layers share is tensors alone, which each of them can show."""
+    """Whether the module that layers share holds only tensors, which each layer can show."""
     return isinstance(shared, nn.Module) and not isinstance(shared, Adapter) and not shared._modules
 
 
 def agree(state: State) -> None:
-    """Let every layer follow the model's state again."""
+    """Make every layer follow the model's state again."""
     for layer in state.layers.values():
         if isinstance(layer, PeftLayer):
             layer.own = None
 
 
 def first_scaling(part: Any) -> float:
-    return part.lora_alpha / (math.sqrt(part.r) if part.config.use_rslora else part.r)
+    """The scaling that a LoRA had when it was made."""
+    divisor = math.sqrt(part.r) if part.config.use_rslora else part.r
+    return part.lora_alpha / divisor
 
 
 def to_merge(layer: PeftLayer, adapter_names: Sequence[str] | None) -> list[str]:
-    """PEFT's `check_adapters_to_merge`: those that are not merged yet."""
+    """The adapters that are not merged yet; PEFT's `check_adapters_to_merge`."""
     names = layer.active_adapters if adapter_names is None else adapter_names
     if isinstance(names, str):
         raise TypeError(f"adapter_names should be a list of strings, got {names!r}.")
@@ -551,11 +643,8 @@ def to_merge(layer: PeftLayer, adapter_names: Sequence[str] | None) -> list[str]
     return rest
 
 
-# What PEFT's layer classes mean
-
-
 def fits(layer: PeftLayer, name: str) -> bool:
-    """Whether one of PEFT's class names ("Linear", "SVDLinear", "Conv2d", "LoraLayer") fits what a layer wraps."""
+    """Whether the layer class of this name in PEFT ("SVDLinear", "Conv2d", "LoraLayer") suits the wrapped module."""
     target = layer.target
     if name.endswith("Layer"):
         return True
@@ -563,17 +652,18 @@ def fits(layer: PeftLayer, name: str) -> bool:
         return bool(bare_targets(layer))
     if name == "MultiheadAttention":
         return isinstance(layer.base, nn.MultiheadAttention)
-    if name in table.QUANTISED or type(layer.base).__name__ in table.BNB:
-        return table.QUANTISED.get(name) == type(layer.base).__name__
+    wrapped = type(layer.base).__name__
+    if name in table.QUANTISED or wrapped in table.BNB:
+        return table.QUANTISED.get(name) == wrapped
     if target.kind == "conv":
         return name.endswith(CONVOLUTION[target.spatial])
-    return (target.kind == "linear" and name.endswith("Linear")) or (
-        target.kind == "embedding" and name.endswith("Embedding")
-    )
+    if target.kind == "linear":
+        return name.endswith("Linear")
+    return target.kind == "embedding" and name.endswith("Embedding")
 
 
 class Marker(type):
-    """The type of PEFT's layer classes: a layer is an instance of those that fit its methods and its module."""
+    """Metaclass of PEFT's layer classes: a layer is an instance of those that fit its methods and its module."""
 
     kind: str | None = None
 
@@ -584,12 +674,13 @@ class Marker(type):
             return False
         if cls.kind is None:
             return True
-        kinds = instance.kinds() | ({"LORA"} if "ADALORA" in instance.kinds() else set())
-        return cls.kind in kinds and fits(instance, cls.__name__)
+        kinds = instance.kinds()
+        is_subclass = cls.kind == "LORA" and "ADALORA" in kinds
+        return (cls.kind in kinds or is_subclass) and fits(instance, cls.__name__)
 
 
 class BaseTunerLayer(metaclass=Marker):
-    """Any layer with an adapter on it."""
+    """Any layer with an adapter."""
 
     adapter_layer_names: Any = ()
     other_param_names: Any = ()
@@ -601,11 +692,11 @@ class CopyMarker(type):
 
 
 class AuxiliaryTrainingWrapper(metaclass=CopyMarker):
-    """A module of which copies are trained."""
+    """A module with trained copies."""
 
 
 class ModulesToSaveWrapper(PeftLayer, AuxiliaryTrainingWrapper):
-    """The same; PEFT has another one for tokens, which is an adapter here."""
+    """A module with trained copies; PEFT has another wrapper for trained tokens, which are an adapter in veneer."""
 
 
 class TokensMarker(type):
@@ -614,54 +705,70 @@ class TokensMarker(type):
 
 
 class TrainableTokensWrapper(metaclass=TokensMarker):
-    """A layer with trained tokens beside another method."""
+    """A layer with trained tokens next to another method."""
 
 
 def layer_classes(kind: str, row: table.Row) -> dict[str, Any]:
-    """PEFT's layer classes of one method, by name: a general one to mix in, and those of which layers are made."""
-    module = f"peft.tuners.{row.package}.layer"
-    names = {"kind": kind, "__module__": module, "adapter_layer_names": OfClass("adapter_layer_names", row.trained)}
-    names["other_param_names"] = OfClass("other_param_names", row.other)
-    made: dict[str, Any] = {}
+    """PEFT's layer classes of one method, by name: the general mixin first, then the concrete classes."""
+    namespace = {
+        "kind": kind,
+        "__module__": f"peft.tuners.{row.package}.layer",
+        "adapter_layer_names": OfClass("adapter_layer_names", row.trained),
+        "other_param_names": OfClass("other_param_names", row.other),
+    }
+    classes: dict[str, Any] = {}
     for name in row.layers:
-        general = (made[row.layers[0]],) if made else (BaseTunerLayer,)
-        is_mixin = not made and len(row.layers) > 1
-        made[name] = Marker(name, general if is_mixin else (PeftLayer, *general), dict(names))
-    return made
+        general = classes[row.layers[0]] if classes else BaseTunerLayer
+        is_mixin = not classes and len(row.layers) > 1
+        bases = (general,) if is_mixin else (PeftLayer, general)
+        classes[name] = Marker(name, bases, dict(namespace))
+    return classes
 
 
 class OfClass:
-    """An attribute that a class has as such, and a layer by the adapters it holds."""
+    """An attribute whose value on the class is the method's, and on a layer depends on its adapters."""
 
     def __init__(self, name: str, value: Any) -> None:
-        self.name, self.value = name, value
+        self.name = name
+        self.value = value
 
     def __get__(self, layer: Any, owner: type) -> Any:
-        return getattr(PeftLayer, self.name).fget(layer) if isinstance(layer, PeftLayer) else self.value
+        if isinstance(layer, PeftLayer):
+            return getattr(PeftLayer, self.name).fget(layer)
+        return self.value
 
 
 def bare_targets(layer: PeftLayer) -> list[str]:
-    """Names of the module's parameters that `target_parameters` mean, in any form."""
-    wanted = [
-        n for name in layer.adapters for n in getattr(layer.state.configs.get(name), "target_parameters", None) or ()
-    ]
-    return [n for n in layer.base._parameters if any(matches(f"{layer.path}.{n}", entry) for entry in wanted)]
+    """Names of the module's parameters that `target_parameters` match, in any form."""
+    entries: list[str] = []
+    for name in layer.adapters:
+        config = layer.state.configs.get(name)
+        entries += getattr(config, "target_parameters", None) or ()
+    matched = []
+    for name in layer.base._parameters:
+        path = f"{layer.path}.{name}"
+        if any(matches(path, entry) for entry in entries):
+            matched.append(name)
+    return matched
 
 
 def shown_class(layer: PeftLayer, row: table.Row) -> str:
-    """The name of PEFT's class for a layer."""
+    """The name of a layer's class in PEFT."""
     if "ParamWrapper" in row.layers and fits(layer, "ParamWrapper"):
         return "ParamWrapper"
-    return next((name for name in row.layers[1:] if fits(layer, name)), row.layers[0])
+    general, *concrete = row.layers
+    return next((name for name in concrete if fits(layer, name)), general)
 
 
 def class_for(layer: PeftLayer) -> type[PeftLayer]:
-    """The class that a layer is of in PEFT, by its method and its module."""
+    """The class of a layer in PEFT, by its method and its module."""
+    if layer.is_copy:
+        return ModulesToSaveWrapper
     row = layer.row()
-    if layer.is_copy or row is None or not row.layers:
-        return ModulesToSaveWrapper if layer.is_copy else PeftLayer
-    found = LAYERS[min(layer.kinds())][shown_class(layer, row)]
-    return found if issubclass(found, PeftLayer) else PeftLayer
+    if row is None or not row.layers:
+        return PeftLayer
+    layer_class = LAYERS[min(layer.kinds())][shown_class(layer, row)]
+    return layer_class if issubclass(layer_class, PeftLayer) else PeftLayer
 
 
 LAYERS = {kind: layer_classes(kind, row) for kind, row in table.METHODS.items()}

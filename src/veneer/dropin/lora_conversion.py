@@ -1,4 +1,4 @@
-"""PEFT's conversion to LoRA: the same as `veneer.convert_to_lora`, with PEFT's limits, defaults and words."""
+"""PEFT's conversion to LoRA: `veneer.convert_to_lora` with PEFT's limits, defaults and messages."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core import checkpoint
-from ..core.state import State, state_of
+from ..core.state import State
 from ..errors import VeneerError
 from ..maths.low_rank import Pair, padded
-from ..model import to_lora as convert
+from ..model import to_lora
 from .configs import LoraConfig
 from .layers import PeftLayer
+from .state import PREFIX
 
 
 def convert_to_lora(
@@ -26,27 +27,31 @@ def convert_to_lora(
     progressbar: bool = False,
     compile_kwargs: Any = None,
 ) -> tuple[Any, dict[str, Tensor]]:
-    """(config, tensors by key) of a LoRA with a rank for all layers, or with a share of each update (a float).
+    """Convert an adapter to a LoRA; return (config, tensors by key).
 
     Args:
-        compile_kwargs: PEFT's; what is computed here is decompositions, which compile to the same calls.
+        rank: the rank of every layer (an int), or the fraction of each update's energy to keep (a float).
+        compile_kwargs: ignored; kept for PEFT compatibility. Decompositions gain nothing from compiling.
 
     Raises:
-        TypeError: a layer's method has no conversion in PEFT.
-        ValueError: the rank, or a bias that is trained.
+        TypeError: PEFT has no conversion for the method of a layer.
+        ValueError: the rank is not possible, or the adapter trains biases.
     """
     state = _check(model, rank, adapter_name)
     pairs = _pairs(state, adapter_name, rank, progressbar)
-    prefix = "base_model.model." if hasattr(model, "base_model") and hasattr(model, "peft_config") else ""
     tensors: dict[str, Tensor] = {}
-    for path, pair in pairs.items():
-        dtype = next(state.layers[path].adapters[adapter_name].parameters()).dtype
-        keys = convert.keys(state.layers[path], *pair)
-        tensors |= {prefix + key.removeprefix("base_model.model."): t.to(dtype) for key, t in keys.items()}
+    for path, (A, B) in pairs.items():
+        layer = state.layers[path]
+        parameter = next(layer.adapters[adapter_name].parameters())
+        for key, factor in to_lora.keys(layer, A, B).items():
+            tensors[key] = factor.to(parameter.dtype)
     for path, adapter in state.adapters(adapter_name).items():
-        copied = convert.copies(path, adapter)
-        tensors |= {prefix + key.removeprefix("base_model.model."): t for key, t in copied.items()}
-    return _config(state.configs[adapter_name], pairs, rank), tensors
+        tensors |= to_lora.copies(path, adapter)
+    is_peft_model = hasattr(model, "base_model") and hasattr(model, "peft_config")
+    if not is_peft_model:
+        tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    config = _config(state.configs[adapter_name], pairs, rank)
+    return config, tensors
 
 
 def save_as_lora(
@@ -57,25 +62,29 @@ def save_as_lora(
     progressbar: bool = False,
     compile_kwargs: Any = None,
 ) -> None:
-    """Write an adapter as a LoRA; see `convert_to_lora`."""
+    """Save an adapter as a LoRA; see `convert_to_lora`."""
     config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
     config.inference_mode = True
-    checkpoint.write(Path(path), {key: t.cpu().contiguous() for key, t in tensors.items()}, {}, config)
+    on_cpu = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+    checkpoint.write(Path(path), on_cpu, {}, config)
 
 
 def _check(model: nn.Module, rank: int | float, name: str) -> State:
-    layers = [m for m in model.modules() if isinstance(m, PeftLayer) and not m.is_copy]
-    state = layers[0].state if layers else state_of(model)
-    if not layers or state is None:
+    """The model's state; raise what PEFT refuses to convert."""
+    layers = [module for module in model.modules() if isinstance(module, PeftLayer) and not module.is_copy]
+    state = layers[0].state if layers else None
+    if state is None:
         raise TypeError("Could not detect any layer that supports LoRA conversion.")
     config: Any = state.configs[name]
     if getattr(config, "bias", "none") != "none":
         raise VeneerError(
             f"The adapter's config sets bias={config.bias}, which a LoRA does not hold; it must be 'none'."
         )
-    if not all(layer.supports_lora_conversion(name) for layer in layers if name in layer.adapters):
-        raise TypeError("Some module types on this model do not support LoRA conversion.")
-    _check_rank(rank, min(min(layer.target.in_features, layer.target.out_features) for layer in layers))
+    for layer in layers:
+        if name in layer.adapters and not layer.supports_lora_conversion(name):
+            raise TypeError("Some module types on this model do not support LoRA conversion.")
+    sizes = [min(layer.target.in_features, layer.target.out_features) for layer in layers]
+    _check_rank(rank, min(sizes))
     if config.peft_type == "LORA":
         warnings.warn(
             "Converting a PEFT adapter to LoRA that is already a LoRA adapter. There is typically no need for that.",
@@ -99,20 +108,28 @@ def _check_rank(rank: int | float, smallest: int) -> None:
 
 @torch.no_grad()
 def _pairs(state: State, name: str, rank: int | float, progressbar: bool) -> dict[str, Pair]:
+    """The factors (A, B) of each layer's update, by path."""
     from tqdm import tqdm
 
-    found: dict[str, Pair] = {}
+    pairs: dict[str, Pair] = {}
     for path in tqdm(state.adapters(name), desc="Converting to LoRA", disable=not progressbar):
-        update = convert.update_of(state.layers[path], name)
-        if update is not None:
-            A, B = update.reduced(rank)
-            found[path] = padded(A, B, rank) if isinstance(rank, int) else (A, B)
-    return found
+        update = to_lora.update_of(state.layers[path], name)
+        if update is None:
+            continue
+        A, B = update.reduced(rank)
+        if isinstance(rank, int):
+            A, B = padded(A, B, rank)
+        pairs[path] = A, B
+    return pairs
 
 
 def _config(old: Any, pairs: Mapping[str, Pair], rank: int | float) -> Any:
-    ranks = {} if isinstance(rank, int) else {path: A.shape[0] for path, (A, _) in pairs.items()}
-    r = rank if isinstance(rank, int) else 1
+    if isinstance(rank, int):
+        r = rank
+        ranks = {}
+    else:
+        r = 1
+        ranks = {path: A.shape[0] for path, (A, _) in pairs.items()}
     return LoraConfig(  # type: ignore[call-arg]
         r=r,
         lora_alpha=r,

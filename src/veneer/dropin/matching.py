@@ -1,4 +1,4 @@
-"""Which modules a config means, by PEFT's rules: what matches nothing is passed over, with its warnings and errors."""
+"""Match a config's targets to modules by PEFT's rules: entries without a match are ignored, with PEFT's warnings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from .strict import is_strict
 from .tables import methods as table
 from .tables.targets import default
 
-EXCLUDED = "excluded"
+FIELDS = ("target_modules", "feedforward_modules")
+"""Fields with names of targets, which have defaults."""
+WRITTEN: dict[tuple[Any, str], dict[Any, Any]] = {}
+"""Entries that other libraries add to PEFT's mappings of default targets, by method and field."""
+HOLDERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | None:
@@ -26,21 +30,27 @@ def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | N
 
 
 def get_pattern_key(pattern_keys: Iterable[str], key_to_match: str) -> str:
-    """The first key of a `rank_pattern` that means a module; the module's own name without one."""
-    return next((k for k in pattern_keys if re.match(rf"(.*\.)?({k})$", key_to_match)), key_to_match)
+    """The first key of a `rank_pattern` that matches a module, or the module's own name without one."""
+    return next((pattern for pattern in pattern_keys if _fits_end(pattern, key_to_match)), key_to_match)
+
+
+def _fits_end(pattern: str, path: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
 def is_excluded(config: Any, key: str) -> bool:
-    exclude, saved = getattr(config, "exclude_modules", None), getattr(config, "modules_to_save", None) or ()
+    """Whether `exclude_modules` or `modules_to_save` keep adapters off the module called `key`."""
+    exclude = getattr(config, "exclude_modules", None) or ()
     if isinstance(exclude, str) and re.fullmatch(exclude, key):
         return True
-    if not isinstance(exclude, str) and any(matches(key, entry) for entry in exclude or ()):
+    if not isinstance(exclude, str) and _matches_any(key, exclude):
         return True
+    saved = getattr(config, "modules_to_save", None) or ()
     return any(re.match(rf"(^|.*\.){entry}($|\..*)", key) for entry in saved)
 
 
 def check_target_module_exists(config: Any, key: str) -> Any:
-    """Whether a config's targeting fields mean the module called `key`; false for one that is excluded."""
+    """Whether a config targets the module called `key`; false if the module is excluded."""
     targets = config.target_modules
     if is_excluded(config, key) or targets is None:
         return False
@@ -48,121 +58,178 @@ def check_target_module_exists(config: Any, key: str) -> Any:
         return match_target_against_key(targets, key)
     if key in targets:
         return True
-    if not any(key.endswith(f".{entry}") for entry in targets):
+    if not _matches_any(key, targets):
         return False
-    wanted = getattr(config, "layers_to_transform", None)
-    if wanted is None or wanted == []:
+    layers = getattr(config, "layers_to_transform", None)
+    if layers is None or layers == []:
         return True
     number = _layer_number(key, getattr(config, "layers_pattern", None))
-    return number is not None and number in ([wanted] if isinstance(wanted, int) else wanted)
+    numbers = [layers] if isinstance(layers, int) else layers
+    return number is not None and number in numbers
 
 
-def _layer_number(key: str, patterns: Any) -> int | None:
-    names = [patterns] if isinstance(patterns, str) else patterns
-    for name in names or [r"[^.]*"]:
-        found = re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", key) if names else re.match(r".*?\.[^.]*\.(\d+)\.", key)
-        if found:
-            return int(found.group(1))
+def _layer_number(key: str, layers_pattern: Any) -> int | None:
+    names = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+    if not names:
+        return _number_by(r".*?\.[^.]*\.(\d+)\.", key)
+    for name in names:
+        number = _number_by(rf"(?:^|.*?\.){name}\.(\d+)\.", key)
+        if number is not None:
+            return number
     return None
 
 
+def _number_by(pattern: str, key: str) -> int | None:
+    match = re.match(pattern, key)
+    return None if match is None else int(match.group(1))
+
+
+def _paths(model: nn.Module) -> list[str]:
+    """Paths of all modules except the root."""
+    return [path for path, _ in walk(model) if path]
+
+
+def _matches_any(path: str, entries: Iterable[str]) -> bool:
+    return any(matches(path, entry) for entry in entries)
+
+
+def _matched(paths: Sequence[str], entries: Sequence[str]) -> list[str]:
+    """The paths that an entry matches."""
+    return [path for path in paths if _matches_any(path, entries)]
+
+
+def _used(entries: Iterable[str], paths: Sequence[str]) -> list[str]:
+    """The entries that match a path."""
+    return [entry for entry in entries if _matched(paths, [entry])]
+
+
 def narrowed(model: nn.Module, config: Any) -> Any:
-    """A copy of a config without the entries that match nothing in `model`, for a core that refuses them.
+    """A copy of a config without the entries that match nothing in `model`, since the core refuses these.
 
     Raises:
-        TargetError: nothing is left; in PEFT's words.
+        TargetError: no target is left; in PEFT's words.
     """
     config = copy.copy(config)
-    for name in FIELDS:
-        if isinstance(getattr(config, name, None), set):
-            setattr(config, name, sorted(getattr(config, name)))
+    for field in FIELDS:
+        names = getattr(config, field, None)
+        if isinstance(names, set):
+            setattr(config, field, sorted(names))
     if is_strict():
         return config
-    paths = [path for path, _ in walk(model) if path]
-    _narrow_copies(config, paths)
-    saved = [p for p in paths if any(matches(p, n) for n in getattr(config, "modules_to_save", None) or ())]
-    _check_copies(dict(walk(model)), saved)
-    if getattr(config, "ensure_weight_tying", False) and saved:
-        first = _without_followers(model, saved)
-        config.modules_to_save = first if len(first) < len(saved) else config.modules_to_save
+    paths = _paths(model)
+    saved = _narrow_copies(model, config, paths)
     _narrow_tokens(model, config, paths, saved)
     if not hasattr(config, "target_modules") or getattr(config, "members", None) is None:
         return config
     if config.target_modules is not None or not getattr(config, "target_parameters", None):
         fill_defaults(model, config)
-        config.__dict__["filled"] = {field: getattr(config, field) for field in FIELDS if hasattr(config, field)}
+        _note_filled(config)
     if config.target_modules == "all-linear":
         _narrow_patterns(config, paths)
         return config
-    found = [path for path in paths if check_target_module_exists(config, path)]
-    _warn_of_ties(model, config, [*saved, *found])
-    found = _without_followers(model, found) if getattr(config, "ensure_weight_tying", False) else found
-    bare_parameters = _narrow_parameters(model, config)
-    _check_kinds(model, config, found)
-    if not found and not bare_parameters:
+    targets = [path for path in paths if check_target_module_exists(config, path)]
+    _warn_of_ties(model, config, [*saved, *targets])
+    if getattr(config, "ensure_weight_tying", False):
+        targets = _without_followers(model, targets)
+    parameters = _narrow_parameters(model, config)
+    _check_kinds(model, config, targets)
+    if not targets and not parameters:
         raise TargetError(_nothing_found(config, paths))
-    _warn_unused(config, paths, found)
+    _warn_unused(config, paths, targets)
     if config.target_modules is not None:
-        _narrow_targets(config, found)
-    _narrow_patterns(config, [*found, *bare_parameters])
+        _narrow_targets(config, targets)
+    _narrow_patterns(config, [*targets, *parameters])
     return config
 
 
-def _without_followers(model: nn.Module, paths: Sequence[str]) -> list[str]:
-    """Of modules that share one weight the first: with `ensure_weight_tying` the others follow what is put on it."""
+def _note_filled(config: Any) -> None:
+    """Keep the targets as they are before they become full paths: the caller's config is completed with these."""
+    filled = {}
+    for field in FIELDS:
+        if hasattr(config, field):
+            filled[field] = getattr(config, field)
+    config.__dict__["filled"] = filled
+
+
+def _narrow_copies(model: nn.Module, config: Any, paths: Sequence[str]) -> list[str]:
+    """Narrow `modules_to_save`; return the paths of the modules that are trained as copies.
+
+    Raises:
+        TypeError: one of these is a container of modules.
+    """
+    if getattr(config, "modules_to_save", None):
+        entries = dict.fromkeys(config.modules_to_save)
+        config.modules_to_save = _used(entries, paths) or None
+    saved = _matched(paths, getattr(config, "modules_to_save", None) or ())
     modules = dict(walk(model))
-    weights = {path: getattr(bare(modules[path]), "weight", None) for path in paths}
-    seen: dict[int, str] = {}
-    for path, weight in weights.items():
-        seen.setdefault(id(path if weight is None else weight), path)
-    return list(seen.values())
-
-
-HOLDERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-
-
-def _check_copies(modules: dict[str, nn.Module], saved: Sequence[str]) -> None:
     for path in saved:
-        if isinstance(bare(modules[path]), HOLDERS):
-            raise TypeError(f"modules_to_save cannot be applied to modules of type {type(bare(modules[path]))}")
+        module = bare(modules[path])
+        if isinstance(module, HOLDERS):
+            raise TypeError(f"modules_to_save cannot be applied to modules of type {type(module)}")
+    if getattr(config, "ensure_weight_tying", False) and saved:
+        first = _without_followers(model, saved)
+        if len(first) < len(saved):
+            config.modules_to_save = first
+    return saved
+
+
+def _without_followers(model: nn.Module, paths: Sequence[str]) -> list[str]:
+    """The first of each set of modules with tied weights: with `ensure_weight_tying` the others follow it."""
+    modules = dict(walk(model))
+    first: dict[int, str] = {}
+    for path in paths:
+        weight = getattr(bare(modules[path]), "weight", None)
+        identity = id(path) if weight is None else id(weight)
+        first.setdefault(identity, path)
+    return list(first.values())
 
 
 def _narrow_tokens(model: nn.Module, config: Any, paths: Sequence[str], saved: Sequence[str]) -> None:
-    """Of modules that share one weight the first: the others learn the same tokens with it.
+    """Narrow `trainable_token_indices` to the first of tied modules; the others train the same tokens with it.
 
     Raises:
-        TargetError: a name means no module, or one that is trained whole.
-        ConfigError: the tokens of tied modules differ, though they should be tied.
+        TargetError: a name matches no module, or one that is trained as a copy.
+        ConfigError: tying is required, but the tokens of tied modules differ.
     """
-    wanted = getattr(config, "trainable_token_indices", None)
-    is_tied_on_request = bool(wanted) and getattr(config, "ensure_weight_tying", False)
-    if is_tied_on_request and not tied_modules(model):
+    indices = getattr(config, "trainable_token_indices", None)
+    must_tie = bool(indices) and getattr(config, "ensure_weight_tying", False)
+    if must_tie and not tied_modules(model):
         warnings.warn(
             "ensure_weight_tying=True but the model does not have tied weights (tie_word_embeddings=False). Weight "
             "tying will not be applied for trainable_token_indices.",
             stacklevel=5,
         )
-    if not isinstance(wanted, dict):
+    if not isinstance(indices, dict):
         return
-    found = {path: tokens for name, tokens in wanted.items() for path in paths if matches(path, name)}
-    missing = {name for name in wanted if not any(matches(path, name) for path in paths)}
-    if missing:
-        raise TargetError(f"Target modules {missing} not found in the base model.")
-    if set(found) & set(saved):
+    by_path = _tokens_by_path(indices, paths)
+    if set(by_path) & set(saved):
         raise TargetError(
             "The embedding layer is already marked to be trained fully, either specify "
             '`modules_to_save=[..., "embed_tokens", ...]` or `trainable_token_indices={...}` but not both.'
         )
-    first = {path: tokens for path, tokens in found.items() if path in _without_followers(model, list(found))}
-    followers = {path: tokens for path, tokens in found.items() if path not in first}
-    differ = [path for path, tokens in followers.items() if tokens not in first.values()]
-    if differ and is_tied_on_request:
+    first = {path: by_path[path] for path in _without_followers(model, list(by_path))}
+    followers = set(by_path) - set(first)
+    differ = any(by_path[path] not in first.values() for path in followers)
+    if differ and must_tie:
         raise ConfigError(
             "Cannot ensure weight tying when different token indices are specified for tied layers. Conflicting "
-            f"layers: {found}. Please use the same indices for all tied layers or set ensure_weight_tying=False."
+            f"layers: {by_path}. Please use the same indices for all tied layers or set ensure_weight_tying=False."
         )
     if followers and not differ:
         config.trainable_token_indices = first
+
+
+def _tokens_by_path(indices: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+    by_path: dict[str, Any] = {}
+    missing = set()
+    for name, tokens in indices.items():
+        matched = _matched(paths, [name])
+        by_path |= dict.fromkeys(matched, tokens)
+        if not matched:
+            missing.add(name)
+    if missing:
+        raise TargetError(f"Target modules {missing} not found in the base model.")
+    return by_path
 
 
 TIED = "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but "
@@ -173,40 +240,46 @@ RISK = (
 
 
 def _warn_of_ties(model: nn.Module, config: Any, paths: Sequence[str]) -> None:
-    """What PEFT says where an adapter is put on a module that shares its weight, or should have been."""
-    modules, followers = dict(walk(model)), tied_modules(model)
-    asked = getattr(config, "ensure_weight_tying", None)
+    """Warn, as PEFT does, of an adapter on a module with tied weights, or of tying that was requested in vain."""
+    modules = dict(walk(model))
     weight, _ = _embedding(model)
-    touched = bool(followers) and any(getattr(bare(modules[p]), "weight", None) is weight for p in paths)
-    if asked and not followers:
-        words = "You have requested `ensure_weight_tying`, but no tied modules were found in the model"
-    elif asked and not touched:
-        words = (
+    is_tied = bool(tied_modules(model))
+    requested = getattr(config, "ensure_weight_tying", None)
+    touched = is_tied and any(getattr(bare(modules[path]), "weight", None) is weight for path in paths)
+    if requested and not is_tied:
+        message = "You have requested `ensure_weight_tying`, but no tied modules were found in the model"
+    elif requested and not touched:
+        message = (
             "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` or "
             "`target_modules`"
         )
-    elif touched and asked is None:
-        words = f"{TIED}no implementation exists to tie the adapters. {RISK}"
-    elif touched and not asked:
-        words = f"{TIED}`ensure_weight_tying` is not set to True. {RISK}"
+    elif touched and requested is None:
+        message = f"{TIED}no implementation exists to tie the adapters. {RISK}"
+    elif touched and not requested:
+        message = f"{TIED}`ensure_weight_tying` is not set to True. {RISK}"
     else:
         return
-    warnings.warn(words, stacklevel=6)
+    warnings.warn(message, stacklevel=6)
 
 
 def tied_modules(model: Any) -> list[str]:
-    """Paths of the modules that share the input embedding's weight; none where the config says they are not tied."""
+    """Paths of the modules tied to the input embedding; none if the model's config rules tying out."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     model = model.model if hasattr(model, "tuner_layer_cls") else model
     weight, embedding = _embedding(model)
-    if weight is None or not getattr(getattr(model, "config", None), "tie_word_embeddings", True):
+    config = getattr(model, "config", None)
+    if weight is None or not getattr(config, "tie_word_embeddings", True):
         return []
-    same = {p: m for p, m in walk(model) if bare(m) is not embedding and getattr(bare(m), "weight", None) is weight}
-    return sorted(same)
+    tied = []
+    for path, wrapped in walk(model):
+        module = bare(wrapped)
+        if module is not embedding and getattr(module, "weight", None) is weight:
+            tied.append(path)
+    return sorted(tied)
 
 
 def _embedding(model: Any) -> tuple[Any, Any]:
-    """(weight, module) of the input embedding; None where there is none."""
+    """(weight, module) of the input embedding, or (None, None)."""
     try:
         embedding = bare(model.get_input_embeddings())
     except (AttributeError, NotImplementedError):
@@ -214,78 +287,78 @@ def _embedding(model: Any) -> tuple[Any, Any]:
     return getattr(embedding, "weight", None), embedding
 
 
-def _narrow_copies(config: Any, paths: Sequence[str]) -> None:
-    saved = getattr(config, "modules_to_save", None)
-    if saved:
-        kept = [n for n in dict.fromkeys(saved) if any(matches(path, n) for path in paths)]
-        config.modules_to_save = kept or None
-
-
-FIELDS = ("target_modules", "feedforward_modules")
-
-
 def fill_defaults(model: Any, config: Any) -> None:
-    """Choose the fields of targets that are None: as a program wrote it for the model's type, as PEFT, or by role.
+    """Fill in the fields of targets that are None: by the model's type, or else by the roles of its modules.
 
     Raises:
-        TargetError: nothing says what to adapt.
+        TargetError: there is no default for this model.
     """
-    kind, model_type = config.peft_type, getattr(getattr(model, "config", None), "model_type", None)
-    missing = [field for field in FIELDS if getattr(config, field, ()) is None]
-    found = {field: WRITTEN.get((kind, field), {}).get(model_type) for field in missing}
-    found = {f: v if v is not None else default(kind.value, f, model_type) for f, v in found.items()}
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    defaults = {}
+    for field in FIELDS:
+        if getattr(config, field, ()) is None:
+            defaults[field] = _default_for(config, field, model_type)
     by_role = copy.copy(config)
     by_role.target_modules = None
-    if any(value is None for value in found.values()):
+    if None in defaults.values():
         try:
             by_role.fill_targets(model)
         except TargetError:
-            if table.METHODS[kind.value].takes_any:
+            if table.METHODS[config.peft_type.value].takes_any:
                 config.target_modules = "all-linear"
                 return
-            fields = " or ".join(f"`{field}`" for field in (*FIELDS, "target_parameters") if hasattr(config, field))
-            raise TargetError(f"Please specify {fields} in `peft_config`".replace("meters` in", "meters`in")) from None
-    for field, value in found.items():
-        setattr(config, field, getattr(by_role, field) if value is None else value)
+            raise TargetError(_no_default(config)) from None
+    for field, value in defaults.items():
+        if value is None:
+            value = getattr(by_role, field)
+        setattr(config, field, value)
 
 
-WRITTEN: dict[tuple[Any, str], dict[Any, Any]] = {}
-"""What programs write into PEFT's mappings of default targets, by method and field."""
+def _default_for(config: Any, field: str, model_type: Any) -> Any:
+    """The default that another library has added for a type of model, or else PEFT's."""
+    added = WRITTEN.get((config.peft_type, field), {}).get(model_type)
+    return added if added is not None else default(config.peft_type.value, field, model_type)
 
 
-def _check_kinds(model: nn.Module, config: Any, found: Sequence[str]) -> None:
-    modules, kinds = dict(walk(model)), config.adapter.kinds
-    wrong = next((modules[path] for path in found if not adapts(kinds, modules[path])), None)
-    if wrong is not None:
-        raise TargetError(
-            f"Target module {wrong} is not supported. Currently, only the following modules are supported: "
-            f"{', '.join(sorted(kinds))}."
-        )
+def _no_default(config: Any) -> str:
+    fields = [f"`{field}`" for field in (*FIELDS, "target_parameters") if hasattr(config, field)]
+    message = f"Please specify {' or '.join(fields)} in `peft_config`"
+    return message.replace("`target_parameters` in", "`target_parameters`in")  # as in PEFT
+
+
+def _check_kinds(model: nn.Module, config: Any, targets: Sequence[str]) -> None:
+    """Raise unless the method has a form for the kind of every targeted module."""
+    modules = dict(walk(model))
+    kinds = config.adapter.kinds
+    for path in targets:
+        if not adapts(kinds, modules[path]):
+            raise TargetError(
+                f"Target module {modules[path]} is not supported. Currently, only the following modules are "
+                f"supported: {', '.join(sorted(kinds))}."
+            )
 
 
 def _narrow_parameters(model: nn.Module, config: Any) -> list[str]:
-    wanted = getattr(config, "target_parameters", None)
-    if not wanted:
+    """Narrow `target_parameters`; return the names of the parameters that they match."""
+    entries = getattr(config, "target_parameters", None)
+    if not entries:
         return []
-    names = [f"{path}.{name}" for path, module in walk(model) for name in module._parameters]
-    found = [name for name in names if any(matches(name, entry) for entry in wanted)]
-    config.target_parameters = [entry for entry in wanted if any(matches(name, entry) for name in found)] or None
-    if not found and config.target_modules:
+    names = []
+    for path, module in walk(model):
+        names += [f"{path}.{name}" for name in module._parameters]
+    parameters = _matched(names, entries)
+    config.target_parameters = _used(entries, parameters) or None
+    if not parameters and config.target_modules:
         warnings.warn(
-            f"target_parameters={list(wanted)} were set but no parameter was matched.", RuntimeWarning, stacklevel=5
+            f"target_parameters={list(entries)} were set but no parameter was matched.", RuntimeWarning, stacklevel=5
         )
-    return found
+    return parameters
 
 
 def _nothing_found(config: Any, paths: Sequence[str]) -> str:
+    """PEFT's message for a config without any target in the model."""
     excluded = [path for path in paths if is_excluded(config, path)]
-    unmatched = [path for path in paths if path not in set(excluded)]
-    numbers = ""
-    if getattr(config, "layers_to_transform", None) is not None:
-        numbers += f" Note: You specified 'layers_to_transform': {config.layers_to_transform}."
-    if getattr(config, "layers_pattern", None) is not None:
-        numbers += f" You also specified 'layers_pattern': {config.layers_pattern}."
-    if excluded and not unmatched:
+    if excluded and len(excluded) == len(paths):
         return (
             "All modules were excluded. This is likely unintended. "
             "Check your `target_modules`, `exclude_modules` and `modules_to_save` configuration."
@@ -296,58 +369,75 @@ def _nothing_found(config: Any, paths: Sequence[str]) -> str:
             "arguments."
         )
     if not excluded:
-        targets = config.target_modules if isinstance(config.target_modules, str) else set(config.target_modules)
-        return (
-            f"Target modules {targets} not found in the base model. Please check the target modules and try again."
-            + numbers
+        message = (
+            f"Target modules {_as_shown(config.target_modules)} not found in the base model. Please check the target "
+            "modules and try again."
         )
-    return (
-        "No modules were targeted for adaptation. This might be caused by a combination of mismatched target modules "
-        "and excluded modules. Please check your `target_modules` and `exclude_modules` configuration. You may also "
-        "have only targeted modules that are marked to be saved (`modules_to_save`)." + numbers
-    )
+    else:
+        message = (
+            "No modules were targeted for adaptation. This might be caused by a combination of mismatched target "
+            "modules and excluded modules. Please check your `target_modules` and `exclude_modules` configuration. You "
+            "may also have only targeted modules that are marked to be saved (`modules_to_save`)."
+        )
+    if getattr(config, "layers_to_transform", None) is not None:
+        message += f" Note: You specified 'layers_to_transform': {config.layers_to_transform}."
+    if getattr(config, "layers_pattern", None) is not None:
+        message += f" You also specified 'layers_pattern': {config.layers_pattern}."
+    return message
 
 
-def _warn_unused(config: Any, paths: Sequence[str], found: Sequence[str]) -> None:
-    exclude = getattr(config, "exclude_modules", None)
-    exclude = exclude if exclude is None or isinstance(exclude, str) else set(exclude)
+def _as_shown(names: Any) -> Any:
+    """Names as they appear in PEFT's messages: a list as a set, a regular expression as it is."""
+    return names if names is None or isinstance(names, str) else set(names)
+
+
+def _warn_unused(config: Any, paths: Sequence[str], targets: Sequence[str]) -> None:
+    exclude = _as_shown(getattr(config, "exclude_modules", None))
     if exclude and not any(is_excluded(config, path) for path in paths):
         warnings.warn(
             f"You have passed exclude_modules={exclude} but no modules were excluded. "
             "Please check that exclude_modules was set correctly.",
             stacklevel=4,
         )
-    if config.target_modules and not found:
-        targets = config.target_modules if isinstance(config.target_modules, str) else set(config.target_modules)
-        warnings.warn(f"target_modules={targets} were set but no module was matched.", RuntimeWarning, stacklevel=4)
+    if config.target_modules and not targets:
+        names = _as_shown(config.target_modules)
+        warnings.warn(f"target_modules={names} were set but no module was matched.", RuntimeWarning, stacklevel=4)
 
 
 def shortened(model: nn.Module, config: Any) -> Any:
-    """The targets; many full paths as the fewest endings that mean the same, since each module is compared with all."""
-
-    targets, least = getattr(config, "target_modules", None), table.CONSTANTS["MIN_TARGET_MODULES_FOR_OPTIMIZATION"]
+    """The targets; many full paths become the fewest endings that match the same modules, which is faster to match."""
+    targets = getattr(config, "target_modules", None)
+    least = table.CONSTANTS["MIN_TARGET_MODULES_FOR_OPTIMIZATION"]
     if not isinstance(targets, (list, tuple, set)) or len(targets) < least or config.subsets:  # type: ignore[operator]
         return targets
-    others = [path for path, _ in walk(model) if path and not check_target_module_exists(config, path)]
-    short = find_minimal_target_modules(targets, others)
-    return Names(short) if 0 < len(short) < len(targets) else targets
+    others = [path for path in _paths(model) if not check_target_module_exists(config, path)]
+    endings = find_minimal_target_modules(targets, others)
+    return Names(endings) if 0 < len(endings) < len(targets) else targets
 
 
-def _narrow_targets(config: Any, found: Sequence[str]) -> None:
-    """What is meant, spelled out as full paths: the core then has nothing to interpret."""
+def _narrow_targets(config: Any, targets: Sequence[str]) -> None:
+    """Replace the targets by full paths, so that the core has nothing to interpret."""
     config.__dict__["written"] = config.target_modules
-    config.target_modules = list(found)
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    config.target_modules = list(targets)
+    config.exclude_modules = None
+    config.layers_to_transform = None
+    config.layers_pattern = None
     for field in config.subsets:
-        wanted = getattr(config, field)
-        if isinstance(wanted, (list, tuple, set)):
-            setattr(config, field, [entry for entry in wanted if any(matches(path, entry) for path in found)])
+        entries = getattr(config, field)
+        if isinstance(entries, (list, tuple, set)):
+            setattr(config, field, _used(entries, targets))
 
 
-def _narrow_patterns(config: Any, found: Sequence[str]) -> None:
+def _narrow_patterns(config: Any, targets: Sequence[str]) -> None:
     for field in config.patterns:
         patterns = getattr(config, field, None) or {}
-        unused = [p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", path) for path in found)]
+        used = {}
+        unused = []
+        for pattern, value in patterns.items():
+            if any(_fits_end(pattern, path) for path in targets):
+                used[pattern] = value
+            else:
+                unused.append(pattern)
         if unused and field in ("rank_pattern", "alpha_pattern"):
             warnings.warn(
                 f"The following {field} keys did not match any targeted module and were ignored: {sorted(unused)}.",
@@ -355,7 +445,7 @@ def _narrow_patterns(config: Any, found: Sequence[str]) -> None:
                 stacklevel=4,
             )
         if unused:
-            setattr(config, field, {p: value for p, value in patterns.items() if p not in unused})
+            setattr(config, field, used)
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -363,39 +453,42 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[str, list[str]]:
-    """Which modules a config means, and which not."""
-
+    """The modules that a config matches and those that it does not."""
     config = tuner.peft_config[adapter_name]
-    found: dict[str, list[str]] = {"matched": [], "unmatched": []}
-    for path, _ in walk(tuner.model):
-        if path:
-            found["matched" if check_target_module_exists(config, path) else "unmatched"].append(path)
-    return found
+    matched = []
+    unmatched = []
+    for path in _paths(tuner.model):
+        if check_target_module_exists(config, path):
+            matched.append(path)
+        else:
+            unmatched.append(path)
+    return {"matched": matched, "unmatched": unmatched}
 
 
 def find_minimal_target_modules(target_modules: Iterable[str], other_module_names: Iterable[str]) -> set[str]:
-    """The fewest name endings that mean all of the targets and none of the other modules.
+    """The fewest endings of names that match all of the targets and none of the other modules.
 
     Raises:
-        ValueError: the targets are no list or set of names, one is empty, or one means another module too.
+        ValueError: the targets are no list or set of names, a name is empty, or a target is also another module.
     """
     if isinstance(target_modules, str) or not target_modules:
         raise ValueError("target_modules should be a list or set of strings.")
-    wanted, others = set(target_modules), set(other_module_names)
-    if "" in wanted:
+    targets = set(target_modules)
+    others = set(other_module_names)
+    if "" in targets:
         raise ValueError("target_modules should not contain an empty string.")
-    if wanted & others:
+    if targets & others:
         raise ValueError(
             "target_modules and other_module_names contain common elements, this should not happen, please open a "
             "GitHub issue at https://github.com/huggingface/peft/issues with the code to reproduce this issue: "
-            f"{sorted(wanted & others)}"
+            f"{sorted(targets & others)}"
         )
     endings: set[str] = set()
-    for path in sorted(wanted):
+    for path in sorted(targets):
         parts = path.split(".")
         for length in range(1, len(parts) + 1):
             ending = ".".join(parts[-length:])
-            if not any(other == ending or other.endswith("." + ending) for other in others):
+            if not any(matches(other, ending) for other in others):
                 endings.add(ending)
                 break
-    return {e for e in endings if not any(e != f and e.endswith("." + f) for f in endings)}
+    return {ending for ending in endings if not _matches_any(ending, endings - {ending})}

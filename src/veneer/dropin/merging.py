@@ -1,4 +1,4 @@
-"""PEFT's functions that merge tensors of several tasks, over those that combine adapters here."""
+"""PEFT's functions that merge the tensors of several tasks, built on veneer's combination of adapters."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ from ..errors import VeneerError
 from ..model.combine import drop, trim
 
 Tasks = Sequence[Tensor] | Tensor
-"""A tensor for each task, of one shape."""
+"""One tensor per task, all of the same shape."""
 
 
 def prune(tensor: Tensor, density: float, method: str, rescale: bool = False) -> Tensor:
-    """A share of a tensor's entries: the largest ("magnitude") or any ("random"), perhaps larger by what went."""
+    """Keep a fraction of a tensor's entries and set the others to 0.
+
+    Args:
+        density: the fraction that is kept.
+        method: "magnitude" keeps the largest entries, "random" keeps random ones.
+        rescale: divide what "random" keeps by the density.
+    """
     if density >= 1:
         return tensor
     if density < 0:
@@ -23,57 +29,71 @@ def prune(tensor: Tensor, density: float, method: str, rescale: bool = False) ->
     if method == "magnitude":
         return trim(tensor, density)
     if method == "random":
-        return drop(tensor, density) * (1.0 if rescale else density)
+        rescaled = drop(tensor, density)
+        return rescaled * (1.0 if rescale else density)
     raise VeneerError(f"Unknown method {method}")
 
 
 def calculate_majority_sign_mask(tensor: Tensor, method: str = "total") -> Tensor:
-    """Where each task's entry has the sign that is elected: of the sum ("total") or of most ("frequency")."""
+    """Mask of the entries with the elected sign: that of the sum ("total") or of the majority ("frequency")."""
     if method not in ("total", "frequency"):
         raise RuntimeError(f'Unimplemented mask method "{method}"')
-    votes = (tensor if method == "total" else tensor.sign()).sum(0)
-    return tensor.sign() == torch.where(votes >= 0, 1, -1)
+    signs = tensor.sign()
+    votes = tensor.sum(0) if method == "total" else signs.sum(0)
+    elected = torch.where(votes >= 0, 1, -1)
+    return signs == elected
 
 
 def disjoint_merge(task_tensors: Tensor, majority_sign_mask: Tensor) -> Tensor:
     """The mean over the tasks whose sign was elected."""
-    return (task_tensors * majority_sign_mask).sum(0) / majority_sign_mask.sum(0).clamp_min(1.0)
+    total = (task_tensors * majority_sign_mask).sum(0)
+    count = majority_sign_mask.sum(0).clamp_min(1.0)
+    return total / count
 
 
 def task_arithmetic(task_tensors: Tasks, weights: Tensor) -> Tensor:
-    """The weighted sum."""
+    """The weighted sum of the tensors."""
     return _weighted(task_tensors, weights).sum(0)
 
 
 def magnitude_prune(task_tensors: Tasks, weights: Tensor, density: float) -> Tensor:
-    """The weighted sum of what is largest in each."""
-    return _weighted(_pruned(task_tensors, density, trim), weights).sum(0)
+    """The weighted sum of the largest entries of each tensor."""
+    pruned = _pruned(task_tensors, density, trim)
+    return _weighted(pruned, weights).sum(0)
 
 
 def dare_linear(task_tensors: Tasks, weights: Tensor, density: float) -> Tensor:
-    """The weighted sum of a random share of each, rescaled (DARE)."""
-    return _weighted(_pruned(task_tensors, density, drop), weights).sum(0)
+    """The weighted sum of random entries of each tensor, rescaled (DARE)."""
+    pruned = _pruned(task_tensors, density, drop)
+    return _weighted(pruned, weights).sum(0)
 
 
 def ties(task_tensors: Tasks, weights: Tensor, density: float, majority_sign_method: str = "total") -> Tensor:
-    """The mean of the weighted largest entries over the tasks of the elected sign (TIES)."""
-    return _elected(_pruned(task_tensors, density, trim), weights, majority_sign_method)
+    """The weighted mean of the largest entries over the tasks whose sign was elected (TIES)."""
+    pruned = _pruned(task_tensors, density, trim)
+    return _elected(pruned, weights, majority_sign_method)
 
 
 def dare_ties(task_tensors: Tasks, weights: Tensor, density: float, majority_sign_method: str = "total") -> Tensor:
-    """The same of a random share of each, rescaled."""
-    return _elected(_pruned(task_tensors, density, drop), weights, majority_sign_method)
+    """The weighted mean of random entries, rescaled, over the tasks whose sign was elected (DARE with TIES)."""
+    pruned = _pruned(task_tensors, density, drop)
+    return _elected(pruned, weights, majority_sign_method)
 
 
 def _elected(D: Tensor, weights: Tensor, method: str) -> Tensor:
-    """As PEFT the signs are elected before the weights come in."""
-    return disjoint_merge(_weighted(D, weights), calculate_majority_sign_mask(D, method))
+    """Merge by elected sign; as in PEFT the signs are elected before the weights are applied."""
+    weighted = _weighted(D, weights)
+    mask = calculate_majority_sign_mask(D, method)
+    return disjoint_merge(weighted, mask)
 
 
-def _pruned(task_tensors: Tasks, density: float, how: Callable[[Tensor, float], Tensor]) -> Tensor:
-    return torch.stack([t if density >= 1 else how(t, density) for t in task_tensors])
+def _pruned(task_tensors: Tasks, density: float, prune_one: Callable[[Tensor, float], Tensor]) -> Tensor:
+    """(tasks, ...) with each task's tensor pruned by itself."""
+    pruned = [tensor if density >= 1 else prune_one(tensor, density) for tensor in task_tensors]
+    return torch.stack(pruned)
 
 
 def _weighted(task_tensors: Tasks, weights: Tensor) -> Tensor:
-    D = torch.stack(tuple(task_tensors))
-    return D * weights.view(-1, *(1,) * (D.dim() - 1))
+    D = torch.stack(tuple(task_tensors))  # (tasks, ...)
+    trailing = (1,) * (D.dim() - 1)
+    return D * weights.view(-1, *trailing)

@@ -20,7 +20,7 @@ from ..upstream import checkpointing
 from ..upstream.models import task_of
 from ..upstream.trainer import recognise
 from .attach import activate, put_on, set_requires_grad, take_off
-from .configs import PeftConfig, PeftType, as_peft
+from .configs import PeftConfig, PeftType, as_peft, hub_arguments
 from .layers import PeftLayer
 from .matching import has_adapters
 from .slots import PromptEncoders
@@ -33,7 +33,7 @@ from .tuners import TUNERS, MixedModel
 
 
 class PeftModel(core.PeftModel):
-    """A model with adapters, as PEFT's: one active adapter, which learns; files are read with what they have."""
+    """A model with adapters, as in PEFT: one adapter is active and trainable; files that lack tensors load too."""
 
     def __init__(
         self,
@@ -64,28 +64,31 @@ class PeftModel(core.PeftModel):
                 self.base_model = self._tuner(peft_config)(
                     inner, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype
                 )
-        self._let_inputs_learn(inner)
+        self._require_input_grads(inner)
         recognise(core.PeftModel)
 
     @staticmethod
     def _tuner(config: Any) -> Any:
         return TUNERS[PeftType(config.peft_type.value)]
 
-    def _let_inputs_learn(self, model: Any) -> None:
-        """Under activation checkpointing that re-enters, something must need a gradient before the first layer."""
+    def _require_input_grads(self, model: Any) -> None:
+        """Make the embeddings' output require a gradient, as reentrant activation checkpointing needs."""
         if checkpointing.is_on(model) and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
 
     def prepare_model_for_gradient_checkpointing(self, model: Any) -> None:
-        """Let the embeddings' output require a gradient, which checkpointing that re-enters needs."""
+        """Make the embeddings' output require a gradient, as reentrant checkpointing needs."""
         self._prepare_model_for_gradient_checkpointing(model)
 
     def _prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
-        if not any(getattr(model, name, False) for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")):
-            if hasattr(model, "enable_input_require_grads"):
-                model.enable_input_require_grads()
-            elif hasattr(model, "get_input_embeddings"):
-                model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_(True) and None)
+        for attribute in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized"):
+            if getattr(model, attribute, False):
+                return model
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        elif hasattr(model, "get_input_embeddings"):
+            embeddings = model.get_input_embeddings()
+            embeddings.register_forward_hook(_require_output_grad)
         return model
 
     # Access
@@ -94,9 +97,9 @@ class PeftModel(core.PeftModel):
     def _state(self) -> State:
         if not self._is_prompt_learning:
             return self.base_model.state
-        found = state_of(self.base_model)
-        if found is not None:
-            self.__dict__["_state_kept"] = found
+        state = state_of(self.base_model)
+        if state is not None:
+            self.__dict__["_state_kept"] = state
         return self.__dict__["_state_kept"]
 
     def get_base_model(self) -> nn.Module:
@@ -115,7 +118,7 @@ class PeftModel(core.PeftModel):
 
     @property
     def active_adapter(self) -> Any:  # type: ignore[override]
-        """The name that was set last on this object; `base_model` may have several active."""
+        """The name that was set last on this object; on `base_model` several adapters may be active."""
         return self.__dict__["_active"]
 
     @active_adapter.setter
@@ -133,7 +136,9 @@ class PeftModel(core.PeftModel):
 
     @property
     def modules_to_save(self) -> set[str] | None:
-        names = {n for config in self.peft_config.values() for n in getattr(config, "modules_to_save", None) or ()}
+        names: set[str] = set()
+        for config in self.peft_config.values():
+            names.update(getattr(config, "modules_to_save", None) or ())
         return names or None
 
     @property
@@ -145,7 +150,8 @@ class PeftModel(core.PeftModel):
         return getattr(self.base_model, "dtype", None)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Any:
-        return self._state.prompts[adapter_name].export()["prompt_embeddings"]
+        tensors = self._state.prompts[adapter_name].export()
+        return tensors["prompt_embeddings"]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return not self._is_prompt_learning and self.base_model.supports_lora_conversion(adapter_name)
@@ -155,31 +161,36 @@ class PeftModel(core.PeftModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._check_names(args, kwargs)
         beams = kwargs.get("num_beams") or 1
-        if beams > 1 and any(getattr(c, "alora_invocation_tokens", None) for c in self.peft_config.values()):
+        if beams > 1 and self._has_alora():
             raise VeneerError("Beam search not yet supported for aLoRA.")
         return super().forward(*args, **kwargs)
+
+    def _has_alora(self) -> bool:
+        configs = self.peft_config.values()
+        return any(getattr(config, "alora_invocation_tokens", None) for config in configs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         self._check_names(None, kwargs)
         return super().generate(*args, **kwargs)
 
     def _check_names(self, args: Any, kwargs: dict[str, Any]) -> None:
-        """What PEFT refuses of a mixed batch, in its words."""
+        """Raise what PEFT refuses of a mixed batch, in its words."""
         if self.peft_type.value == "MULTITASK_PROMPT_TUNING" and kwargs.get("task_ids") is None and not is_strict():
             raise VeneerError("task_ids cannot be None")
         names = kwargs.get("adapter_names")
-        if names is None or not isinstance(names, (list, tuple)):
+        if not isinstance(names, (list, tuple)):
             return
         if self.training and not is_strict():
             raise VeneerError("Cannot pass `adapter_names` when the model is in training mode.")
-        unknown = sorted({name for name in names if name not in self.peft_config and name != BASE})
+        known = {BASE, *self.peft_config}
+        unknown = sorted(set(names) - known)
         if unknown:
             raise VeneerError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         if any(layer.merged_adapters for layer in self._state.layers.values()):
             raise VeneerError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        rows = None if args is None else batch_size(args, kwargs)  # generate repeats them for its beams
+        rows = None if args is None else batch_size(args, kwargs)  # `generate` repeats the rows for its beams
         if rows is not None and rows != len(names):
             raise VeneerError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -188,30 +199,34 @@ class PeftModel(core.PeftModel):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Inside, the model computes what the base model would; the active adapters learn again after it."""
+        """Context in which the model computes what the base model does; afterwards the active adapters train again."""
         state = self._state
         before = state.enabled
         if not self._is_prompt_learning:
             before = self._warn_of_irregular(before)
             self.base_model.disable_adapter_layers()
-        state.enabled, self._adapters_disabled = False, True
+        state.enabled = False
+        self._adapters_disabled = True
         try:
             yield
         finally:
-            state.enabled, self._adapters_disabled = before, not before
+            state.enabled = before
+            self._adapters_disabled = not before
             if before and not self._is_prompt_learning:
                 self.base_model.enable_adapter_layers()
 
     def _warn_of_irregular(self, enabled: bool) -> bool:
-        """Whether the layers are on again after `disable_adapter`: all of them, where only some were."""
-        ways = {layer.disable_adapters for layer in self._state.layers.values() if isinstance(layer, PeftLayer)}
-        if len(ways) > 1:
+        """Whether the layers are enabled after `disable_adapter`; if only some were before, all of them are."""
+        layers = self._state.layers.values()
+        switches = {layer.disable_adapters for layer in layers if isinstance(layer, PeftLayer)}
+        is_irregular = len(switches) > 1
+        if is_irregular:
             warnings.warn(
                 "The model contains some adapter layers that are enabled and others that are disabled. This is most "
                 "likely unintentional. After exiting the disable_adapter context, all adapters will be enabled",
                 stacklevel=4,
             )
-        return enabled or len(ways) > 1
+        return enabled or is_irregular
 
     # Adapters
 
@@ -237,17 +252,20 @@ class PeftModel(core.PeftModel):
         activate(state, active or adapter_name)
 
     def _check_kind(self, config: Any) -> None:
-        if self.peft_config and as_peft(config).peft_type != self.peft_type:
-            settle_kinds(self.peft_type, config.peft_type)
-        learning = [c for c in (*self.peft_config.values(), config) if not c.inference_mode]
-        if self.peft_type.value == "ADALORA" and len(learning) > 1:
+        present = self.peft_config.values()
+        if present and as_peft(config).peft_type != self.peft_type:
+            raise VeneerError(
+                f"Cannot combine adapters with different peft types. Found {self.peft_type} and {config.peft_type}."
+            )
+        trainable = [c for c in (*present, config) if not c.inference_mode]
+        if self.peft_type.value == "ADALORA" and len(trainable) > 1:
             raise VeneerError(
                 "AdaLoraModel supports only 1 trainable adapter. When using multiple adapters, set inference_mode to "
                 "True for all adapters except the one you want to train."
             )
-        check_beside(config, self.peft_config.values())
-        biases = [getattr(c, "bias", "none") for c in (*self.peft_config.values(), config)]
-        if sum(bias != "none" for bias in biases) > 1:
+        check_beside(config, present)
+        with_bias = [c for c in (*present, config) if getattr(c, "bias", "none") != "none"]
+        if len(with_bias) > 1:
             raise VeneerError(
                 f"{type(self.base_model).__name__} supports only 1 adapter with bias. When using multiple adapters, "
                 "set bias to 'none' for all adapters."
@@ -283,6 +301,7 @@ class PeftModel(core.PeftModel):
             self.active_adapter = left[0] if left else []
 
     def _of_tuner(self, name: str) -> Any:
+        """A method of the tuner, which prompts do not have."""
         if self._is_prompt_learning:
             raise AttributeError(f"'{type(self.base_model).__name__}' object has no attribute '{name}'")
         return getattr(self.base_model, name)
@@ -338,22 +357,23 @@ class PeftModel(core.PeftModel):
                 f"You passed an invalid `selected_adapters` arguments, current supported adapter names are "
                 f"{list(self.peft_config)} - got {selected_adapters}."
             )
-        for name in names if path_initial_model_for_weight_conversion is not None else ():
-            check_conversion(self.peft_config[name])
+        converts = path_initial_model_for_weight_conversion is not None
+        if converts:
+            for name in names:
+                check_conversion(self.peft_config[name])
         directory = Path(save_directory)
         if is_main_process:
             directory.mkdir(parents=True, exist_ok=True)
             write_card(self, directory)
         for name in names:
             into = directory if name == "default" else directory / name
-            if path_initial_model_for_weight_conversion is not None:
+            if converts:
                 if is_main_process:
                     save_as_lora(into, self, adapter_name=name)
                 continue
-            own = self.state_dict() if "state_dict" in self.__dict__ else None  # a program wrapped it
-            tensors = get_peft_model_state_dict(
-                self, settings.get("state_dict", own), name, save_embedding_layers=save_embedding_layers
-            )
+            state_dict = self.state_dict() if "state_dict" in self.__dict__ else None  # the caller replaced the method
+            state_dict = settings.get("state_dict", state_dict)
+            tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
             save_adapter(self, name, into, tensors, safe_serialization, is_main_process)
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
@@ -382,15 +402,15 @@ class PeftModel(core.PeftModel):
     ) -> Any:
         hub, _ = cls._split_kwargs(settings)
         hub.pop("use_auth_token", None)
-        config = PeftConfig.from_pretrained(model_id, **hub) if config is None else config
+        if config is None:
+            config = PeftConfig.from_pretrained(model_id, **hub)
         _check_trainable(config, is_trainable)
         config.inference_mode = not is_trainable
         _note_offload(config, ephemeral_gpu_offload)
         if key_mapping is None and not isinstance(config, PromptConfig):
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        adapted = MODELS.get(config.task_type, cls)(
-            model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
-        )
+        model_class = MODELS.get(config.task_type, cls)
+        adapted = model_class(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         result = adapted.load_adapter(
             model_id,
             adapter_name,
@@ -402,7 +422,7 @@ class PeftModel(core.PeftModel):
         )
         if result.missing_keys:
             message = f"Found missing adapter keys while loading the checkpoint: {result.missing_keys}."
-            settle(CheckpointError(_of_prefix(config, adapter_name) + message))
+            settle(CheckpointError(_prefix_hint(config, adapter_name) + message))
         return adapted
 
     def load_adapter(  # type: ignore[override]
@@ -417,7 +437,7 @@ class PeftModel(core.PeftModel):
         key_mapping: Mapping[str, str] | None = None,
         **settings: Any,
     ) -> Any:
-        """Load a further adapter, or other values into one that is there; returns the keys that did not fit."""
+        """Load another adapter, or other values into an existing one; return the missing and the unexpected keys."""
         hub, rest = self._split_kwargs(settings)
         hub.pop("use_auth_token", None)
         if adapter_name not in self.peft_config:
@@ -442,14 +462,24 @@ class PeftModel(core.PeftModel):
 
     @classmethod
     def _split_kwargs(cls, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        from .configs import hub_arguments
-
+        """Split into (arguments of the Hub's download, the rest)."""
         names = hub_arguments() | {"use_auth_token"}
-        hub = {name: value for name, value in given.items() if name in names}
-        return hub, {name: value for name, value in given.items() if name not in names}
+        hub = {}
+        rest = {}
+        for name, value in given.items():
+            if name in names:
+                hub[name] = value
+            else:
+                rest[name] = value
+        return hub, rest
 
     def _get_base_model_class(self, is_prompt_tuning: bool = False) -> type:
         return type(self.get_base_model())
+
+
+def _require_output_grad(module: nn.Module, inputs: Any, output: Any) -> None:
+    """Forward hook that makes a module's output require a gradient."""
+    output.requires_grad_(True)
 
 
 def _note_offload(config: Any, wanted: bool) -> None:
@@ -466,7 +496,8 @@ def _check_trainable(config: Any, is_trainable: bool) -> None:
         raise VeneerError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
 
 
-def _of_prefix(config: Any, name: str) -> str:
+def _prefix_hint(config: Any, name: str) -> str:
+    """A likely reason for missing keys: the adapter's name is part of the prefix of its tensors."""
     prefix = table.METHODS[config.peft_type.value].prefix
     if name not in prefix:
         return ""
@@ -477,6 +508,7 @@ def _of_prefix(config: Any, name: str) -> str:
 
 
 def warn_of_prefix(config: Any, name: str) -> None:
+    """Warn of an adapter's name that is part of the prefix of its tensors."""
     prefix = table.METHODS[str(as_peft(config).peft_type.value)].prefix
     if name in prefix:
         warnings.warn(
@@ -486,16 +518,13 @@ def warn_of_prefix(config: Any, name: str) -> None:
         )
 
 
-def settle_kinds(present: Any, new: Any) -> None:
-    raise VeneerError(f"Cannot combine adapters with different peft types. Found {present} and {new}.")
-
-
 def with_heads(cls: type, config: Any) -> None:
-    """The heads that a task's model class trains, in the config's `modules_to_save`."""
+    """Add the heads that a task's model class trains to the config's `modules_to_save`."""
     heads = TASK_HEADS.get(getattr(cls, "task", None), ())  # type: ignore[call-overload, arg-type]
     if heads and hasattr(config, "modules_to_save"):
         present = list(config.modules_to_save or ())
-        config.modules_to_save = [*present, *(head for head in heads if head not in present)]
+        missing = [head for head in heads if head not in present]
+        config.modules_to_save = present + missing
 
 
 class PeftModelForCausalLM(PeftModel):
@@ -518,8 +547,11 @@ class PeftModelForSequenceClassification(PeftModel):
 
     @property
     def cls_layer_name(self) -> str | None:
-        names = [name for name, _ in self.get_base_model().named_children()]
-        return next((name for name in names if any(m in name for m in self.modules_to_save or ())), None)
+        heads = self.modules_to_save or ()
+        for name, _ in self.get_base_model().named_children():
+            if any(head in name for head in heads):
+                return name
+        return None
 
 
 class PeftModelForTokenClassification(PeftModelForSequenceClassification):
@@ -543,10 +575,11 @@ MODELS: dict[Any, Any] = {
     TaskType.FEATURE_EXTRACTION.value: PeftModelForFeatureExtraction,
 }
 MIXABLE = {PeftType(kind): TUNERS[PeftType(kind)] for kind, row in table.METHODS.items() if row.mixes}
+"""Tuners of the methods that `PeftMixedModel` accepts."""
 
 
 class PeftMixedModel(PeftModel):
-    """Adapters of several methods on one model, several active at a time. Unlike PEFT's it saves and loads."""
+    """Adapters of several methods on one model, several of them active at a time; unlike PEFT's it saves and loads."""
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str = "default", *more: Any, **named: Any):
         _check_mixable(peft_config)
@@ -569,22 +602,23 @@ class PeftMixedModel(PeftModel):
         _check_mixable(config)
 
     def set_adapter(self, adapter_name: Any, inference_mode: bool = False) -> None:
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        missing = set(names) - set(self.peft_config)
-        if missing:
-            raise VeneerError(f"Adapter(s) {sorted(missing)} not found, available adapters: {sorted(self.peft_config)}")
+        names = self._existing_names(adapter_name)
         activate(self._state, names, inference_mode)
 
     def delete_adapter(self, adapter_name: Any) -> None:
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for name in self._existing_names(adapter_name):
+            super().delete_adapter(name)
+
+    def _existing_names(self, names: Any) -> list[str]:
+        """One name or several as a list; raise unless all of them are adapters of this model."""
+        names = [names] if isinstance(names, str) else list(names)
         missing = set(names) - set(self.peft_config)
         if missing:
             raise VeneerError(f"Adapter(s) {sorted(missing)} not found, available adapters: {sorted(self.peft_config)}")
-        for name in names:
-            super().delete_adapter(name)
+        return names
 
     def set_modules_to_save(self, peft_config: Any, adapter_name: str) -> None:
-        """PEFT's; a config's `modules_to_save` are trained as soon as its adapter is on."""
+        """No-op; kept for PEFT compatibility. `modules_to_save` are trained as soon as their adapter is attached."""
 
     def get_layer_status(self) -> Any:
         raise TypeError(f"get_layer_status is not supported for {type(self).__name__}.")
@@ -610,7 +644,7 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> Any:
-    """Freeze a model and put a new adapter on it."""
+    """Freeze a model and attach a new adapter to it."""
     _note_base(model, peft_config, revision)
     if has_adapters(model):
         warnings.warn(
@@ -627,14 +661,17 @@ def get_peft_model(
     warn_of_prefix(peft_config, adapter_name)
     if mixed:
         return PeftMixedModel(model, peft_config, adapter_name)
-    found: Any = MODELS.get(peft_config.task_type)
-    if found is None and isinstance(peft_config, PromptConfig):
-        found = MODELS[task_of(model)]
-    return (found or PeftModel)(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    task = peft_config.task_type
+    if task not in MODELS and isinstance(peft_config, PromptConfig):
+        task = task_of(model)
+    model_class = MODELS.get(task, PeftModel)
+    return model_class(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
 
 def _note_base(model: Any, config: Any, revision: str | None) -> None:
-    old, new = config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
+    """Record in the config where the base model came from."""
+    old = config.base_model_name_or_path
+    new = model.__dict__.get("name_or_path") or None
     if old is not None and old != new:
         warnings.warn(
             f"The PEFT config's `base_model_name_or_path` was renamed from '{old}' to '{new}'. "
@@ -653,7 +690,7 @@ def _note_base(model: Any, config: Any, revision: str | None) -> None:
 
 
 def check_conversion(config: Any) -> None:
-    """Raise what PEFT refuses of a conversion to a plain LoRA: it could not say its scalings."""
+    """Raise where PEFT cannot convert a LoRA to a plain one, because the file could not express its scalings."""
     patterns = getattr(config, "rank_pattern", None) or getattr(config, "alpha_pattern", None)
     if getattr(config, "use_rslora", False) and patterns:
         raise ConfigError(
