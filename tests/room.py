@@ -1,15 +1,20 @@
-"""How long a test waits for another process, and how it measures work: a busy machine must not fail a test.
+"""Tests and other processes: which code they run, how long a test waits for one, and how work is measured.
 
-A wait ends when what it waits for is there; the limit is for what would never come. Work is measured in time on the
+A busy machine must not fail a test. A wait ends when what it waits for is there; the limit is for what would never come. Work is measured in time on the
 processor, which does not grow while others have it.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
+PYTHONPATH = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+"""With this, another process imports veneer and the tests from the tree that the test is in, wherever it is installed."""
 SECONDS = 1200
 """After which what did not come is taken for something that never will."""
 

@@ -19,7 +19,7 @@ from veneer import CheckpointError, LoraConfig, PeftModel, get_peft_model
 from veneer.core import checkpoint
 from veneer.core.config import all_methods
 
-from . import models
+from . import models, room
 from .models import output, perturb
 from .room import has_worked
 
@@ -83,7 +83,7 @@ def save_for_ever(where: Path) -> None:
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+    return {**os.environ, "PYTHONPATH": room.PYTHONPATH, "OMP_NUM_THREADS": "1", **more}
 
 
 def test_one_adapter_is_one_file_to_the_byte(tmp_path):

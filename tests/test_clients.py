@@ -30,6 +30,6 @@ def test_a_client_runs_from_start_to_a_reloaded_result(flow: str, tmp_path: Path
     if importlib.util.find_spec(FLOWS[flow]) is None:
         pytest.skip(f"{FLOWS[flow]} is not installed")
     command = [sys.executable, "-m", f"tests.clients.{flow}", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": room.PYTHONPATH, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=room.SECONDS, check=False)
     assert run.returncode == 0 and run.stdout.strip().endswith("done"), run.stderr[-3000:]

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from . import room
+
 pytest.importorskip("peft")
 SEQUENCES = int(os.environ.get("VENEER_DIFFERENTIAL", "40"))
 ROOT = Path(__file__).parents[1]
@@ -23,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 def traces(library: str, seeds: range) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "tests.peft_calls", library, str(seeds.start), str(seeds.stop)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": room.PYTHONPATH, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     return [json.loads(line) for line in run.stdout.splitlines()]

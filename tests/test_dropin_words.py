@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 
+from . import room
+
 pytest.importorskip("peft")
 ROOT = Path(__file__).parents[1]
 
 
 @cache
 def outcomes(library: str) -> dict[str, Any]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "PYTHONPATH": room.PYTHONPATH, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "tests.peft_words", library]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

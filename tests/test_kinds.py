@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from veneer import LoraConfig, PeftModel, get_peft_model
 
+from . import room
 from .peft_kinds import Attention, kinds, methods
 
 pytest.importorskip("peft")
@@ -26,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 def seen() -> list[dict[tuple[str, str], Any]]:
     def run(library: str) -> dict[tuple[str, str], Any]:
         command = [sys.executable, "-m", "tests.peft_kinds", library]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "PYTHONPATH": room.PYTHONPATH, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         lines = [json.loads(line) for line in done.stdout.splitlines()]

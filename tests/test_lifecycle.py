@@ -283,7 +283,12 @@ def test_every_start_is_the_same_in_every_process():
     """The same seed gives the same bits in two processes whose hashes of strings differ."""
     processes = []
     for seed in ("1", "2"):
-        environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": ".", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        environment = {
+            "PYTHONHASHSEED": seed,
+            "PYTHONPATH": room.PYTHONPATH,
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
         how = dict(
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent, env=environment
         )

@@ -23,6 +23,8 @@ from pathlib import Path
 
 from veneer.dropin.tables.methods import VERSION
 
+from .. import room
+
 ROOT = Path(__file__).parent.parent.parent
 HOME = ROOT / "build" / "reference"
 LEFT_OUT = ("gpu", "gptqmodel", "megatron", "hub", "torch_compile", "quantization", "stablediffusion", "vision")
@@ -47,7 +49,7 @@ def prepare() -> list[Path]:
 
 def environment(**more: str) -> dict[str, str]:
     own = {"HF_HOME": str(HOME / "cache"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return os.environ | own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
+    return os.environ | own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": room.PYTHONPATH} | more
 
 
 def run(library: str, file: Path, part: int) -> dict[str, str]:

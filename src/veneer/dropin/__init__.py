@@ -4,7 +4,8 @@
     veneer.install_as_peft()      # or, without touching the program: python -m veneer.as_peft program.py ...
     from peft import LoraConfig, get_peft_model
 
-`table` holds PEFT's names of methods, `names` its modules; the rest are thin views of the engine.
+PEFT's names, defaults and wording are data, in `tables/`; the rest are thin views of veneer's own classes. Start with
+`register.py`, which puts the modules in place, and `models.py`.
 """
 
 from __future__ import annotations
