@@ -1,11 +1,11 @@
-"""HiRA: scale each entry of the frozen weight by a learned low-rank matrix, which makes an update of high rank.
+"""HiRA: scale each entry of the frozen weight by a learned low-rank matrix, which gives an update of high rank.
 
     W' = W0 + W0 * (B A),  A (r, in), B (out, r), W0 the pretrained weight
 
 Huang et al., 2025, OpenReview:TwJrTz9cRS (ICLR; not on arXiv). Trainable: r (in + out) per target. Mergeable. Starts as
-a no-op: B is zero (for embeddings A is). The update reads the pretrained weight, whatever other adapters are active or
-merged, so its place among them does not matter. Unlike PEFT, convolutions keep their padding mode, and "gaussian" and
-False start them as they start linear layers.
+a no-op: B is zero (on embeddings, A is). The update reads the pretrained weight even when other adapters are active or
+merged, so their order does not matter. Unlike in PEFT, convolutions keep their padding mode, and init_weights
+"gaussian" and False mean the same for convolutions as for linear layers.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ class HiRA(Additive):
             kind = type(target.base).__name__
             raise TargetError(f"{target.path!r} is a {kind} with {target.groups} groups, for which HiRA has no form")
         self.r = at(target.path, config.rank_pattern, config.r)
-        A, B = (matrix.weight for matrix in target.factors(self.r))
-        if target.kind == "embedding":  # the file's names for embeddings
-            self.hira_embedding_A, self.hira_embedding_B = A, B
+        A, B = target.factors(self.r)
+        if target.kind == "embedding":  # the file uses other names for embeddings
+            self.hira_embedding_A = A.weight
+            self.hira_embedding_B = B.weight
         else:
-            self.hira_A, self.hira_B = A, B
+            self.hira_A = A.weight
+            self.hira_B = B.weight
         self.dropout = nn.Dropout(config.hira_dropout) if config.hira_dropout > 0 else nn.Identity()
         self.initialise(config.init_weights)
 
@@ -50,11 +52,16 @@ class HiRA(Additive):
     def initialise(self, how: bool | str | None) -> None:
         A, B = self.matrices()
         if not how:
-            (A.normal_(), B.normal_())
+            A.normal_()
+            B.normal_()
         elif self.target.kind == "embedding":
-            (A.zero_(), B.normal_())
+            A.zero_()
+            B.normal_()
         else:
-            A.normal_(std=1 / self.r) if how == "gaussian" else nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            if how == "gaussian":
+                A.normal_(std=1 / self.r)
+            else:
+                nn.init.kaiming_uniform_(A, a=math.sqrt(5))
             B.zero_()
 
     @property
@@ -68,8 +75,10 @@ class HiRA(Additive):
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         if self.target.kind != "embedding":
             return y + self.target.op(self.dropout(x), self.delta())
-        A, B = self.matrices()  # the rows that x names, not the whole vocabulary
-        return y + self.target.op(x, self.target.original_weight().to(A.dtype)) * F.linear(F.embedding(x, A.T), B)
+        A, B = self.matrices()
+        W0 = self.target.original_weight().to(A.dtype)
+        scale = F.linear(F.embedding(x, A.T), B)  # of the tokens in x only, not of the whole vocabulary
+        return y + self.target.op(x, W0) * scale
 
     def expected_parameters(self) -> int:
         return self.r * (self.target.in_features + self.target.out_features)
@@ -83,13 +92,14 @@ class HiraConfig(LayerConfig):
     r: int = 32
     """Rank of the matrix that scales the weight."""
     hira_dropout: float = 0.0
-    """Dropout on the input of the update, in training; not on embeddings."""
+    """Dropout on the input of the update during training; no effect on embeddings."""
     init_weights: bool | str | None = True
-    """True: A uniform, B zero. "gaussian": A normal. False: B random too (for tests)."""
+    """True: A is uniform and B zero. "gaussian": A is normal and B zero. False: both are random (for tests)."""
     rank_pattern: dict[str, int] | None = mapping()
     """Other ranks for some targets, by name ending or regular expression."""
 
-    peft_type, adapter = Name("HIRA"), HiRA
+    peft_type = Name("HIRA")
+    adapter = HiRA
     patterns = ("rank_pattern",)
     learning_rate = 5e-3
 

@@ -1,4 +1,4 @@
-"""(IA)^3: scale keys, values and the hidden units of the MLP by learned vectors.
+"""(IA)^3: scale the keys, the values and the hidden units of the MLP by learned vectors.
 
     y' = l * y  (attention),   y' = W (l * x)  (feed-forward)
 
@@ -28,15 +28,21 @@ class IA3(Adapter):
     def __init__(self, config: IA3Config, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
         self.is_feedforward = config.is_feedforward(target.path)
-        self.has_pre, self.has_post = self.is_feedforward, not self.is_feedforward
+        self.has_pre = self.is_feedforward
+        self.has_post = not self.is_feedforward
         size = target.in_channels if self.is_feedforward else target.out_features
+        shape: tuple[int, ...]
         if target.kind == "conv":
-            shape = (1, size, *(1,) * target.spatial)
+            spatial = (1,) * target.spatial
+            shape = (1, size, *spatial)
+        elif self.is_feedforward:
+            shape = (1, size)
         else:
-            shape = (1, size) if self.is_feedforward else (size, 1)
+            shape = (size, 1)
         self.ia3_l = nn.Parameter(torch.ones(shape) if config.init_ia3_weights else torch.randn(shape))
 
     def vector(self, like: Tensor) -> Tensor:
+        """l, shaped to broadcast over the channels of an activation."""
         return self.target.channels(self.ia3_l.flatten(), like)
 
     def pre(self, x: Tensor) -> Tensor:
@@ -49,20 +55,24 @@ class IA3(Adapter):
         scale = self.ia3_l.flatten().to(W.dtype)
         if self.is_feedforward:
             return W * self.target.columns(scale), b
-        return W * scale[:, None], None if b is None else b * scale
+        if b is not None:
+            b = b * scale
+        return W * scale[:, None], b
 
     def describe(self) -> str:
-        return f"{'in' if self.is_feedforward else 'out'}={self.ia3_l.numel()}"
+        side = "in" if self.is_feedforward else "out"
+        return f"{side}={self.ia3_l.numel()}"
 
 
 @dataclass(kw_only=True)
 class IA3Config(LayerConfig):
     feedforward_modules: str | list[str] | None = None
-    """Those of the targets whose input is scaled instead of the output."""
+    """The target modules whose input is scaled, not the output; None: the MLP's output projections."""
     init_ia3_weights: bool = True
-    """Start at one; False: random (for tests)."""
+    """Start as a no-op, l = 1; False: random (for tests)."""
 
-    peft_type, adapter = Name("IA3"), IA3
+    peft_type = Name("IA3")
+    adapter = IA3
     subsets = ("feedforward_modules",)
     default_roles = ("attention.k", "attention.v", "attention.qkv", "mlp.out")
 

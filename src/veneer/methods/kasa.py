@@ -1,12 +1,13 @@
-"""KaSA: drop the weight's smallest singular components and learn an update in SVD form in their place.
+"""KaSA: replace the smallest singular components of the weight by a learned update in SVD form.
 
     W' = W - U_d S_d V_d^T + s B diag(e) A,  d the r smallest singular values of W = U S V^T
 
-Wang et al., 2024, arXiv:2412.06071; the loss has beta |e|^2 + gamma (|B^T B - I| + |A A^T - I|) for each target (eq. 9
-to 12). Trainable: r (in + out + 1) per target. Mergeable. It starts as the truncated weight. Unlike PEFT's, the base
-model stays whole: the dropped part is a pair of factors, so KaSA may be switched off, and stand beside other adapters.
-It is for models whose smallest singular values are noise: SmolLM2-135M loses 4 in loss with them, which its learning
-rate of 1e-2, ten times LoRA's, wins back within 60 steps.
+Wang et al., 2024, arXiv:2412.06071; the loss gains beta |e|^2 + gamma (|B^T B - I| + |A A^T - I|) for each target
+(eq. 9 to 12). Trainable: r (in + out + 1) per target. Mergeable. Starts at the truncated weight, not as a no-op. Unlike
+in PEFT, the base model keeps its weights: the dropped components are subtracted as a pair of factors, so KaSA can be
+disabled and combined with other adapters. KaSA suits models whose smallest singular values are noise. Dropping them
+raises the loss of SmolLM2-135M by 4; with its learning rate of 1e-2, ten times LoRA's, training regains that within 60
+steps.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from .lora import LoRA, LoraConfig
 @dataclass(kw_only=True)
 class KasaConfig(Settings):
     beta: float = 1e-4
-    """Weight in the loss of the squares of the singular values."""
+    """Weight of the penalty |e|^2 on the learned singular values."""
     gamma: float = 1e-3
-    """Weight in the loss of the distance of A and B from orthonormality."""
+    """Weight of the penalty on the distance of A and B from orthonormal matrices."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,7 +43,8 @@ class KaSA(LoRA):
     kinds = frozenset({"linear"})
     settings = KasaConfig
     pads = False
-    apart = False
+    excludes_dropped = False
+    """`factors` returns the learned part only, without the subtraction of the dropped components."""
 
     def __init__(self, config: LoraConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
@@ -51,8 +53,10 @@ class KaSA(LoRA):
         if self.r >= min(W.shape):
             raise TargetError(f"KaSA drops r = {self.r} singular values and leaves none of a weight {tuple(W.shape)}")
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        self.register_buffer("dropped_A", Vh[-self.r :].contiguous(), persistent=False)
-        self.register_buffer("dropped_B", U[:, -self.r :] * S[-self.r :], persistent=False)
+        dropped_A = Vh[-self.r :].contiguous()  # (r, in)
+        dropped_B = U[:, -self.r :] * S[-self.r :]  # (out, r)
+        self.register_buffer("dropped_A", dropped_A, persistent=False)
+        self.register_buffer("dropped_B", dropped_B, persistent=False)
 
     @classmethod
     def check(cls, config: Any) -> None:
@@ -65,25 +69,34 @@ class KaSA(LoRA):
     def factors(self) -> tuple[Tensor, Tensor]:
         A, B = super().factors()
         A = A * self.lora_diag[:, None]
-        return (A, B) if self.apart else (torch.cat([A, self.dropped_A]), torch.cat([B, -self.dropped_B], dim=1))
+        if self.excludes_dropped:
+            return A, B
+        A = torch.cat([A, self.dropped_A])
+        B = torch.cat([B, -self.dropped_B], dim=1)
+        return A, B
 
     def update(self, x: Tensor) -> Tensor:
-        """Dropout, and whatever else falls on the update's input, is not for what the weight has lost."""
-        self.apart = True
+        """Dropout, and whatever a variant does to the input of the update, applies to the learned part only."""
+        self.excludes_dropped = True
         try:
             return super().update(x) - self.target.low_rank(x, self.dropped_A, self.dropped_B)
         finally:
-            self.apart = False
+            self.excludes_dropped = False
 
     @classmethod
     def loss(cls, config: Any, adapters: Sequence[KaSA]) -> Tensor | None:
-        return torch.stack([adapter.penalty() for adapter in adapters]).sum()
+        penalties = [adapter.penalty() for adapter in adapters]
+        return torch.stack(penalties).sum()
 
     def penalty(self) -> Tensor:
         A, B = super().factors()
-        B, eye, weights = B / self.scaling, torch.eye(self.r, device=A.device, dtype=A.dtype), self.config.kasa_config
-        distance = (B.T @ B - eye).norm() + (A @ A.T - eye).norm()
-        return weights.beta * self.lora_diag.square().sum() + weights.gamma * distance
+        B = B / self.scaling
+        eye = torch.eye(self.r, device=A.device, dtype=A.dtype)
+        distance_of_B = (B.T @ B - eye).norm()
+        distance_of_A = (A @ A.T - eye).norm()
+        settings = self.config.kasa_config
+        values = settings.beta * self.lora_diag.square().sum()
+        return values + settings.gamma * (distance_of_B + distance_of_A)
 
     def expected_parameters(self) -> int:
         return super().expected_parameters() + self.r
@@ -91,10 +104,10 @@ class KaSA(LoRA):
 
 @dataclass(kw_only=True)
 class KasaLoraConfig(LoraConfig):
-    """`LoraConfig(kasa_config=KasaConfig())` under a name of its own."""
+    """Equivalent to `LoraConfig(kasa_config=KasaConfig())`."""
 
     kasa_config: Settings | dict[str, Any] | None = field(default_factory=KasaConfig)
-    """`KasaConfig`: the weights of its terms in the loss."""
+    """`KasaConfig`: the weights of the penalties in the loss."""
 
     adapter = Composition(KaSA)  # type: ignore[assignment]
     learning_rate = 1e-2

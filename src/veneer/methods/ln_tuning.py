@@ -1,9 +1,9 @@
-"""LN tuning: train the scales (and biases) of the normalisation layers, in copies.
+"""LN tuning: train copies of the scales (and biases) of the normalisation layers.
 
     y = norm(x) * w' + b'
 
-Zhao et al., 2023, arXiv:2312.11420. Trainable: the norms' own parameters. Mergeable. Starts as a no-op. As in PEFT, a
-target that is no norm is trained whole.
+Zhao et al., 2023, arXiv:2312.11420. Trainable: the norms' own parameters. Mergeable. Starts as a no-op. As in PEFT, if
+a target is not a normalisation layer, all of its parameters are trained.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ class LNTuning(Adapter):
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.target.matrix_of(self.ln_tuning_layers)
-        return weight.to(W.dtype), None if bias is None else bias.to(W.dtype)
+        if bias is not None:
+            bias = bias.to(W.dtype)
+        return weight.to(W.dtype), bias
 
     def describe(self) -> str:
-        return f"{self.target.in_features}"
+        return str(self.target.in_features)
 
 
 @dataclass(kw_only=True)
 class LNTuningConfig(LayerConfig):
-    peft_type, adapter = Name("LN_TUNING"), LNTuning
+    peft_type = Name("LN_TUNING")
+    adapter = LNTuning
     default_roles = ("norm",)

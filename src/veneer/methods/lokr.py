@@ -2,16 +2,18 @@
 
     W' = W + s (W1 kron W2),  W1 (out1, in1), W2 (out2, in2), out = out1 out2, in = in1 in2, s = alpha / r
 
-Yeh et al., 2023, arXiv:2309.14859. W2 = A2 B2 of rank r where r is less than half its larger side, and W1 likewise if
-`decompose_both`. Trainable: mostly out1 in1 + r (out2 + in2) per target. Mergeable. Starts as a no-op: W1 (or its A1)
-is zero. `use_effective_conv2d` is FedPara's proposition 3: on kernels larger than 1, A2 and B2 span the channels alone
-and a core (r, r, kernel) joins them. As in PEFT's files, a whole W2 of a Conv1d stands on the product's left.
+Yeh et al., 2023, arXiv:2309.14859. If r is less than half the larger side of W2, W2 = A2 B2 has rank r; with
+`decompose_both` the same holds for W1. Trainable: mostly out1 in1 + r (out2 + in2) per target. Mergeable. Starts as a
+no-op: W1 (or its A1) is zero. `use_effective_conv2d` is FedPara's proposition 3: on convolutions with kernels larger
+than 1, A2 and B2 act on the channels only, and a core (r, r, kernel) joins them. As in PEFT's files, a W2 of a Conv1d
+that is not low-rank is the left factor of the product.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,55 +26,99 @@ from ..maths.kronecker import kron_apply, two_factors
 from ..targets.target import Target
 
 
+class Sizes(NamedTuple):
+    """The sizes of W1 (out1, in1) and W2 (out2, in2); of a convolution, in2 does not count the kernel."""
+
+    out1: int
+    in1: int
+    out2: int
+    in2: int
+
+
 class LoKr(Additive):
     kinds = frozenset({"linear", "conv"})
 
     def __init__(self, config: LoKrConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
-        self.r = r = at(target.path, config.rank_pattern, config.r)
-        self.scaling = at(target.path, config.alpha_pattern, config.alpha) / r
+        self.r = at(target.path, config.rank_pattern, config.r)
+        self.scaling = at(target.path, config.alpha_pattern, config.alpha) / self.r
         self.kernel = target.kernel
+        kernel_size = math.prod(self.kernel)
+        in_channels = target.in_features // kernel_size
         out1, out2 = two_factors(target.out_features, config.decompose_factor)
-        in1, in2 = two_factors(target.in_features // math.prod(self.kernel), config.decompose_factor)
-        self.sizes = out1, in1, out2, in2
-        self.is_whole = not config.decompose_both or r >= max(out1, in1) / 2, r >= max(out2, in2) / 2
-        self.has_core = config.use_effective_conv2d and math.prod(self.kernel) > 1 and not self.is_whole[1]
-        zero = {True: ("w1", "w1_a"), "lycoris": ("w2", "w2_b"), False: ()}[config.init_weights]
+        in1, in2 = two_factors(in_channels, config.decompose_factor)
+        self.sizes = Sizes(out1, in1, out2, in2)
+        self.is_W1_whole = not config.decompose_both or self.r >= max(out1, in1) / 2
+        self.is_W2_whole = self.r >= max(out2, in2) / 2
+        self.has_core = config.use_effective_conv2d and kernel_size > 1 and not self.is_W2_whole
+        self.initialise(config.init_weights)
+
+    def initialise(self, how: bool | str) -> None:
+        """Create the parameters; the zeros of a start as a no-op are in W1, or with "lycoris" in W2."""
+        zeros: tuple[str, ...] = ()
+        if how == "lycoris":
+            zeros = ("lokr_w2", "lokr_w2_b")
+        elif how:
+            zeros = ("lokr_w1", "lokr_w1_a")
         for name, shape in self.shapes().items():
-            start = nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
-            setattr(self, f"lokr_{name}", nn.Parameter(start * (name not in zero)))
+            start = torch.empty(shape)
+            nn.init.kaiming_uniform_(start, a=math.sqrt(5))
+            if name in zeros:
+                start.zero_()
+            self.register_parameter(name, nn.Parameter(start))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """What is learned, by the name it has in the file after `lokr_`."""
-        (out1, in1, out2, in2), r = self.sizes, self.r
-        one = {"w1": (out1, in1)} if self.is_whole[0] else {"w1_a": (out1, r), "w1_b": (r, in1)}
-        if self.is_whole[1]:
-            return one | {"w2": (out2, in2, *self.kernel)}
+        """The shapes of the parameters by name."""
+        return self.shapes_of_W1() | self.shapes_of_W2()
+
+    def shapes_of_W1(self) -> dict[str, tuple[int, ...]]:
+        out1, in1 = self.sizes.out1, self.sizes.in1
+        if self.is_W1_whole:
+            return {"lokr_w1": (out1, in1)}
+        return {"lokr_w1_a": (out1, self.r), "lokr_w1_b": (self.r, in1)}
+
+    def shapes_of_W2(self) -> dict[str, tuple[int, ...]]:
+        r, out2, in2 = self.r, self.sizes.out2, self.sizes.in2
+        if self.is_W2_whole:
+            return {"lokr_w2": (out2, in2, *self.kernel)}
         if self.has_core:
-            core = (*self.kernel, *(1,) * (2 - len(self.kernel)))  # the file keeps Conv1d's as that of a Conv2d
-            return one | {"t2": (r, r, *core), "w2_a": (r, out2), "w2_b": (r, in2)}
-        return one | {"w2_a": (out2, r), "w2_b": (r, in2 * math.prod(self.kernel))}
+            ones = (1,) * (2 - len(self.kernel))  # the file stores the core of a Conv1d as that of a Conv2d
+            return {"lokr_t2": (r, r, *self.kernel, *ones), "lokr_w2_a": (r, out2), "lokr_w2_b": (r, in2)}
+        return {"lokr_w2_a": (out2, r), "lokr_w2_b": (r, in2 * math.prod(self.kernel))}
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """W1 (out1, in1) with the scaling, and W2 (out2, in2, kernel), its last two sizes in one if it was low-rank."""
-        W1 = self.lokr_w1 if self.is_whole[0] else self.lokr_w1_a @ self.lokr_w1_b
+        """W1 (out1, in1) times the scaling, and W2 (out2, in2, kernel), or (out2, in2 * kernel) if it is A2 B2."""
+        W1 = self.lokr_w1 if self.is_W1_whole else self.lokr_w1_a @ self.lokr_w1_b
         if self.has_core:
             W2 = torch.einsum("ij...,io,jc->oc...", self.lokr_t2, self.lokr_w2_a, self.lokr_w2_b)
+        elif self.is_W2_whole:
+            W2 = self.lokr_w2
         else:
-            W2 = self.lokr_w2 if self.is_whole[1] else self.lokr_w2_a @ self.lokr_w2_b
+            W2 = self.lokr_w2_a @ self.lokr_w2_b
         return W1 * self.scaling, W2
 
     def delta(self) -> Tensor:
         W1, W2 = self.pair()
-        if len(self.kernel) == 1 and self.is_whole[1]:
-            return torch.einsum("oi,pjk->pojik", W1, W2).reshape(self.target.out_features, -1)
+        if len(self.kernel) == 1 and self.is_W2_whole:
+            product = torch.einsum("oi,pjk->pojik", W1, W2)
+            return product.reshape(self.target.out_features, -1)
         return torch.kron(W1, W2.flatten(1))
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        update = self.target.op(x, self.delta()) if self.kernel else kron_apply(*self.pair(), x)
-        rows, everything = self.config.rank_dropout, self.config.module_dropout
-        if self.training and rows + everything > 0:
-            mask = row_mask(self.target.out_features, rows, everything, self.config.rank_dropout_scale, y)
+        if self.kernel:
+            update = self.target.op(x, self.delta())
+        else:
+            W1, W2 = self.pair()
+            update = kron_apply(W1, W2, x)
+        config = self.config
+        if self.training and config.rank_dropout + config.module_dropout > 0:
+            mask = row_mask(
+                self.target.out_features,
+                p=config.rank_dropout,
+                p_all=config.module_dropout,
+                rescale=config.rank_dropout_scale,
+                like=y,
+            )
             update = update * self.target.channels(mask, y)
         return y + update
 
@@ -80,36 +126,40 @@ class LoKr(Additive):
         return sum(map(math.prod, self.shapes().values()))
 
     def describe(self) -> str:
-        return "r={}, {} x {} kron {} x {}".format(self.r, *self.sizes)
+        out1, in1, out2, in2 = self.sizes
+        return f"r={self.r}, {out1} x {in1} kron {out2} x {in2}"
 
 
 @dataclass(kw_only=True)
 class LoKrConfig(LayerConfig):
     r: int = 8
-    """Rank of the matrices that are low-rank."""
+    """Rank of W2, and with `decompose_both` of W1, where they are low-rank."""
     alpha: int | float = 8
     """Strength of the update: it is scaled by alpha / r."""
     rank_dropout: float = 0.0
-    """In training, the share of the update's rows left out."""
+    """Probability that a row of the update is dropped during training."""
     module_dropout: float = 0.0
-    """In training, how often a target's update is left out whole."""
+    """Probability that the whole update of a target is dropped during training."""
     use_effective_conv2d: bool = False
-    """Fewer parameters on convolutions: channels and kernel apart."""
+    """Use fewer parameters on convolutions, by factoring the channels and the kernel separately."""
     decompose_both: bool = False
-    """Make W1 low-rank too, where that saves something."""
+    """Make W1 low-rank too, where that saves parameters."""
     decompose_factor: int = -1
-    """Size of W1: each of its sides is this, or the largest divisor up to it. -1: near the root of the target's."""
+    """Size of W1. Each of its sides is this number where that divides the target's side, else the largest divisor up to
+    it and up to the root of the side. -1: the largest divisor up to the root."""
     rank_dropout_scale: bool = False
-    """Let the rows that stay grow to make up for those that `rank_dropout` leaves out."""
+    """Scale up the other rows to compensate for those that `rank_dropout` drops."""
     rank_pattern: dict[str, int] | None = mapping()
-    """Other ranks for some targets, by name ending or regular expression."""
+    """Ranks for specific targets, by name ending or regular expression."""
     alpha_pattern: dict[str, int | float] | None = mapping()
-    """Other values of alpha, likewise."""
+    """Values of alpha for specific targets, by name ending or regular expression."""
     init_weights: bool | str = True
-    """True: W1 starts at zero. "lycoris": W2 does, as in LyCORIS. False: neither (for tests)."""
+    """True: W1 starts at zero. "lycoris": W2 starts at zero, as in LyCORIS. False: both are random (for tests)."""
 
-    peft_type, adapter = Name("LOKR"), LoKr
-    patterns, learning_rate = ("rank_pattern", "alpha_pattern"), 2e-2
+    peft_type = Name("LOKR")
+    adapter = LoKr
+    patterns = ("rank_pattern", "alpha_pattern")
+    learning_rate = 2e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()

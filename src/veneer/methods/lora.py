@@ -3,7 +3,7 @@
     W' = W + s B A,  A (r, in), B (out, r),  s = alpha / r, or alpha / sqrt(r) with rsLoRA
 
 Hu et al., 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski, 2023, arXiv:2312.03732. Trainable: r (in + out) per target.
-Mergeable. Starts as a no-op: B is zero (for embeddings A is), or `factors` takes the start off again (PiSSA).
+Mergeable. Starts as a no-op: B is zero (on embeddings, A is), or `factors` subtracts the start (PiSSA).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class LoRA(Aspect, Started):
         self.r = at(target.path, config.rank_pattern, config.r)
         self.lora_alpha = at(target.path, config.alpha_pattern, config.lora_alpha)
         self.scaling = self.lora_alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
-        if target.kind == "embedding":  # the file's names and layout for embeddings
+        if target.kind == "embedding":  # the file uses other names and another layout for embeddings
             self.lora_embedding_A = nn.Parameter(torch.empty(self.r, target.in_features))
             self.lora_embedding_B = nn.Parameter(torch.empty(target.out_features, self.r))
         else:
@@ -46,7 +46,7 @@ class LoRA(Aspect, Started):
         return self.config.ensure_weight_tying and self.target.kind in TiedLoRA.kinds
 
     def make(self) -> tuple[Matrix, Matrix]:
-        """What the file holds as lora_A and lora_B, empty."""
+        """Uninitialised modules for lora_A and lora_B."""
         return self.target.factors(self.r)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
@@ -59,11 +59,15 @@ class LoRA(Aspect, Started):
         A, B = self.matrices()
         if self.start_A is None:
             return A, B * self.scaling
-        return torch.cat([A, self.start_A]), torch.cat([B, -self.start_B], dim=1) * self.scaling
+        A = torch.cat([A, self.start_A])
+        B = torch.cat([B, -self.start_B], dim=1)
+        return A, B * self.scaling
 
     def sizes(self) -> tuple[int, int]:
-        """How many numbers are learned for a rank, of A and of B."""
-        return self.target.in_features * self.target.groups, self.target.out_features // self.target.groups
+        """The number of parameters of A and of B for each unit of rank."""
+        in_size = self.target.in_features * self.target.groups
+        out_size = self.target.out_features // self.target.groups
+        return in_size, out_size
 
     def expected_parameters(self) -> int:
         return self.target.copies * self.r * sum(self.sizes())
@@ -79,39 +83,41 @@ class LoraConfig(Variants, StartConfig):
     lora_alpha: int | float = 8
     """Strength of the update: it is scaled by lora_alpha / r."""
     lora_dropout: float = 0.0
-    """Dropout on the input of the update, in training."""
+    """Dropout on the input of the update during training."""
     use_rslora: bool = False
-    """Scale by lora_alpha / sqrt(r), which keeps high ranks stable."""
+    """Scale by lora_alpha / sqrt(r) instead, which keeps high ranks stable (rsLoRA)."""
     rank_pattern: dict[str, int] | None = mapping()
-    """Other ranks for some targets, by name ending or regular expression."""
+    """Ranks for specific targets, by name ending or regular expression."""
     alpha_pattern: dict[str, int | float] | None = mapping()
-    """Other values of lora_alpha, likewise."""
+    """Values of lora_alpha for specific targets, by name ending or regular expression."""
     target_parameters: list[str] | None = None
-    """Bare parameters to adapt, by name ending ("experts.gate_up_proj"): matrices, or stacks of them, one an expert."""
+    """Bare parameters to adapt, such as those of MoE experts, by name ending ("experts.gate_up_proj"): a matrix, or a
+    stack of matrices, one for each expert."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    """Tokens whose embeddings are learned too: of the input embedding, or by module name."""
+    """Indices of tokens whose embeddings are also trained: a list for the input embedding, or lists by module name."""
     ensure_weight_tying: bool = False
-    """An adapter, or a trained copy, on a tied embedding also acts in the output head."""
+    """Where weights are tied, an adapter on the embedding, or a trained copy of it, also acts in the output head."""
     layer_replication: list[list[int]] | None = None
-    """Build the model from ranges of its layers, [[0, 4], [2, 5]], some more than once, each with its own adapter."""
+    """Stack ranges of the model's layers, such as [[0, 4], [2, 5]], before adapting it. Each repetition of a layer has
+    its own adapter."""
     use_dora: bool = False
-    """Learn magnitude and direction apart (DoRA)."""
+    """Learn the magnitude and the direction of the weight separately (DoRA)."""
     lora_bias: bool = False
-    """Learn a bias too."""
+    """Also learn a bias."""
     alora_invocation_tokens: list[int] | None = None
-    """Act from the last occurrence of these tokens on, and leave what stands before to the base model (aLoRA)."""
+    """Apply the adapter only from the last occurrence of these tokens on (aLoRA)."""
     use_qalora: bool = False
-    """A reads sums over groups of inputs, as a group-wise quantised weight can take up (QA-LoRA)."""
+    """A reads sums over groups of inputs, so that group-wise quantised weights can absorb the update (QA-LoRA)."""
     qalora_group_size: int = 16
-    """Inputs of a group, for QA-LoRA."""
+    """Size of a group of inputs, for QA-LoRA."""
     use_bdlora: Settings | dict[str, Any] | None = None
     """`BdLoraConfig`: one factor of each target is block-diagonal (BD-LoRA)."""
     velora_config: Settings | dict[str, Any] | None = None
     """`VeloraConfig`: keep compressed inputs for the backward pass (VeLoRA)."""
     kasa_config: Settings | dict[str, Any] | None = None
-    """`KasaConfig`: learn singular values, in the place of the weight's smallest ones (KaSA)."""
+    """`KasaConfig`: replace the smallest singular components of the weight by learned ones (KaSA)."""
     monteclora_config: Settings | dict[str, Any] | None = None
-    """`MontecloraConfig`: sample A around its mean in training (MonteCLoRA)."""
+    """`MontecloraConfig`: sample A around its mean during training (MonteCLoRA)."""
     arrow_config: Settings | dict[str, Any] | None = None
     """`ArrowConfig`: route each token among trained LoRA adapters (Arrow)."""
 
@@ -127,8 +133,11 @@ class LoraConfig(Variants, StartConfig):
         "mica": "mica",
         "arrow_config": "arrow",
     }
-    details, starts, plain = {"qalora_group_size": "use_qalora"}, "init_lora_weights", LoRA
-    peft_type, adapter = Name("LORA"), Composition(LoRA)  # type: ignore[assignment]
+    details = {"qalora_group_size": "use_qalora"}
+    starts = "init_lora_weights"
+    plain = LoRA
+    peft_type = Name("LORA")
+    adapter = Composition(LoRA)  # type: ignore[assignment]
     facts = ("alora_offsets",)
     foreign = {"megatron_core": "megatron.core", "loftq_config": {}}
     patterns = ("rank_pattern", "alpha_pattern")
@@ -136,10 +145,13 @@ class LoraConfig(Variants, StartConfig):
     def __post_init__(self) -> None:
         self.complete_settings()
         super().__post_init__()
-        check_range(self, 1, math.inf, "r", *(name for name in self.patterns if name == "rank_pattern"))
+        check_range(self, 1, math.inf, "r")
+        if "rank_pattern" in self.patterns:
+            check_range(self, 1, math.inf, "rank_pattern")
         check_range(self, 0, 1, "lora_dropout")
-        if self.init_lora_weights == "loftq" and self.variants():
-            raise ConfigError(f"{self.variants()[0]} needs the whole weight, which LoftQ replaces by a quantised one")
+        variants = self.variants()
+        if self.init_lora_weights == "loftq" and variants:
+            raise ConfigError(f"{variants[0]} needs the whole weight, which LoftQ replaces by a quantised one")
         self.check_variants()
 
     def bare_parameters(self) -> Sequence[str]:
@@ -154,11 +166,14 @@ class LoraConfig(Variants, StartConfig):
         return (self, *self._tokens)
 
     def reshape(self, model: nn.Module) -> Any:
-        return replicate(model, self.layer_replication) if self.layer_replication else None
+        if not self.layer_replication:
+            return None
+        return replicate(model, self.layer_replication)
 
     def __copy__(self) -> LoraConfig:
         twin = object.__new__(type(self))
-        twin.__dict__.update({name: value for name, value in self.__dict__.items() if name != "_tokens"})
+        twin.__dict__.update(self.__dict__)
+        twin.__dict__.pop("_tokens", None)  # they are made from this config's fields, which the copy may change
         return twin
 
     def build(self, target: Target, shared: nn.Module | None = None, **kwargs: Any) -> Any:
@@ -167,6 +182,7 @@ class LoraConfig(Variants, StartConfig):
         if "twin" in kwargs:
             return TiedLoRA(self, target, kwargs["twin"])
         self.check_settings()
-        made = (LoftQ if self.init_lora_weights == "loftq" else self.adapter)(self, target, shared)
-        self.check_start(made)
-        return made  # type: ignore
+        adapter_class: Any = LoftQ if self.init_lora_weights == "loftq" else self.adapter
+        adapter = adapter_class(self, target, shared)
+        self.check_start(adapter)
+        return adapter

@@ -2,9 +2,9 @@
 
     W' = W + s B A,  b' = b + s c
 
-The option `lora_bias` of Hugging Face PEFT, for LoRA (Hu et al., 2021, arXiv:2106.09685) extracted from fully trained
-weights, whose biases moved as well. Trainable: LoRA's and out per target. Mergeable where the target has a bias.
-Starts as a no-op: c is zero. With DoRA, which PEFT refuses, c stays outside the magnitudes.
+This is the option `lora_bias` of Hugging Face PEFT. It serves LoRA (Hu et al., 2021, arXiv:2106.09685) extracted from
+fully trained weights, whose biases changed as well. Trainable: LoRA's parameters and out per target. Mergeable where
+the target has a bias. Starts as a no-op: c is zero. With DoRA, which PEFT refuses, c is not scaled by the magnitudes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class BiasedLoRA(LoRA):
         return bias * self.scaling
 
     def finish(self, z: Tensor) -> Tensor:
-        return super().finish(z) + self.target.channels(self.shift(), z)
+        shift = self.target.channels(self.shift(), z)
+        return super().finish(z) + shift
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if b is None:
@@ -47,9 +48,9 @@ class BiasedLoRA(LoRA):
 
 @dataclass(kw_only=True)
 class BiasedLoraConfig(LoraConfig):
-    """`LoraConfig(lora_bias=True)` under a name of its own."""
+    """Equivalent to `LoraConfig(lora_bias=True)`."""
 
     lora_bias: bool = True
-    """Learn a bias too."""
+    """Also learn a bias."""
 
     adapter = Composition(BiasedLoRA)  # type: ignore[assignment]

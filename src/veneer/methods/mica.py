@@ -1,9 +1,9 @@
-"""MiCA: learn in the weight's least used directions, its minor left singular vectors, which stay fixed.
+"""MiCA: learn within the minor left singular vectors of the weight, the directions it uses least; they stay fixed.
 
     W' = W + s B A,  B = U[:, -r:] of W = U S V^T, fixed,  A learned from zero
 
 Rüdiger and Raschka, 2026, arXiv:2604.01694. Trainable: r in per target. Mergeable. Starts as a no-op: A is zero. The
-file holds B too.
+file also holds B.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ class MiCA(LoRA):
 
     def __init__(self, config: LoraConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
-        owner, name = (self, "lora_embedding_B") if target.kind == "embedding" else (self.lora_B, "weight")
-        owner.register_buffer(name, owner._parameters.pop(name).detach())  # type: ignore[union-attr]
+        if target.kind == "embedding":
+            make_buffer_(self, "lora_embedding_B")
+        else:
+            make_buffer_(self.lora_B, "weight")
 
     @torch.no_grad()
     def initialise(self, how: Any) -> None:
@@ -38,17 +40,26 @@ class MiCA(LoRA):
         if self.r > min(W.shape):
             raise TargetError(f"MiCA of rank {self.r} needs a weight of at least that rank, not {tuple(W.shape)}")
         A.zero_()
-        B.copy_(torch.linalg.svd(W, full_matrices=False)[0][:, -self.r :])
+        U, _, _ = torch.linalg.svd(W, full_matrices=False)
+        B.copy_(U[:, -self.r :])
 
     def sizes(self) -> tuple[int, int]:
-        return super().sizes()[0], 0
+        in_size, _ = super().sizes()
+        return in_size, 0
+
+
+def make_buffer_(module: nn.Module, name: str) -> None:
+    """Replace a parameter of a module by a buffer, which is saved but not trained."""
+    parameter = module._parameters.pop(name)
+    assert parameter is not None
+    module.register_buffer(name, parameter.detach())
 
 
 @dataclass(kw_only=True)
 class MicaConfig(LoraConfig):
-    """`LoraConfig(init_lora_weights="mica")` under a name of its own."""
+    """Equivalent to `LoraConfig(init_lora_weights="mica")`."""
 
     init_lora_weights: bool | str = "mica"
-    """"mica": B from the weight and fixed, A zero."""
+    """"mica": B is taken from the weight and fixed, and A starts at zero."""
 
     adapter = Composition(MiCA)  # type: ignore[assignment]

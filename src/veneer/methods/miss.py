@@ -1,11 +1,12 @@
 """MiSS: one small matrix, shared by all shards of the weight, is the whole update.
 
-    W' = W + D^T [I_r I_r ... I_r],  D (r, out): column i of W gets row i mod r of D
+    W' = W + D^T [I_r I_r ... I_r],  D (r, out): row i mod r of D is added to column i of W
 
 Kang and Yin, 2024, arXiv:2409.15371 (versions 1 to 9: Bone, DiSHA). Trainable: r out per target. Mergeable. Starts as a
-no-op: D is zero. "mini" repeats a D of (r, mini_r) over the outputs too: r mini_r numbers. "bat" moves each r x r block
-of W by the D of its rows: W'_ij = W_ij (I + D_i) + D_i, D (out / r, r, r); it has a weight form only, and no dropout.
-Unlike PEFT, GPT-2's Conv1D is a target too. Files of older PEFT, which call the method Bone, are read as they are.
+no-op: D is zero. With "mini", D (r, mini_r) is also repeated over the outputs; trainable: r mini_r. With "bat", each
+r x r block of W is updated by the D of its block of rows: W'_ij = W_ij (I + D_i) + D_i, D (out / r, r, r); this is
+computed on the weight only and has no dropout. Unlike in PEFT, GPT-2's Conv1D can be a target. Files of older PEFT
+versions, which call the method Bone, load unchanged.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ class MiSS(LowRank):
     def __init__(self, config: MissConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
         self.r = config.r
-        if self.r > target.in_features:
-            raise ConfigError(f"r = {self.r} on {target.path!r} must be at most its in = {target.in_features}")
-        columns = config.mini_r if config.init_weights == "mini" else target.out_features
-        if target.out_features % columns:
-            raise ConfigError(f"mini_r = {columns} on {target.path!r} must divide its out = {target.out_features}")
+        in_features = target.in_features
+        out_features = target.out_features
+        if self.r > in_features:
+            raise ConfigError(f"r = {self.r} on {target.path!r} must be at most its in = {in_features}")
+        columns = config.mini_r if config.init_weights == "mini" else out_features
+        if out_features % columns:
+            raise ConfigError(f"mini_r = {columns} on {target.path!r} must divide its out = {out_features}")
         self.miss_block = nn.Parameter(torch.zeros(self.r, columns))
         if config.init_weights is False:
             nn.init.kaiming_uniform_(self.miss_block, a=math.sqrt(5))
@@ -40,43 +43,58 @@ class MiSS(LowRank):
 
     def D(self) -> Tensor:
         """(r, out)."""
-        return self.miss_block.repeat(1, self.target.out_features // self.miss_block.shape[1])
+        copies = self.target.out_features // self.miss_block.shape[1]
+        return self.miss_block.repeat(1, copies)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         D = self.D()
-        shards = math.ceil(self.target.in_features / self.r)
+        in_features = self.target.in_features
+        shards = math.ceil(in_features / self.r)
         eye = torch.eye(self.r, device=D.device, dtype=D.dtype)
-        return eye.repeat(1, shards)[:, : self.target.in_features], D.T
+        A = eye.repeat(1, shards)[:, :in_features]
+        return A, D.T
 
     def update(self, x: Tensor) -> Tensor:
-        x = x if self.dropout is None else self.dropout(x)
-        shards = F.pad(x, (0, -x.shape[-1] % self.r)).unflatten(-1, (-1, self.r))
+        if self.dropout is not None:
+            x = self.dropout(x)
+        padding = -x.shape[-1] % self.r
+        padded = F.pad(x, (0, padding))
+        shards = padded.unflatten(-1, (-1, self.r))  # (..., shards, r)
         return shards.sum(-2) @ self.D()
 
     def expected_parameters(self) -> int:
-        return self.r * (self.config.mini_r if self.config.init_weights == "mini" else self.target.out_features)
+        is_mini = self.config.init_weights == "mini"
+        columns = self.config.mini_r if is_mini else self.target.out_features
+        return self.r * columns
 
     def describe(self) -> str:
         return f"r={self.r}, {self.target.in_features} -> {self.target.out_features}"
 
 
 class Bat(Adapter):
+    """The variant "bat": W'_ij = W_ij (I + D_i) + D_i for each r x r block of W."""
+
     def __init__(self, config: MissConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
         self.r = config.r
-        if target.in_features % self.r or target.out_features % self.r:
+        in_features = target.in_features
+        out_features = target.out_features
+        if in_features % self.r or out_features % self.r:
             raise ConfigError(
-                f"r = {self.r} on {target.path!r} must divide its in = {target.in_features} and out = "
-                f'{target.out_features}: "bat" moves whole blocks of the weight'
+                f"r = {self.r} on {target.path!r} must divide its in = {in_features} and out = {out_features}: "
+                '"bat" moves whole blocks of the weight'
             )
-        self.miss_block = nn.Parameter(torch.zeros(target.out_features // self.r, self.r, self.r))
+        blocks = out_features // self.r
+        self.miss_block = nn.Parameter(torch.zeros(blocks, self.r, self.r))
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         D = self.miss_block.to(W.dtype)  # (out / r, r, r)
         rows = W.unflatten(0, (-1, self.r))  # (out / r, r, in)
         shards = rows.unflatten(2, (-1, self.r)).flatten(1, 2)  # (out / r, r in / r, r)
-        moved = (shards @ D).view_as(rows) + D.repeat(1, 1, rows.shape[2] // self.r)
-        return W + moved.flatten(0, 1), b
+        product = (shards @ D).view_as(rows)
+        repeated = D.repeat(1, 1, rows.shape[2] // self.r)  # (out / r, r, in)
+        update = product + repeated
+        return W + update.flatten(0, 1), b
 
     def expected_parameters(self) -> int:
         return self.r * self.target.out_features
@@ -88,16 +106,18 @@ class Bat(Adapter):
 @dataclass(kw_only=True)
 class MissConfig(LayerConfig):
     r: int = 64
-    """Width of a shard: how many columns of the weight are moved independently."""
+    """Width of a shard: the number of columns of the weight that are updated independently."""
     miss_dropout: float = 0.0
-    """Dropout on the input of the update, in training; not with "bat"."""
+    """Dropout on the input of the update during training; no effect with "bat"."""
     mini_r: int = 1
-    """With "mini": how many outputs are moved independently; divides out of every target."""
+    """With "mini": the number of outputs that are updated independently; must divide out of every target."""
     init_weights: bool | str = True
-    """True: the plain method. "mini", "bat": its variants. False: the plain one from a random start (for tests)."""
+    """True: the plain method. "mini", "bat": its variants. False: the plain method with a random start (for tests)."""
 
-    peft_type, adapter = Name("MISS"), MiSS
-    aliases, renamed = ("BONE",), {"bone_block": "miss_block"}
+    peft_type = Name("MISS")
+    adapter = MiSS
+    aliases = ("BONE",)
+    renamed = {"bone_block": "miss_block"}
     learning_rate = 1e-4
 
     def __post_init__(self) -> None:
@@ -108,4 +128,5 @@ class MissConfig(LayerConfig):
             raise ConfigError(f'init_weights {self.init_weights!r} is unknown; use True, False, "bat" or "mini"')
 
     def build(self, target: Target, shared: nn.Module | None = None, **kwargs: Any) -> Adapter:
-        return (Bat if self.init_weights == "bat" else MiSS)(self, target, shared)
+        adapter_class = Bat if self.init_weights == "bat" else MiSS
+        return adapter_class(self, target, shared)

@@ -1,9 +1,10 @@
-"""MonteCLoRA: in training A is a sample around its mean, whose spread and mixture are learned.
+"""MonteCLoRA: sample A around its mean during training, with a learned spread and mixture.
 
     A~ = A + c sum_i w_i Z_i,  Z_i ~ N(0, D),  D = diag(e^(2 sigma) u),  u ~ chi^2_r,  w ~ Dirichlet(e^p)
 
-Seth et al., 2024, arXiv:2411.04358; D is the diagonal of a Wishart draw. Trainable: r (in + out + 1) + N per target.
-Mergeable as its mean. Starts as a no-op. The N samples are drawn as the one Gaussian that their mixture is, c |w| Z.
+Seth et al., 2024, arXiv:2411.04358; D is the diagonal of a Wishart sample. Trainable: r (in + out + 1) + N per target.
+Mergeable; the mean is merged. Starts as a no-op. The sum over the N samples is drawn as a single Gaussian of the same
+distribution, c |w| Z.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from .lora import LoRA, LoraConfig
 @dataclass(kw_only=True)
 class MontecloraConfig(Settings):
     num_samples: int = 8
-    """N: samples of a mixture."""
+    """N: the number of samples in a mixture."""
     use_entropy: bool = False
-    """Add the sum of the squared weights to the loss, against a collapse onto one sample."""
+    """Add the sum of the squared weights w to the loss, which prevents a collapse onto one sample."""
     dirichlet_prior: float = 0.1
-    """Concentration of the prior over weights; larger is more even."""
+    """Concentration of the prior over the weights w; larger values make them more even."""
     sample_scaler: float = 1e-4
-    """c: strength of the samples."""
+    """c: the factor of the samples."""
     kl_loss_weight: float = 1e-5
-    """Weight of the divergence from the priors in the loss."""
+    """Weight in the loss of the KL divergence from the priors."""
     buffer_size: int = 150
-    """Of PEFT's store of samples; kept for the file."""
+    """Ignored; kept for PEFT compatibility."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,46 +45,75 @@ class MontecloraConfig(Settings):
 
 
 class Sampler(nn.Module):
+    """Samples what is added to A; PEFT's files hold its last sample in the buffers."""
+
     def __init__(self, config: MontecloraConfig, r: int) -> None:
         super().__init__()
         self.config = config
-        self.u: Any = None  # the last draws
+        self.u: Any = None  # the last sample of chi^2_r
+        self.z: Any = None  # the normal variables behind the last sample of w
         self.std_prior = nn.Parameter(torch.rand(r))
         self.expert_weights_prior = nn.Parameter(torch.rand(config.num_samples))
         self.register_buffer("gaussian_var_prior", torch.eye(r))
-        self.register_buffer("expert_weights", torch.full((config.num_samples,), 1 / config.num_samples))
+        even = torch.full((config.num_samples,), 1 / config.num_samples)
+        self.register_buffer("expert_weights", even)
 
     def forward(self, A: Tensor) -> Tensor:
-        """A draw of what is added to A."""
-        self.u = torch.randn(len(A), len(A), device=A.device, dtype=A.dtype).square().sum(1)
-        self.z: Any = torch.randn_like(self.expert_weights_prior)
-        D, w = self.variance(), self.weights()
-        self.gaussian_var_prior, self.expert_weights = D.detach().diag(), w.detach()
-        return self.config.sample_scaler * w.norm() * D.sqrt()[:, None] * torch.randn_like(A)
+        """Sample what is added to A."""
+        r = len(A)
+        normals = torch.randn(r, r, device=A.device, dtype=A.dtype)
+        self.u = normals.square().sum(1)
+        self.z = torch.randn_like(self.expert_weights_prior)
+        D = self.variance()
+        w = self.weights()
+        self.gaussian_var_prior = D.detach().diag()
+        self.expert_weights = w.detach()
+        Z = torch.randn_like(A)
+        scale = self.config.sample_scaler * w.norm() * D.sqrt()[:, None]  # (r, 1)
+        return scale * Z
 
     def variance(self) -> Tensor:
-        return ((2 * self.std_prior).exp() * self.u).clamp_min(1e-3)
+        """The diagonal of D, (r,)."""
+        scale = (2 * self.std_prior).exp()
+        return (scale * self.u).clamp_min(1e-3)
 
     def weights(self) -> Tensor:
-        """Laplace's approximation of a Dirichlet draw: a softmax of Gaussians."""
-        n, a = self.config.num_samples, self.expert_weights_prior.exp()
-        spread = ((1 - 2 / n) / a + (1 / a).sum() / n**2).clamp_min(1e-6)
-        return (a.log() - a.log().mean() + spread.sqrt() * self.z).softmax(-1)
+        """A sample of w, by Laplace's approximation of the Dirichlet distribution: a softmax of Gaussians."""
+        n = self.config.num_samples
+        a = self.expert_weights_prior.exp()
+        variance = (1 - 2 / n) / a + (1 / a).sum() / n**2
+        variance = variance.clamp_min(1e-6)
+        mean = a.log() - a.log().mean()
+        return (mean + variance.sqrt() * self.z).softmax(-1)
 
     def penalty(self) -> Tensor:
-        """Divergences of the three distributions from their priors (of the Dirichlet's, PEFT has a sign wrong)."""
-        a, e, D = self.expert_weights_prior.exp(), (2 * self.std_prior).exp(), self.variance()
-        n, p = len(a), self.config.dirichlet_prior
-        kl = a.sum().lgamma() - a.lgamma().sum() - math.lgamma(n * p) + n * math.lgamma(p)
-        kl = kl + ((a - p) * (a.digamma() - a.sum().digamma())).sum()
-        kl = kl + len(e) / 2 * (e - e.log() - 1).sum() + n / 2 * (D - D.log() - 1).sum()
-        return self.config.kl_loss_weight * kl + (self.weights().square().sum() if self.config.use_entropy else 0)
+        """The term of the loss for this target."""
+        penalty = self.config.kl_loss_weight * self.divergence()
+        if self.config.use_entropy:
+            penalty = penalty + self.weights().square().sum()
+        return penalty
+
+    def divergence(self) -> Tensor:
+        """KL divergence of the three distributions from their priors (in PEFT the Dirichlet's has a wrong sign)."""
+        a = self.expert_weights_prior.exp()
+        n = len(a)
+        p = self.config.dirichlet_prior
+        dirichlet = a.sum().lgamma() - a.lgamma().sum() - math.lgamma(n * p) + n * math.lgamma(p)
+        difference = a - p
+        log_means = a.digamma() - a.sum().digamma()
+        dirichlet = dirichlet + (difference * log_means).sum()
+        e = (2 * self.std_prior).exp()
+        wishart = len(e) / 2 * (e - e.log() - 1).sum()
+        D = self.variance()
+        gaussian = n / 2 * (D - D.log() - 1).sum()
+        return dirichlet + wishart + gaussian
 
 
 class MonteCLoRA(LoRA):
     kinds = frozenset({"linear"})
     settings = MontecloraConfig
     noise: Tensor | None = None
+    """The sample that is added to A in the current forward pass."""
 
     def __init__(self, config: LoraConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
@@ -91,10 +121,13 @@ class MonteCLoRA(LoRA):
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         A, B = super().matrices()
-        return A if self.noise is None else A + self.noise, B
+        if self.noise is not None:
+            A = A + self.noise
+        return A, B
 
     def update(self, x: Tensor) -> Tensor:
-        self.noise = self.lora_monteclora_sampler(self.lora_A.weight) if self.training else None
+        if self.training:
+            self.noise = self.lora_monteclora_sampler(self.lora_A.weight)
         try:
             return super().update(x)
         finally:
@@ -102,8 +135,11 @@ class MonteCLoRA(LoRA):
 
     @classmethod
     def loss(cls, config: Any, adapters: Sequence[MonteCLoRA]) -> Tensor | None:
-        samplers = [a.lora_monteclora_sampler for a in adapters if a.training]
-        terms = [sampler.penalty() for sampler in samplers if sampler.u is not None]
+        terms = []
+        for adapter in adapters:
+            sampler = adapter.lora_monteclora_sampler
+            if adapter.training and sampler.u is not None:
+                terms.append(sampler.penalty())
         return torch.stack(terms).mean() if terms else None
 
     def expected_parameters(self) -> int:
@@ -112,7 +148,7 @@ class MonteCLoRA(LoRA):
 
 @dataclass(kw_only=True)
 class MontecloraLoraConfig(LoraConfig):
-    """`LoraConfig(monteclora_config=MontecloraConfig())` under a name of its own."""
+    """Equivalent to `LoraConfig(monteclora_config=MontecloraConfig())`."""
 
     monteclora_config: Settings | dict[str, Any] | None = field(default_factory=MontecloraConfig)
     """`MontecloraConfig`: how A is sampled."""

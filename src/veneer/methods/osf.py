@@ -1,11 +1,11 @@
-"""OSF: train the lesser singular directions of the weight, by steps orthogonal to the principal ones.
+"""OSF: train the minor singular directions of the weight, with gradients orthogonal to the principal ones.
 
     W' = W + U S V^T - U0 S0 V0^T,  U0 S0 V0^T the part of W beyond its first k singular values
     dL/dU loses its part within the first k left singular vectors, dL/dV that within the right ones
 
 Nayak et al., 2025, arXiv:2504.07097, for learning tasks one after another. Trainable: (min(in, out) - k) (in + out + 1)
-per target. Mergeable. Starts as a no-op. An optimizer that scales entries apart (Adam) leaves the orthogonal subspace
-a little. Unlike PEFT, several adapters act together, and merging can be undone.
+per target. Mergeable. Starts as a no-op. Optimizers that scale each entry separately (Adam) leave the orthogonal
+subspace slightly. Unlike in PEFT, several adapters can be active together, and merging can be undone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from ..targets.target import Target
 
 
 class Guarded(torch.autograd.Function):
-    """The identity, whose gradient loses its part within an orthonormal basis, or with `inside` keeps only that."""
+    """The identity, with a projected gradient.
+
+    The gradient loses its part within the span of an orthonormal basis; with `inside` it keeps only that part.
+    """
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, basis: Tensor, inside: bool) -> Tensor:
@@ -44,36 +47,63 @@ class OSF(LowRank):
         super().__init__(config, target, shared)
         W = target.original_weight()
         self.k = config.rank_for(target)
-        U, S, Vh = (part.to(W.dtype).float() for part in principal(W, min(W.shape)))  # rounded as PEFT's files are
+        U, S, Vh = principal(W, min(W.shape))
+        # rounded to the dtype of the weight, as PEFT's files are
+        U = U.to(W.dtype).float()
+        S = S.to(W.dtype).float()
+        Vh = Vh.to(W.dtype).float()
         self.keep("U", U)
         self.keep("V", Vh.mT)
         self.register_buffer("start_S", S[self.k :], persistent=False)
         starts = {"U_low": self.start_U, "S_low": self.start_S, "V_low": self.start_V.mT}
         as_no_op = config.init_weights is not False
-        make = torch.empty if as_no_op else torch.randn
-        self.osf_svd_params = nn.ParameterDict({name: nn.Parameter(make(t.shape)) for name, t in starts.items()})
-        if as_no_op and not self.osf_svd_params["S_low"].is_meta:
-            with torch.no_grad():
-                for name, start in starts.items():
-                    self.osf_svd_params[name].copy_(start)
+        parameters = {}
+        for name, start in starts.items():
+            tensor = torch.empty(start.shape) if as_no_op else torch.randn(start.shape)
+            parameters[name] = nn.Parameter(tensor)
+        self.osf_svd_params = nn.ParameterDict(parameters)
+        if as_no_op:
+            self.copy_(starts)
+
+    @torch.no_grad()
+    def copy_(self, starts: dict[str, Tensor]) -> None:
+        for name, start in starts.items():
+            parameter = self.osf_svd_params[name]
+            if not parameter.is_meta:
+                parameter.copy_(start)
 
     def keep(self, name: str, vectors: Tensor) -> None:
-        """The lesser singular vectors; the principal ones only where they are not all that is orthogonal to those."""
-        is_whole = vectors.shape[0] == vectors.shape[1]
-        self.register_buffer(f"start_{name}", vectors[:, self.k :].contiguous(), persistent=False)
-        self.register_buffer(f"high_{name}", None if is_whole else vectors[:, : self.k].contiguous(), persistent=False)
+        """Register the minor singular vectors, and the principal ones if `guarded` needs them.
+
+        A complete basis needs the minor ones only: they span all that is orthogonal to the principal ones.
+        """
+        start = vectors[:, self.k :].contiguous()
+        is_complete = vectors.shape[0] == vectors.shape[1]
+        high = None if is_complete else vectors[:, : self.k].contiguous()
+        self.register_buffer(f"start_{name}", start, persistent=False)
+        self.register_buffer(f"high_{name}", high, persistent=False)
 
     def guarded(self, vectors: Tensor, start: Tensor, high: Tensor | None) -> Tensor:
-        return Guarded.apply(vectors, start, True) if high is None else Guarded.apply(vectors, high, False)
+        """The vectors, with gradients orthogonal to the principal singular vectors `high`."""
+        if high is None:
+            return Guarded.apply(vectors, start, True)
+        return Guarded.apply(vectors, high, False)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        U, S, Vh = (self.osf_svd_params[name] for name in ("U_low", "S_low", "V_low"))
-        U, V = self.guarded(U, self.start_U, self.high_U), self.guarded(Vh.mT, self.start_V, self.high_V)
-        return torch.cat([V, self.start_V], dim=1).mT, torch.cat([U * S, -self.start_U * self.start_S], dim=1)
+        U = self.osf_svd_params["U_low"]
+        S = self.osf_svd_params["S_low"]
+        V = self.osf_svd_params["V_low"].mT
+        U = self.guarded(U, self.start_U, self.high_U)
+        V = self.guarded(V, self.start_V, self.high_V)
+        A = torch.cat([V, self.start_V], dim=1).mT
+        B = torch.cat([U * S, -self.start_U * self.start_S], dim=1)
+        return A, B
 
     def expected_parameters(self) -> int:
-        sizes = self.target.in_features, self.target.out_features
-        return (min(sizes) - self.k) * (sum(sizes) + 1)
+        in_features = self.target.in_features
+        out_features = self.target.out_features
+        directions = min(in_features, out_features) - self.k
+        return directions * (in_features + out_features + 1)
 
     def describe(self) -> str:
         return f"{self.start_S.numel()} directions beyond {self.k}"
@@ -82,25 +112,38 @@ class OSF(LowRank):
 @dataclass(kw_only=True)
 class OSFConfig(LayerConfig):
     effective_rank: int | float | None = None
-    """Singular directions to keep as they are, k; up to 1.0 a share of all. None: half of them."""
+    """k: the number of singular directions to keep as they are, or their share as a float up to 1.0; None: half."""
     rank_pattern: dict[str, int | float] | None = mapping()
-    """Other numbers or shares for some targets, by name ending or regular expression."""
+    """Numbers or shares for specific targets, by name ending or regular expression."""
     init_weights: bool | None = True
     """Start as a no-op; False: random (for tests)."""
     target_svd_config: dict[str, int] | None = None
-    """No effect; a field of the file."""
+    """Ignored; kept for PEFT compatibility."""
 
-    peft_type, adapter = Name("OSF"), OSF
+    peft_type = Name("OSF")
+    adapter = OSF
     patterns = ("rank_pattern",)
-    default_roles = (*(f"attention.{part}" for part in ("q", "k", "v", "qkv", "out")), "mlp.in", "mlp.out")
+    default_roles = (
+        "attention.q",
+        "attention.k",
+        "attention.v",
+        "attention.qkv",
+        "attention.out",
+        "mlp.in",
+        "mlp.out",
+    )
     learning_rate = 5e-5
 
     def rank_for(self, target: Target) -> int:
-        """k on a target."""
+        """k for a target."""
         smaller = min(target.in_features, target.out_features)
         asked = at(target.path, self.rank_pattern, self.effective_rank)
-        is_share = isinstance(asked, float) and asked <= 1
-        k = smaller // 2 if asked is None else int(smaller * asked) if is_share else int(asked)
+        if asked is None:
+            k = smaller // 2
+        elif isinstance(asked, float) and asked <= 1:
+            k = int(smaller * asked)
+        else:
+            k = int(asked)
         if not 1 <= k < smaller:
             raise ConfigError(
                 f"effective_rank {asked} on {target.path!r} keeps {k} of its {smaller} directions; keep at least 1 and "
