@@ -1,7 +1,7 @@
 """Tests and other processes: which code they run, how long a test waits for one, and how work is measured.
 
-A busy machine must not fail a test. A wait ends when what it waits for is there; the limit is for what would never come.
-Work is measured in time on the processor, which does not grow while others have it.
+A busy machine must not fail a test. A wait ends when what it waits for is there; the limit is for what would never
+come. Work is measured in time on the processor, which does not grow while others have it.
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
-"""P-tuning: learn embeddings in front of the input through an encoder that ties them to each other.
+"""P-tuning: learn embeddings in front of the input, computed by an encoder that relates them to each other.
 
     [h_1 ... h_n, E(x_1) ... E(x_T)],  h = MLP(e)  or  MLP(BiLSTM(e)),  e learned
 
 Liu et al., 2021, arXiv:2103.10385. Trainable: n x width and the encoder. Not mergeable: it has no weight form. The
-prompt stands in front of the input, not between its words as in the paper. The file holds the encoded prompt alone, so
-the encoder can be used but not trained on from a file. It is written without the encoder's dropout, which PEFT forgets.
-torch.compile breaks its graph at an LSTM; the MLP traces.
+prompt is placed before the input, not between its words as in the paper. The file holds only the encoded prompt, so a
+loaded prompt can be used but its training cannot be resumed. The prompt is encoded for the file with dropout off; PEFT
+leaves dropout on. torch.compile breaks the graph at the LSTM; the MLP is traced without a break.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,21 +39,33 @@ class PTuning(Prompt):
             self.prompt_embeddings = nn.Parameter(torch.randn(rows, spec.width))
 
     def _add_encoder(self, config: PromptEncoderConfig, width: int, hidden: int) -> None:
+        sizes: tuple[int, ...]
         if config.encoder_reparameterization_type == "LSTM":
-            layers, dropout = config.encoder_num_layers, config.encoder_dropout
-            self.lstm_head = nn.LSTM(width, hidden, layers, dropout=dropout, bidirectional=True, batch_first=True)
+            self.lstm_head = nn.LSTM(
+                width,
+                hidden,
+                config.encoder_num_layers,
+                dropout=config.encoder_dropout,
+                bidirectional=True,
+                batch_first=True,
+            )
             sizes = (2 * hidden, 2 * hidden, width)
         else:
-            sizes = (width, hidden, hidden, width)  # type: ignore[assignment]
-        linears = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
-        self.mlp_head = nn.Sequential(*(m for linear in linears for m in (linear, nn.ReLU())))[:-1]
+            sizes = (width, hidden, hidden, width)
+        layers: list[nn.Module] = []
+        for in_features, out_features in pairwise(sizes):
+            layers.append(nn.Linear(in_features, out_features))
+            layers.append(nn.ReLU())
+        self.mlp_head = nn.Sequential(*layers[:-1])
 
     def encoded(self) -> Tensor:
-        """(n, width); for an encoder-decoder twice the rows, of which the file's second half is never spliced."""
+        """The prompt, (n, width); for an encoder-decoder (2 n, width) as in PEFT's files, the second half unused."""
         if not self.is_encoded:
             return self.prompt_embeddings
         e = self.embedding.weight
-        return self.mlp_head(self.lstm_head(e)[0] if hasattr(self, "lstm_head") else e)
+        if hasattr(self, "lstm_head"):
+            e, _ = self.lstm_head(e)
+        return self.mlp_head(e)
 
     def embeds(self, facts: dict[str, Any]) -> Tensor:
         return self.encoded()[: self.n]
@@ -80,18 +93,19 @@ class PromptEncoderConfig(PromptConfig):
     encoder_reparameterization_type: str = "MLP"
     """The encoder: "MLP" (three layers) or "LSTM" (bidirectional, then two layers)."""
     encoder_hidden_size: int | None = None
-    """Width of the encoder's hidden layers; None: the embeddings' own width."""
+    """Width of the encoder's hidden layers; None: the width of the embeddings."""
     encoder_num_layers: int = 2
-    """Layers of the LSTM; the MLP has three whatever this says."""
+    """Layers of the LSTM. The MLP always has three."""
     encoder_dropout: float = 0.0
-    """Between the layers of the LSTM."""
+    """Dropout between the layers of the LSTM, in training."""
 
-    peft_type, prompt = Name("P_TUNING"), PTuning
+    peft_type = Name("P_TUNING")
+    prompt = PTuning
     learning_rate = 1e-3
 
     def __post_init__(self) -> None:
-        kind = self.encoder_reparameterization_type
-        self.encoder_reparameterization_type = getattr(kind, "value", kind)
+        encoder = self.encoder_reparameterization_type
+        self.encoder_reparameterization_type = getattr(encoder, "value", encoder)
         super().__post_init__()
         if self.encoder_reparameterization_type not in ENCODERS:
             raise ConfigError(

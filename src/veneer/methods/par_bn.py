@@ -1,11 +1,10 @@
-"""Parallel bottleneck adapters: a small MLP beside the model's own, on the same input.
+"""Parallel bottleneck adapters: a small MLP that reads the same input as the model's own.
 
     y' = y + s up(f(down(x)))
 
 He et al., 2022, arXiv:2110.04366. Trainable: m (in + out) + m + out for each MLP, and s if learned; m = width /
-reduction_factor. Not mergeable. Starts as a no-op: `up` is zero. Where the MLP is no module of its own (BERT, OPT), the
-module that it begins with hands its input on to the adapter at the one it ends with; AdapterHub's scaled_par_bn is
-`scaling="learned"`.
+reduction_factor. Not mergeable. Starts as a no-op: `up` is zero. Where the MLP is not a module (BERT, OPT), the adapter
+on its last module reads the input of its first one. AdapterHub's scaled_par_bn is `scaling="learned"`.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from .families.parallel import Parallel
 @dataclass(kw_only=True)
 class ParBnConfig(BottleneckConfig):
     placement: str = "parallel"
-    """"parallel"."""
+    """Where the bottleneck acts: "parallel"."""
 
-    peft_type, adapter = Name("PAR_BN"), Parallel
+    peft_type = Name("PAR_BN")
+    adapter = Parallel

@@ -1,11 +1,12 @@
-"""Poly: a few LoRA skills, mixed for each row of a batch by weights that its task learns.
+"""Poly: mix a few shared LoRAs (skills) for each row of a batch, with weights learned for each task.
 
     y' = y + (sum_s w_ts B_s) (sum_s w_ts A_s) x / r,  w_t = sigmoid(Z_t) / sum sigmoid(Z_t)
 
-In training the sigmoids are samples of a relaxed Bernoulli at temperature 1. Ponti et al., 2022, arXiv:2202.13914;
-`n_splits` above 1 mixes each part of the input and output apart, as multi-head routing does: Caccia et al., 2022,
-arXiv:2211.03831. Trainable: n_skills r (in + out) + n_tasks n_splits n_skills per target. Not mergeable: rows differ.
-Starts as a no-op: B is zero. A call needs `task_ids`, one for each row. Unlike in PEFT, GPT-2's Conv1D is a target too.
+In training the sigmoids are samples of a relaxed Bernoulli at temperature 1. Ponti et al., 2022, arXiv:2202.13914.
+With `n_splits` above 1, each part of the input and output has its own weights (multi-head routing): Caccia et al.,
+2022, arXiv:2211.03831. Trainable: n_skills r (in + out) + n_tasks n_splits n_skills per target. Not mergeable: rows
+differ. Starts as a no-op: B is zero. Every call needs `task_ids`, one for each row. Unlike in PEFT, GPT-2's Conv1D can
+be a target.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ..targets.target import Target
 
 
 def as_tasks(ids: Any) -> Tensor:
+    """`task_ids` as a tensor; an error if the call gave none."""
     if ids is None:
         raise VeneerError(
             "the adapter needs to know the tasks: give the call (or generate) task_ids, a whole number for each row; "
@@ -33,17 +35,18 @@ def as_tasks(ids: Any) -> Tensor:
 
 
 def check_tasks(facts: dict[Any, Any], n_tasks: int, model: nn.Module) -> None:
-    """Make the call's `task_ids` a vector of whole numbers below n_tasks, where the model computes."""
+    """Check the call's `task_ids` and put them back into `facts` as a tensor on the model's device."""
     ids = as_tasks(facts.get("task_ids"))
     if ids.dim() != 1 or ids.is_floating_point():
         raise VeneerError(f"task_ids must be a vector with a whole number for each row, not {facts['task_ids']!r}")
     if not torch.compiler.is_compiling() and not 0 <= int(ids.min()) <= int(ids.max()) < n_tasks:
         raise VeneerError(f"task_ids {ids.tolist()} must lie between 0 and n_tasks - 1 = {n_tasks - 1}")
-    facts["task_ids"] = ids.to(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    facts["task_ids"] = ids.to(device)
 
 
 def tasks_of(target: Target, x: Tensor) -> Tensor:
-    """The tasks of the rows of x."""
+    """The task of each row of x."""
     ids = as_tasks(target.fact("task_ids")).to(x.device)
     if len(ids) != len(x):
         raise VeneerError(f"task_ids has {len(ids)} entries, but {target.path!r} was given {len(x)} rows")
@@ -51,7 +54,7 @@ def tasks_of(target: Target, x: Tensor) -> Tensor:
 
 
 class Router(nn.Module):
-    """One logit for each task, split and skill, drawn close to zero."""
+    """One logit for each task, split and skill; starts close to zero."""
 
     def __init__(self, n_tasks: int, size: int) -> None:
         super().__init__()
@@ -61,33 +64,46 @@ class Router(nn.Module):
 class Poly(Adapter):
     def __init__(self, config: PolyConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
-        self.r, self.splits, self.skills = config.r, config.n_splits, config.n_skills
-        sizes = target.in_features, target.out_features
+        self.r = config.r
+        self.splits = config.n_splits
+        self.skills = config.n_skills
+        sizes = (target.in_features, target.out_features)
         if any(size % self.splits for size in sizes):
             raise TargetError(f"n_splits = {self.splits} on {target.path!r} must divide its sizes, {sizes}")
-        width, height = (size // self.splits for size in sizes)
-        a, b = 1 / math.sqrt(width), 0.0 if config.init_weights else 1 / math.sqrt(self.r)
-        self.poly_lora_A = nn.Parameter(torch.empty(self.splits, self.skills, width, self.r).uniform_(-a, a))
-        self.poly_lora_B = nn.Parameter(torch.empty(self.splits, self.skills, self.r, height).uniform_(-b, b))
+        split_in = target.in_features // self.splits
+        split_out = target.out_features // self.splits
+        bound_A = 1 / math.sqrt(split_in)
+        bound_B = 0.0 if config.init_weights else 1 / math.sqrt(self.r)
+        A = torch.empty(self.splits, self.skills, split_in, self.r)
+        B = torch.empty(self.splits, self.skills, self.r, split_out)
+        self.poly_lora_A = nn.Parameter(A.uniform_(-bound_A, bound_A))
+        self.poly_lora_B = nn.Parameter(B.uniform_(-bound_B, bound_B))
         self.poly_router = Router(config.n_tasks, self.splits * self.skills)
 
     def weights(self, tasks: Tensor) -> Tensor:
-        """What each row takes of each skill, (rows, splits, skills)."""
-        logits = self.poly_router.module_logits[tasks].unflatten(-1, (self.splits, self.skills))
+        """The weight of each skill in each row, (rows, splits, skills)."""
+        logits = self.poly_router.module_logits[tasks]
+        logits = logits.unflatten(-1, (self.splits, self.skills))
         if self.training:
-            logits = logits + torch.rand_like(logits).logit(eps=1e-7)
-        chosen = logits.sigmoid()
-        return chosen / (chosen.sum(-1, keepdim=True) + 1e-12)
+            noise = torch.rand_like(logits).logit(eps=1e-7)
+            logits = logits + noise
+        gates = logits.sigmoid()
+        total = gates.sum(-1, keepdim=True)
+        return gates / (total + 1e-12)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        w = self.weights(tasks_of(self.target, x))
-        A = torch.einsum("bqs,qsir->bqir", w, self.poly_lora_A).flatten(1, 2)
-        B = torch.einsum("bqs,qsro->brqo", w, self.poly_lora_B).flatten(2)
-        return y + torch.einsum("b...r,bro->b...o", torch.einsum("b...i,bir->b...r", x, A), B / self.r)
+        tasks = tasks_of(self.target, x)
+        w = self.weights(tasks)
+        A = torch.einsum("bqs,qsir->bqir", w, self.poly_lora_A).flatten(1, 2)  # (rows, in, r)
+        B = torch.einsum("bqs,qsro->brqo", w, self.poly_lora_B).flatten(2)  # (rows, r, out)
+        narrow = torch.einsum("b...i,bir->b...r", x, A)
+        update = torch.einsum("b...r,bro->b...o", narrow, B / self.r)
+        return y + update
 
     def expected_parameters(self) -> int:
-        lora = self.skills * self.r * (self.target.in_features + self.target.out_features)
-        return lora + self.config.n_tasks * self.splits * self.skills
+        loras = self.skills * self.r * (self.target.in_features + self.target.out_features)
+        router = self.config.n_tasks * self.splits * self.skills
+        return loras + router
 
     def describe(self) -> str:
         return f"{self.skills} skills of r={self.r}, {self.config.n_tasks} tasks"
@@ -96,19 +112,21 @@ class Poly(Adapter):
 @dataclass(kw_only=True)
 class PolyConfig(LayerConfig):
     r: int = 8
-    """Rank of a skill."""
+    """Rank of each skill."""
     init_weights: bool = True
-    """Start as a no-op; False: B random too (for tests)."""
+    """Start as a no-op; False: B is random too (for tests)."""
     poly_type: Literal["poly"] = "poly"
     """The kind of routing: "poly", by task."""
     n_tasks: int = 1
-    """How many tasks there are."""
+    """Number of tasks."""
     n_skills: int = 4
-    """How many LoRA skills a target has, shared by the tasks."""
+    """Number of skills (LoRAs) per target, shared by all tasks."""
     n_splits: int = 1
-    """Parts of input and output that are mixed apart (multi-head routing)."""
+    """Number of parts of the input and output with mixing weights of their own (multi-head routing)."""
 
-    peft_type, adapter, facts = Name("POLY"), Poly, ("task_ids",)
+    peft_type = Name("POLY")
+    adapter = Poly
+    facts = ("task_ids",)
     learning_rate = 1e-3
 
     def __post_init__(self) -> None:

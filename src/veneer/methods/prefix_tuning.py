@@ -1,10 +1,10 @@
 """Prefix tuning: learn keys and values that every attention layer sees before the input.
 
-    softmax(q [P_K, K]^T) [P_V, V],  P given directly or as MLP(p), which trains more steadily (`prefix_projection`)
+    softmax(q [P_K, K]^T) [P_V, V],  P learned directly or as MLP(p), which trains more stably (`prefix_projection`)
 
-Li and Liang, 2021, arXiv:2101.00190. Trainable: n x layers x 2 x width, or the embedding and the MLP. Not mergeable: it
-lives in the cache. The file holds the projected result, so a projection can be used but not trained on from a file.
-Its start is random and disturbs the model, so that a small rate is not enough.
+Li and Liang, 2021, arXiv:2101.00190. Trainable: n x layers x 2 x width, or the embedding and the MLP. Not mergeable:
+the prefix is in the key-value cache. The file holds the projected prefix, so a loaded projection can be used but its
+training cannot be resumed. The random start disturbs the model, and a small learning rate does not repair that.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..errors import CheckpointError, ConfigError
 
 
 class Prefix(Prompt):
-    """Learned cache entries, held as one row for each position."""
+    """A prompt of learned cache entries, stored as one row for each position."""
 
     def prefix(self) -> Tensor:
         """(n, layers x 2 x width)."""
@@ -30,12 +30,16 @@ class Prefix(Prompt):
 
     def key_values(self, facts: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
         spec = self.spec
-        # (n, layers, 2, heads, head_dim) -> (layers, 2, heads, n, head_dim)
-        cache = self.prefix().view(self.n, spec.layers, 2, spec.heads, spec.head_dim).permute(1, 2, 3, 0, 4)
-        # PEFT deals an encoder-decoder's entries out as if each layer took four: layer i gets those of 2i, modulo
-        # the number of layers. Half of them are never read; its files mean that, so it is kept.
-        order = [2 * i % spec.layers if spec.submodules == 2 else i for i in range(spec.layers)]
-        return [(cache[i, 0], cache[i, 1]) for i in order]
+        entries = self.prefix().view(self.n, spec.layers, 2, spec.heads, spec.head_dim)
+        cache = entries.permute(1, 2, 3, 0, 4)  # (layers, 2, heads, n, head_dim)
+        # PEFT splits an encoder-decoder's entries as if each layer took four: layer i reads those of layer 2 i modulo
+        # the number of layers, and half of the entries are unused. PEFT's files depend on it.
+        step = 2 if spec.submodules == 2 else 1
+        pairs = []
+        for layer in range(spec.layers):
+            source = step * layer % spec.layers
+            pairs.append((cache[source, 0], cache[source, 1]))
+        return pairs
 
     def export(self) -> Tensors:
         return {"prompt_embeddings": self.prefix().detach()}
@@ -50,15 +54,23 @@ class PrefixTuning(Prefix):
         if self.is_projected:
             hidden = config.encoder_hidden_size
             self.embedding = nn.Embedding(self.n, spec.width)
-            self.transform = nn.Sequential(nn.Linear(spec.width, hidden), nn.Tanh(), nn.Linear(hidden, size))
+            first = nn.Linear(spec.width, hidden)
+            last = nn.Linear(hidden, size)
+            self.transform = nn.Sequential(first, nn.Tanh(), last)
         else:
             self.prompt_embeddings = nn.Parameter(torch.randn(self.n, size))
         if config.init_weights == "zero":
-            for last in (*self.transform[-1].parameters(),) if self.is_projected else (self.prompt_embeddings,):
-                nn.init.zeros_(last)
+            self._zero_prefix()
+
+    def _zero_prefix(self) -> None:
+        module = self.transform[-1] if self.is_projected else self
+        for parameter in module.parameters():
+            nn.init.zeros_(parameter)
 
     def prefix(self) -> Tensor:
-        return self.transform(self.embedding.weight) if self.is_projected else self.prompt_embeddings
+        if self.is_projected:
+            return self.transform(self.embedding.weight)
+        return self.prompt_embeddings
 
     def absorb(self, tensors: Tensors) -> None:
         if self.is_projected:
@@ -72,14 +84,15 @@ class PrefixTuning(Prefix):
 @dataclass(kw_only=True)
 class PrefixTuningConfig(PromptConfig):
     encoder_hidden_size: int | None = None
-    """Width of the projection's hidden layer; None: the prefix's own width."""
+    """Width of the projection's hidden layer; None: the width of a cache entry."""
     prefix_projection: bool = False
     """Train the prefix through an MLP."""
     init_weights: str | None = None
     """"zero": keys and values start at zero; None: random."""
 
+    peft_type = Name("PREFIX_TUNING")
+    prompt = PrefixTuning
     learning_rate = 6e-2
-    peft_type, prompt = Name("PREFIX_TUNING"), PrefixTuning
     fills_cache = True
 
     def __post_init__(self) -> None:

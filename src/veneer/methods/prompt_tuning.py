@@ -1,11 +1,11 @@
-"""Prompt tuning: learn embeddings that stand in front of the input.
+"""Prompt tuning: learn embeddings that are put in front of the input.
 
     [p_1 ... p_n, E(x_1) ... E(x_T)]
 
 Lester et al., 2021, arXiv:2104.08691. Trainable: n x width. Not mergeable: it has no weight form. Starts at random
-embeddings, at those of random tokens, or at those of a text. For an encoder-decoder, PEFT's files hold twice the rows,
-of which the second half is never read. It learns at rates a hundred times those of weights: 0.3 gains on SmolLM2-135M
-nine tenths of what LoRA gains in 60 rows of GSM8K, 1e-3 a seventh.
+embeddings, at those of random tokens, or at those of a text. For an encoder-decoder, PEFT's files hold twice as many
+rows and the second half is unused. It needs a learning rate some hundred times that of weights: on SmolLM2-135M and 60
+rows of GSM8K, a rate of 0.3 reaches nine tenths of LoRA's gain, 1e-3 a seventh.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class PromptTuning(Prompt):
                 self.prompt_embeddings.copy_(self.start(config, rows, words))
 
     def start(self, config: PromptTuningConfig, rows: int, words: Tensor) -> Tensor:
+        """The initial prompt, (rows, width)."""
         if config.prompt_tuning_init == "RANDOM":
             return torch.randn(rows, words.shape[1])
         if config.prompt_tuning_init == "SAMPLE_VOCAB":
@@ -48,18 +49,19 @@ class PromptTuning(Prompt):
 @dataclass(kw_only=True)
 class PromptTuningConfig(PromptConfig):
     prompt_tuning_init: str = "RANDOM"
-    """"RANDOM", "SAMPLE_VOCAB" (embeddings of random tokens) or "TEXT"."""
+    """How the prompt starts: "RANDOM", "SAMPLE_VOCAB" (embeddings of random tokens) or "TEXT"."""
     prompt_tuning_init_text: str | None = None
-    """The text to start from, repeated or cut to length."""
+    """The text to start from, repeated or truncated to the prompt's length."""
     tokenizer_name_or_path: str | None = None
-    """Whose tokenizer reads it; a directory or a hub id."""
+    """The tokenizer for the text: a directory or a hub id."""
     tokenizer_kwargs: dict[str, Any] | None = None
-    """Arguments for the tokenizer's `from_pretrained`."""
+    """Keyword arguments for the tokenizer's `from_pretrained`."""
 
-    peft_type, prompt = Name("PROMPT_TUNING"), PromptTuning
+    peft_type = Name("PROMPT_TUNING")
+    prompt = PromptTuning
     learning_rate = 0.3
     inits: ClassVar[tuple[str, ...]] = INITS
-    """What `prompt_tuning_init` may be."""
+    """The allowed values of `prompt_tuning_init`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,18 +70,21 @@ class PromptTuningConfig(PromptConfig):
             raise ConfigError(
                 f"prompt_tuning_init must be one of {', '.join(self.inits)}, not {self.prompt_tuning_init!r}"
             )
-        if self.prompt_tuning_init == "TEXT" and not (self.prompt_tuning_init_text and self.tokenizer_name_or_path):
+        has_text = self.prompt_tuning_init_text and self.tokenizer_name_or_path
+        if self.prompt_tuning_init == "TEXT" and not has_text:
             raise ConfigError("prompt_tuning_init TEXT needs prompt_tuning_init_text and tokenizer_name_or_path")
         if "trust_remote_code" in (self.tokenizer_kwargs or {}):
             raise ConfigError("tokenizer_kwargs may not set trust_remote_code: a checkpoint could run code with it")
 
     def tokens_of_text(self) -> list[int]:
+        """The token ids of `prompt_tuning_init_text`."""
         from transformers import AutoTokenizer
 
         from ..files.pull import resolve
 
         assert self.tokenizer_name_or_path
-        tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer_name_or_path), **(self.tokenizer_kwargs or {}))
+        source = resolve(self.tokenizer_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(source, **(self.tokenizer_kwargs or {}))
         tokens = tokenizer(self.prompt_tuning_init_text)["input_ids"]
         if not tokens:
             raise ConfigError(f"prompt_tuning_init_text {self.prompt_tuning_init_text!r} has no tokens")

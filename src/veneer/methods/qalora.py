@@ -1,10 +1,10 @@
-"""QA-LoRA: A reads the inputs in groups, so that a weight quantised group by group can take the update up.
+"""QA-LoRA: A reads the inputs in groups, so that the update can be merged into a weight quantised in groups.
 
     W' = W + s B A P,  P x = (in / L) mean of each L consecutive inputs,  A (r, in / L)
 
 Xu et al., 2023, arXiv:2309.14717. Trainable: r (in / L + out) per target. Mergeable. Starts as a no-op: B is zero.
-The paper's P is a sum, L times the mean; PEFT's files mean the number of groups times the mean, and so do ours.
-PEFT has it on GPTQ layers alone.
+The paper's P is a sum, L times the mean; in PEFT's files, and so here, it is the number of groups times the mean.
+PEFT supports it on GPTQ layers only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class QALoRA(LoRA):
 
     def make(self) -> tuple[Matrix, Matrix]:
         A, B = super().make()
-        size, width = self.config.qalora_group_size, A.weight.shape[1]
+        size = self.config.qalora_group_size
+        width = A.weight.shape[1]
         if width % size:
             raise TargetError(
                 f"qalora_group_size {size} does not divide the {width} inputs of A on {self.target.path!r}"
@@ -46,18 +47,19 @@ class QALoRA(LoRA):
     def factors(self) -> tuple[Tensor, Tensor]:
         A, B = super().factors()
         size = self.config.qalora_group_size
-        return A.repeat_interleave(size, dim=1) * (self.target.in_features / size**2), B
+        A = A.repeat_interleave(size, dim=1)  # (r, in)
+        return A * (self.target.in_features / size**2), B
 
     def sizes(self) -> tuple[int, int]:
-        A, B = super().sizes()
-        return A // self.config.qalora_group_size, B
+        size_A, size_B = super().sizes()
+        return size_A // self.config.qalora_group_size, size_B
 
 
 @dataclass(kw_only=True)
 class QALoraConfig(LoraConfig):
-    """`LoraConfig(use_qalora=True)` under a name of its own."""
+    """`LoraConfig(use_qalora=True)` under its own name."""
 
     use_qalora: bool = True
-    """A reads sums over groups of inputs."""
+    """A reads the inputs in groups of `qalora_group_size`."""
 
     adapter = Composition(QALoRA)  # type: ignore[assignment]

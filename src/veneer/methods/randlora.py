@@ -1,14 +1,14 @@
-"""RandLoRA: a full-rank update from many random low-rank bases, of which only diagonal scales are learned.
+"""RandLoRA: a full-rank update from many frozen random low-rank bases with learned diagonal scales.
 
     W' = W + s sum_j B_j diag(l_j) A diag(g_j),  s = alpha / r,  for j = 1 ... n,  n = ceil(min(in, out) / r)
 
-A (r, min) and B_j (max, r) are random, frozen, cut from one set to each target's size; where in > out, the sum is
-transposed. Albert et al., 2025, arXiv:2502.00987. Trainable: n (r + min(in, out)) per target. Mergeable. Starts as a
-no-op: l is zero.
+A (r, min) and B_j (max, r) are random, frozen, and sliced from one shared set to each target's size; where in > out,
+the sum is transposed. Albert et al., 2025, arXiv:2502.00987. Trainable: n (r + min(in, out)) per target. Mergeable.
+Starts as a no-op: l is zero.
 
-As in PEFT's files, the columns of [B_1 ... B_n] in order meet the scaled rows of A in the order that counts j first: a
-relabelling of the random columns. PEFT draws the bases in bf16 (on machines without it in fp16, whose files agree only
-when they hold the bases). Its files repeat the bases at every layer, and so do ours.
+As in PEFT, the columns of [B_1 ... B_n] are paired with the scaled rows of A in an order in which j varies fastest,
+which only relabels the random columns. PEFT draws the bases in bf16; on machines without bf16 it uses fp16, and such
+files agree with ours only if they hold the bases. As in PEFT's files, the bases are repeated at every layer.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from ..targets.target import Target
 
 
 class Bases(nn.Module):
-    """The shared A (r, 1, smallest) and B (largest, n, r), of standard deviation one."""
+    """The shared A (r, 1, smallest) and B (largest, n, r), with standard deviation 1."""
 
     def __init__(self, config: RandLoraConfig, smallest: int, largest: int) -> None:
         super().__init__()
-        r, n = config.r, math.ceil(smallest / config.r)
+        r = config.r
+        n = math.ceil(smallest / r)
         generator = torch.Generator(device="cpu").manual_seed(config.projection_prng_key)
         if config.sparse or config.very_sparse:
             sparsity = math.sqrt(smallest) if config.very_sparse else 3
@@ -43,8 +44,10 @@ class Bases(nn.Module):
                 raise ConfigError("the sparse bases came out all zero; use a larger r or another projection_prng_key")
         else:
             draw = partial(kaiming, generator=generator, a=math.sqrt(5), dtype=torch.bfloat16)
-            A, B = draw(r, 1, smallest), torch.cat([draw(largest, 1, r) for _ in range(n)], dim=1)
-        A, B = (A / A.std()).float(), (B / B.std()).float()
+            A = draw(r, 1, smallest)
+            B = torch.cat([draw(largest, 1, r) for _ in range(n)], dim=1)
+        A = (A / A.std()).float()
+        B = (B / B.std()).float()
         self.register_buffer("randlora_A", A, persistent=config.save_projection)
         self.register_buffer("randlora_B", B, persistent=config.save_projection)
 
@@ -52,19 +55,31 @@ class Bases(nn.Module):
 class RandLoRA(LowRank):
     def __init__(self, config: RandLoraConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
-        self.r, sizes = config.r, (target.in_features, target.out_features)
-        self.smaller, self.larger = min(sizes), max(sizes)
-        self.n, self.scaling = math.ceil(self.smaller / self.r), config.randlora_alpha / self.r
-        values, start = (torch.zeros, 1 / self.smaller) if config.init_weights else (torch.randn, 1 / self.larger)
-        self.randlora_lambda = nn.Parameter(values(self.r, self.n))
-        self.randlora_gamma = nn.Parameter(torch.full((self.n, self.smaller), start))
+        self.r = config.r
+        self.smaller = min(target.in_features, target.out_features)
+        self.larger = max(target.in_features, target.out_features)
+        self.n = math.ceil(self.smaller / self.r)
+        self.scaling = config.randlora_alpha / self.r
+        if config.init_weights:
+            scales = torch.zeros(self.r, self.n)
+            gamma = 1 / self.smaller
+        else:
+            scales = torch.randn(self.r, self.n)
+            gamma = 1 / self.larger
+        self.randlora_lambda = nn.Parameter(scales)
+        self.randlora_gamma = nn.Parameter(torch.full((self.n, self.smaller), gamma))
         self.set_dropout(config.randlora_dropout)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        A = self.shared.randlora_A[..., : self.smaller].to(self.randlora_lambda)  # (r, 1, min)
-        B = self.shared.randlora_B[: self.larger, : self.n].to(A).flatten(1) * self.scaling  # (max, n r)
-        A = (self.randlora_lambda[..., None] * A * self.randlora_gamma).flatten(0, 1)  # (r n, min)
-        return (A, B) if self.smaller == self.target.in_features else (B.T, A.T)
+        scales = self.randlora_lambda  # (r, n)
+        A = self.shared.randlora_A[..., : self.smaller].to(scales)  # (r, 1, min)
+        B = self.shared.randlora_B[: self.larger, : self.n].to(A)  # (max, n, r)
+        B = B.flatten(1) * self.scaling  # (max, n r)
+        A = scales[..., None] * A * self.randlora_gamma  # (r, n, min)
+        A = A.flatten(0, 1)  # (r n, min)
+        if self.smaller == self.target.in_features:
+            return A, B
+        return B.T, A.T
 
     def export(self) -> Tensors:
         return self.state_dict() | self.shared.state_dict()
@@ -79,15 +94,15 @@ class RandLoRA(LowRank):
 @dataclass(kw_only=True)
 class RandLoraConfig(LayerConfig):
     r: int = 32
-    """Rank of one base. A smaller rank takes more bases, and so more parameters."""
+    """Rank of each base. A smaller rank needs more bases, and so more parameters."""
     projection_prng_key: int = 0
     """Seed of the bases."""
     save_projection: bool = True
-    """Write the bases into the file too; False: regenerated from the seed."""
+    """Write the bases to the file too; False: regenerate them from the seed."""
     sparse: bool = False
-    """Bases of -1, 0 and 1, two thirds of them zero."""
+    """Bases of -1, 0 and 1, two thirds of the entries zero."""
     very_sparse: bool = False
-    """The same, with a share of 1 / sqrt(the smaller width) that is not zero; goes before `sparse`."""
+    """Bases of -1, 0 and 1, with a share of 1 / sqrt(smaller width) nonzero; takes precedence over `sparse`."""
     randlora_dropout: float = 0.0
     """Dropout on the input of the update, in training."""
     randlora_alpha: int | float = 640
@@ -95,7 +110,8 @@ class RandLoraConfig(LayerConfig):
     init_weights: bool = True
     """Start as a no-op; False: random (for tests)."""
 
-    peft_type, adapter = Name("RANDLORA"), RandLoRA
+    peft_type = Name("RANDLORA")
+    adapter = RandLoRA
     recommended = {"save_projection": False}
 
     def __post_init__(self) -> None:

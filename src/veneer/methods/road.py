@@ -1,11 +1,12 @@
-"""RoAd: turn pairs of the output's entries by learned angles, and stretch them.
+"""RoAd: rotate pairs of output entries by learned angles and scale them.
 
     y' = R y,  R for a pair (y1, y2):  [ a_1 cos t_1   -b_1 sin u_1 ]
                                        [ b_2 sin u_2    a_2 cos t_2 ]
 
-Liao and Monz, 2024, arXiv:2409.00119. All a = b and t = u within a pair: road_1; within a row: road_2; none: road_4.
-Trainable: out, 2 out or 4 out per target. Mergeable. Starts as a no-op: angles zero, lengths one. The pairs are, as in
-PEFT's files, the two halves of each group of entries; the paper's are neighbours.
+Liao and Monz, 2024, arXiv:2409.00119. road_1: one length and one angle for each pair; road_2: one of each for each row
+of a pair; road_4: all of them independent. Trainable: out, 2 out or 4 out per target. Mergeable. Starts as a no-op:
+angles zero, lengths one. As in PEFT's files, a pair takes one entry from each half of a group; in the paper, pairs are
+neighbouring entries.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from ..errors import ConfigError
 from ..targets.target import Target
 
 SHAPES = {"road_1": (1, 1), "road_2": (1, 2), "road_4": (2, 2)}
-"""For each variant how many values of their own (the cosines and the sines, the two rows) have."""
+"""By variant, how many separate values there are for (cosine and sine, the two rows of a pair)."""
 
 
 class Road(Adapter):
     def __init__(self, config: RoadConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
-        self.variant, self.span = config.variant, config.group_size // 2
+        self.variant = config.variant
+        self.span = config.group_size // 2
         if target.out_features % config.group_size:
             raise ConfigError(
                 f"group_size {config.group_size} on {target.path!r} must divide its out = {target.out_features}"
@@ -43,17 +45,23 @@ class Road(Adapter):
     def turn(self, y: Tensor) -> Tensor:
         """R y for y (..., out)."""
         shape = (-1, *SHAPES[self.variant], self.span)  # (groups, columns, rows, half)
-        theta, alpha = (p.to(y.dtype).view(shape) for p in (self.road_theta, self.road_alpha))
-        cosines, sines = alpha[:, 0] * theta[:, 0].cos(), alpha[:, -1] * theta[:, -1].sin()
-        pairs = y.unflatten(-1, (-1, 2, self.span))
+        theta = self.road_theta.to(y.dtype).view(shape)
+        alpha = self.road_alpha.to(y.dtype).view(shape)
+        cosines = alpha[:, 0] * theta[:, 0].cos()
+        sines = alpha[:, -1] * theta[:, -1].sin()
+        pairs = y.unflatten(-1, (-1, 2, self.span))  # (..., groups, 2, half)
         y1, y2 = pairs.unbind(-2)
-        return (pairs * cosines + torch.stack([-y2, y1], dim=-2) * sines).flatten(-3)
+        swapped = torch.stack([-y2, y1], dim=-2)
+        turned = pairs * cosines + swapped * sines
+        return turned.flatten(-3)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         return self.turn(y)
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self.turn(W.mT).mT, None if b is None else self.turn(b)
+        turned_W = self.turn(W.mT).mT
+        turned_b = None if b is None else self.turn(b)
+        return turned_W, turned_b
 
     def expected_parameters(self) -> int:
         return int(self.variant[-1]) * self.target.out_features
@@ -65,13 +73,14 @@ class Road(Adapter):
 @dataclass(kw_only=True)
 class RoadConfig(LayerConfig):
     variant: str = "road_1"
-    """"road_1": one angle and length for a pair; "road_2": for each entry; "road_4": two for each entry."""
+    """"road_1": one angle and length per pair; "road_2": one per entry; "road_4": two per entry."""
     group_size: int = 64
-    """Entries are paired within groups of this even size, first half with second; it divides out of every target."""
+    """Even size of the groups whose first half is paired with the second; must divide out of every target."""
     init_weights: bool = True
     """Start as a no-op; False: random (for tests)."""
 
-    peft_type, adapter = Name("ROAD"), Road
+    peft_type = Name("ROAD")
+    adapter = Road
 
     def __post_init__(self) -> None:
         super().__post_init__()

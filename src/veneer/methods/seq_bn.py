@@ -1,9 +1,10 @@
-"""Sequential bottleneck adapters, one a layer: AdapterHub's SeqBnConfig.
+"""Sequential bottleneck adapters, one per layer: AdapterHub's SeqBnConfig.
 
     z' = z + up(f(down(z))),  z the output of a layer
 
 Pfeiffer et al., 2021, arXiv:2005.00247. Trainable: 2 m d + m + d for each layer, m = d / 16. Not mergeable. Starts as a
-no-op. In models that norm last (BERT) AdapterHub applies that norm once more, after the adapter; here it stays before.
+no-op. In post-norm models (BERT), AdapterHub applies the last norm again after the adapter; here it is applied only
+once, before the adapter.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .families.bottleneck import Bottleneck
 @dataclass(kw_only=True)
 class SeqBnConfig(BottleneckConfig):
     original_ln_before: bool = True
-    """Stand behind the residual sum of the layer (and its norm, where that comes last), not in front of it."""
+    """Place the adapter after the layer's residual sum (and its norm, where that comes last), not before it."""
 
-    peft_type, adapter = Name("SEQ_BN"), Bottleneck
+    peft_type = Name("SEQ_BN")
+    adapter = Bottleneck

@@ -1,17 +1,18 @@
-"""SHiRA: learn a few entries of the weight itself, at fixed places: sparse, and of high rank.
+"""SHiRA: learn the update of a few fixed entries of the weight: a sparse update of high rank.
 
     W' = W + S,  S zero except r (in + out) entries
 
-Bhardwaj et al., 2024, arXiv:2406.13175 (there the random mask is one of five). Trainable: r (in + out) per target, as
-many as LoRA of that rank. Mergeable. Starts as a no-op: the entries are zero. The file holds the places too. Without
-`random_seed` they are those of an unseeded `torch.Generator()`, which are the same everywhere. For a mask of your own
-give `mask_type` a name and set `config.mask_fn` to a function of (module, r) that returns zeros and ones in the shape
-of its weight. Unlike in PEFT, GPT-2's Conv1D and convolutions are targets too.
+Bhardwaj et al., 2024, arXiv:2406.13175 (the paper's random mask, one of five). Trainable: r (in + out) per target, as
+many as LoRA of rank r. Mergeable. Starts as a no-op: S is zero. The file also holds the positions of the entries.
+Without `random_seed` they come from an unseeded `torch.Generator()`, which draws the same everywhere. For a mask of
+your own, give `mask_type` any other name and set `config.mask_fn` to a function of (module, r) that returns zeros and
+ones in the shape of the module's weight. Unlike in PEFT, GPT-2's Conv1D and convolutions can be targets.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ class SHiRA(Additive):
 
     def __init__(self, config: ShiraConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
-        self.shape = target.out_features, target.in_features
+        self.shape = (target.out_features, target.in_features)
         n = config.r * sum(self.shape)
         if n > math.prod(self.shape):
             raise ConfigError(
@@ -37,43 +38,58 @@ class SHiRA(Additive):
                 "use a smaller r"
             )
         self.scaling = 1.0
-        self.shira_weight = nn.Parameter(torch.zeros(n) if config.init_weights else torch.randn(n))
+        values = torch.zeros(n) if config.init_weights else torch.randn(n)
+        self.shira_weight = nn.Parameter(values)
         indices = torch.empty(2, n, dtype=torch.int32)
-        self.register_buffer("shira_indices", indices if indices.is_meta else self.chosen(n))
+        if not indices.is_meta:
+            indices = self.choose_indices(n)
+        self.register_buffer("shira_indices", indices)
 
-    def chosen(self, n: int) -> Tensor:
-        """Row and column of each learned entry, row by row: (2, n)."""
+    def choose_indices(self, n: int) -> Tensor:
+        """Rows and columns of the n learned entries in row-major order, (2, n)."""
         mask_fn = getattr(self.config, "mask_fn", None)
-        if mask_fn is None and self.config.mask_type != "random":
-            name = self.config.mask_type
-            raise ConfigError(f'mask_type {name!r} needs a function: set config.mask_fn, or use "random"')
-        if mask_fn is None:
-            return self.config.random_mask(*self.shape, n).nonzero().T.int()
-        mask = self.target.as_matrix(mask_fn(self.target.base, self.config.r))
-        if mask.shape != self.shape or int((mask == 1).sum()) != n:
+        mask_type = self.config.mask_type
+        if mask_fn is not None:
+            is_learned = self._custom_mask(mask_fn, n)
+        elif mask_type == "random":
+            is_learned = self.config.random_mask(*self.shape, n)
+        else:
+            raise ConfigError(f'mask_type {mask_type!r} needs a function: set config.mask_fn, or use "random"')
+        return is_learned.nonzero().T.int()
+
+    def _custom_mask(self, mask_fn: Callable[[nn.Module, int], Tensor], n: int) -> Tensor:
+        """Where the user's mask is one, (out, in). It must be one in n places."""
+        stored = mask_fn(self.target.base, self.config.r)
+        mask = self.target.as_matrix(stored)
+        is_one = mask == 1
+        count = int(is_one.sum())
+        if mask.shape != self.shape or count != n:
             raise ConfigError(
-                f"mask_fn gave {self.target.path!r} a mask of {tuple(mask.shape)} with {int((mask == 1).sum())} ones; "
+                f"mask_fn gave {self.target.path!r} a mask of {tuple(mask.shape)} with {count} ones; "
                 f"it must be {self.shape} with r (in + out) = {n} ones"
             )
-        return (mask == 1).nonzero().T.int()
+        return is_one
 
     def entries(self) -> tuple[Tensor, Tensor]:
-        """(values, flat places)."""
+        """The learned values, and their positions in the flattened weight."""
         rows, columns = self.shira_indices.long()
-        return self.shira_weight * self.scaling, rows * self.shape[1] + columns
+        positions = rows * self.shape[1] + columns
+        return self.shira_weight * self.scaling, positions
 
     def delta(self) -> Tensor:
-        return scatter(*self.entries(), *self.shape)
+        values, positions = self.entries()
+        return scatter(values, positions, *self.shape)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         if self.target.kind == "linear" and is_cheaper_sparse(x, self.shira_weight, self.shape[0]):
-            return add_product(y, x, *self.entries())
+            values, positions = self.entries()
+            return add_product(y, x, values, positions)
         return super().post(x, y)
 
     def absorb(self, tensors: Tensors) -> None:
-        rows, columns = tensors["shira_indices"].long()
-        if not all(int(i.min()) >= 0 and int(i.max()) < n for i, n in zip((rows, columns), self.shape, strict=True)):
-            raise CheckpointError(f"shira_indices of {self.target.path!r} lie outside its weight {self.shape}")
+        for indices, size in zip(tensors["shira_indices"].long(), self.shape, strict=True):
+            if not 0 <= int(indices.min()) <= int(indices.max()) < size:
+                raise CheckpointError(f"shira_indices of {self.target.path!r} lie outside its weight {self.shape}")
         super().absorb(tensors)
 
     def expected_parameters(self) -> int:
@@ -86,15 +102,16 @@ class SHiRA(Additive):
 @dataclass(kw_only=True)
 class ShiraConfig(LayerConfig):
     r: int = 32
-    """Decides the number of entries, r (in + out); it does not limit the update's rank."""
+    """Sets the number of entries, r (in + out); it does not limit the rank of the update."""
     mask_type: str = "random"
-    """How the entries are chosen: "random", or any name for the `mask_fn` you set."""
+    """How the entries are chosen: "random", or any other name for the `mask_fn` that you set."""
     random_seed: int | None = None
-    """Seed of the random choice; None: torch's default."""
+    """Seed of the random choice; None: torch's default seed."""
     init_weights: bool = True
     """Start as a no-op; False: normal values (for tests)."""
 
-    peft_type, adapter = Name("SHIRA"), SHiRA
+    peft_type = Name("SHIRA")
+    adapter = SHiRA
     learning_rate = 5e-4
 
     def __post_init__(self) -> None:
@@ -102,9 +119,11 @@ class ShiraConfig(LayerConfig):
         check_range(self, 1, math.inf, "r")
 
     def random_mask(self, rows: int, columns: int, n: int) -> Tensor:
+        """A boolean mask with n random entries set, (rows, columns)."""
         generator = torch.Generator(device="cpu")
         if self.random_seed is not None:
             generator.manual_seed(self.random_seed)
+        order = torch.randperm(rows * columns, generator=generator, device="cpu")
         mask = torch.zeros(rows * columns, dtype=torch.bool, device="cpu")
-        mask[torch.randperm(rows * columns, generator=generator, device="cpu")[:n]] = True
+        mask[order[:n]] = True
         return mask.view(rows, columns)

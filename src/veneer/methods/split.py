@@ -1,10 +1,11 @@
-"""Split: the first tokens of each row use one adapter, the next ones another.
+"""Split: apply different adapters to consecutive parts of each sequence.
 
-    y'_t = y_t + w_i u_i,  i: the adapter whose part token t is in, u_i: what it adds to y_t
+    y'_t = y_t + w_i u_i,  i: the adapter of the part that token t is in, u_i: what it adds to y_t
 
 AdapterHub's `Split` (Poth et al., 2023, arXiv:2311.11077). Trainable: none, or k for each module with `learned`.
-Not mergeable: it depends on the position. Not a no-op. Padding in front is not counted; tokens after the last part,
-such as those that `generate` adds, belong to it. The file holds the weights and the adapters' names: load those first.
+Not mergeable: it depends on the position. Not a no-op. Left padding is not counted; tokens after the last part, such as
+those that `generate` adds, belong to the last part. The file holds the weights and the names of the adapters, which
+must be loaded first.
 """
 
 from __future__ import annotations
@@ -25,22 +26,31 @@ class Split(Weighted):
     kinds = frozenset({"linear", "embedding", "norm", "block"})
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        places = self.target.fact("places")
-        places = torch.arange(y.shape[1], device=y.device).expand(y.shape[:2]) if places is None else places
-        ends = torch.tensor(self.config.splits[:-1], device=y.device).cumsum(0)
-        part = torch.bucketize(places.reshape(y.shape[:-1]).contiguous(), ends, right=True)
+        part = self.part_of_tokens(y)
         for w, name in zip(self.composition_weights, self.names, strict=True):
-            mine = part == self.config.adapter_names.index(name)
-            y = y + torch.where(mine[..., None], w * self.update(name, x, y), 0)
+            in_part = part == self.config.adapter_names.index(name)
+            update = w * self.update(name, x, y)
+            y = y + torch.where(in_part[..., None], update, 0)
         return y
+
+    def part_of_tokens(self, y: Tensor) -> Tensor:
+        """The index of the part that each token of y (batch, length, width) is in, (batch, length)."""
+        positions = self.target.fact("places")
+        if positions is None:
+            index = torch.arange(y.shape[1], device=y.device)
+            positions = index.expand(y.shape[:2])
+        positions = positions.reshape(y.shape[:-1]).contiguous()
+        ends = torch.tensor(self.config.splits[:-1], device=y.device).cumsum(0)
+        return torch.bucketize(positions, ends, right=True)
 
 
 @dataclass(kw_only=True)
 class SplitConfig(WeightedConfig):
     splits: list[int] = field(default_factory=list)
-    """How many tokens belong to each adapter, in the order of `adapter_names`."""
+    """Number of tokens for each adapter, in the order of `adapter_names`."""
 
-    peft_type, adapter = Name("SPLIT"), Split
+    peft_type = Name("SPLIT")
+    adapter = Split
     title = "a split"
     example = {"adapter_names": ["one", "two"], "splits": [8, 8]}
 
@@ -52,7 +62,8 @@ class SplitConfig(WeightedConfig):
             )
 
     def fill_targets(self, model: nn.Module) -> None:
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        model_config = getattr(model, "config", None)
+        if getattr(model_config, "is_encoder_decoder", False):
             raise TargetError("a split counts the tokens of one sequence; this model reads two, source and target")
         super().fill_targets(model)
 

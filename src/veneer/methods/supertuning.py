@@ -1,11 +1,12 @@
-"""Super-Tuning: learn what to add to the weight's largest entries; "Supra" adds a LoRA.
+"""Super-Tuning: learn the update of the weight's largest entries; with a rank ("Supra"), also a LoRA.
 
     W' = W + S + s B A,  S zero except at the (1 - sparsity) in out largest |W|,  s = lora_alpha / r
 
-2026, arXiv:2607.09287 as PEFT's documentation names it. Trainable: (1 - sparsity) in out, and r (in + out) with a rank,
-per target. Mergeable. Starts as a no-op: S and B are zero. The paper's choice by activations (as Wanda's) is not here,
-nor in PEFT. The file holds the places, or with `save_precomputed_indices=False` they are found again in the base
-model. Unlike in PEFT, GPT-2's Conv1D and convolutions are targets too, and S is added in the adapter's precision.
+2026, arXiv:2607.09287, the number that PEFT's documentation gives. Trainable: (1 - sparsity) in out per target, and
+r (in + out) more with a rank. Mergeable. Starts as a no-op: S and B are zero. Like PEFT, it does not support the
+paper's selection by activations (as in Wanda). The file holds the positions of the entries; with
+`save_precomputed_indices=False` they are recomputed from the base model. Unlike in PEFT, GPT-2's Conv1D and
+convolutions can be targets, and S is added in the adapter's precision.
 """
 
 from __future__ import annotations
@@ -28,47 +29,64 @@ class Supertuning(Additive):
 
     def __init__(self, config: SupertuningConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
-        self.shape = target.out_features, target.in_features
+        self.shape = (target.out_features, target.in_features)
         n = self.entries()
         if n < 1:
             raise ConfigError(
                 f"sparsity {config.sparsity} on {target.path!r} leaves none of its {math.prod(self.shape)} entries "
                 "to learn; use a smaller sparsity"
             )
-        self.supertuning_values = nn.Parameter(torch.zeros(n) if config.init_weights else torch.randn(n))
+        values = torch.zeros(n) if config.init_weights else torch.randn(n)
+        self.supertuning_values = nn.Parameter(values)
         indices = torch.empty(n, dtype=torch.int32)
         if not (indices.is_meta and config.save_precomputed_indices):
-            scores = target.original_weight().detach().abs().flatten()
-            indices = scores.topk(n, largest=config.select_top).indices.int()
+            magnitudes = target.original_weight().detach().abs().flatten()
+            indices = magnitudes.topk(n, largest=config.select_top).indices.int()
         self.register_buffer("supertuning_indices", indices, persistent=config.save_precomputed_indices)
         if config.r is not None:
-            self.scaling = config.lora_alpha / config.r  # type: ignore[operator]
-            self.dropout = nn.Dropout(config.lora_dropout)
-            self.supertuning_lora_A, self.supertuning_lora_B = target.factors(config.r)
-            nn.init.kaiming_uniform_(self.supertuning_lora_A.weight, a=math.sqrt(5))
-            B = self.supertuning_lora_B.weight
-            nn.init.zeros_(B) if config.init_weights else nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+            self._add_lora(config, config.r)
+
+    def _add_lora(self, config: SupertuningConfig, r: int) -> None:
+        assert config.lora_alpha is not None
+        self.scaling = config.lora_alpha / r
+        self.dropout = nn.Dropout(config.lora_dropout)
+        self.supertuning_lora_A, self.supertuning_lora_B = self.target.factors(r)
+        nn.init.kaiming_uniform_(self.supertuning_lora_A.weight, a=math.sqrt(5))
+        if config.init_weights:
+            nn.init.zeros_(self.supertuning_lora_B.weight)
+        else:
+            nn.init.kaiming_uniform_(self.supertuning_lora_B.weight, a=math.sqrt(5))
 
     def entries(self) -> int:
+        """Number of learned entries of the weight."""
         return int(math.prod(self.shape) * (1 - self.config.sparsity))
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and s B (out, r) of the LoRA."""
-        return self.supertuning_lora_A.matrix(), self.supertuning_lora_B.matrix() * self.scaling
+        A = self.supertuning_lora_A.matrix()
+        B = self.supertuning_lora_B.matrix()
+        return A, B * self.scaling
 
     def sparse(self) -> Tensor:
         """S, (out, in)."""
         return scatter(self.supertuning_values, self.supertuning_indices.long(), *self.shape)
 
     def delta(self) -> Tensor:
-        return self.sparse() if self.config.r is None else self.sparse() + self.target.product(*self.pair())
+        S = self.sparse()
+        if self.config.r is None:
+            return S
+        A, B = self.pair()
+        return S + self.target.product(A, B)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         if self.target.kind == "linear" and is_cheaper_sparse(x, self.supertuning_values, self.shape[0]):
             y = add_product(y, x, self.supertuning_values, self.supertuning_indices.long())
         else:
             y = y + self.target.op(x, self.sparse())
-        return y if self.config.r is None else y + self.target.low_rank(self.dropout(x), *self.pair())
+        if self.config.r is None:
+            return y
+        A, B = self.pair()
+        return y + self.target.low_rank(self.dropout(x), A, B)
 
     def absorb(self, tensors: Tensors) -> None:
         indices = tensors.get("supertuning_indices", self.supertuning_indices)
@@ -77,8 +95,11 @@ class Supertuning(Additive):
         super().absorb(tensors)
 
     def expected_parameters(self) -> int:
-        r, target = self.config.r or 0, self.target
-        return self.entries() + r * target.in_features * target.groups + r * target.out_features // target.groups
+        r = self.config.r or 0
+        target = self.target
+        size_A = r * target.in_features * target.groups
+        size_B = r * target.out_features // target.groups
+        return self.entries() + size_A + size_B
 
     def describe(self) -> str:
         rank = "" if self.config.r is None else f", r={self.config.r}"
@@ -88,11 +109,11 @@ class Supertuning(Additive):
 @dataclass(kw_only=True)
 class SupertuningConfig(LayerConfig):
     sparsity: float = 0.99
-    """Share of a weight's entries that are not learned."""
+    """Fraction of a weight's entries that are not learned."""
     select_top: bool = True
-    """Learn the entries of largest magnitude; False: of smallest."""
+    """Learn the entries of largest magnitude; False: those of smallest magnitude."""
     r: int | None = None
-    """Rank of the LoRA beside the entries ("Supra"); None: without."""
+    """Rank of an additional LoRA ("Supra"); None: no LoRA."""
     lora_alpha: int | float | None = None
     """Strength of the LoRA: it is scaled by lora_alpha / r; None: 2 r."""
     lora_dropout: float = 0.0
@@ -100,9 +121,10 @@ class SupertuningConfig(LayerConfig):
     init_weights: bool = True
     """Start as a no-op; False: random (for tests)."""
     save_precomputed_indices: bool = True
-    """Write the entries' places into the file; False: half the size, and the base model must be the same to a bit."""
+    """Write the entries' positions to the file; False: half the size, but it needs a bit-identical base model."""
 
-    peft_type, adapter = Name("SUPERTUNING"), Supertuning
+    peft_type = Name("SUPERTUNING")
+    adapter = Supertuning
     learning_rate = 3e-3
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
-"""Trainable tokens: learn the embeddings of a few tokens and leave the rest of the vocabulary alone.
+"""Trainable tokens: learn the embeddings of a few tokens and leave the rest of the vocabulary unchanged.
 
-    E'[i] = delta[i] for the chosen tokens i,  E' = E elsewhere; a tied output head follows
+    E'[i] = delta[i] for the chosen tokens i,  E' = E elsewhere; a tied output head uses E' too
 
 For new special tokens after `resize_token_embeddings`. Trainable: tokens x width. Mergeable. Starts as a no-op.
 """
@@ -40,19 +40,21 @@ class TrainableTokens(Adapter):
         if twin is None:
             start = rows[index] if config.init_weights else torch.randn_like(rows[index])
             self.trainable_tokens_delta = nn.Parameter(start.detach().clone())
+        # By token of the vocabulary, the token's row in delta; -1 if it is not learned.
         place = torch.full((len(rows),), -1, device=rows.device)
+        order = torch.arange(len(index), device=rows.device)
         self.register_buffer("index", index, persistent=False)
-        self.register_buffer("place", place.index_copy(0, index, torch.arange(len(index), device=rows.device)), False)
+        self.register_buffer("place", place.index_copy(0, index, order), persistent=False)
 
     @property
     def delta(self) -> Tensor:
-        """The learned rows, (tokens, width): a tied module's are those of the first."""
+        """The learned rows, (tokens, width); on a tied module, those of the first module."""
         first = self if self.shared is None else self.shared
         return first.trainable_tokens_delta
 
     @property
     def originals(self) -> Tensor:
-        """The rows that the tokens had, (tokens, width)."""
+        """The base model's rows of the learned tokens, (tokens, width)."""
         return self.rows(self.target.weight())[self.index].detach()
 
     def export(self) -> Tensors:
@@ -63,11 +65,13 @@ class TrainableTokens(Adapter):
             super().absorb(tensors)
 
     def repeats(self) -> dict[str, str]:
+        if self.shared is None:
+            return {}
         name = "trainable_tokens_delta"
-        return {} if self.shared is None else {name: f"{self.shared.target.path}.{name}"}
+        return {name: f"{self.shared.target.path}.{name}"}
 
     def rows(self, W: Tensor) -> Tensor:
-        """W with a row for each token, whether the module is the embedding or the head."""
+        """W as (vocabulary, width), for an embedding and for a head."""
         return W.T if self.target.kind == "embedding" else W
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
@@ -75,9 +79,13 @@ class TrainableTokens(Adapter):
         if self.target.kind == "embedding":
             place = self.place[x]
             learned = F.embedding(place.clamp_min(0), delta) * self.target.scale
-            return torch.where((place >= 0).unsqueeze(-1), learned.to(y.dtype), y)
+            is_learned = (place >= 0).unsqueeze(-1)
+            return torch.where(is_learned, learned.to(y.dtype), y)
         b = self.target.bias()
-        return y.index_copy(-1, self.index, F.linear(x, delta, None if b is None else b[self.index].to(delta.dtype)))
+        if b is not None:
+            b = b[self.index].to(delta.dtype)
+        logits = F.linear(x, delta, b)
+        return y.index_copy(-1, self.index, logits)
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         learned = self.rows(W).index_copy(0, self.index, self.delta.to(W.dtype))
@@ -90,26 +98,26 @@ class TrainableTokens(Adapter):
 @dataclass(kw_only=True)
 class TrainableTokensConfig(LayerConfig):
     token_indices: list[int] = field(default_factory=list)
-    """Which tokens to learn."""
+    """Ids of the tokens to learn."""
     init_weights: bool = True
-    """Start at the tokens' own embeddings; False: random."""
+    """Start at the tokens' embeddings in the base model; False: random."""
 
-    peft_type, adapter = Name("TRAINABLE_TOKENS"), TrainableTokens
+    peft_type = Name("TRAINABLE_TOKENS")
+    adapter = TrainableTokens
     learning_rate = 3e-2
     example = {"token_indices": [0, 1, 2]}
     file_holds_embedding = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (
-            not self.token_indices
-            or min(self.token_indices) < 0
-            or len(set(self.token_indices)) < len(self.token_indices)
-        ):
-            raise ConfigError(f"token_indices must name one or more tokens, each once, not {self.token_indices}")
+        tokens = self.token_indices
+        has_duplicates = len(set(tokens)) < len(tokens)
+        if not tokens or min(tokens) < 0 or has_duplicates:
+            raise ConfigError(f"token_indices must name one or more tokens, each once, not {tokens}")
 
     def fill_targets(self, model: nn.Module) -> None:
-        get = getattr(model, "get_input_embeddings", None)
-        if get is None:
+        get_embedding = getattr(model, "get_input_embeddings", None)
+        if get_embedding is None:
             raise ConfigError(f"{type(model).__name__} does not say which module is its embedding; give target_modules")
-        self.target_modules = next(path for path, module in walk(model) if module is bare(get()))
+        embedding = bare(get_embedding())
+        self.target_modules = next(path for path, module in walk(model) if module is embedding)

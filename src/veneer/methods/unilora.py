@@ -1,11 +1,11 @@
-"""Uni-LoRA: one learned vector from which the low-rank factors of all layers are filled.
+"""Uni-LoRA: fill the low-rank factors of all layers from one learned vector.
 
-    W' = W + B A;  all entries of all A and B, in one row: P theta,  P (D, d) with one entry 1 / sqrt(n_j) in each row
+    W' = W + B A;  the entries of all A and B as one vector: P theta,  P (D, d) with one entry 1 / sqrt(n_j) in each row
 
-Each theta_j stands at n_j random places, n_j being D / d rounded up or down, so that P keeps lengths. Li et al., 2025,
-arXiv:2506.00799. Trainable: d for the whole model. Mergeable. Starts near a no-op: theta is small.
+Each theta_j is used at n_j random positions, where n_j is D / d rounded up or down, so that P preserves norms. Li et
+al., 2025, arXiv:2506.00799. Trainable: d for the whole model. Mergeable. Starts near a no-op: theta is small.
 
-As in PEFT, the places come from NumPy's generator over the targets in the model's order, A before B.
+As in PEFT, the positions come from NumPy's generator, for the targets in the model's order, A before B.
 """
 
 from __future__ import annotations
@@ -25,37 +25,52 @@ from ..targets.target import Target
 
 
 class Vector(nn.Module):
-    """theta, the entries of P, and until the targets have fetched them the places theta stands at."""
+    """theta and P. Holds each target's indices into theta until its adapter takes them."""
 
     def __init__(self, config: UniLoraConfig, targets: Sequence[Target]) -> None:
         super().__init__()
-        bound, d = config.init_theta_d_bound, config.theta_d_length
+        bound = config.init_theta_d_bound
+        d = config.theta_d_length
         theta = torch.empty(d).uniform_(-bound, bound) if config.init_weights else torch.randn(d)
         self.unilora_theta_d = nn.Parameter(theta)
-        shapes = [shape for t in targets for shape in ((config.r, t.in_features), (t.out_features, config.r))]
+        shapes = []
+        for target in targets:
+            shapes.append((config.r, target.in_features))
+            shapes.append((target.out_features, config.r))
         sizes = [math.prod(shape) for shape in shapes]
-        rng = np.random.default_rng(config.proj_seed)
-        times, rest = divmod(sum(sizes), d)
-        places, numbers = (torch.arange(n, device="cpu").numpy() for n in (sum(sizes), d))
-        places[:] = np.concatenate([np.repeat(numbers, times), rng.choice(d, rest, replace=False)])
-        rng.shuffle(places)
-        counts = torch.from_numpy(np.bincount(places, minlength=d)).clamp_min(1)
+        indices = draw_indices(sum(sizes), d, config.proj_seed)
+        counts = torch.from_numpy(np.bincount(indices, minlength=d)).clamp_min(1)
         self.register_buffer("scale", counts.float().rsqrt(), persistent=False)
-        pieces = torch.from_numpy(places).int().split(sizes)
-        pairs = [piece.view(shape).clone() for piece, shape in zip(pieces, shapes, strict=True)]
-        self.places = {t.path: pairs[2 * i : 2 * i + 2] for i, t in enumerate(targets)}
+        pieces = torch.from_numpy(indices).int().split(sizes)
+        matrices = [piece.view(shape).clone() for piece, shape in zip(pieces, shapes, strict=True)]
+        self.indices: dict[str, tuple[Tensor, Tensor]] = {}
+        for target, A, B in zip(targets, matrices[::2], matrices[1::2], strict=True):
+            self.indices[target.path] = (A, B)
 
     def theta(self) -> Tensor:
-        """theta / sqrt(n)."""
+        """theta / sqrt(n), (d,)."""
         return self.unilora_theta_d * self.scale.to(self.unilora_theta_d)
+
+
+def draw_indices(total: int, d: int, seed: int) -> np.ndarray:
+    """Random indices below d, (total,), each of them about equally often."""
+    rng = np.random.default_rng(seed)
+    times, rest = divmod(total, d)
+    numbers = torch.arange(d, device="cpu").numpy()
+    indices = torch.arange(total, device="cpu").numpy()
+    extra = rng.choice(d, rest, replace=False)
+    indices[:] = np.concatenate([np.repeat(numbers, times), extra])
+    rng.shuffle(indices)
+    return indices
 
 
 class UniLoRA(LowRank):
     def __init__(self, config: UniLoraConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
         self.r = config.r
-        for side, places in zip("AB", self.shared.places.pop(target.path), strict=True):
-            self.register_buffer(f"unilora_indices_{side}", places, persistent=config.save_indices)
+        indices_A, indices_B = self.shared.indices.pop(target.path)
+        self.register_buffer("unilora_indices_A", indices_A, persistent=config.save_indices)
+        self.register_buffer("unilora_indices_B", indices_B, persistent=config.save_indices)
         self.set_dropout(config.unilora_dropout)
 
     @property
@@ -67,16 +82,22 @@ class UniLoRA(LowRank):
         return theta[self.unilora_indices_A], theta[self.unilora_indices_B]
 
     def export(self) -> Tensors:
-        places = self.state_dict()
-        return places | {key.replace("indices", "scales"): self.shared.scale[j] for key, j in places.items()}
+        tensors = dict(self.state_dict())
+        for key, indices in self.state_dict().items():
+            scale_key = key.replace("indices", "scales")
+            tensors[scale_key] = self.shared.scale[indices]
+        return tensors
 
     def absorb(self, tensors: Tensors) -> None:
-        for key, t in tensors.items():
-            if "indices" in key and not 0 <= t.min() <= t.max() < len(self.shared.scale):
+        scale = self.shared.scale
+        new_indices = {key: tensor for key, tensor in tensors.items() if "indices" in key}
+        for key, indices in new_indices.items():
+            if not 0 <= indices.min() <= indices.max() < len(scale):
                 raise CheckpointError(f"{key} on {self.target.path!r} points outside the vector")
-        super().absorb({key: t for key, t in tensors.items() if "indices" in key})
-        for key, places in self.state_dict().items():
-            self.shared.scale[places] = tensors[key.replace("indices", "scales")].to(self.shared.scale)
+        super().absorb(new_indices)
+        for key, indices in self.state_dict().items():
+            scale_key = key.replace("indices", "scales")
+            scale[indices] = tensors[scale_key].to(scale)
 
     def expected_parameters(self) -> int:
         return 0
@@ -90,19 +111,20 @@ class UniLoraConfig(LayerConfig):
     r: int = 4
     """Rank of the update."""
     proj_seed: int = 42
-    """Seed of the places."""
+    """Seed of the random positions."""
     theta_d_length: int = 256
     """d: length of the learned vector."""
     unilora_dropout: float = 0.0
     """Dropout on the input of the update, in training."""
     init_theta_d_bound: float = 0.02
-    """theta starts uniform between minus this and this; zero would never learn."""
+    """Bound b of theta's uniform start in [-b, b]. At zero it would never learn."""
     init_weights: bool = True
-    """False: normal values (for tests)."""
+    """Start theta uniform within `init_theta_d_bound`; False: normal (for tests)."""
     save_indices: bool = False
-    """Write the places and the entries of P into the file too; False: regenerated from the seed."""
+    """Write the positions and the entries of P to the file too; False: regenerate them from the seed."""
 
-    peft_type, adapter = Name("UNILORA"), UniLoRA
+    peft_type = Name("UNILORA")
+    adapter = UniLoRA
     learning_rate = 2e-2
     recommended = {"theta_d_length": 8192}
 
@@ -112,7 +134,7 @@ class UniLoraConfig(LayerConfig):
         check_range(self, 0, 1, "unilora_dropout")
 
     def semantic_fields(self) -> list[str]:
-        """The places of a target follow from those of the others, of which the tensors say nothing."""
+        """Also the fields that select targets: positions depend on all targets, and the tensors do not show them."""
         return [
             *super().semantic_fields(),
             "target_modules",

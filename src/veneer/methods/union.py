@@ -1,10 +1,11 @@
 """A union of methods under one name: they are trained, saved, switched and merged as one adapter.
 
-    y' = what the last method makes of what those before it make of y
+    y' = f_k(... f_2(f_1(y))),  f_i: the i-th method
 
-He et al., 2022, arXiv:2110.04366, shows that such unions gain; AdapterHub calls it ConfigUnion. Trainable: the sum.
-Mergeable if all are. Each method keeps its own targets; where two adapt a module, the first is the innermost. At most
-one may be a prompt, at most one may share a module between its layers, and none may run on a schedule.
+He et al., 2022, arXiv:2110.04366, shows the gain of such unions; AdapterHub calls it ConfigUnion. Trainable: the sum of
+its methods. Mergeable if all of them are. Each method keeps its own targets; where two adapt the same module, the first
+is the innermost. At most one may be a prompt, at most one may share a module between its layers, and none may run on a
+schedule.
 """
 
 from __future__ import annotations
@@ -24,22 +25,27 @@ from ..errors import ConfigError
 @dataclass(kw_only=True)
 class UnionConfig(Config):
     configs: list[Any] = field(default_factory=list)
-    """The methods: configs, or their content as a file has it."""
+    """The methods: config objects, or their contents as in a file."""
 
-    peft_type, adapter = Name("UNION"), Parts
+    peft_type = Name("UNION")
+    adapter = Parts
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.derived: list[Config] = []  # members that follow from the others and are in no file
+        self.derived: list[Config] = []  # members that follow from the others and are not in the file
         self.configs = [Config.from_dict(c) if isinstance(c, Mapping) else c for c in self.configs]
         for config in self.configs:
-            if not isinstance(config, Config) or isinstance(config, UnionConfig):
-                raise ConfigError(f"configs must hold the configs of single methods, not {config!r}")
-            if type(config).schedule is not Config.schedule or config.modules_to_save:
-                what = "runs on a schedule" if type(config).schedule is not Config.schedule else "has modules_to_save"
-                raise ConfigError(f"{config.peft_type} {what}, which a union cannot; give it a name of its own")
+            self._check_member(config)
         if not self.configs:
             raise ConfigError("configs must name the methods to unite")
+
+    def _check_member(self, config: Any) -> None:
+        if not isinstance(config, Config) or isinstance(config, UnionConfig):
+            raise ConfigError(f"configs must hold the configs of single methods, not {config!r}")
+        has_schedule = type(config).schedule is not Config.schedule
+        if has_schedule or config.modules_to_save:
+            reason = "runs on a schedule" if has_schedule else "has modules_to_save"
+            raise ConfigError(f"{config.peft_type} {reason}, which a union cannot; give it a name of its own")
 
     def members(self) -> Sequence[Config]:
         for config in self.configs:
@@ -47,23 +53,37 @@ class UnionConfig(Config):
         return [*self.configs, *self.derived]
 
     def loss(self, adapters: Sequence[Adapter]) -> Tensor | None:
-        parts = [part for adapter in adapters for part in adapter.parts]
-        terms = [config.loss([part for part in parts if part.config is config]) for config in self.configs]
-        return sum(found) if (found := [term for term in terms if term is not None]) else None
+        parts: list[Adapter] = []
+        for adapter in adapters:
+            parts.extend(adapter.parts)
+        terms = []
+        for config in self.configs:
+            term = config.loss([part for part in parts if part.config is config])
+            if term is not None:
+                terms.append(term)
+        return sum(terms) if terms else None
 
     def __copy__(self) -> UnionConfig:
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        twin.configs, twin.derived = (list(map(copy.copy, configs)) for configs in (self.configs, self.derived))
+        twin.configs = list(map(copy.copy, self.configs))
+        twin.derived = list(map(copy.copy, self.derived))
         return twin
 
     # The file
 
     @property
     def contents(self) -> list[dict[str, Any]]:
-        """What of the methods goes to the file."""
-        contents = [{**config.to_dict(), "inference_mode": None} for config in self.configs]
-        return [{k: v for k, v in c.items() if v is not None or k not in ALWAYS_WRITTEN} for c in contents]
+        """The methods' configs as they are written to the file."""
+        contents = []
+        for config in self.configs:
+            content = config.to_dict()
+            content["inference_mode"] = None  # the union's own
+            for name in ALWAYS_WRITTEN:
+                if content.get(name) is None:
+                    content.pop(name, None)
+            contents.append(content)
+        return contents
 
     def semantic_fields(self) -> list[str]:
         return ["contents"]

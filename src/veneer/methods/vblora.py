@@ -1,12 +1,13 @@
 """VB-LoRA: compose the low-rank factors of all layers from one learned bank of short vectors.
 
-    W' = W + B A;  each stretch of A's rows and of B's columns is  sum_i w_i bank[j_i],  j the places of its k largest
-    logits, w their softmax
+    W' = W + B A;  each segment of A's rows and of B's columns is  sum_i w_i bank[j_i],  j: the indices of its k largest
+    logits, w: their softmax
 
 Li et al., 2024, arXiv:2405.15179. Trainable: vectors x length, shared, and vectors r (in + out) / length per target.
-Mergeable. Starts near a no-op: the bank is small.
+Mergeable. Starts near a no-op: the values in the bank are small.
 
-`save_only_topk_weights` writes j and w instead of all logits. Such a file can be used, but not trained on.
+`save_only_topk_weights` writes j and w instead of all logits. Such a file can be used, but its training cannot be
+resumed.
 """
 
 from __future__ import annotations
@@ -23,64 +24,90 @@ from ..core.config import LayerConfig, Name, check_range
 from ..errors import CheckpointError, ConfigError, TargetError
 from ..targets.target import Target
 
-SIDES = ("vblora_logits_A", "vblora_logits_B")
+
+def index_dtype(n: int) -> torch.dtype:
+    """The dtype of indices into a bank of n vectors, as in PEFT's files."""
+    if n < 2**8:
+        return torch.uint8
+    if n < 2**15:
+        return torch.int16
+    return torch.int32
 
 
 class VBLoRA(LowRank):
     def __init__(self, config: VBLoRAConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
-        self.r, self.k = config.r, config.topk
-        self.is_final = config.save_only_topk_weights and config.inference_mode  # a file's: there are no logits
-        length, ins, outs = config.vector_length, target.in_features, target.out_features
+        self.r = config.r
+        self.k = config.topk
+        self.has_logits = not (config.save_only_topk_weights and config.inference_mode)
+        length = config.vector_length
+        ins = target.in_features
+        outs = target.out_features
         if ins % length or outs % length:
             raise TargetError(f"vector_length {length} on {target.path!r} must divide in = {ins} and out = {outs}")
-        for name, shape in zip(SIDES, ((self.r, ins // length), (outs // length, self.r)), strict=True):
-            if self.is_final:
-                self.register_buffer(f"{name}_topk_indices", torch.zeros(*shape, self.k, dtype=torch.int64))
-                self.register_buffer(f"{name}_topk_weights", torch.zeros(*shape, self.k - 1))
-            else:
-                setattr(self, name, nn.Parameter(torch.randn(*shape, config.num_vectors) * config.init_logits_std))
+        self._add_choice("vblora_logits_A", self.r, ins // length)
+        self._add_choice("vblora_logits_B", outs // length, self.r)
         self.set_dropout(config.vblora_dropout)
 
-    def choice(self, name: str) -> tuple[Tensor, Tensor]:
-        """Places (..., k) of the bank's vectors, and the weights (..., k - 1) of all but the last."""
-        if self.is_final:
-            return getattr(self, f"{name}_topk_indices"), getattr(self, f"{name}_topk_weights")
-        top, places = getattr(self, name).topk(self.k)
-        n = self.config.num_vectors
-        places = places.to(torch.uint8 if n < 2**8 else torch.int16 if n < 2**15 else torch.int32)
-        return places, top.softmax(-1)[..., :-1]
+    def _add_choice(self, name: str, *shape: int) -> None:
+        """Register what chooses the vectors of one side: logits or, from a file without them, indices and weights."""
+        if self.has_logits:
+            logits = torch.randn(*shape, self.config.num_vectors) * self.config.init_logits_std
+            self.register_parameter(name, nn.Parameter(logits))
+        else:
+            indices = torch.zeros(*shape, self.k, dtype=torch.int64)
+            weights = torch.zeros(*shape, self.k - 1)
+            self.register_buffer(f"{name}_topk_indices", indices)
+            self.register_buffer(f"{name}_topk_weights", weights)
 
-    def stretches(self, name: str) -> Tensor:
+    def choice(self, name: str) -> tuple[Tensor, Tensor]:
+        """Indices (..., k) of the chosen vectors, and the weights (..., k - 1) of all but the last."""
+        if not self.has_logits:
+            return getattr(self, f"{name}_topk_indices"), getattr(self, f"{name}_topk_weights")
+        logits, indices = getattr(self, name).topk(self.k)
+        indices = indices.to(index_dtype(self.config.num_vectors))
+        return indices, logits.softmax(-1)[..., :-1]
+
+    def segments(self, name: str) -> Tensor:
         """The composed vectors of one side, (..., length)."""
-        places, weights = self.choice(name)
-        weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], dim=-1)
-        return torch.einsum("...k,...kl->...l", weights, self.shared.vblora_vector_bank[places.long()].to(weights))
+        indices, weights = self.choice(name)
+        last = 1 - weights.sum(-1, keepdim=True)
+        weights = torch.cat([weights, last], dim=-1)
+        vectors = self.shared.vblora_vector_bank[indices.long()].to(weights)
+        return torch.einsum("...k,...kl->...l", weights, vectors)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        A, B = map(self.stretches, SIDES)  # (r, in / length, length), (out / length, r, length)
+        A = self.segments("vblora_logits_A")  # (r, in / length, length)
+        B = self.segments("vblora_logits_B")  # (out / length, r, length)
         return A.flatten(1), B.transpose(1, 2).flatten(0, 1)
 
     def export(self) -> Tensors:
-        if self.is_final or not self.config.save_only_topk_weights:
+        if not self.has_logits or not self.config.save_only_topk_weights:
             return self.state_dict()
-        parts = ("indices", "weights")
-        return {f"{name}_topk_{p}": t for name in SIDES for p, t in zip(parts, self.choice(name), strict=True)}
+        tensors = {}
+        for name in ("vblora_logits_A", "vblora_logits_B"):
+            indices, weights = self.choice(name)
+            tensors[f"{name}_topk_indices"] = indices
+            tensors[f"{name}_topk_weights"] = weights
+        return tensors
 
     def absorb(self, tensors: Tensors) -> None:
-        if self.config.save_only_topk_weights and not self.is_final:
+        if self.config.save_only_topk_weights and self.has_logits:
             raise CheckpointError(
                 "the file holds only the chosen vectors, from which the logits cannot be recovered: load it with "
                 "is_trainable=False, or train with save_only_topk_weights=False to be able to resume"
             )
-        for key, t in tensors.items():
-            if "indices" in key and not 0 <= t.min() <= t.max() < self.config.num_vectors:
+        for key, tensor in tensors.items():
+            if "indices" in key and not 0 <= tensor.min() <= tensor.max() < self.config.num_vectors:
                 raise CheckpointError(f"{key} on {self.target.path!r} points outside the bank")
         super().absorb(tensors)
 
     def expected_parameters(self) -> int:
-        stretches = self.r * (self.target.in_features + self.target.out_features) // self.config.vector_length
-        return 0 if self.is_final else stretches * self.config.num_vectors
+        if not self.has_logits:
+            return 0
+        entries = self.r * (self.target.in_features + self.target.out_features)
+        segments = entries // self.config.vector_length
+        return segments * self.config.num_vectors
 
     def describe(self) -> str:
         return f"r={self.r}, top {self.k}"
@@ -91,22 +118,24 @@ class VBLoRAConfig(LayerConfig):
     r: int = 4
     """Rank of the update."""
     num_vectors: int = 256
-    """Vectors in the bank; more for larger models."""
+    """Number of vectors in the bank; larger models need more."""
     vector_length: int = 256
-    """Length of a vector; it divides in and out of every target."""
+    """Length of a vector; must divide in and out of every target."""
     topk: int = 2
-    """k: how many vectors a stretch is mixed from."""
+    """k: number of vectors that are mixed for each segment."""
     save_only_topk_weights: bool = False
-    """Write the chosen vectors' places and weights instead of all logits: small, but not to be trained on."""
+    """Write the chosen vectors' indices and weights instead of all logits: small, but training cannot be resumed."""
     vblora_dropout: float = 0.0
     """Dropout on the input of the update, in training."""
     init_vector_bank_bound: float = 0.02
-    """The bank starts uniform between minus this and this; zero would never learn."""
+    """Bound b of the bank's uniform start in [-b, b]. At zero it would never learn."""
     init_logits_std: float = 0.1
-    """Standard deviation of the logits at the start."""
+    """Initial standard deviation of the logits."""
 
-    peft_type, adapter = Name("VBLORA"), VBLoRA
-    learning_rate, recommended = 1e-2, {"vector_length": 64}
+    peft_type = Name("VBLORA")
+    adapter = VBLoRA
+    learning_rate = 1e-2
+    recommended = {"vector_length": 64}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,5 +145,6 @@ class VBLoRAConfig(LayerConfig):
             raise ConfigError(f"topk {self.topk} must be at most num_vectors = {self.num_vectors}")
 
     def build_shared(self, targets: Sequence[Target]) -> nn.ParameterDict:
-        bank, bound = torch.empty(self.num_vectors, self.vector_length), self.init_vector_bank_bound
-        return nn.ParameterDict({"vblora_vector_bank": bank.uniform_(-bound, bound)})
+        bound = self.init_vector_bank_bound
+        bank = torch.empty(self.num_vectors, self.vector_length).uniform_(-bound, bound)
+        return nn.ParameterDict({"vblora_vector_bank": bank})

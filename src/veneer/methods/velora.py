@@ -1,10 +1,11 @@
-"""VeLoRA: LoRA that keeps compressed inputs for the backward pass, one number for each group of features.
+"""VeLoRA: LoRA that saves compressed inputs for the backward pass, one number for each group of features.
 
     dL/dA = (dL/d(A x))^T x~,  x~_g = c (v . x_g) v  for each of n groups x_g of x,  |v| = 1
 
 Miles et al., 2024, arXiv:2405.17991. Trainable: r (in + out) per target. Mergeable; the forward pass is LoRA's. Starts
-as a no-op. Only A's gradient is approximate; that of the input is exact, and in evaluation all are. v is the mean group
-of the batch ("batch_average"), of the first batch ("batch_average_once"), or "random"; the file holds it.
+as a no-op. Only A's gradient is approximate; the input's gradient is exact, and in evaluation mode all gradients are. v
+is the mean group of the batch ("batch_average"), of the first batch ("batch_average_once"), or "random"; it is in the
+file.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from .lora import LoRA, LoraConfig
 @dataclass(kw_only=True)
 class VeloraConfig(Settings):
     num_groups: int = 64
-    """n: groups of features; more are more exact and take more memory."""
+    """n: number of groups of features; more are more exact and need more memory."""
     scale: float = 1.0
-    """c: strength of the inputs made up from the groups."""
+    """c: factor on the reconstructed inputs."""
     init_type: Literal["batch_average", "batch_average_once", "random"] = "batch_average"
-    """Where v comes from."""
+    """The direction v: the mean group of each batch, of the first batch only, or random."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,19 +41,26 @@ class VeloraConfig(Settings):
 
 
 def grouped(x: Tensor, n: int) -> Tensor:
-    """The features in n groups, the last one filled up with zeros: (..., n, width)."""
-    width = -(-x.shape[-1] // n)
-    return F.pad(x, (0, n * width - x.shape[-1])).unflatten(-1, (n, width))
+    """The features in n groups, the last one padded with zeros: (..., n, width)."""
+    width = group_width(x.shape[-1], n)
+    missing = n * width - x.shape[-1]
+    padded = F.pad(x, (0, missing))
+    return padded.unflatten(-1, (n, width))
+
+
+def group_width(features: int, n: int) -> int:
+    """Features per group when there are n groups, rounded up."""
+    return -(-features // n)
 
 
 def unit(v: Tensor) -> Tensor:
-    """v with length one; a zero v becomes a constant one."""
+    """v scaled to norm one; a zero vector becomes a constant vector of norm one."""
     norm = v.norm()
     return torch.where(norm > 0, v / norm.clamp_min(1e-30), v.numel() ** -0.5)
 
 
 class Compressed(torch.autograd.Function):
-    """x A^T, for whose backward pass x is kept as v . x_g."""
+    """x A^T that saves only v . x_g of each group of x for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, v: Tensor, n: int, scale: float) -> Tensor:
@@ -62,11 +70,19 @@ class Compressed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, A, v = ctx.saved_tensors
-        grad, kept = grad.to(A.dtype), kept.to(A.dtype)  # under autocast they have another
-        x = (kept[..., None] * v).flatten(-2)[..., : A.shape[1]] * ctx.scale
-        grad_A = grad.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
-        return grad @ A if ctx.needs_input_grad[0] else None, grad_A, None, None, None
+        compressed, A, v = ctx.saved_tensors
+        grad = grad.to(A.dtype)  # under autocast, grad and compressed are of another dtype
+        compressed = compressed.to(A.dtype)
+        grad_x = None
+        grad_A = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ A
+        if ctx.needs_input_grad[1]:
+            groups = compressed[..., None] * v  # (..., n, width)
+            x = groups.flatten(-2)[..., : A.shape[1]]
+            x = x * ctx.scale
+            grad_A = grad.flatten(0, -2).T @ x.flatten(0, -2)
+        return grad_x, grad_A, None, None, None
 
 
 class VeLoRA(LoRA):
@@ -75,38 +91,43 @@ class VeLoRA(LoRA):
 
     def __init__(self, config: LoraConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
-        self.how: Any = config.velora_config
-        v = torch.zeros(-(-target.in_features // self.how.num_groups))
-        self.register_buffer("lora_velora_embed", unit(torch.randn_like(v)) if self.how.init_type == "random" else v)
-        self.known = self.how.init_type == "random"
+        self.compression: Any = config.velora_config
+        width = group_width(target.in_features, self.compression.num_groups)
+        self.has_direction = self.compression.init_type == "random"
+        v = unit(torch.randn(width)) if self.has_direction else torch.zeros(width)
+        self.register_buffer("lora_velora_embed", v)
 
     def update(self, x: Tensor) -> Tensor:
         if not (self.training and torch.is_grad_enabled()):
             return super().update(x)
-        x = x if self.dropout is None else self.dropout(x)
+        if self.dropout is not None:
+            x = self.dropout(x)
         A, B = self.factors()
         v = self.direction(x.detach())
-        return F.linear(Compressed.apply(x, A, v, self.how.num_groups, self.how.scale), B)
+        narrow = Compressed.apply(x, A, v, self.compression.num_groups, self.compression.scale)
+        return F.linear(narrow, B)
 
     def direction(self, x: Tensor) -> Tensor:
         """v for this batch. A new tensor replaces the old one, which an earlier call's backward pass may need."""
-        if not self.known:
-            mean = grouped(x, self.how.num_groups).flatten(0, -2).float().mean(0)
+        if not self.has_direction:
+            groups = grouped(x, self.compression.num_groups).flatten(0, -2)
+            mean = groups.float().mean(0)
             self.lora_velora_embed = unit(mean).to(x.dtype)
-            self.known = self.how.init_type == "batch_average_once"
+            self.has_direction = self.compression.init_type == "batch_average_once"
         v: Tensor = self.lora_velora_embed
         return v
 
     def absorb(self, tensors: Tensors) -> None:
         super().absorb(tensors)
-        self.known = self.how.init_type != "batch_average" and bool(self.lora_velora_embed.any())
+        is_fixed = self.compression.init_type != "batch_average"
+        self.has_direction = is_fixed and bool(self.lora_velora_embed.any())
 
 
 @dataclass(kw_only=True)
 class VeloraLoraConfig(LoraConfig):
-    """`LoraConfig(velora_config=VeloraConfig())` under a name of its own."""
+    """`LoraConfig(velora_config=VeloraConfig())` under its own name."""
 
     velora_config: Settings | dict[str, Any] | None = field(default_factory=VeloraConfig)
-    """`VeloraConfig`: how inputs are compressed."""
+    """How inputs are compressed, a `VeloraConfig`."""
 
     adapter = Composition(VeLoRA)  # type: ignore[assignment]

@@ -1,6 +1,6 @@
 """VeRA: scale random projections that all layers share.
 
-    W' = W + diag(b) B diag(d) A,  A (r, in) and B (out, r) random, frozen, cut from one pair to each target's size
+    W' = W + diag(b) B diag(d) A,  A (r, in) and B (out, r) random, frozen, sliced from one pair to each target's size
 
 Kopiczko et al., 2023, arXiv:2310.11454. Trainable: r + out per target. Mergeable. Starts as a no-op: b is zero.
 """
@@ -44,7 +44,9 @@ class VeRA(LowRank):
     def factors(self) -> tuple[Tensor, Tensor]:
         A = self.shared.vera_A[:, : self.target.in_features].to(self.vera_lambda_d)
         B = self.shared.vera_B[: self.target.out_features].to(self.vera_lambda_b)
-        return self.vera_lambda_d[:, None] * A, self.vera_lambda_b[:, None] * B
+        d = self.vera_lambda_d[:, None]
+        b = self.vera_lambda_b[:, None]
+        return d * A, b * B
 
     def expected_parameters(self) -> int:
         return self.r + self.target.out_features
@@ -56,19 +58,20 @@ class VeRA(LowRank):
 @dataclass(kw_only=True)
 class VeraConfig(LayerConfig):
     r: int = 256
-    """Rank of the shared projections; cheap, so larger than LoRA's."""
+    """Rank of the shared projections. It is cheap, and so larger than LoRA's."""
     projection_prng_key: int = 0
     """Seed of the projections."""
     save_projection: bool = True
-    """Write the projections into the file too; False: a tenth of the size, regenerated from the seed."""
+    """Write the projections to the file too; False: regenerate them from the seed, for a tenth of the size."""
     vera_dropout: float = 0.0
     """Dropout on the input of the update, in training."""
     d_initial: float = 0.1
-    """Start value of d."""
+    """Initial value of d."""
     init_weights: bool = True
     """Start as a no-op; False: random (for tests)."""
 
-    peft_type, adapter = Name("VERA"), VeRA
+    peft_type = Name("VERA")
+    adapter = VeRA
     learning_rate = 2e-2
     recommended = {"save_projection": False}
 

@@ -1,11 +1,11 @@
 """WaveFT: learn n wavelet coefficients of the weight update.
 
-    W' = W + alpha IDWT(C),  C zero except n entries at fixed random places
+    W' = W + alpha IDWT(C),  C zero except n entries at fixed random positions
 
-Bilican et al., 2025, arXiv:2505.12532. Trainable: n per target. Mergeable. Starts as a no-op. One level of an
-orthogonal transform; C is larger than W by the wavelet's overlap, its quarters (low-low, high-low; low-high, high-high
-as rows-columns) as in PEFT's files. PEFT's tables of coif4 and coif5 are no wavelets (not orthonormal), so these are
-refused, as are the longer ones that it lists and does not have.
+Bilican et al., 2025, arXiv:2505.12532. Trainable: n per target. Mergeable. Starts as a no-op. The transform is
+orthogonal and has one level. C is larger than W by the wavelet's overlap; the order of its quarters (low-low, high-low;
+low-high, high-high, as rows-columns) is that of PEFT's files. PEFT's filters for coif4 and coif5 are not orthonormal,
+so these two are refused, and so are the longer wavelets that PEFT lists without having filters for them.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from ..targets.target import Target
 
 
 class Budget(nn.Module):
-    """Shares the coefficients of all targets out in proportion to their sizes."""
+    """Distributes the coefficients over the targets in proportion to their sizes."""
 
     def __init__(self, entries: int, coefficients: int) -> None:
         super().__init__()
-        self.entries, self.coefficients = entries, coefficients
+        self.entries = entries
+        self.coefficients = coefficients
 
     def share(self, entries: int) -> int:
+        """The number of coefficients for a target with `entries` entries."""
         return max(1, round(entries / self.entries * self.coefficients))
 
 
@@ -43,66 +45,76 @@ class WaveFT(Additive):
         if not 1 <= n <= size:
             raise ConfigError(f"n_frequency on {target.path!r} must lie between 1 and in x out = {size}, not {n}")
         self.scaling = config.scaling
-        self.waveft_spectrum = nn.Parameter(torch.zeros(n) if config.init_weights else torch.randn(n) * 0.01)
+        spectrum = torch.zeros(n) if config.init_weights else torch.randn(n) * 0.01
+        self.waveft_spectrum = nn.Parameter(spectrum)
         taps = torch.tensor(filters(config.wavelet_family), dtype=torch.float32, device="cpu")
         self.register_buffer("filters", taps if config.use_idwt else None, persistent=False)
         generator = torch.Generator(device="cpu").manual_seed(config.random_loc_seed)
-        places = torch.randperm(size, generator=generator, device="cpu")[:n]
-        self.register_buffer("places", self.place(places), persistent=False)
+        order = torch.randperm(size, generator=generator, device="cpu")
+        self.register_buffer("positions", self.positions_in_C(order[:n]), persistent=False)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """That of C: W's, with room for the overlap, made even."""
-        sizes = self.target.out_features, self.target.in_features
+        """The shape of C: W's, padded for the overlap and to even sizes."""
+        rows = self.target.out_features
+        columns = self.target.in_features
         if self.filters is None:
-            return sizes
+            return rows, columns
         overlap = self.filters.shape[1] - 2
-        return sizes[0] + overlap + sizes[0] % 2, sizes[1] + overlap + sizes[1] % 2
+        return rows + overlap + rows % 2, columns + overlap + columns % 2
 
-    def place(self, places: Tensor) -> Tensor:
-        """Where the entries chosen in a matrix of W's size stand in C: in its middle, then the quarters as filed."""
-        (rows, columns), target = self.shape, self.target
-        i = places // target.in_features + (rows - target.out_features) // 2
-        j = places % target.in_features + (columns - target.in_features) // 2
-        if self.filters is not None:  # the file's upper right quarter is high in rows, not in columns
+    def positions_in_C(self, positions: Tensor) -> Tensor:
+        """Flat positions in C of entries chosen in W: W is centred in C, then the quarters are put in file order."""
+        rows, columns = self.shape
+        width = self.target.in_features
+        top = (rows - self.target.out_features) // 2
+        left = (columns - width) // 2
+        i = positions // width + top
+        j = positions % width + left
+        if self.filters is not None:  # in the file, the upper right quarter is high in rows, not in columns
             crossed = (i >= rows // 2) != (j >= columns // 2)
             i = torch.where(crossed, (i + rows // 2) % rows, i)
             j = torch.where(crossed, (j + columns // 2) % columns, j)
         return i * columns + j
 
     def delta(self) -> Tensor:
-        spectrum, (rows, columns), target = self.waveft_spectrum, self.shape, self.target
-        C = spectrum.new_zeros(rows * columns).index_put((self.places,), spectrum * self.scaling).view(rows, columns)
+        rows, columns = self.shape
+        values = self.waveft_spectrum * self.scaling
+        zeros = self.waveft_spectrum.new_zeros(rows * columns)
+        C = zeros.index_put((self.positions,), values).view(rows, columns)
         if self.filters is None:
             return C
         taps = self.filters.to(C)
-        whole = synthesise(synthesise(C, taps).mT, taps).mT
-        return whole[: target.out_features, : target.in_features]
+        half = synthesise(C, taps).mT
+        padded = synthesise(half, taps).mT
+        return padded[: self.target.out_features, : self.target.in_features]
 
     def describe(self) -> str:
-        return f"n={self.waveft_spectrum.numel()}, {self.config.wavelet_family if self.config.use_idwt else 'sparse'}"
+        family = self.config.wavelet_family if self.config.use_idwt else "sparse"
+        return f"n={self.waveft_spectrum.numel()}, {family}"
 
 
 @dataclass(kw_only=True)
 class WaveFTConfig(LayerConfig):
     n_frequency: int = 2592
-    """Learned coefficients per target, at most in_features x out_features."""
+    """n: learned coefficients per target, at most in_features x out_features."""
     scaling: float = 25.0
     """alpha: strength of the update."""
     wavelet_family: str = "db1"
     """The wavelet: "db1" (Haar) to "db10", "sym2" to "sym10", "coif1" to "coif3"."""
     use_idwt: bool = True
-    """False: the coefficients are entries of the update themselves."""
+    """Apply the inverse wavelet transform; False: the coefficients are entries of the update."""
     random_loc_seed: int = 777
-    """Seed of the coefficients' places."""
+    """Seed of the coefficients' positions."""
     n_frequency_pattern: dict[str, int] | None = mapping()
-    """Other numbers of coefficients for some targets, by name ending or regular expression."""
+    """`n_frequency` for individual targets, by name ending or regular expression."""
     proportional_parameters: bool = False
-    """Larger targets get more coefficients, n_frequency on average; the pattern is not looked at."""
+    """Larger targets get more coefficients, `n_frequency` on average; `n_frequency_pattern` is ignored."""
     init_weights: bool = True
     """Start as a no-op; False: small random values."""
 
-    peft_type, adapter = Name("WAVEFT"), WaveFT
+    peft_type = Name("WAVEFT")
+    adapter = WaveFT
     patterns = ("n_frequency_pattern",)
     learning_rate = 2e-4
 
@@ -112,5 +124,7 @@ class WaveFTConfig(LayerConfig):
             raise ConfigError(f"wavelet_family {self.wavelet_family!r}: use one of {', '.join(NAMES)}")
 
     def build_shared(self, targets: Sequence[Target]) -> Budget | None:
-        sizes = [target.in_features * target.out_features for target in targets]
-        return Budget(sum(sizes), self.n_frequency * len(sizes)) if self.proportional_parameters else None
+        if not self.proportional_parameters:
+            return None
+        entries = sum(target.in_features * target.out_features for target in targets)
+        return Budget(entries, self.n_frequency * len(targets))

@@ -1,9 +1,9 @@
-"""X-LoRA: mix trained LoRA experts, token by token, by a gate that reads the base model's last hidden states.
+"""X-LoRA: mix trained LoRA experts for each token, by a gate that reads the base model's last hidden states.
 
     y = W x + g sum_i s_i (B_i A_i x),  s = softmax(gate(h) / temperature),  h from a first pass without adapters
 
-Buehler and Buehler, 2024, arXiv:2402.07148. Trainable: the gate, and the experts if asked. Not mergeable: s depends on
-the input. PEFT 0.21 writes X-LoRA files without the gate; ours hold it under the names PEFT reads.
+Buehler and Buehler, 2024, arXiv:2402.07148. Trainable: the gate, and optionally the experts. Not mergeable: s depends
+on the input. PEFT 0.21 writes X-LoRA files without the gate; ours hold it under the names that PEFT reads.
 """
 
 from __future__ import annotations
@@ -26,21 +26,24 @@ from ..upstream import cache as caches
 from .families.experts import Expert, build_expert, common_targets, read_expert
 
 INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-"""What the first pass takes from a model call."""
+"""Arguments of a model call that are passed to the first pass."""
 
 
 class Gate(nn.Module):
-    """Hidden states (batch, length, width) to scalings (batch, length, layers, experts)."""
+    """Maps hidden states (batch, length, width) to scalings (batch, length, layers, experts)."""
 
     def __init__(self, config: XLoraConfig, paths: Sequence[str]) -> None:
         super().__init__()
-        self.config, self.place = config, {path: i for i, path in enumerate(paths)}
-        self.outputs = (len(paths) if config.layerwise_scalings else 1, len(config.adapters))
+        self.config = config
+        self.place = {path: i for i, path in enumerate(paths)}
+        layers = len(paths) if config.layerwise_scalings else 1
+        self.outputs = (layers, len(config.adapters))
         self.internal_xlora_classifier = nn.Module()
         self.internal_xlora_classifier.layers = nn.Sequential(*self.stages())
 
     def stages(self) -> Iterator[nn.Module]:
-        config, width = self.config, self.config.hidden_size or 0
+        config = self.config
+        width = config.hidden_size or 0
         for _ in range(config.xlora_depth - 1):
             yield nn.Linear(width, config.xlora_size)
             yield nn.ReLU()
@@ -52,7 +55,9 @@ class Gate(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         logits = self.internal_xlora_classifier.layers(h).unflatten(-1, self.outputs)
         logits = logits.expand(-1, -1, len(self.place), -1)
-        return (logits / self.config.softmax_temperature).softmax(-1) if self.config.enable_softmax else logits
+        if not self.config.enable_softmax:
+            return logits
+        return (logits / self.config.softmax_temperature).softmax(-1)
 
 
 class XLoRA(Adapter):
@@ -67,29 +72,38 @@ class XLoRA(Adapter):
                 self.experts[str(i)] = lora.requires_grad_(config.use_trainable_adapters)
 
     def learned(self) -> list[nn.Parameter]:
-        return super().learned() if self.config.use_trainable_adapters else []
+        if not self.config.use_trainable_adapters:
+            return []
+        return super().learned()
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         scalings = self.target.fact(self.shared)
         if scalings is None:
             raise VeneerError("X-LoRA needs a call of the whole model, whose hidden states its gate reads")
-        s = self.sparse(scalings[:, :, self.shared.place[self.target.path]])
+        layer = self.shared.place[self.target.path]
+        s = self.sparse(scalings[:, :, layer])  # (batch, length, experts)
         for i, lora in self.experts.items():
-            y = y + lora.update(x) * (s[..., int(i)] * self.config.global_scaling_weight).unsqueeze(-1).to(y.dtype)
+            weight = s[..., int(i)] * self.config.global_scaling_weight
+            y = y + lora.update(x) * weight.unsqueeze(-1).to(y.dtype)
         return y
 
     def sparse(self, s: Tensor) -> Tensor:
-        """Only the k largest of the scalings (batch, length, experts), perhaps normalised again."""
+        """The scalings (batch, length, experts) with all but the k largest set to zero; normalised again on request."""
         config = self.config
         if config.top_k_lora is not None:
-            kept = s.topk(config.top_k_lora, dim=-1).indices
-            s = s * torch.zeros_like(s).scatter(-1, kept, 1.0)
+            strongest = s.topk(config.top_k_lora, dim=-1).indices
+            mask = torch.zeros_like(s).scatter(-1, strongest, 1.0)
+            s = s * mask
         if config.enable_softmax_topk:
-            s = s.masked_fill(s == 0, float("-inf")).softmax(-1).masked_fill(s == 0, 0.0)
+            is_zero = s == 0
+            logits = s.masked_fill(is_zero, float("-inf"))
+            s = logits.softmax(-1).masked_fill(is_zero, 0.0)
         return s
 
     def export(self) -> Tensors:
-        return self.state_dict() if self.config.use_trainable_adapters else {}
+        if not self.config.use_trainable_adapters:
+            return {}
+        return self.state_dict()
 
     def describe(self) -> str:
         return f"{len(self.experts)} experts"
@@ -98,33 +112,34 @@ class XLoRA(Adapter):
 @dataclass(kw_only=True)
 class XLoraConfig(LayerConfig):
     adapters: dict[str, str] = field(default_factory=dict)
-    """The experts: a name and the directory of a trained LoRA adapter each."""
+    """The experts: for each name, the directory of a trained LoRA adapter."""
     hidden_size: int | None = None
-    """Width of the base model's hidden states; None: read off the model."""
+    """Width of the base model's hidden states; None: taken from the model."""
     enable_softmax: bool = True
-    """The scalings of a token sum to one."""
+    """Normalise the scalings of each token to a sum of one."""
     enable_softmax_topk: bool = False
     """Normalise again after `top_k_lora`."""
     layerwise_scalings: bool = False
-    """A gate output for each layer instead of one for all."""
+    """Separate scalings for each layer, instead of the same for all layers."""
     xlora_depth: int = 1
-    """Linear layers of the gate."""
+    """Number of the gate's linear layers."""
     xlora_size: int = 2048
-    """Width of its hidden layers."""
+    """Width of the gate's hidden layers."""
     xlora_dropout_p: float = 0.2
-    """Dropout between them, in training."""
+    """Dropout between the gate's layers, in training."""
     use_trainable_adapters: bool = False
     """Train the experts too, and save them."""
     softmax_temperature: float = 1.0
-    """Below one, the mixture is sharper."""
+    """Temperature of the softmax; below one, the mixture is sharper."""
     top_k_lora: int | None = None
-    """Use only the k strongest experts of each token."""
+    """Use only the k strongest experts of each token; None: all."""
     scaling_pass_value: float = 0.0
-    """Of PEFT's first pass, which runs without adapters all the same; kept for the file."""
+    """Ignored; kept for PEFT compatibility. The first pass runs without adapters."""
     global_scaling_weight: float = 1.0
     """g: strength of the whole mixture."""
 
-    peft_type, adapter = Name("XLORA"), XLoRA
+    peft_type = Name("XLORA")
+    adapter = XLoRA
     path_fields = ("adapters",)
     generate_with = {"use_cache": False}
 
@@ -139,10 +154,11 @@ class XLoraConfig(LayerConfig):
 
     @cached_property
     def experts(self) -> list[Expert]:
+        """The trained LoRA adapters, read from their directories once."""
         return [read_expert(name, source, "X-LoRA") for name, source in self.adapters.items()]
 
     def fill_targets(self, model: nn.Module) -> None:
-        # the X-LoRA file's own notes on the base model cover the same layers
+        # An X-LoRA file is itself checked against the base model, in the same layers.
         self.target_modules = common_targets(model, self.experts, check_base=not self.from_file)
         self.hidden_size = self.hidden_size or model.config.get_text_config().hidden_size
 
@@ -155,8 +171,11 @@ class XLoraConfig(LayerConfig):
         inputs = {name: kwargs[name] for name in INPUTS if kwargs.get(name) is not None}
         with torch.no_grad(), state_of(model).switched(enabled=False):  # type: ignore[union-attr]
             h = model.base_model(**inputs, use_cache=False)[0]
-        facts[shared] = shared(h.to(shared.internal_xlora_classifier.layers[-1].weight.dtype))
+        dtype = shared.internal_xlora_classifier.layers[-1].weight.dtype
+        facts[shared] = shared(h.to(dtype))
 
     def to_dict(self) -> dict[str, Any]:
-        """The targets follow from the experts, and PEFT's config has no such field."""
-        return {name: value for name, value in super().to_dict().items() if name != "target_modules"}
+        """Without `target_modules`: the targets follow from the experts, and PEFT's config has no such field."""
+        content = super().to_dict()
+        del content["target_modules"]
+        return content
