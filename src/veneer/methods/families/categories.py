@@ -1,4 +1,4 @@
-"""How PEFT sorts the modules of a model into categories that play one part in every layer."""
+"""Module categories, as PEFT forms them: one category holds the modules with the same role in every layer."""
 
 from __future__ import annotations
 
@@ -6,24 +6,40 @@ from collections.abc import Iterable
 
 
 def category(path: str) -> str:
-    """The last two parts of a path, `self_attn_q_proj`; the last alone below an index, or where there is no other."""
+    """The last two parts of a path, as in `self_attn_q_proj`.
+
+    Only the last part if there is no other, or if the one before it is an index.
+    """
     *_, outer, block, name = ["", "", *path.split(".")]
     if (outer, block, name) == ("attention", "output", "dense"):
         return "attention_output"
-    return name if not block or block.isdigit() else f"{block}_{name}"
+    if not block or block.isdigit():
+        return name
+    return f"{block}_{name}"
 
 
 def layer_number(path: str, otherwise: int) -> int:
-    """The index after `layers`, else the first index in a path."""
-    _, found, rest = f".{path}.".partition(".layers.")
-    numbers = [part for part in path.split(".") if part.isdigit()]
-    following = rest.split(".")[0] if found else ""
-    return int(following) if following.isdigit() else int(numbers[0]) if numbers else otherwise
+    """The index after `layers` in a path, else the first index, else `otherwise`."""
+    parts = path.split(".")
+    if "layers" in parts:
+        following = parts[parts.index("layers") + 1 :]
+        if following and following[0].isdigit():
+            return int(following[0])
+    for part in parts:
+        if part.isdigit():
+            return int(part)
+    return otherwise
 
 
 def by_category(paths: Iterable[str]) -> dict[str, list[str]]:
-    """Paths by category, in the order of their layers; of several in one layer the last."""
-    found: dict[str, dict[int, str]] = {}
+    """Paths grouped by category and sorted by layer; where one layer has several, the last is used."""
+    grouped: dict[str, dict[int, str]] = {}
     for i, path in enumerate(paths):
-        found.setdefault(category(path), {})[layer_number(path, i)] = path
-    return {name: [path for _, path in sorted(layers.items())] for name, layers in sorted(found.items())}
+        layers = grouped.setdefault(category(path), {})
+        layers[layer_number(path, i)] = path
+
+    ordered = {}
+    for name in sorted(grouped):
+        layers = grouped[name]
+        ordered[name] = [layers[number] for number in sorted(layers)]
+    return ordered

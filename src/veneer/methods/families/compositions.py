@@ -1,7 +1,7 @@
-"""What adapters share that stand on other adapters of the model: AdapterFusion, averages, splits.
+"""Methods that read other adapters of the model: the parts that AdapterFusion, averages and splits share.
 
-AdapterHub's compositions: a stack is `set_adapter(["a", "b"])`, a fusion, an average and a split are methods that name
-the adapters they read, and `parallel` asks several adapters about the same rows.
+In the terms of AdapterHub, a stack is `set_adapter(["a", "b"])`. A fusion, an average and a split are methods whose
+configs name the adapters that they read. `parallel` runs the same rows through several adapters.
 """
 
 from __future__ import annotations
@@ -21,22 +21,27 @@ from ...targets.target import Target
 
 
 class Reader(Adapter):
-    """An adapter that says what others make of a module's output. They stay as they are, and inactive."""
+    """An adapter that combines the outputs of other adapters on its module; those stay unchanged and inactive."""
 
     def __init__(self, config: ReaderConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
         check_present(config, target.layer.state.configs)
         self.names = [name for name in config.adapter_names if name in target.layer.adapters]
-        parts = [part for name in self.names for part in self.sibling(name).parts]
+        parts: list[Adapter] = []
+        for name in self.names:
+            parts += self.sibling(name).parts
         self.has_fold = type(self).has_fold and all(part.has_fold for part in parts)
         self.reads_weight = not all(map(_follows, parts))
-        if any(part.target is not target or not (_follows(part) or part.has_fold) for part in parts):
-            names = ", ".join(self.names)
-            raise TargetError(
-                f"{config.title} reads what adapters make of {target.path!r}; one of {names} does not say"
-            )
+        for part in parts:
+            has_output = _follows(part) or part.has_fold
+            if part.target is not target or not has_output:
+                names = ", ".join(self.names)
+                raise TargetError(
+                    f"{config.title} reads the outputs of adapters on {target.path!r}; one of {names} has none to read"
+                )
 
     def sibling(self, name: str) -> Adapter:
+        """The adapter called `name` on the same module."""
         adapter = self.target.layer.adapters.get(name)
         if adapter is None:
             raise VeneerError(
@@ -46,30 +51,40 @@ class Reader(Adapter):
 
     def update(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """u: what the adapter called `name` adds to the output y for the input x."""
-        parts = self.sibling(name).parts
+        output = self._output(self.sibling(name).parts, x, y)
+        return output.to(y.dtype) - y
+
+    def _output(self, parts: Sequence[Adapter], x: Tensor, y: Tensor) -> Tensor:
+        """The module's output with the parts applied, to its output y where that is enough."""
         if not all(map(_follows, parts)):
-            W, b = self.target.layer.fold(parts)
-            return self.target.op(x if self.target.kind == "embedding" else x.to(W.dtype), W, b).to(y.dtype) - y
-        z = y
+            return self._output_folded(parts, x)
+        output = y
         for part in parts:
             dtype = part.dtype or y.dtype
-            own = x.to(dtype) if x.is_floating_point() else x
-            z = part.run(own) if isinstance(part, Replace) else part.post(own, z.to(dtype))
-        return z.to(y.dtype) - y
+            part_x = x.to(dtype) if x.is_floating_point() else x
+            output = part.run(part_x) if isinstance(part, Replace) else part.post(part_x, output.to(dtype))
+        return output
+
+    def _output_folded(self, parts: Sequence[Adapter], x: Tensor) -> Tensor:
+        """The module's output with the parts folded into its weight."""
+        W, b = self.target.layer.fold(parts)
+        if self.target.kind != "embedding":
+            x = x.to(W.dtype)
+        return self.target.op(x, W, b)
 
 
 def _follows(part: Adapter) -> bool:
-    """It acts on the module's output alone, or instead of the module."""
+    """Whether the adapter needs only the module's output, or replaces the module."""
     return isinstance(part, Replace) or (part.has_post and not part.has_pre)
 
 
 @dataclass(kw_only=True)
 class ReaderConfig(LayerConfig):
     adapter_names: list[str] = field(default_factory=list)
-    """The adapters it reads, by their names on the model."""
+    """The adapters to read, by their names on the model."""
 
     title: ClassVar[str]
-    """What an error calls it."""
+    """The method's name in error messages."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,20 +95,25 @@ class ReaderConfig(LayerConfig):
         self.target_modules = self.places(model)
 
     def places(self, model: nn.Module) -> list[str]:
-        """The paths that one of the adapters adapts at least, in the model's order."""
+        """The paths that at least one of the adapters adapts, in the model's order."""
         state = state_of(model)
         check_present(self, () if state is None else state.configs)
+        assert state is not None  # the check found adapters
         for name in self.adapter_names:
-            if not state.adapters(name):  # type: ignore[union-attr]
-                raise TargetError(f"{self.title} reads what adapters make of modules; {name!r} adapts none")
-        return [p for p, layer in state.layers.items() if any(n in layer.adapters for n in self.adapter_names)]  # type: ignore[union-attr]
+            if not state.adapters(name):
+                raise TargetError(f"{self.title} reads the outputs of adapters on modules; {name!r} adapts none")
+        names = set(self.adapter_names)
+        return [path for path, layer in state.layers.items() if not names.isdisjoint(layer.adapters)]
 
     def before(self, shared: nn.Module | None, facts: dict[Any, Any], model: nn.Module, kwargs: dict[str, Any]) -> None:
-        """The facts of the adapters it reads, which are not active themselves."""
+        """Compute the facts of the adapters to read, which are not active themselves."""
         state = state_of(model)
-        for name in self.adapter_names if state is not None else ():
-            for member in state.configs[name].members() if name in state.configs else ():  # type: ignore[union-attr]
-                member.before(state.shared.get(name), facts, model, kwargs)  # type: ignore[union-attr]
+        if state is None:
+            return
+        for name in self.adapter_names:
+            if name in state.configs:
+                for member in state.configs[name].members():
+                    member.before(state.shared.get(name), facts, model, kwargs)
 
 
 def check_present(config: ReaderConfig, known: Collection[str]) -> None:
@@ -105,16 +125,15 @@ def check_present(config: ReaderConfig, known: Collection[str]) -> None:
 
 
 class Weighted(Reader):
-    """A weight for each adapter it reads, which may be learned."""
+    """A reader with one weight for each adapter, fixed or learned."""
 
     kinds = frozenset({"linear", "conv", "embedding", "norm", "block"})
 
     def __init__(self, config: WeightedConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
-        given = dict(zip(config.adapter_names, config.initial_weights(), strict=True))
-        self.composition_weights = nn.Parameter(
-            torch.tensor([given[name] for name in self.names]), requires_grad=config.learned
-        )
+        initial = dict(zip(config.adapter_names, config.initial_weights(), strict=True))
+        weights = torch.tensor([initial[name] for name in self.names])
+        self.composition_weights = nn.Parameter(weights, requires_grad=config.learned)
 
     def learned(self) -> list[nn.Parameter]:
         return super().learned() if self.config.learned else []
@@ -129,7 +148,7 @@ class Weighted(Reader):
 @dataclass(kw_only=True)
 class WeightedConfig(ReaderConfig):
     weights: list[float] | None = None
-    """How much of each adapter."""
+    """The weight of each adapter."""
     learned: bool = False
     """Train the weights, one for each adapter and module."""
 
@@ -145,18 +164,24 @@ class WeightedConfig(ReaderConfig):
 
 
 def parallel(batch: Mapping[str, Any], adapter_names: Sequence[str]) -> dict[str, Any]:
-    """A batch that asks each adapter about each row: `model(**parallel(batch, ["one", "two"]))`.
+    """Repeat a batch so that each adapter sees every row: `model(**parallel(batch, ["one", "two"]))`.
 
-    Tensors (rows, ...) become (adapters x rows, ...), all rows of the first adapter first, and so does what comes back;
-    the base model runs once. "__base__" names the model without adapters. For `model.generate` as well.
+    Tensors (rows, ...) become (adapters x rows, ...), with all rows of the first adapter first; outputs have the same
+    layout. The base model runs once. "__base__" names the model without adapters. Also for `model.generate`.
     """
-    rows = {len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()}
-    if len(rows) != 1 or not adapter_names:
+    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.dim()}
+    row_counts = set(map(len, tensors.values()))
+    if len(row_counts) != 1 or not adapter_names:
         raise VeneerError(
-            f"parallel needs adapters and tensors of as many rows each, not {list(adapter_names)}, {sorted(rows)} rows"
+            "parallel needs adapters, and tensors with as many rows as one another; it got adapters "
+            f"{list(adapter_names)} and tensors with {sorted(row_counts)} rows"
         )
-    repeated = {
-        key: torch.cat([value] * len(adapter_names)) if isinstance(value, Tensor) and value.dim() else value
-        for key, value in batch.items()
-    }
-    return {**repeated, "adapter_names": [name for name in adapter_names for _ in range(*rows)]}
+    rows = row_counts.pop()
+    repeated = dict(batch)
+    for key, tensor in tensors.items():
+        repeated[key] = torch.cat([tensor] * len(adapter_names))
+    names: list[str] = []
+    for name in adapter_names:
+        names += [name] * rows
+    repeated["adapter_names"] = names
+    return repeated

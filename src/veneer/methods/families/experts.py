@@ -1,4 +1,4 @@
-"""Trained LoRA adapters as parts of another adapter that mixes them."""
+"""Trained LoRA adapters as the experts of another adapter, which mixes them."""
 
 from __future__ import annotations
 
@@ -16,51 +16,74 @@ from ...targets.target import Target
 from ..lora import LoRA, LoraConfig
 
 Expert = tuple[LoraConfig, Tensors, dict[str, Any]]
+"""The config, tensors and provenance of a trained LoRA adapter."""
 
 
 def read_expert(name: str, source: str, mixer: str) -> Expert:
-    """The config, tensors and notes of a plain LoRA adapter in a directory."""
-    config, tensors, notes = checkpoint.load(source)
+    """Read a plain LoRA adapter from a directory.
+
+    Raises:
+        ConfigError: it is another method, or LoRA with extras.
+    """
+    config, tensors, provenance = checkpoint.load(source)
     if not isinstance(config, LoraConfig) or type(config).adapter is not LoRA:
         raise ConfigError(f"{mixer} mixes LoRA adapters; {name!r} at {source!r} is {config.peft_type}")
     if config.variants() or config.modules_to_save or config.bias != "none":
-        given = ", ".join(config.variants()) or "modules_to_save or bias"
-        raise ConfigError(f"{mixer} mixes plain LoRA adapters; {name!r} at {source!r} is LORA with {given}")
-    return config, tensors, notes
+        extras = ", ".join(config.variants()) or "modules_to_save or bias"
+        raise ConfigError(f"{mixer} mixes plain LoRA adapters; {name!r} at {source!r} is LORA with {extras}")
+    return config, tensors, provenance
 
 
 def build_expert(config: LoraConfig, tensors: Tensors, target: Target) -> LoRA | None:
-    """An expert on one target; None where it does not adapt it."""
+    """Build an expert on one target; None if it does not adapt that target."""
     prefix = f"base_model.model.{target.path}."
-    own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-    if not own:
+    target_tensors = {}
+    for key, tensor in tensors.items():
+        if key.startswith(prefix):
+            target_tensors[key.removeprefix(prefix)] = tensor
+    if not target_tensors:
         return None
     lora = LoRA(config, target)
-    expected = {key: t.shape for key, t in lora.export().items()}
-    if expected != {key: t.shape for key, t in own.items()}:
+    shapes = _shapes(target_tensors)
+    expected = _shapes(lora.export())
+    if shapes != expected:
         raise CheckpointError(
-            f"an expert does not fit {target.path!r}: it has {_shapes(own)}, which should be {_shapes(lora.export())}"
+            f"an expert does not fit {target.path!r}: it has {_spelled(shapes)}, which should be {_spelled(expected)}"
         )
-    lora.absorb(own)
+    lora.absorb(target_tensors)
     return lora
 
 
 def less_mean(tensors: Tensors, others: Sequence[Tensors]) -> Tensors:
-    """Tensors less the mean of others of the same name."""
+    """Subtract from each tensor the mean of the tensors of the same name in `others`."""
     if not others:
         return tensors
-    if any({k: t.shape for k, t in other.items()} != {k: t.shape for k, t in tensors.items()} for other in others):
-        raise ConfigError("factors are subtracted as they are: give all adapters the same targets and ranks")
-    return {key: t - torch.stack([other[key] for other in others]).mean(0) for key, t in tensors.items()}
+    shapes = _shapes(tensors)
+    for other in others:
+        if _shapes(other) != shapes:
+            raise ConfigError("factors are subtracted as they are: give all adapters the same targets and ranks")
+    differences = {}
+    for key, tensor in tensors.items():
+        stacked = torch.stack([other[key] for other in others])
+        differences[key] = tensor - stacked.mean(0)
+    return differences
 
 
-def _shapes(tensors: Tensors) -> str:
-    return ", ".join(f"{key} {tuple(t.shape)}" for key, t in tensors.items())
+def _shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(t.shape) for key, t in tensors.items()}
+
+
+def _spelled(shapes: dict[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{key} {shape}" for key, shape in shapes.items())
 
 
 def common_targets(model: nn.Module, experts: Iterable[Expert], check_base: bool = True) -> list[str]:
-    """The paths that any of the experts adapts. Raises unless each fits `model`, the base it was trained on."""
-    paths: dict[str, None] = {}
-    for i, (config, tensors, notes) in enumerate(experts):
-        paths |= dict.fromkeys(try_on(model, config, f"expert {i}", tensors, notes if check_base else {}))
-    return list(paths)
+    """The paths that any of the experts adapts.
+
+    Raises an error unless each expert fits `model`, and was trained on it if `check_base`.
+    """
+    paths: list[str] = []
+    for i, (config, tensors, provenance) in enumerate(experts):
+        checked = provenance if check_base else {}
+        paths += try_on(model, config, f"expert {i}", tensors, checked)
+    return list(dict.fromkeys(paths))

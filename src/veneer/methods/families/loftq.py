@@ -1,4 +1,4 @@
-"""LoftQ's adapter: a LoRA whose update also holds the error of a quantised base (see `inits/loftq.py`)."""
+"""The LoRA that LoftQ starts: its update also holds the error of the quantised base (see `inits/loftq.py`)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,30 @@ from ..lora import LoRA
 
 
 class LoftQ(LoRA):
-    """W' = Q + s B A, as W + (Q - W) + s B A: the base stays whole, and Q - W is found again at each load."""
+    """W' = Q + s B A, computed as W + (Q - W) + s B A.
+
+    The base keeps its weight W, and Q - W is computed again at each load.
+    """
 
     @torch.no_grad()
     def initialise(self, how: bool | str) -> None:
         check_whole(self.target, "loftq")
-        Q, A, B = loftq(self.target, self.r, self.scaling, self.config.loftq_config or LoftQConfig())
-        self.register_buffer("error", Q - self.target.original_weight().to(Q), persistent=False)
-        for mine, start in zip(self.matrices(), (A, B), strict=True):
-            if not mine.is_meta:
-                mine.copy_(start)
+        config = self.config.loftq_config or LoftQConfig()
+        Q, A0, B0 = loftq(self.target, self.r, self.scaling, config)
+        error = Q - self.target.original_weight().to(Q)
+        self.register_buffer("error", error, persistent=False)
+        for matrix, start in zip(self.matrices(), (A0, B0), strict=True):
+            if not matrix.is_meta:
+                matrix.copy_(start)
 
     def delta(self) -> Tensor:
-        return super().delta() if self.error is None else super().delta() + self.error
+        update = super().delta()
+        if self.error is None:
+            return update
+        return update + self.error
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         y = super().post(x, y)
-        return y if self.error is None else y + self.target.op(x, self.error)
+        if self.error is None:
+            return y
+        return y + self.target.op(x, self.error)

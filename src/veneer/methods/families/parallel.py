@@ -1,4 +1,8 @@
-"""Bottlenecks beside a module that is no module of its own: they read the input where the MLP begins."""
+"""Bottlenecks in parallel to an MLP, including an MLP without a module of its own.
+
+Such an MLP is only a first and a last linear layer. An adapter on the first stores its input for the bottleneck on the
+last.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Inputs(nn.Module):
-    """What the MLPs under way were given, by layer."""
+    """The inputs of the MLPs that are running, by layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,11 +30,12 @@ class Inputs(nn.Module):
 
 
 def layer_of(path: str) -> str:
+    """The path of the layer that a module belongs to, up to its index."""
     return re.sub(r"(.*\.\d+)\..*", r"\1", path)
 
 
 class Tap(Adapter):
-    """Stands where an MLP begins, and notes its input."""
+    """Stores the input of an MLP's first linear layer."""
 
     kinds = frozenset({"linear"})
 
@@ -40,7 +45,7 @@ class Tap(Adapter):
 
 
 class Parallel(Bottleneck):
-    """Beside a block or a linear layer."""
+    """A bottleneck in parallel to a block or a linear layer: it reads the same input."""
 
     def reads(self, target: Target) -> int:
         return target.in_features
@@ -50,18 +55,19 @@ class Parallel(Bottleneck):
 
 
 class Tapped(Bottleneck):
-    """Stands where an MLP ends, and reads what it was given."""
+    """A bottleneck on an MLP's last linear layer that reads the MLP's stored input."""
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        x = self.shared.held.pop(layer_of(self.target.path), None)
-        if x is None:
+        mlp_input = self.shared.held.pop(layer_of(self.target.path), None)
+        if mlp_input is None:
             raise VeneerError(f"no input of its MLP came before {self.target.path!r}; target_modules must pair them")
-        return y + self.update(x.to(y.dtype))
+        return y + self.update(mlp_input.to(y.dtype))
 
 
 def part_at(config: BottleneckConfig, target: Target, shared: nn.Module | None) -> Adapter:
-    """The adapter for one of the places: beside a module, or at the beginning or the end of an MLP that is none."""
+    """The adapter for one target of a parallel bottleneck: a whole module, or the first or last layer of an MLP."""
     if not config.input_modules:
         return Parallel(config, target)
-    begins = any(matches(target.path, entry) for entry in config.input_modules)
-    return (Tap if begins else Tapped)(config, target, shared)
+    if any(matches(target.path, entry) for entry in config.input_modules):
+        return Tap(config, target, shared)
+    return Tapped(config, target, shared)

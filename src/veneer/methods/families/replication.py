@@ -1,9 +1,10 @@
-"""A model of more layers than it has: ranges of its layers one after another, the repeated ones sharing weights."""
+"""Layer replication: a deeper model made of ranges of a model's layers, in which repeated layers share weights."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -12,12 +13,24 @@ from ...core.state import state_of
 from ...errors import ConfigError, TargetError
 from ...targets.roles import layer_list
 
+LENGTH_FIELDS = ("num_hidden_layers", "n_layer")
+"""The fields of a model's config that may hold its number of layers."""
 
+
+@dataclass(eq=False)
 class Replication:
-    """What a replication changed, to take it back."""
+    """What a replication changed in a model, and how to undo it."""
 
-    def __init__(self, holder: nn.Module, name: str, old: nn.ModuleList, config: Any, settings: dict[str, Any]) -> None:
-        self.holder, self.name, self.old, self.config, self.settings = holder, name, old, config, settings
+    holder: nn.Module
+    """The module that holds the list of layers."""
+    name: str
+    """The name of the list in `holder`."""
+    old: nn.ModuleList
+    """The list before."""
+    config: Any
+    """The model's config."""
+    settings: dict[str, Any]
+    """The changed fields of `config`, as they were before."""
 
     def undo(self) -> None:
         self.holder._modules[self.name] = self.old
@@ -25,45 +38,58 @@ class Replication:
 
 
 def replicate(model: nn.Module, ranges: Sequence[Sequence[int]]) -> Replication:
-    """Rebuild the list of layers from ranges [start, end) of it, in place.
+    """Rebuild the model's list of layers from ranges [start, end) of it, in place.
 
     Raises:
-        ConfigError: a range lies outside the layers, or is none.
-        TargetError: the model shows no list of layers, or has adapters already.
+        ConfigError: a range is malformed or exceeds the layers.
+        TargetError: no list of layers is found in the model, or the model already has adapters.
     """
     if state_of(model) is not None:
         raise TargetError(
             "layer_replication changes the model's layers, on which there are adapters; unload them first"
         )
     path = layer_list(model)
-    above, _, name = path.rpartition(".")
-    holder, old = model.get_submodule(above), model.get_submodule(path)
-    wrong = [r for r in ranges if len(r) != 2 or not 0 <= r[0] < r[1] <= len(old)]  # type: ignore[arg-type]
-    if wrong:
-        raise ConfigError(f"layer_replication: {wrong[0]} is no range of the {len(old)} layers")  # type: ignore[arg-type]
-    order = [i for start, end in ranges for i in range(start, end)]
-    holder._modules[name] = nn.ModuleList(_sharing(old[i], place) for place, i in enumerate(order))  # type: ignore[index]
+    parent, _, name = path.rpartition(".")
+    holder = model.get_submodule(parent)
+    old: Any = model.get_submodule(path)
+    order = _order(ranges, len(old))
+    layers = [_sharing(old[i], place) for place, i in enumerate(order)]
+    holder._modules[name] = nn.ModuleList(layers)
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    before = {
-        key: config.__dict__[key] for key in ("num_hidden_layers", "n_layer", "layer_types") if key in config.__dict__
-    }
-    _resize(config, order)
-    return Replication(holder, name, old, config, before)  # type: ignore[arg-type]
+    settings = _resize(config, order)
+    return Replication(holder, name, old, config, settings)
 
 
-def _resize(config: Any, order: list[int]) -> None:
-    for key in ("num_hidden_layers", "n_layer"):
-        if key in config.__dict__:
-            config.__dict__[key] = len(order)
-    kinds = config.__dict__.get("layer_types")
-    if kinds is not None:
-        config.__dict__["layer_types"] = [kinds[i] for i in order]
+def _order(ranges: Sequence[Sequence[int]], length: int) -> list[int]:
+    """The indices of the layers in their new order."""
+    order: list[int] = []
+    for bounds in ranges:
+        if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= length:
+            raise ConfigError(f"layer_replication: {bounds} is no range of the {length} layers")
+        order += range(bounds[0], bounds[1])
+    return order
+
+
+def _resize(config: Any, order: list[int]) -> dict[str, Any]:
+    """Adjust the model's config to its new layers; returns the former values of the changed fields."""
+    values = config.__dict__
+    former = {}
+    for key in LENGTH_FIELDS:
+        if key in values:
+            former[key] = values[key]
+            values[key] = len(order)
+    if "layer_types" in values:
+        layer_types = values["layer_types"]
+        former["layer_types"] = layer_types
+        if layer_types is not None:
+            values["layer_types"] = [layer_types[i] for i in order]
+    return former
 
 
 def _sharing(layer: nn.Module, place: int) -> nn.Module:
-    """A copy of a layer that shares its tensors and knows its own place (in the cache)."""
-    tensors = {id(t): t for t in (*layer.parameters(), *layer.buffers())}
-    twin = copy.deepcopy(layer, memo=tensors)  # type: ignore[arg-type]
+    """A copy of a layer that shares its tensors and has its own index (in the cache)."""
+    tensors: dict[int, Any] = {id(t): t for t in (*layer.parameters(), *layer.buffers())}
+    twin = copy.deepcopy(layer, memo=tensors)
     for module in twin.modules():
         if hasattr(module, "layer_idx"):
             module.layer_idx = place  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Small networks that run beside a model: made in its image, or read from a directory."""
+"""Small networks that run in parallel to a model: built from its config, or read from a directory."""
 
 from __future__ import annotations
 
@@ -15,70 +15,91 @@ from torch.nn import functional as F
 from ...errors import CheckpointError, ConfigError
 
 OTHER_NAMES = {"intermediate_size": ("n_inner", "ffn_dim")}
+"""Names that some architectures give to a config field."""
 PROJECTED = "causal_lm_with_hidden_projection"
+"""The model type of a network that is saved with a projection."""
 
 
 def config_of(block: nn.Module) -> Any:
-    """The config of the transformers model that a block is of, None where no module keeps one."""
-    return next((m.config for m in block.modules() if hasattr(m, "config")), None)
+    """The config of the transformers model that a block belongs to; None if no module holds one."""
+    for module in block.modules():
+        if hasattr(module, "config"):
+            return module.config
+    return None
 
 
 def mirror(config: Any, sizes: Mapping[str, int | None]) -> Any:
-    """A new network of an architecture in other sizes: one layer, and the rest as it is, where they say nothing."""
+    """Build a new network of the same architecture in other sizes.
+
+    Sizes that are None stay as in the config, except that the number of layers becomes one.
+    """
     from transformers import AutoModel
 
     config = copy.deepcopy(config)
     config.dtype = torch.float32
-    for name, size in {**sizes, "num_hidden_layers": sizes["num_hidden_layers"] or 1}.items():
+    new_sizes = dict(sizes)
+    new_sizes["num_hidden_layers"] = sizes["num_hidden_layers"] or 1
+    for name, size in new_sizes.items():
         if size is not None:
             _resize(config, name, size)
     if getattr(config, "layer_types", None):
-        n, types = config.num_hidden_layers, list(config.layer_types)
+        n = config.num_hidden_layers
+        types = list(config.layer_types)
         config.layer_types = types[:n] + types[-1:] * (n - len(types))
     if getattr(config, "max_window_layers", None) is not None:
         config.max_window_layers = min(config.max_window_layers, config.num_hidden_layers)
-    with torch.device("cpu"):  # whole even where adapters are built without memory: tables of positions are in no file
+    # never on the meta device, even when adapters are built there: buffers such as position tables are in no file
+    with torch.device("cpu"):
         return AutoModel.from_config(config)
 
 
 def _resize(config: Any, name: str, size: int) -> None:
-    found = next((n for n in (name, *OTHER_NAMES.get(name, ())) if hasattr(config, n)), None)
-    if found is None:
-        raise ConfigError(f"{type(config).__name__} has no {name} to set to {size}")
-    setattr(config, found, size)
+    """Set a size under the name that this config gives it."""
+    for known in (name, *OTHER_NAMES.get(name, ())):
+        if hasattr(config, known):
+            setattr(config, known, size)
+            return
+    raise ConfigError(f"{type(config).__name__} has no {name} to set to {size}")
 
 
 def saved(directory: str) -> tuple[Any, nn.Module | None]:
-    """A network from a directory; with it its projection to the width of a larger model, if it has one."""
+    """Load a network from a directory, and its projection to the width of a larger model if it has one."""
     from transformers import AutoConfig, AutoModel
 
     path = Path(directory)
-    if not (path / "config.json").is_file():
+    config_file = path / "config.json"
+    if not config_file.is_file():
         raise CheckpointError(f"{directory!r} is no directory of a transformers model; download one first")
-    content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    content = json.loads(config_file.read_text(encoding="utf-8"))
     with torch.device("cpu"):
         if content.get("model_type") != PROJECTED:
             return AutoModel.from_pretrained(path, dtype=torch.float32), None
         inner = dict(content["shadow_model_config"])
-        return _projected(path, AutoModel.from_config(AutoConfig.for_model(inner.pop("model_type"), **inner)))
+        inner_config = AutoConfig.for_model(inner.pop("model_type"), **inner)
+        return _projected(path, AutoModel.from_config(inner_config))
 
 
 def _projected(path: Path, network: Any) -> tuple[Any, nn.Module]:
+    """Load the weights of a network and its projection."""
     from safetensors.torch import load_file
 
     tensors = load_file(path / "model.safetensors")
     W = tensors.get("shadow_hidden_projection.weight")
     if W is None:
         raise CheckpointError(f"{str(path)!r} holds no shadow_hidden_projection.weight")
-    own = {key.removeprefix("shadow_model."): t for key, t in tensors.items() if key.startswith("shadow_model.")}
-    network.load_state_dict(own)
+    prefix = "shadow_model."
+    weights = {}
+    for key, tensor in tensors.items():
+        if key.startswith(prefix):
+            weights[key.removeprefix(prefix)] = tensor
+    network.load_state_dict(weights)
     projection = nn.Linear(W.shape[1], W.shape[0], bias=False)
     projection.load_state_dict({"weight": W})
     return network, projection
 
 
 def freeze_(module: nn.Module) -> nn.Module:
-    """Make buffers of the parameters: they stay in the file, and nothing trains them."""
+    """Turn parameters into buffers: they are still saved, and nothing trains them."""
     for part in module.modules():
         for name, parameter in list(part._parameters.items()):
             if parameter is not None:
@@ -88,21 +109,24 @@ def freeze_(module: nn.Module) -> nn.Module:
 
 
 def last_position(states: Tensor, mask: Tensor | None) -> Tensor:
-    """The state of each row's last token that is no padding: (batch, length, width) -> (batch, width)."""
+    """The state of each row's last token that is not padding: (batch, length, width) -> (batch, width)."""
     if mask is None:
         return states[:, -1]
     places = torch.arange(mask.shape[1], device=mask.device) * mask.ne(0)
-    return states[torch.arange(len(states), device=states.device), places.argmax(-1)]
+    rows = torch.arange(len(states), device=states.device)
+    return states[rows, places.argmax(-1)]
 
 
 def language_loss(head: Any, states: Tensor, labels: Tensor) -> Tensor:
-    """What a language model's head says to states (batch, length, width) about the tokens that follow."""
-    logits = head(states[:, :-1].to(head.weight.dtype)).float()
-    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    """The next-token loss of hidden states (batch, length, width) under a language model's head."""
+    states = states[:, :-1].to(head.weight.dtype)
+    next_tokens = labels[:, 1:]
+    logits = head(states).float()
+    return F.cross_entropy(logits.flatten(0, 1), next_tokens.flatten(), ignore_index=-100)
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """transformers' loss of a sequence classifier: a regression, a choice of one, or of several."""
+    """The loss of a transformers sequence classifier: regression, single-label or multi-label."""
     if logits.shape[-1] == 1:
         return F.mse_loss(logits.squeeze(-1), labels.view(-1).to(logits))
     if labels.is_floating_point():

@@ -1,4 +1,4 @@
-"""What may stand beside a LoRA under its name: trained tokens, and the same update on a tied module."""
+"""Adapters that accompany a LoRA under its name: trained tokens, and the same update on a module with tied weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..trainable_tokens import TrainableTokens, TrainableTokensConfig
 
 
 class TokenAdapter(TrainableTokens):
-    """The same beside another method, under its name."""
+    """Trainable tokens that accompany another method under its name."""
 
     key = "token_adapter."
 
@@ -19,20 +19,22 @@ class TokenAdapter(TrainableTokens):
 
 
 class Tokens(TrainableTokensConfig):
-    """`trainable_token_indices` of another method's config."""
+    """The config that `trainable_token_indices` of another method's config stands for."""
 
     adapter = TokenAdapter
 
 
 def beside(indices: list[int] | dict[str, list[int]] | None) -> list[Tokens]:
-    """Configs for the tokens that another method also trains: of the embedding, or of the modules it names."""
+    """Configs for the tokens that another method also trains: in the input embedding, or in the named modules."""
     if isinstance(indices, dict):
         return [Tokens(token_indices=tokens, target_modules=[module]) for module, tokens in indices.items()]
-    return [Tokens(token_indices=indices)] if indices else []
+    if not indices:
+        return []
+    return [Tokens(token_indices=indices)]
 
 
 class TiedLoRA(LowRank):
-    """The update of an embedding in the output head that shares its weight, or the other way round: its transpose."""
+    """The update of an embedding on the output head that shares its weight, or the reverse: the transposed update."""
 
     kinds = frozenset({"linear", "embedding"})
 
@@ -41,23 +43,30 @@ class TiedLoRA(LowRank):
         return B.T, A.T
 
     def names(self) -> tuple[str, str]:
-        """What a file calls A and B here."""
+        """The names of A and B in a checkpoint."""
         return _names(self.target)
 
     def export(self) -> Tensors:
         A, B = self.shared.matrices()
-        return {name: t.detach().T.contiguous() for name, t in zip(self.names(), (B, A), strict=True)}
+        name_A, name_B = self.names()
+        return {name_A: _transposed(B), name_B: _transposed(A)}
 
     def absorb(self, tensors: Tensors) -> None:
-        pass  # what the first has taken
+        pass  # the first adapter has already loaded the same values
 
     def repeats(self) -> dict[str, str]:
         first = self.shared.target
-        return {own: f"{first.path}.{its}" for own, its in zip(_names(self.target), _names(first)[::-1], strict=True)}
+        name_A, name_B = _names(self.target)
+        first_A, first_B = _names(first)
+        return {name_A: f"{first.path}.{first_B}", name_B: f"{first.path}.{first_A}"}
+
+
+def _transposed(t: Tensor) -> Tensor:
+    return t.detach().T.contiguous()
 
 
 def _names(target: Target) -> tuple[str, str]:
-    """What a LoRA's file calls A and B on a target."""
+    """The names of a LoRA's A and B in a checkpoint, by the kind of target."""
     if target.kind == "embedding":
         return "lora_embedding_A", "lora_embedding_B"
     return "lora_A.weight", "lora_B.weight"

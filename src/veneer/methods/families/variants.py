@@ -1,6 +1,7 @@
-"""Methods in variants that combine: each variant is a class that overrides one aspect and goes on by `super()`.
+"""Methods with variants that combine: each variant is a class that overrides one aspect and calls `super()`.
 
-A config that is `Variants` knows what asks for which; its `adapter` is the class composed of those it is asked for.
+A `Variants` config knows which of its fields requests which variant; its `adapter` is the class composed of the
+requested ones.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from ...files.checked import Settings
 
 
 class Aspect:
-    """What a variant may tell the config it is composed for."""
+    """What a variant may contribute to the config that requests it."""
 
     settings: ClassVar[type[Settings] | None] = None
+    """The class of the config field that requests it, if that is not a bool or a name."""
     pads: ClassVar[bool] = True
-    """Further ranks of zeros change nothing."""
+    """Padding the rank with zeros does not change the result."""
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """Raise ConfigError where settings, its own or those beside it, do not fit."""
+        """Raise ConfigError if the settings of the variant, or others combined with it, are invalid."""
 
     @classmethod
     def before(cls, config: Any, facts: dict[Any, Any], model: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -40,29 +42,39 @@ class Aspect:
 
     @classmethod
     def loss(cls, config: Any, adapters: Sequence[Any]) -> Tensor | None:
-        """As `Config.loss`, of the layers' adapters that are of this class."""
+        """As `Config.loss`, for the adapters of the layers that are instances of this class."""
         return None
 
 
 CLASSES: dict[str, type[Adapter]] = {}
-"""A variant's class by its file's name."""
+"""The class of each variant, by the name of its file."""
 
 
 class Composition:
-    """`Config.adapter` of a method in variants: on a config composed of its `classes()`, on the class the own one."""
+    """`Config.adapter` of a method with variants.
+
+    On a config it is the class composed of the config's `classes()`; on the config's class it is the variant's own.
+    """
 
     def __init__(self, own: type[Adapter]) -> None:
         self.own = own
 
     def __set_name__(self, owner: type[Config], name: str) -> None:
-        CLASSES[owner.__module__.rpartition(".")[2]] = self.own
+        CLASSES[_file_of(owner)] = self.own
 
     def __get__(self, config: Any, owner: type[Config]) -> type[Adapter]:
-        return self.own if config is None else compose(*config.classes())
+        if config is None:
+            return self.own
+        return compose(*config.classes())
+
+
+def _file_of(config_class: type[Config]) -> str:
+    """The name of the file that defines a config."""
+    return config_class.__module__.rpartition(".")[2]
 
 
 class Composed(type):
-    """The class of composed classes. They have no place in a module, so a pickle holds their parts instead."""
+    """The type of composed classes. No module holds them by name, so a pickle refers to their bases instead."""
 
 
 def _reduce(cls: type) -> tuple[Any, ...]:
@@ -74,57 +86,77 @@ copyreg.pickle(Composed, _reduce)  # type: ignore[arg-type]
 
 @cache
 def compose(*parts: type[Adapter]) -> type[Adapter]:
-    """One class of several parts, outermost first; it adapts what all of them can. The same parts, the same class."""
+    """Compose one class of several, outermost first, for the kinds of target that all of them support.
+
+    The same parts always give the same class.
+    """
     if len(parts) == 1:
         return parts[0]
+    name = "+".join(part.__name__ for part in parts)
     kinds = frozenset.intersection(*(part.kinds for part in parts))
-    made: Any = Composed("+".join(part.__name__ for part in parts), parts, {"kinds": kinds, "__module__": __name__})
-    return made
+    composed: Any = Composed(name, parts, {"kinds": kinds, "__module__": __name__})
+    return composed
 
 
 class Variants(Config):
-    """A config that may ask for variants. Subclasses complete the settings before other checks, and check them last."""
+    """A config that may request variants.
+
+    Subclasses call `complete_settings` before their other checks and `check_variants` after them.
+    """
 
     files: ClassVar[Mapping[str, str]]
-    """The files of the variants by what asks for them, a field or a start's name; outermost first."""
+    """The file of each variant by what requests it, a field or the name of a start; outermost first."""
     plain: ClassVar[Any]
     """The class without variants."""
     starts: ClassVar[str]
-    """The field that holds a start's name."""
+    """The field that holds the name of a start."""
     details: ClassVar[Mapping[str, str]] = {}
-    """Fields that say something only beside another one."""
+    """Fields that have an effect only together with another field: its name."""
 
     def variants(self) -> list[str]:
-        """What of `files` is asked for."""
+        """The keys of `files` that this config requests."""
         start = getattr(self, self.starts)
-        return [name for name in self.files if getattr(self, name, name == start) not in (None, False, [])]
+        requested = []
+        for name in self.files:
+            value = getattr(self, name, name == start)
+            if value not in (None, False, []):
+                requested.append(name)
+        return requested
 
     def classes(self) -> list[Any]:
         """The classes to compose, outermost first."""
         files = [self.files[name] for name in self.variants()]
+        if not files:
+            return [self.plain]
         if any(file not in CLASSES for file in files):
-            all_methods()
-        return [CLASSES[file] for file in files] or [self.plain]
+            all_methods()  # imports the files, which fills CLASSES
+        return [CLASSES[file] for file in files]
 
     def complete_settings(self) -> None:
-        """A mapping, as the file has it, becomes the variant's own class."""
-        for name, variant in zip(self.variants(), self.classes(), strict=False):
-            given = getattr(self, name, None)
-            if variant.settings is not None and isinstance(given, dict):
-                setattr(self, name, variant.settings(**given))
-            elif variant.settings is not None and not isinstance(given, variant.settings):
-                raise ConfigError(f"{name} must be a {variant.settings.__name__}, not {given!r}")
+        """Convert settings that a file holds as a mapping to the variant's own class."""
+        for name, variant in zip(self.variants(), self.classes(), strict=False):  # without variants there is one class
+            settings_class = variant.settings
+            if settings_class is None:
+                continue
+            value = getattr(self, name, None)
+            if isinstance(value, dict):
+                setattr(self, name, settings_class(**value))
+            elif not isinstance(value, settings_class):
+                raise ConfigError(f"{name} must be a {settings_class.__name__}, not {value!r}")
 
     def check_variants(self) -> None:
+        """Raise ConfigError if the requested variants do not fit the config or its class."""
         for variant in self.classes():
             variant.check(self)
-        file = type(self).__module__.rpartition(".")[2]
-        for name in (n for n, f in self.files.items() if f == file and n not in self.variants()):
-            field = name if hasattr(self, name) else self.starts
-            raise ConfigError(
-                f"{type(self).__name__} stands for {field} that asks for its variant; "
-                f"with {field}={getattr(self, field)!r} use {type(self).__mro__[1].__name__}"
-            )
+        file = _file_of(type(self))
+        requested = self.variants()
+        for name, variant_file in self.files.items():
+            if variant_file == file and name not in requested:
+                field = name if hasattr(self, name) else self.starts
+                raise ConfigError(
+                    f"{type(self).__name__} needs {field} to request its variant; "
+                    f"with {field}={getattr(self, field)!r} use {type(self).__mro__[1].__name__}"
+                )
 
     def before(self, shared: nn.Module | None, facts: dict[Any, Any], model: nn.Module, kwargs: dict[str, Any]) -> None:
         for variant in self.classes():
@@ -135,14 +167,24 @@ class Variants(Config):
             variant.after(self, facts, output)
 
     def loss(self, adapters: Sequence[Adapter]) -> Tensor | None:
-        parts = [part for adapter in adapters for part in adapter.parts]
-        terms = [v.loss(self, [part for part in parts if isinstance(part, v)]) for v in self.classes()]
-        given = [term for term in terms if term is not None]
-        return torch.stack(given).sum() if given else None
+        parts: list[Adapter] = []
+        for adapter in adapters:
+            parts += adapter.parts
+        terms = []
+        for variant in self.classes():
+            term = variant.loss(self, [part for part in parts if isinstance(part, variant)])
+            if term is not None:
+                terms.append(term)
+        return torch.stack(terms).sum() if terms else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields of variants only where they say something: older readers know few of them."""
-        asked = self.variants()
-        silent = {name for name in self.files if name not in asked}
-        silent |= {name for name, beside in self.details.items() if beside not in asked}
-        return {name: value for name, value in super().to_dict().items() if name not in silent}
+        """Leave out fields of variants that are not requested: older readers know few of them."""
+        requested = self.variants()
+        content = super().to_dict()
+        for name in self.files:
+            if name not in requested:
+                content.pop(name, None)
+        for name, condition in self.details.items():
+            if condition not in requested:
+                content.pop(name, None)
+        return content

@@ -1,11 +1,11 @@
-"""EVA: start A at the principal components of what each layer reads, and give rank to the layers it explains most.
+"""EVA: start A at the principal components of each layer's inputs, and distribute the ranks by explained variance.
 
     A = the first r' right singular vectors of a layer's centred inputs,  B = 0
 
-r' of a layer: of all components of all layers, the r times (number of layers) that explain the largest share of their
-layer's variance are kept, at most rho r in one layer. Paischer et al., 2024, arXiv:2410.07170. The components come
-from an incremental SVD over batches (Ross et al., 2008) until they turn by less than tau allows. A no-op at the
-start, since B is zero; a layer that gets no rank gets no adapter.
+r' of a layer: among the components of all layers, the r times (number of layers) that explain the largest share of
+their layer's variance are kept, at most rho r in one layer. Paischer et al., 2024, arXiv:2410.07170. The components
+come from an incremental SVD over batches (Ross et al., 2008), which ends when they have converged to within tau.
+Starts as a no-op, since B is zero; a layer whose rank is 0 gets no adapter.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ PREFIX = "base_model.model."
 
 @dataclass
 class EvaConfig(Settings):
-    """How EVA finds its start."""
+    """How EVA computes its start."""
 
     rho: float = 2.0
-    """A layer's rank is at most rho r; 1 leaves every layer its r."""
+    """A layer's rank is at most rho r; with 1 every layer has rank r."""
     tau: float = 0.99
-    """A component has converged when its cosine with that of the batch before is at least this."""
+    """A component has converged when its cosine similarity to the one after the batch before is at least this."""
     use_label_mask: bool = True
-    """Leave out positions whose label is `label_mask_value`."""
+    """Ignore positions whose label is `label_mask_value`."""
     label_mask_value: int = -100
-    """The label of positions that are not learned."""
+    """The label of positions without a loss."""
     whiten: bool = False
-    """Divide each component by the root of its singular value."""
+    """Divide each component by the square root of its singular value."""
     adjust_scaling_factors: bool = True
-    """Scale `lora_alpha` with a layer's rank, so that alpha / r stays."""
+    """Scale `lora_alpha` with a layer's rank, so that alpha / r does not change."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,84 +60,116 @@ class EvaConfig(Settings):
 
 
 class Components:
-    """The first n principal components of rows that come batch by batch."""
+    """The first n principal components of rows that arrive in batches."""
 
     def __init__(self, n: int, tau: float) -> None:
-        self.n, self.tau = n, tau
-        self.count, self.mean, self.scatter = 0, torch.tensor(0.0), torch.tensor(0.0)
-        self.vectors = self.values = torch.empty(0)
+        self.n = n
+        self.tau = tau
+        self.count = 0
+        """Rows so far."""
+        self.mean = torch.tensor(0.0)
+        self.scatter = torch.tensor(0.0)
+        """The sum of squared distances from the mean."""
+        self.vectors = torch.empty(0)
+        self.values = torch.empty(0)
         self.converged = torch.zeros(n, dtype=torch.bool)
 
     def add(self, x: Tensor) -> None:
-        """Take in rows, at least n; Ross et al.'s update of the mean, the vectors and the singular values."""
-        n, mean = len(x), x.double().mean(0)
-        rows, shift = x - mean.to(x), self.mean.to(mean) - mean
-        weight = self.count * n / (self.count + n)
-        self.scatter = self.scatter.to(mean) + rows.double().square().sum() + weight * shift.square().sum()
-        self.mean = (self.mean.to(mean) * self.count + mean * n) / (self.count + n)
+        """Add at least n rows: Ross et al.'s update of the mean, the singular vectors and the singular values."""
+        n = len(x)
+        total = self.count + n
+        mean = x.double().mean(0)
+        rows = x - mean.to(x)
+        shift = self.mean.to(mean) - mean
+        weight = self.count * n / total
+        within = rows.double().square().sum()
+        between = weight * shift.square().sum()
+        self.scatter = self.scatter.to(mean) + within + between
+        former_sum = self.mean.to(mean) * self.count
+        self.mean = (former_sum + mean * n) / total
         before = self.vectors
         if self.count:
-            rows = torch.cat([self.values[:, None] * before, rows, (weight**0.5 * shift[None]).to(rows)])
+            correction = (weight**0.5 * shift[None]).to(rows)
+            rows = torch.cat([self.values[:, None] * before, rows, correction])
         # PEFT's seed, and from the second batch on its float64, so that both find the same; in float32, 4 times as fast
-        _, S, Vh = randomised_svd(rows, 2 * self.n, 4, seed=42, draw=torch.float64 if self.count else None)
-        self.vectors, self.values = upright(Vh[: self.n]), S[: self.n]
+        draw = torch.float64 if self.count else None
+        _, S, Vh = randomised_svd(rows, 2 * self.n, 4, seed=42, draw=draw)
+        self.vectors = upright(Vh[: self.n])
+        self.values = S[: self.n]
         if self.count:
             self.converged = torch.cosine_similarity(self.vectors, before) >= self.tau
-        self.count += n
+        self.count = total
 
     def shares(self) -> Tensor:
-        """Of the variance, what each component explains."""
+        """The share of the variance that each component explains."""
         return self.values.double().square() / self.scatter
 
 
 def upright(rows: Tensor) -> Tensor:
-    """Each row with the sign that makes its largest entry positive."""
-    return rows * rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
+    """Flip the sign of each row whose entry of largest magnitude is negative."""
+    places = rows.abs().argmax(1, keepdim=True)
+    largest = rows.gather(1, places)
+    return rows * largest.sign()
 
 
 def forward_fn_dict(model: nn.Module, inputs: Any) -> Any:
+    """Call the model with a batch as keyword arguments."""
     return model(**inputs)
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: LoraConfig) -> Tensor:
-    """The positions (row, column) that count: not padding, and not left out by their label."""
+    """The positions (row, column) to use: those that are neither padding nor masked by their label."""
     settings = peft_config.eva_config or EvaConfig()
-    mask = model_input.get("attention_mask", torch.ones_like(model_input["input_ids"])).bool()
+    everywhere = torch.ones_like(model_input["input_ids"])
+    mask = model_input.get("attention_mask", everywhere).bool()
     if settings.use_label_mask and "labels" in model_input:
-        mask = mask & (model_input["labels"] != settings.label_mask_value)
+        has_loss = model_input["labels"] != settings.label_mask_value
+        mask = mask & has_loss
     return mask.nonzero()
 
 
 def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Tensor, layer_name: str) -> Tensor:
-    """What a layer read at the positions that count."""
+    """A layer's inputs at the positions to use, as rows."""
     x = layer_input if isinstance(layer_input, Tensor) else layer_input[0]
     return x[model_input.T.unbind()]
 
 
 def flat(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
-    """Everything a layer read, as rows."""
+    """All inputs of a layer, as rows."""
     x = layer_input if isinstance(layer_input, Tensor) else layer_input[0]
     return x.flatten(0, -2)
 
 
+RowsFunction = Callable[[Any, Any, str], Tensor]
+"""Selects rows (rows, in) from a layer's arguments, the prepared batch and the layer's name."""
+
+
 @dataclass
 class Reader:
-    """Runs the model on a batch and hands on the rows that chosen modules read."""
+    """Runs the model on a batch and passes the inputs of chosen modules, as rows, to a function."""
 
     model: nn.Module
     config: LoraConfig
     forward: Callable[[nn.Module, Any], Any]
     positions: Callable[[Any, LoraConfig], Any] | None
-    rows: Callable[[Any, Any, str], Tensor] | Mapping[str, Callable[[Any, Any, str], Tensor]] | None
+    """Prepares the batch for `rows`; None: the batch itself."""
+    rows: RowsFunction | Mapping[str, RowsFunction] | None
+    """One function for all modules, or one for each name; None: all rows."""
     gather: bool
+    """Use the rows of all processes of a distributed run."""
 
     def __call__(self, modules: Mapping[str, nn.Module], batch: Any, use: Callable[[str, Tensor], None]) -> None:
         batch = moved(batch, next(self.model.parameters()).device)
-        seen = batch if self.positions is None else self.positions(batch, self.config)
+        prepared = batch if self.positions is None else self.positions(batch, self.config)
 
         def hook(name: str) -> Callable[[nn.Module, Any], None]:
-            rows = self.rows.get(name) if isinstance(self.rows, Mapping) else self.rows
-            return lambda module, args: use(name, self.whole((rows or flat)(args, seen, name)))
+            select = self.rows_of(name)
+
+            def pass_on(module: nn.Module, args: Any) -> None:
+                rows = select(args, prepared, name)
+                use(name, self.gathered(rows))
+
+            return pass_on
 
         handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
         try:
@@ -146,8 +178,13 @@ class Reader:
             for handle in handles:
                 handle.remove()
 
-    def whole(self, rows: Tensor) -> Tensor:
-        """The rows of all processes of a distributed run."""
+    def rows_of(self, name: str) -> RowsFunction:
+        """The function that selects the rows of a module."""
+        rows = self.rows.get(name) if isinstance(self.rows, Mapping) else self.rows
+        return rows or flat
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """The rows of all processes of a distributed run, if they are to be used."""
         if not (self.gather and dist.is_available() and dist.is_initialized()):
             return rows
         parts: list[Any] = [None] * dist.get_world_size()
@@ -156,34 +193,45 @@ class Reader:
 
 
 def moved(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on a device, inside mappings, lists and tuples too."""
     if hasattr(batch, "to"):
         return batch.to(device)
     if isinstance(batch, Mapping):
         return {key: moved(value, device) for key, value in batch.items()}
-    return type(batch)(moved(value, device) for value in batch) if isinstance(batch, (list, tuple)) else batch
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(moved(value, device) for value in batch)
+    return batch
 
 
 def served_by(read: Reader, modules: Mapping[str, nn.Module], batch: Any) -> dict[str, str]:
-    """For each module the first that reads the same (q serves k and v), those that serve themselves first."""
-    leaders: dict[Any, str] = {}
-    served: dict[str, str] = {}
+    """For each module its leader, the first module with the same inputs (q_proj leads k_proj and v_proj).
 
-    def look(name: str, rows: Tensor) -> None:
-        key = (rows.shape, hash(rows.float().cpu().numpy().tobytes()))
-        served[name] = leaders.setdefault(key, name)
+    Leaders come first.
+    """
+    first: dict[Any, str] = {}
+    leaders: dict[str, str] = {}
 
-    read(modules, batch, look)
-    idle = [name for name in modules if name not in served]
+    def compare(name: str, rows: Tensor) -> None:
+        content = rows.float().cpu().numpy().tobytes()
+        leaders[name] = first.setdefault((rows.shape, hash(content)), name)
+
+    read(modules, batch, compare)
+    idle = [name for name in modules if name not in leaders]
     if idle:
         raise VeneerError(f"the model does not run these targets:{listing(idle)}")
-    order = [name for name in modules if served[name] == name]
-    return {name: served[name] for name in (*order, *(n for leader in order for n in modules if served[n] == leader))}
+    ordered = [name for name in modules if leaders[name] == name]
+    for leader in list(ordered):
+        ordered += [name for name in modules if leaders[name] == leader != name]
+    return {name: leaders[name] for name in ordered}
 
 
 def distribute(shares: Mapping[str, Tensor], served: Mapping[str, str], budget: int) -> dict[str, int]:
-    """The rank of each module: of all components the `budget` that explain most are kept."""
-    owners = [name for name, leader in served.items() for _ in shares[leader]]
-    order = torch.cat([shares[leader] for leader in served.values()]).argsort(descending=True, stable=True)
+    """The rank of each module: among the components of all modules, the `budget` that explain most are kept."""
+    owners: list[str] = []
+    for name, leader in served.items():
+        owners += [name] * len(shares[leader])
+    all_shares = torch.cat([shares[leader] for leader in served.values()])
+    order = all_shares.argsort(descending=True, stable=True)
     ranks = dict.fromkeys(served, 0)
     for i in order[:budget].tolist():
         ranks[owners[i]] += 1
@@ -194,41 +242,72 @@ def distribute(shares: Mapping[str, Tensor], served: Mapping[str, str], budget: 
 
 
 def find(read: Reader, modules: Mapping[str, nn.Module], dataloader: Any, progress: bool) -> dict[str, Tensor]:
-    """A of each module, with the rank it gets."""
-    settings, served = read.config.eva_config or EvaConfig(), served_by(read, modules, next(iter(dataloader)))
-    own = {name: at(name.removeprefix(PREFIX), read.config.rank_pattern, read.config.r) for name in modules}
-    most = {name: min(round(r * settings.rho), width_of(modules[name])) for name, r in own.items()}
-    parts = {n: Components(max(most[m] for m in served if served[m] == n), settings.tau) for n in served.values()}
+    """Compute A of each module, with the rank that the module gets."""
+    config = read.config
+    settings = config.eva_config or EvaConfig()
+    served = served_by(read, modules, next(iter(dataloader)))
+    config_ranks = {name: at(name.removeprefix(PREFIX), config.rank_pattern, config.r) for name in modules}
+    budget = sum(config_ranks.values())
+    parts = components_of(modules, served, config_ranks, settings)
     ranks = {name: parts[leader].n for name, leader in served.items()}
+
+    def add(name: str, rows: Tensor) -> None:
+        if len(rows) >= parts[name].n:
+            parts[name].add(rows.float())
+
     for batch in tqdm(batches(dataloader, parts), desc="EVA", disable=not progress):
-        waiting = {name: modules[name] for name, part in parts.items() if not part.converged[: ranks[name]].all()}
-        if not waiting:
+        unfinished = {}
+        for name, part in parts.items():
+            if not part.converged[: ranks[name]].all():
+                unfinished[name] = modules[name]
+        if not unfinished:
             break
-        read(waiting, batch, lambda name, rows: parts[name].add(rows.float()) if len(rows) >= parts[name].n else None)
+        read(unfinished, batch, add)
         if all(part.count for part in parts.values()):
-            ranks = distribute({name: part.shares() for name, part in parts.items()}, served, sum(own.values()))
-    found = {name: (parts[leader], ranks[name]) for name, leader in served.items()}
-    whiten = settings.whiten
-    return {n: p.vectors[:r] / (p.values[:r, None].sqrt() if whiten else 1) for n, (p, r) in found.items()}
+            shares = {name: part.shares() for name, part in parts.items()}
+            ranks = distribute(shares, served, budget)
+
+    starts = {}
+    for name, leader in served.items():
+        vectors = parts[leader].vectors[: ranks[name]]
+        values = parts[leader].values[: ranks[name]]
+        starts[name] = vectors / (values[:, None].sqrt() if settings.whiten else 1)
+    return starts
+
+
+def components_of(
+    modules: Mapping[str, nn.Module], served: Mapping[str, str], ranks: Mapping[str, int], settings: EvaConfig
+) -> dict[str, Components]:
+    """For each leader, as many components as the modules that it serves may need."""
+    counts: dict[str, int] = {}
+    for name, leader in served.items():
+        most = min(round(ranks[name] * settings.rho), width_of(modules[name]))
+        counts[leader] = max(most, counts.get(leader, 0))
+    return {leader: Components(n, settings.tau) for leader, n in counts.items()}
 
 
 def width_of(module: Any) -> int:
+    """The input width of a linear layer or a Conv1D."""
     return module.weight.shape[0] if is_conv1d(module) else module.weight.shape[1]
 
 
 def batches(dataloader: Any, parts: Mapping[str, Components]) -> Iterator[Any]:
-    """The data again and again.
+    """Repeat the data without end.
 
     Raises:
-        VeneerError: after a whole pass some layer has not seen a batch of enough rows.
+        VeneerError: after a whole pass, some layer has not had a batch with enough rows.
     """
-    yield from (kept := list(dataloader))
-    short = [f"{name}: {part.n} rows" for name, part in parts.items() if not part.count]
+    stored = list(dataloader)
+    yield from stored
+    short = []
+    for name, part in parts.items():
+        if not part.count:
+            short.append(f"{name}: {part.n} rows")
     if short:
         raise VeneerError(
             f"no batch has as many tokens as the largest rank (r rho); make batches larger:{listing(short)}"
         )
-    yield from itertools.cycle(kept)
+    yield from itertools.cycle(stored)
 
 
 @torch.no_grad()
@@ -243,17 +322,20 @@ def get_eva_state_dict(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> dict[str, Tensor]:
-    """The A that EVA finds for each target, by the name of its module in `model`.
+    """Compute EVA's A for each target, by the name of its module in `model`.
 
     Args:
-        model: the bare model, or one with the adapter on.
+        model: the bare model, or one that has the adapter.
         dataloader: batches to run, a sized iterable.
-        peft_config: what would be adapted; needed for a bare model.
+        peft_config: the config of the adapter to start; required for a bare model.
         forward_fn: runs the model on a batch.
-        prepare_model_inputs_fn: makes of a batch and the config what the next function gets; None: the batch.
-        prepare_layer_inputs_fn: makes of a layer's arguments, that, and the layer's name the rows that count; or one
-            function for each name; None: all rows.
+        prepare_model_inputs_fn: takes a batch and the config; its result is passed on to `prepare_layer_inputs_fn`.
+            None passes on the batch.
+        prepare_layer_inputs_fn: takes a layer's arguments, the result of `prepare_model_inputs_fn` and the layer's
+            name; returns the rows to use. Or a mapping with one function for each name; None uses all rows.
+        adapter_name: the adapter to start, in a model that has it.
         gather_distributed_inputs: use the rows of all processes.
+        show_progress_bar: show progress.
     """
     adapted = hasattr(model, "peft_config")
     config: Any = peft_config or (model.peft_config[adapter_name] if adapted else None)  # type: ignore[index]
@@ -274,30 +356,46 @@ def get_eva_state_dict(
 
 
 def linear_layers(model: Any, adapter_name: str) -> dict[str, nn.Module]:
-    """The linear layers that a LoRA is on, by name."""
+    """The linear layers that have a LoRA, by name."""
     state = state_of(model.get_base_model())
-    adapted = [path for path, adapter in state.adapters(adapter_name).items() if lora_of(adapter) is not None]
-    layers = [state.layers[path] for path in adapted]
-    return {PREFIX + layer.path: layer.base_layer for layer in layers if layer.target.kind == "linear"}
+    modules = {}
+    for path, adapter in state.adapters(adapter_name).items():
+        layer = state.layers[path]
+        if lora_of(adapter) is not None and layer.target.kind == "linear":
+            modules[PREFIX + layer.path] = layer.base_layer
+    return modules
 
 
 def lora_of(adapter: Any) -> Any:
-    """The LoRA among what is called by an adapter's name on a layer; None where there is a trained bias alone."""
-    return next((part for part in adapter.parts if hasattr(part, "lora_alpha")), None)
+    """The LoRA among an adapter's parts on a layer; None if there is only a trained bias."""
+    for part in adapter.parts:
+        if hasattr(part, "lora_alpha"):
+            return part
+    return None
 
 
 def with_ranks(config: Any, loras: Mapping[str, Any], found: Mapping[str, Tensor]) -> LoraConfig:
-    """The config with the ranks of `found`, as patterns of whole paths."""
-    config, settings = copy.copy(config), config.eva_config or EvaConfig()
-    ranks = {path: len(found[path]) if path in found else lora.r for path, lora in loras.items()}
-    grow = {path: ranks[path] / lora.r if settings.adjust_scaling_factors else 1 for path, lora in loras.items()}
-    alphas = {
-        path: lora.lora_alpha * grow[path] if grow[path] != 1 else lora.lora_alpha for path, lora in loras.items()
-    }
-    kept = [path for path, r in ranks.items() if r]
-    config.rank_pattern = {path: ranks[path] for path in kept if ranks[path] != config.r}
-    config.alpha_pattern = {path: alphas[path] for path in kept if alphas[path] != config.lora_alpha}
-    if len(kept) < len(ranks):
-        config.target_modules = kept
-        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    """A copy of the config with the ranks of `found`, as patterns of whole paths."""
+    config = copy.copy(config)
+    settings = config.eva_config or EvaConfig()
+    config.rank_pattern = {}
+    config.alpha_pattern = {}
+    paths = []
+    for path, lora in loras.items():
+        r = len(found[path]) if path in found else lora.r
+        if r == 0:
+            continue
+        alpha = lora.lora_alpha
+        if settings.adjust_scaling_factors and r != lora.r:
+            alpha = alpha * (r / lora.r)
+        paths.append(path)
+        if r != config.r:
+            config.rank_pattern[path] = r
+        if alpha != config.lora_alpha:
+            config.alpha_pattern[path] = alpha
+    if len(paths) < len(loras):
+        config.target_modules = paths
+        config.exclude_modules = None
+        config.layers_to_transform = None
+        config.layers_pattern = None
     return config

@@ -1,4 +1,4 @@
-"""What initialisers learn from data before the adapter exists: noted on the bare model's modules until it is built."""
+"""What initialisations from data compute before the adapter exists: stored on the bare model's modules until then."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..lora import LoraConfig
 
 NOTES = "_veneer_start"
+"""The attribute of a module that holds what was computed for it."""
 
 
 def linear_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
@@ -27,8 +28,10 @@ def linear_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
     Raises:
         TargetError: some are not linear layers.
     """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    config, modules = copy.copy(config), dict(walk(model))
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()  # type: ignore[operator]
+    config = copy.copy(config)
+    modules = dict(walk(model))
     paths = targets(model, config, saved_modules(model, config))
     others = [path for path in paths if kind_of(modules[path]).kind != "linear"]
     if others:
@@ -37,14 +40,16 @@ def linear_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
 
 
 def note(module: nn.Module, name: str, value: Any) -> None:
-    module.__dict__.setdefault(NOTES, {})[name] = value
+    """Store a value for the initialisation called `name` on a module."""
+    notes = module.__dict__.setdefault(NOTES, {})
+    notes[name] = value
 
 
 def taken(target: Target, name: str, config: Any) -> Any:
-    """What was noted on a target's module, which forgets it.
+    """Take the value that `note` stored off a target's module.
 
     Raises:
-        ConfigError: nothing was noted.
+        ConfigError: nothing was stored.
     """
     notes = target.base.__dict__.get(NOTES, {})
     if name in notes:
@@ -58,21 +63,28 @@ def taken(target: Target, name: str, config: Any) -> Any:
             "and does not hold that start. PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) "
             "writes one for the untouched base; on the changed base, load it with a config that says True"
         )
-    how = {"corda": "preprocess_corda", "lora_ga": "preprocess_loraga"}[name]
-    raise ConfigError(f"init_lora_weights {name!r} starts from data; call {how}(model, config, ...) before (see it)")
+    functions = {"corda": "preprocess_corda", "lora_ga": "preprocess_loraga"}
+    raise ConfigError(
+        f"init_lora_weights {name!r} starts from data; call {functions[name]}(model, config, ...) before (see it)"
+    )
 
 
 def alone(model: Any) -> AbstractContextManager[None]:
-    """Inside, the base runs without the adapters that are on it."""
-    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+    """A context in which the base model runs without its adapters."""
+    if hasattr(model, "disable_adapter"):
+        return model.disable_adapter()
+    return nullcontext()
 
 
 def read_cache(path: str | Path | None) -> dict[str, Tensor] | None:
-    """Tensors kept by an earlier run; None without any."""
+    """The tensors that an earlier run stored; None if there is no file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if path is None or not Path(path).is_file() or not Path(path).stat().st_size:
+    if path is None:
+        return None
+    file = Path(path)
+    if not file.is_file() or not file.stat().st_size:
         return None
     try:
         return load_file(path)
@@ -81,18 +93,22 @@ def read_cache(path: str | Path | None) -> dict[str, Tensor] | None:
 
 
 def write_cache(path: str | Path | None, tensors: dict[str, Tensor]) -> None:
+    """Store tensors for later runs, if a path is given."""
     from safetensors.torch import save
 
-    if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(path), save({key: t.detach().cpu().contiguous() for key, t in tensors.items()}))
+    if path is None:
+        return
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    on_cpu = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    write_atomically(file, save(on_cpu))
 
 
 def cached(tensors: dict[str, Tensor], key: str, path: str) -> Tensor:
-    """A tensor of a cache.
+    """A tensor of a cache file.
 
     Raises:
-        ConfigError: it is not there; the cache belongs to other targets.
+        ConfigError: the file has no such tensor, so it was made for other targets.
     """
     if key not in tensors:
         raise ConfigError(f"{path!r} was made for other targets: it holds nothing for {key!r}")

@@ -1,9 +1,9 @@
-"""LoftQ: quantise the weight and start the update at what that loses.
+"""LoftQ: quantise the weight and start the update at the quantisation error.
 
     W' = Q + s B A,  by turns  Q = q(W - s B A)  and  s B A = the best rank-r approximation of W - Q
 
 Li et al., 2023, arXiv:2310.08659, algorithm 1. q: 4-bit NormalFloat in blocks of 64 (Dettmers et al., 2023,
-arXiv:2305.14314, appendix E) or 8-bit integers by rows. Unlike PEFT, the scaling is divided out.
+arXiv:2305.14314, appendix E), or 8-bit integers with one scale for each row. Unlike PEFT, the scaling is divided out.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ...files.checked import Settings
 from ...targets.target import Target
 
 BLOCK = 64
+"""Values that share a scale in 4-bit NormalFloat."""
 
 
 @dataclass
@@ -32,7 +33,7 @@ class LoftQConfig(Settings):
     loftq_bits: Literal[4, 8] = 4
     """4: NormalFloat in blocks of 64. 8: integers, one scale for each row."""
     loftq_iter: int = 1
-    """How often the quantised weight and the update are fitted to each other."""
+    """Number of times that the weight is quantised and the update fitted to the error."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,14 +45,22 @@ def loftq(target: Target, r: int, scaling: float, config: LoftQConfig) -> tuple[
     W = target.original_weight().float()
     update = torch.zeros_like(W)
     for _ in range(config.loftq_iter):
-        Q = int8(W - update) if config.loftq_bits == 8 else target.as_matrix(nf4(target.as_stored(W - update)))
+        Q = quantised(W - update, target, config.loftq_bits)
         A, B = best_fit(W - Q, r, scaling)
         update = scaling * B @ A
     return Q, A, B
 
 
+def quantised(W: Tensor, target: Target, bits: int) -> Tensor:
+    """W (out, in) rounded to the values that a quantised weight of the target can have."""
+    if bits == 8:
+        return int8(W)
+    stored = target.as_stored(W)
+    return target.as_matrix(nf4(stored))
+
+
 def best_fit(residual: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """A and B with s B A nearest to a matrix.
+    """A (r, in) and B (out, r) for which s B A approximates a matrix best.
 
     Raises:
         ConfigError: the rank exceeds that of the matrix.
@@ -60,28 +69,42 @@ def best_fit(residual: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
         raise ConfigError(f"LoftQ of rank {r} needs a weight of at least that rank, not {tuple(residual.shape)}")
     U, S, Vh = torch.linalg.svd(residual.float(), full_matrices=False)
     root = (S[:r] / scaling).sqrt()
-    return root[:, None] * Vh[:r], U[:, :r] * root
+    A = root[:, None] * Vh[:r]
+    B = U[:, :r] * root
+    return A, B
 
 
 def nf4(W: Tensor) -> Tensor:
-    """The nearest 4-bit NormalFloat values, each block of 64 scaled by its largest."""
-    blocks = F.pad(W.flatten(), (0, -W.numel() % BLOCK)).unflatten(0, (-1, BLOCK))
-    scale = blocks.abs().amax(1, keepdim=True).clamp_min(torch.finfo(blocks.dtype).tiny)
+    """Round to the nearest 4-bit NormalFloat values, with each block of 64 scaled by its largest magnitude."""
+    padded = F.pad(W.flatten(), (0, -W.numel() % BLOCK))
+    blocks = padded.unflatten(0, (-1, BLOCK))
+    scale = _largest(blocks)
     levels = torch.tensor(normal_float(), dtype=blocks.dtype, device=W.device)
-    nearest = torch.bucketize(blocks / scale, (levels[1:] + levels[:-1]) / 2)
-    return (levels[nearest] * scale).flatten()[: W.numel()].view_as(W)
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    nearest = torch.bucketize(blocks / scale, midpoints)
+    values = (levels[nearest] * scale).flatten()
+    return values[: W.numel()].view_as(W)
 
 
 @cache
 def normal_float() -> tuple[float, ...]:
-    """The 16 values: quantiles of the normal distribution, 8 above zero and 7 below, scaled to [-1, 1]."""
-    top, quantile = 0.9677083, NormalDist().inv_cdf
+    """The 16 NormalFloat values: quantiles of the normal distribution, 8 above zero, 7 below, scaled to [-1, 1]."""
+    top = 0.9677083
+    quantile = NormalDist().inv_cdf
     above = [quantile(top - (top - 0.5) * i / 8) for i in range(8)]
     below = [-quantile(top - (top - 0.5) * i / 7) for i in range(7)]
-    return tuple(sorted(v / max(above) for v in (*above, 0.0, *below)))
+    values = sorted([*above, 0.0, *below])
+    largest = max(above)
+    return tuple(value / largest for value in values)
 
 
 def int8(W: Tensor) -> Tensor:
-    """The nearest of 255 even steps, each row scaled by its largest."""
-    scale = W.abs().amax(1, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny) / 127
+    """Round to 255 evenly spaced values, with each row scaled by its largest magnitude."""
+    scale = _largest(W) / 127
     return (W / scale).round() * scale
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """The largest magnitude of each row (rows, 1), and never zero."""
+    smallest = torch.finfo(rows.dtype).tiny
+    return rows.abs().amax(1, keepdim=True).clamp_min(smallest)

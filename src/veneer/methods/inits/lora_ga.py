@@ -1,10 +1,10 @@
-"""LoRA-GA: start the update where its first step resembles that of full fine-tuning.
+"""LoRA-GA: start the update so that its first step resembles that of full fine-tuning.
 
     U S V^T = dL/dW,  A0 = c V[:, i]^T,  B0 = c U[:, j],  c = out^(1/4) / sqrt(gamma)
 
 with i the first r directions and j the next r ("ArB2r"). Wang et al., 2024, arXiv:2407.05000. PEFT multiplies B0 by
 the singular values of the gradient as well and scales B0 alone; the paper and its code do neither, nor do we. The
-start is taken off again, so that the adapter begins as a no-op.
+start is subtracted again, so that the adapter starts as a no-op.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class LoraGAConfig(Settings):
-    """How LoRA-GA turns gradients into its start."""
+    """How LoRA-GA computes its start from gradients."""
 
     direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
-    """Which singular directions go to A and which to B: odd and even ones, the second and the first r, the first and
-    the second r, or a fixed random half each."""
+    """Which singular directions go to A and which to B: odd and even ones, the second r and the first r, the first r
+    and the second r, or a fixed random half each."""
     scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
-    """The size of A and B: by the width and `stable_gamma`, by the weight's singular values, 1 / scaling, or 1."""
+    """The norm of A's rows and B's columns: from the width and `stable_gamma`, from the weight's singular values,
+    1 / scaling, or 1."""
     stable_gamma: int = 16
-    """Divides the size under "stable"."""
+    """The norm is divided by its square root, under "stable"."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,13 +49,15 @@ class LoraGAConfig(Settings):
 def preprocess_loraga(
     model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], None], cache_file: str | None = None
 ) -> None:
-    """Estimate the gradients that a LoRA with `init_lora_weights="lora_ga"` starts from, before `get_peft_model`.
+    """Estimate the gradients from which a LoRA with `init_lora_weights="lora_ga"` starts.
+
+    Call it before `get_peft_model`.
 
     Args:
         model: the bare model.
         lora_config: the config that `get_peft_model` will get.
         train_step: runs the model forward and backward on some batches, without an optimizer.
-        cache_file: where the gradients are kept; when the file exists, `train_step` does not run.
+        cache_file: file for the gradients; if it exists, it is read and `train_step` does not run.
 
     Raises:
         VeneerError: some target got no gradient.
@@ -72,33 +75,42 @@ def gradients(model: nn.Module, modules: Mapping[str, Any], train_step: Callable
     """The mean gradient of each module's weight over the backward passes of `train_step`."""
     passes = dict.fromkeys(modules, 0)
 
-    def count(path: str) -> Callable[[Tensor], None]:
-        def once(_: Tensor) -> None:
+    def counter(path: str) -> Callable[[Tensor], None]:
+        def count(_: Tensor) -> None:
             passes[path] += 1
 
-        return once
+        return count
 
+    means = {}
     with alone(model), only_learning(model, [module.weight for module in modules.values()]):
-        handles = [m.weight.register_post_accumulate_grad_hook(count(path)) for path, m in modules.items()]
+        handles = []
+        for path, module in modules.items():
+            handles.append(module.weight.register_post_accumulate_grad_hook(counter(path)))
         try:
             train_step()
-            found = {path: m.weight.grad.detach() / passes[path] for path, m in modules.items() if passes[path]}
+            for path, module in modules.items():
+                if passes[path]:
+                    means[path] = module.weight.grad.detach() / passes[path]
         finally:
             for handle in handles:
                 handle.remove()
-    idle = [path for path in modules if path not in found]
+    idle = [path for path in modules if path not in means]
     if idle:
         raise VeneerError(f"train_step gave these targets no gradient; does it call loss.backward()?{listing(idle)}")
-    return found
+    return means
 
 
 @contextmanager
 def only_learning(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
-    """Inside, the model trains and these weights alone collect gradients, from none; after it all is as before."""
-    before, training = [(p, p.requires_grad, p.grad) for p in model.parameters()], model.training
-    for p, _, _ in before:
-        p.requires_grad_(False)
-        p.grad = None
+    """A context in which the model is in training mode and only these weights collect gradients, starting from none.
+
+    Everything is restored at the end.
+    """
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    was_training = model.training
+    for parameter, _, _ in before:
+        parameter.requires_grad_(False)
+        parameter.grad = None
     for weight in weights:
         weight.requires_grad_(True)
     model.train()
@@ -106,16 +118,16 @@ def only_learning(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[Non
         with torch.enable_grad():
             yield
     finally:
-        model.train(training)
-        for p, learns, grad in before:
-            p.requires_grad_(learns)
-            p.grad = grad
+        model.train(was_training)
+        for parameter, learns, grad in before:
+            parameter.requires_grad_(learns)
+            parameter.grad = grad
 
 
 def lora_ga(
     G: Tensor, W: Tensor, r: int, scaling: float, direction: str, scale: str, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    """A0 (r, in) and B0 (out, r) of a gradient G and a weight W, both (out, in).
+    """A0 (r, in) and B0 (out, r) from a gradient G and a weight W, both (out, in).
 
     Raises:
         ConfigError: the gradient has fewer than 2 r directions.
@@ -123,29 +135,43 @@ def lora_ga(
     if 2 * r > min(G.shape):
         raise ConfigError(f"LoRA-GA of rank {r} needs {2 * r} directions; a weight of {tuple(G.shape)} has fewer")
     U, _, Vh = randomised_svd(G.float(), min(4 * r, *G.shape), 4)
-    of_A, of_B = halves(direction, r)
-    size = {
-        "stable": len(G) ** 0.25 / gamma**0.5,
-        "weight_svd": (singular_values(W, r) / scaling).sqrt().mean() if scale == "weight_svd" else 0,
-        "gd_scale": 1 / scaling,
-        "unit": 1.0,
-    }[scale]
-    return (Vh[of_A] * size).contiguous(), (U[:, of_B] * size).contiguous()
+    for_A, for_B = halves(direction, r)
+    size = norm_of(W, r, scaling, scale, gamma)
+    A0 = Vh[for_A] * size
+    B0 = U[:, for_B] * size
+    return A0.contiguous(), B0.contiguous()
+
+
+def norm_of(W: Tensor, r: int, scaling: float, scale: str, gamma: float) -> Tensor | float:
+    """The norm of A0's rows and B0's columns."""
+    if scale == "stable":
+        return len(W) ** 0.25 / gamma**0.5
+    if scale == "weight_svd":
+        return (singular_values(W, r) / scaling).sqrt().mean()
+    if scale == "gd_scale":
+        return 1 / scaling
+    return 1.0
 
 
 def halves(direction: str, r: int) -> tuple[Tensor, Tensor]:
-    """Which of the first 2 r directions are A's and which B's."""
-    first, second = torch.arange(2 * r, device="cpu").split(r)
-    if direction == "ArBr":
-        return torch.arange(1, 2 * r, 2, device="cpu"), torch.arange(0, 2 * r, 2, device="cpu")
+    """The indices of A's and of B's among the first 2 r directions."""
     if direction == "random":
-        order = torch.randperm(2 * r, generator=torch.Generator(device="cpu").manual_seed(0), device="cpu")
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        order = torch.randperm(2 * r, generator=generator, device="cpu")
         return order[:r], order[r:]
-    return (first, second) if direction == "ArB2r" else (second, first)
+    indices = torch.arange(2 * r, device="cpu")
+    if direction == "ArBr":
+        return indices[1::2], indices[0::2]
+    first, second = indices.split(r)
+    if direction == "ArB2r":
+        return first, second
+    return second, first
 
 
 def singular_values(W: Tensor, r: int) -> Tensor:
-    return randomised_svd(W.float(), min(4 * r, *W.shape), 4)[1][:r]
+    """The r largest singular values of W, by a randomised SVD."""
+    _, S, _ = randomised_svd(W.float(), min(4 * r, *W.shape), 4)
+    return S[:r]
 
 
 def lora_ga_start(target: Target, r: int, scaling: float, config: LoraConfig) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,8 @@
 
     W = Q R,  A0 = R[:r],  B0 = Q[:, :r]
 
-Büyükakyüz, 2024, arXiv:2406.01775. The scaling is not divided out, so s B0 A0 is taken off. PEFT decomposes GPT-2's
-Conv1D the wrong way round (in, out), which fits only where it is square.
+Büyükakyüz, 2024, arXiv:2406.01775. The scaling is not divided out, so s B0 A0 is subtracted. PEFT decomposes GPT-2's
+Conv1D as stored, (in, out), and so has the right shapes only if it is square.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ...errors import ConfigError
 
 
 def olora(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """A0 (r, in) and B0 (out, r) of a weight W (out, in).
+    """A0 (r, in) and B0 (out, r) from a weight W (out, in).
 
     Raises:
         ConfigError: the rank exceeds that of the weight.
@@ -23,4 +23,6 @@ def olora(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
     if r > min(W.shape):
         raise ConfigError(f"OLoRA of rank {r} needs a weight of at least that rank, not {tuple(W.shape)}")
     Q, R = torch.linalg.qr(W.float())
-    return R[:r].contiguous(), Q[:, :r].contiguous()
+    A0 = R[:r].contiguous()
+    B0 = Q[:, :r].contiguous()
+    return A0, B0

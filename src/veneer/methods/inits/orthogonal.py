@@ -1,4 +1,4 @@
-"""Orthogonal start: A and B are both random and not zero, yet B A is.
+"""Orthogonal start: A and B are random and nonzero, but their product B A is zero.
 
     A = Q[0::2]^T X / 10,  B = Y Q[1::2] / 10,  Q (r, r) orthogonal, X (r / 2, in) and Y (out, r / 2) normal
 
@@ -22,7 +22,10 @@ def orthogonal(r: int, in_features: int, out_features: int) -> tuple[Tensor, Ten
     """
     if r % 2:
         raise ConfigError(f"an orthogonal start halves the rank, so it must be even, not {r}")
-    Q = torch.linalg.qr(torch.randn(r, r)).Q
-    A = Q[0::2].T @ torch.randn(r // 2, in_features) / 10
-    B = torch.randn(out_features, r // 2) @ Q[1::2] / 10
+    half = r // 2
+    Q, _ = torch.linalg.qr(torch.randn(r, r))
+    X = torch.randn(half, in_features)
+    Y = torch.randn(out_features, half)
+    A = Q[0::2].T @ X / 10
+    B = Y @ Q[1::2] / 10
     return A, B

@@ -1,61 +1,74 @@
-"""Any start as plain LoRA on the untouched base: s (B A - B0 A0) is s [B, -B0] [A; A0], of twice the rank."""
+"""Convert any start to a plain LoRA of twice the rank on the untouched base.
+
+s (B A - B0 A0) = s [B, -B0] [A; A0]
+"""
 
 from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import ConfigError
 
-if TYPE_CHECKING:
-    pass
-
 
 def plain(config: Any) -> Any:
-    """The config of twice the rank and the same scaling that starts like any LoRA."""
+    """A config of twice the rank and the same scaling, with LoRA's own start."""
+    growth = math.sqrt(2) if config.use_rslora else 2  # of alpha, for the same scaling
     config = copy.copy(config)
-    grow = math.sqrt(2) if config.use_rslora else 2
-    config.r, config.lora_alpha = 2 * config.r, grow * config.lora_alpha
+    config.r = 2 * config.r
+    config.lora_alpha = growth * config.lora_alpha
     config.rank_pattern = {key: 2 * r for key, r in (config.rank_pattern or {}).items()}
-    config.alpha_pattern = {key: grow * alpha for key, alpha in (config.alpha_pattern or {}).items()}
-    config.init_lora_weights, config.corda_config, config.lora_ga_config = True, None, None
+    config.alpha_pattern = {key: growth * alpha for key, alpha in (config.alpha_pattern or {}).items()}
+    config.init_lora_weights = True
+    config.corda_config = None
+    config.lora_ga_config = None
     return config
 
 
 def joined(lora: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An adapter's tensors with its start beside A and B: [A; A0] and [B, -B0]."""
-    a, b = _keys(tensors)
-    A, B = tensors[a], tensors[b]
-    A0, B0 = lora.start_A.to(A), lora.start_B.to(B)
-    return tensors | {a: torch.cat([A, A0.reshape(A.shape)]), b: torch.cat([B, -B0.reshape(B.shape)], dim=1)}
+    """An adapter's tensors with its start appended to A and B: [A; A0] and [B, -B0]."""
+    key_A = _key(tensors, "A")
+    key_B = _key(tensors, "B")
+    A = tensors[key_A]
+    B = tensors[key_B]
+    A0 = lora.start_A.to(A).reshape(A.shape)
+    B0 = lora.start_B.to(B).reshape(B.shape)
+    return tensors | {key_A: torch.cat([A, A0]), key_B: torch.cat([B, -B0], dim=1)}
 
 
 def parted(lora: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `joined`; the start goes into the adapter."""
-    a, b = _keys(tensors)
-    (A, A0), (B, B0) = tensors[a].split(lora.r), tensors[b].split(lora.r, dim=1)
+    """The inverse of `joined`: the adapter's tensors without the start, which is copied into the adapter."""
+    key_A = _key(tensors, "A")
+    key_B = _key(tensors, "B")
+    A, A0 = tensors[key_A].split(lora.r)
+    B, minus_B0 = tensors[key_B].split(lora.r, dim=1)
     lora.start_A.copy_(A0.reshape(lora.start_A.shape))
-    lora.start_B.copy_(-B0.reshape(lora.start_B.shape))
-    return tensors | {a: A, b: B}
+    lora.start_B.copy_(-minus_B0.reshape(lora.start_B.shape))
+    return tensors | {key_A: A, key_B: B}
 
 
 def check_joined(lora: Any) -> None:
-    """Raise ConfigError where a variant has other tensors of the rank, so that A and B cannot take in a start."""
+    """Raise ConfigError if a variant has other tensors that depend on the rank, so that a start cannot be appended."""
     config = plain(lora.config)
     with torch.device("meta"):
-        expected = {key: t.shape for key, t in config.build(lora.target).state_dict().items()}
-    found = {key: t.shape for key, t in joined(lora, lora.state_dict()).items()}
-    if found != expected:
+        expected = config.build(lora.target).state_dict()
+    tensors = joined(lora, lora.state_dict())
+    if _shapes(tensors) != _shapes(expected):
         raise ConfigError(
             f"{type(lora).__name__} has tensors of rank {lora.r} besides A and B, which cannot take in a start "
             f"({lora.config.init_lora_weights!r}); use an init_lora_weights that takes nothing off"
         )
 
 
-def _keys(tensors: dict[str, Tensor]) -> tuple[str, str]:
-    a, b = (next(key for key in tensors if key.startswith(("lora_" + s, "lora_embedding_" + s))) for s in "AB")
-    return a, b
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: t.shape for key, t in tensors.items()}
+
+
+def _key(tensors: dict[str, Tensor], side: str) -> str:
+    """The key of A or B."""
+    names = (f"lora_{side}", f"lora_embedding_{side}")
+    return next(key for key in tensors if key.startswith(names))

@@ -1,8 +1,8 @@
-"""Where a LoRA starts: the initialisers by name, and the starts that are taken off again so that the base stays whole.
+"""Where a LoRA starts: the initialisations by name, and starts that are subtracted so that the base stays unchanged.
 
-With a start A0, B0 the adapter is W' = W + s (B A - B0 A0): a no-op that learns along the directions of A0 and B0.
-Where A0, B0 follow from W, they are found again at load; where they came from data, the file is that of a plain LoRA
-of twice the rank, [A; A0] and [B, -B0].
+With a start A0, B0 the adapter is W' = W + s (B A - B0 A0): a no-op at first, which learns along the directions of A0
+and B0. If A0 and B0 follow from W, they are computed again at load. If they came from data, the file is that of a
+plain LoRA of twice the rank, [A; A0] and [B, -B0].
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ from .plain import check_joined, joined, parted, plain
 
 NAMES = "gaussian|orthogonal|olora|eva|corda|lora_ga|loftq|pissa|mica"
 FROM_DATA = ("corda", "lora_ga")
-"""Starts that cannot be found again at load."""
+"""Starts that cannot be computed again at load."""
 SETTINGS = {"eva": EvaConfig, "corda": CordaConfig, "lora_ga": LoraGAConfig, "loftq": LoftQConfig}
 
 
 @dataclass(kw_only=True)
 class StartConfig(LayerConfig):
-    """Fields of a method that starts as LoRA does."""
+    """The fields of a method with LoRA's initialisations."""
 
     init_lora_weights: bool | str = True
-    """True: the paper's. False: B random too. "gaussian": A normal. Else where in the weight, or in data, to start:
-    "pissa", "pissa_niter_N", "olora", "orthogonal", "loftq"; "eva", "corda", "lora_ga", which look at data first."""
+    """True: the paper's start. False: B is random too. "gaussian": A is normal. "orthogonal": A and B are random, and
+    B A is zero. From the weight: "pissa", "pissa_niter_N", "olora", "mica", "loftq". From data, which is run through
+    the model first: "eva", "corda", "lora_ga"."""
     eva_config: EvaConfig | None = None
     """Settings of "eva"."""
     corda_config: CordaConfig | None = None
@@ -64,31 +65,39 @@ class StartConfig(LayerConfig):
             setattr(self, f"{how}_config", SETTINGS[how]())
 
     def check_settings(self) -> None:
-        """Raise ConfigError for settings of an initialiser other than the one named. PEFT's files may hold some."""
-        for name in () if self.from_file else SETTINGS:
+        """Raise ConfigError for settings of another initialisation than the one named. PEFT's files may have some."""
+        if self.from_file:
+            return
+        for name in SETTINGS:
             if name != self.init_lora_weights and getattr(self, f"{name}_config") is not None:
                 raise ConfigError(f"{name}_config has no effect without init_lora_weights={name!r}")
 
     def check_start(self, lora: Any) -> None:
-        """Raise ConfigError for an adapter whose file could not hold its start."""
+        """Raise ConfigError if the adapter's file could not hold its start."""
         if self.init_lora_weights in FROM_DATA and len(list(lora.state_dict())) > 2:
             check_joined(lora)
 
     def saved(self) -> Config:
-        return plain(self) if self.init_lora_weights in FROM_DATA else copy.copy(self)
+        if self.init_lora_weights in FROM_DATA:
+            return plain(self)
+        return copy.copy(self)
 
     def to_dict(self) -> dict[str, Any]:
-        unused = [f"{name}_config" for name in SETTINGS if getattr(self, f"{name}_config") is None]
-        return {key: value for key, value in super().to_dict().items() if key not in unused}
+        content = super().to_dict()
+        for name in SETTINGS:
+            field = f"{name}_config"
+            if getattr(self, field) is None:
+                content.pop(field, None)
+        return content
 
 
 class Started(LowRank):
-    """A pair A, B with a start."""
+    """A pair of factors A and B with a start."""
 
     r: int
     scaling: float
     holds_A: bool = False
-    """A stays as it is in training (LoRA-FA)."""
+    """A is not trained (LoRA-FA)."""
 
     def __init__(self, config: StartConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
@@ -101,6 +110,7 @@ class Started(LowRank):
 
     @torch.no_grad()
     def initialise(self, how: bool | str) -> None:
+        """Set A and B to the start that `init_lora_weights` names."""
         A, B = self.matrices()
         start = start_of(self.target, self.r, self.scaling, self.config)
         if start is not None:
@@ -108,54 +118,90 @@ class Started(LowRank):
         elif A.is_meta:
             return
         elif how == "orthogonal":
-            for mine, random in zip((A, B), orthogonal(self.r, A.shape[1], B.shape[0]), strict=True):
-                mine.copy_(random)
+            random_A, random_B = orthogonal(self.r, A.shape[1], B.shape[0])
+            A.copy_(random_A)
+            B.copy_(random_B)
         elif self.target.kind == "embedding":
-            (A.zero_() if how is not False else A.normal_(), B.normal_())
+            start_embedding_(A, B, how)
         else:
-            A.normal_(std=1 / self.r) if how == "gaussian" else nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-            nn.init.kaiming_uniform_(B, a=math.sqrt(5)) if how is False else B.zero_()
+            start_linear_(A, B, how, self.r)
 
     def start_from(self, A0: Tensor, B0: Tensor) -> None:
         """Start at A0, B0 and subtract them: a no-op that learns along their directions."""
-        self.start_A, self.start_B = A0, B0
-        for mine, theirs in zip(self.matrices(), (A0, B0), strict=True):
-            if not mine.is_meta:
-                mine.copy_(theirs)
+        self.start_A = A0
+        self.start_B = B0
+        for matrix, start in zip(self.matrices(), (A0, B0), strict=True):
+            if not matrix.is_meta:
+                matrix.copy_(start)
 
     def learned(self) -> list[nn.Parameter]:
         if not self.holds_A:
             return super().learned()
-        return [p for name, p in self.named_parameters() if not name.startswith(("lora_A", "lora_embedding_A"))]
+        frozen = ("lora_A", "lora_embedding_A")
+        return [parameter for name, parameter in self.named_parameters() if not name.startswith(frozen)]
 
     def export(self) -> Tensors:
         tensors = super().export()
-        return joined(self, tensors) if self.config.init_lora_weights in FROM_DATA else tensors
+        if self.config.init_lora_weights in FROM_DATA:
+            return joined(self, tensors)
+        return tensors
 
     def absorb(self, tensors: Tensors) -> None:
-        super().absorb(parted(self, tensors) if self.config.init_lora_weights in FROM_DATA else tensors)
+        if self.config.init_lora_weights in FROM_DATA:
+            tensors = parted(self, tensors)
+        super().absorb(tensors)
+
+
+def start_embedding_(A: Tensor, B: Tensor, how: bool | str) -> None:
+    """A zero and B normal; both normal if `how` is False."""
+    if how is False:
+        A.normal_()
+    else:
+        A.zero_()
+    B.normal_()
+
+
+def start_linear_(A: Tensor, B: Tensor, how: bool | str, r: int) -> None:
+    """A random and B zero; both random if `how` is False."""
+    if how == "gaussian":
+        A.normal_(std=1 / r)
+    else:
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    if how is False:
+        nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+    else:
+        B.zero_()
 
 
 def check_whole(target: Target, how: str) -> None:
-    """Raise TargetError unless the update is one product B A."""
-    if target.groups > 1 or target.copies > 1:
-        what = f"{target.groups} groups of channels" if target.groups > 1 else f"{target.copies} matrices"
-        raise TargetError(f"{target.path!r} has {what}; init_lora_weights {how!r} is for a single matrix")
+    """Raise TargetError unless the target's weight is a single matrix."""
+    if target.groups > 1:
+        parts = f"{target.groups} groups of channels"
+    elif target.copies > 1:
+        parts = f"{target.copies} matrices"
+    else:
+        return
+    raise TargetError(f"{target.path!r} has {parts}; init_lora_weights {how!r} is for a single matrix")
 
 
 def start_of(target: Target, r: int, scaling: float, config: Any) -> tuple[Tensor, Tensor] | None:
-    """A0 (r, in) and B0 (out, r) to start at and take off again; None where nothing need be taken off.
+    """A0 (r, in) and B0 (out, r) to start at and to subtract; None if nothing is to be subtracted.
 
     Raises:
-        ConfigError: the rank is too large, or what the start is made from is missing.
-        TargetError: the target's weight is not one matrix.
+        ConfigError: the rank is too large, or the data that the start needs is missing.
+        TargetError: the target's weight is not a single matrix.
     """
     how = config.init_lora_weights
-    if isinstance(how, str) and how not in ("gaussian", "eva"):
-        check_whole(target, how)
-    if not isinstance(how, str) or not how.startswith(("pissa", "olora", *FROM_DATA)):
+    if not isinstance(how, str):
         return None
-    if how in FROM_DATA:
-        return {"corda": corda_start, "lora_ga": lora_ga_start}[how](target, r, scaling, config)
-    W = target.original_weight()
-    return olora(W, r) if how == "olora" else pissa(W, r, scaling, how)
+    if how not in ("gaussian", "eva"):
+        check_whole(target, how)
+    if how == "corda":
+        return corda_start(target, r, scaling, config)
+    if how == "lora_ga":
+        return lora_ga_start(target, r, scaling, config)
+    if how == "olora":
+        return olora(target.original_weight(), r)
+    if how.startswith("pissa"):
+        return pissa(target.original_weight(), r, scaling, how)
+    return None
