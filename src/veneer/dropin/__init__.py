@@ -4,20 +4,21 @@
     veneer.install_as_peft()      # or, without touching the program: python -m veneer.as_peft program.py ...
     from peft import LoraConfig, get_peft_model
 
-`table` holds PEFT's names of methods, `names` its modules; the rest are thin views of the engine.
+`tables/` has PEFT's names, defaults and wording as data; the other modules present veneer's objects in PEFT's form. The
+package may use everything from `model` downwards. Start with `register.py`, which makes PEFT's modules.
 """
 
 from __future__ import annotations
 
 
 def install_as_peft(strict: bool = False) -> None:
-    """Let `import peft` give veneer for the rest of the process, whether PEFT is installed or not.
+    """Make `import peft` import veneer for the rest of the process, whether PEFT is installed or not.
 
     Args:
-        strict: refuse what veneer refuses, instead of passing over it with a warning as PEFT does.
+        strict: raise an error, not a warning, where PEFT accepts what veneer refuses.
 
     Raises:
-        VeneerError: the real PEFT is imported already.
+        VeneerError: the real PEFT is already imported.
     """
     from .register import install
 
