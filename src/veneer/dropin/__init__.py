@@ -12,13 +12,13 @@ from __future__ import annotations
 
 
 def install_as_peft(strict: bool = False) -> None:
-    """Let `import peft` give veneer for the rest of the process, whether PEFT is installed or not.
+    """Make `import peft` import veneer for the rest of the process, whether PEFT is installed or not.
 
     Args:
-        strict: refuse what veneer refuses, instead of passing over it with a warning as PEFT does.
+        strict: raise an error, not a warning, where PEFT accepts what veneer refuses.
 
     Raises:
-        VeneerError: the real PEFT is imported already.
+        VeneerError: the real PEFT is already imported.
     """
     from .register import install
 

@@ -1,8 +1,8 @@
-"""Adapters for mixtures of experts from before transformers 5: there each expert's matrices were linear layers of
-their own, now those of all experts are one parameter, with the gate and up projections in one matrix.
+"""LoRAs made for mixtures of experts before transformers 5, put on the fused parameters of today.
 
-A LoRA that names the old layers is put on the parameters: W1 + B1 A1 and W3 + B3 A3 of [W1; W3] are one update of twice
-the rank, [A1; A3] and block-diagonal B.
+Before, each matrix of each expert was a linear layer of its own. Now one parameter has the matrices of all experts, and
+the gate and up projections are fused in one matrix. A LoRA that targets the old layers is put on these parameters: the
+updates W1 + B1 A1 and W3 + B3 A3 of [W1; W3] are one update of twice the rank, [A1; A3] and block-diagonal B.
 """
 
 from __future__ import annotations
@@ -20,57 +20,84 @@ from ..targets.walk import walk
 from .configs import Names
 
 HALVES = (("w1", "w3"), ("gate_proj", "up_proj"))
-"""What the two halves of the fused matrix were called."""
-OLD = {"w1": "gate_up_proj", "w3": "gate_up_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
-OLD |= {"w2": "down_proj", "down_proj": "down_proj", "gate": "gate.weight"}
-"""Today's parameter of each old layer."""
+"""The old names of the two halves of the fused matrix, by architecture."""
+OLD = {
+    "w1": "gate_up_proj",
+    "w3": "gate_up_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+    "w2": "down_proj",
+    "down_proj": "down_proj",
+    "gate": "gate.weight",
+}
+"""Old layers, each with the parameter that has its weight today."""
 
 
 def experts(model: nn.Module) -> list[str]:
-    """Paths of the modules that hold all experts' matrices."""
-    shapes = {path: {n: p.dim() for n, p in m._parameters.items() if p is not None} for path, m in walk(model)}
-    return [path for path, own in shapes.items() if own.get("gate_up_proj") == 3 and own.get("down_proj") == 3]
+    """The paths of the modules that have the matrices of all experts."""
+    paths = []
+    for path, module in walk(model):
+        dims = {name: p.dim() for name, p in module._parameters.items() if p is not None}
+        if dims.get("gate_up_proj") == 3 and dims.get("down_proj") == 3:
+            paths.append(path)
+    return paths
 
 
 def modernise(model: nn.Module, config: Any) -> None:
-    """Let a LoRA's targets mean the fused parameters where they name layers that these have replaced.
+    """Replace, in a LoRA's config, targets that name old layers by the fused parameters.
 
     Raises:
-        ConfigError: one half of a fused matrix is named without the other.
+        ConfigError: one half of a fused matrix is targeted without the other.
     """
     is_lora = getattr(config.peft_type, "value", None) == "LORA"
     if not is_lora or not config.target_modules or not hasattr(model, "config") or not experts(model):
         return
-    named = _named(model, config)
-    old = {name for name in named if name.rpartition(".")[2] in OLD}
-    if not named or (not old and not isinstance(config.target_modules, str)):
+    targets = _targets(model, config)
+    old_targets = {name for name in targets if _last_part(name) in OLD}
+    if not targets or (not old_targets and not isinstance(config.target_modules, str)):
         return
-    leaves = {name.rpartition(".")[2] for name in old}
-    config.target_modules = Names(named - old)
-    config.target_parameters = sorted({*(config.target_parameters or ()), *(OLD[leaf] for leaf in leaves)}) or None
+    old_layers = {_last_part(name) for name in old_targets}
+    parameters = set(config.target_parameters or ())
+    parameters |= {OLD[layer] for layer in old_layers}
+    config.target_modules = Names(targets - old_targets)
+    config.target_parameters = sorted(parameters) or None
     for halves in HALVES:
-        _double(config, [half for half in halves if half in leaves], halves)
+        _double_rank(config, halves, old_layers)
 
 
-def _named(model: nn.Module, config: Any) -> set[str]:
-    """What the targets name; of a pattern the last parts of all that it fits, old layers too."""
+def _last_part(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _targets(model: nn.Module, config: Any) -> set[str]:
+    """The names in a config's targets; for a pattern, the last parts of all paths that it matches, old layers' too."""
     targets = config.target_modules
     if not isinstance(targets, str):
         return set(targets)
     if targets.lower() == "all-linear":
-        modules = dict(walk(model))
-        heads = head_paths(model, modules)
-        linear = {path.rpartition(".")[2] for path, m in modules.items() if is_linear(m) and path not in heads}
-        return linear | {"gate", "gate_proj", "up_proj", "down_proj"}
-    paths = [*(path for path, _ in walk(model)), *(f"{p}.{n}" for p, m in walk(model) for n in m._parameters)]
-    paths += [f"{path}.{name}" for path in experts(model) for name in OLD]
-    return {path.rpartition(".")[2] for path in paths if re.fullmatch(targets, path)}
+        return _linear_layers(model) | {"gate", "gate_proj", "up_proj", "down_proj"}
+    paths = []
+    for path, module in walk(model):
+        paths.append(path)
+        paths += [f"{path}.{name}" for name in module._parameters]
+    for path in experts(model):
+        paths += [f"{path}.{name}" for name in OLD]
+    return {_last_part(path) for path in paths if re.fullmatch(targets, path)}
 
 
-def _double(config: Any, present: list[str], halves: tuple[str, str]) -> None:
+def _linear_layers(model: nn.Module) -> set[str]:
+    """The names of a model's linear layers other than its head."""
+    modules = dict(walk(model))
+    heads = head_paths(model, modules)
+    return {_last_part(path) for path, module in modules.items() if is_linear(module) and path not in heads}
+
+
+def _double_rank(config: Any, halves: tuple[str, str], old_layers: set[str]) -> None:
+    """Give the fused matrix twice the rank and alpha if its halves are targeted."""
+    present = [half for half in halves if half in old_layers]
     if not present:
         return
-    missing = [half for half in halves if half not in present]
+    missing = [half for half in halves if half not in old_layers]
     if missing:
         raise ConfigError(
             f"Cannot convert PEFT target(s) {present[0]} without also targeting {missing[0]} because they are fused "
@@ -83,46 +110,60 @@ def _double(config: Any, present: list[str], halves: tuple[str, str]) -> None:
 # Files
 
 KEY = re.compile(r"(.*\.experts)\.(\d+)\.(w1|w2|w3|gate_proj|up_proj|down_proj)\.lora_([AB])(?:\.\w+)?\.weight$")
+"""The key of one expert's factor: path, expert, layer, side."""
 
 
 def modern(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A file's tensors, with those of single experts gathered as the fused parameters have them."""
-    found: dict[tuple[str, str], dict[str, dict[int, Tensor]]] = {}
-    rest: dict[str, Tensor] = {}
-    for old, t in tensors.items():
-        key = old.replace(".block_sparse_moe.", ".mlp.")  # Mixtral's blocks before transformers 5
+    """A file's tensors, with the factors of single experts joined as those of the fused parameters."""
+    modern_tensors: dict[str, Tensor] = {}
+    factors: dict[tuple[str, str], dict[str, dict[int, Tensor]]] = {}  # by path and side, old layer, expert
+    for old_key, tensor in tensors.items():
+        key = old_key.replace(".block_sparse_moe.", ".mlp.")  # Mixtral's blocks before transformers 5
         match = KEY.match(key)
         if match is None:
-            rest[key] = t
-        else:
-            path, number, name, side = match.groups()
-            found.setdefault((path, side), {}).setdefault(name, {})[int(number)] = t
-    for (path, side), by_name in found.items():
-        stacks = {name: torch.stack([t for _, t in sorted(of.items())]) for name, of in by_name.items()}
-        for name, stack in _joined(stacks, side).items():
-            rest[f"{path}{'.base_layer' if name == 'gate_up_proj' else ''}.lora_{side}.weight"] = flat(stack, side)
-    return rest
+            modern_tensors[key] = tensor
+            continue
+        path, expert, layer, side = match.groups()
+        by_layer = factors.setdefault((path, side), {})
+        by_layer.setdefault(layer, {})[int(expert)] = tensor
+    for (path, side), by_layer in factors.items():
+        for parameter, stack in _joined(by_layer, side).items():
+            prefix = f"{path}.base_layer" if parameter == "gate_up_proj" else path
+            modern_tensors[f"{prefix}.lora_{side}.weight"] = flat(stack, side)
+    return modern_tensors
 
 
-def _joined(stacks: dict[str, Tensor], side: str) -> dict[str, Tensor]:
-    """(experts, ., .) by today's parameter; the halves as one."""
-    halves = [stacks[name] for pair in HALVES for name in pair if name in stacks]
-    found = {"gate_up_proj": both(halves, side)} if halves else {}
-    return found | {OLD[name]: stack for name, stack in stacks.items() if OLD[name] == "down_proj"}
+def _joined(by_layer: dict[str, dict[int, Tensor]], side: str) -> dict[str, Tensor]:
+    """The factors of today's parameters, each (experts, rows, columns), from those by old layer and expert."""
+    stacks = {}
+    for layer, by_expert in by_layer.items():
+        stacks[layer] = torch.stack([by_expert[expert] for expert in sorted(by_expert)])
+    joined = {}
+    halves = []
+    for names in HALVES:
+        halves += [stacks[name] for name in names if name in stacks]
+    if halves:
+        joined["gate_up_proj"] = both(halves, side)
+    for layer, stack in stacks.items():
+        if OLD[layer] == "down_proj":
+            joined["down_proj"] = stack
+    return joined
 
 
 def both(halves: list[Tensor], side: str) -> Tensor:
+    """The factors (experts, rows, columns) of two halves as one of twice the rank; B is block-diagonal."""
     if side == "A":
         return torch.cat(halves, dim=1)
-    return torch.stack([torch.block_diag(*of) for of in zip(*halves, strict=True)])
+    return torch.stack([torch.block_diag(*blocks) for blocks in zip(*halves, strict=True)])
 
 
 def flat(stack: Tensor, side: str) -> Tensor:
-    """In the file A's rows are ordered by expert, then rank; B's columns by rank, then expert."""
+    """A file's matrix from a stack of factors: A's rows are by expert, then rank; B's columns by rank, then expert."""
     if side == "A":
         return stack.flatten(0, 1)
     return stack.permute(1, 2, 0).flatten(1)
 
 
 def any_old(keys: Iterable[str]) -> bool:
+    """Whether any key of a file is that of a single expert's factor."""
     return any(KEY.match(key) for key in keys)

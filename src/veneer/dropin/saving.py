@@ -1,4 +1,4 @@
-"""Writing adapters as PEFT does: the file, the config, and a card that says what they are."""
+"""Saving adapters as PEFT does: weight file, config and model card."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import checkpoint
-from ..core import provenance as notes
+from ..core import checkpoint, provenance
 from ..errors import CheckpointError
 from ..files.read import PICKLE_NAME, WEIGHTS_NAME
 from ..files.write import write_atomically
@@ -21,18 +20,19 @@ from .tables import methods as table
 def save_adapter(
     model: Any, name: str, directory: Path, tensors: dict[str, Tensor], safe: bool, is_main_process: bool
 ) -> None:
-    """Write one adapter's tensors and config."""
+    """Write one adapter's tensors and config. Every process of a sharded run must take part."""
     from safetensors.torch import save as serialise
 
     seen: set[int] = set()
-    whole = {key: checkpoint.gathered(t, seen) for key, t in tensors.items()}
+    whole = {key: checkpoint.gathered(tensor, seen) for key, tensor in tensors.items()}
     if not is_main_process:
         return
     directory.mkdir(parents=True, exist_ok=True)
     if safe:
         weights = checkpoint.base_weights(model.get_base_model(), model._state, name)
-        about = notes.metadata({"base": notes.fingerprint(weights)}, whole, as_ours(model.peft_config[name]))
-        write_atomically(directory / WEIGHTS_NAME, serialise(whole, about))
+        notes = {"base": provenance.fingerprint(weights)}
+        metadata = provenance.metadata(notes, whole, as_ours(model.peft_config[name]))
+        write_atomically(directory / WEIGHTS_NAME, serialise(whole, metadata))
     elif is_strict():
         raise CheckpointError("veneer writes safetensors only; pickles can run code when they are loaded")
     else:
@@ -41,7 +41,9 @@ def save_adapter(
 
 
 def write_config(model: Any, name: str, directory: Path) -> None:
-    config, base = model.peft_config[name], model.get_base_model()
+    """Write one adapter's config, with the base model's class if the task does not tell it."""
+    config = model.peft_config[name]
+    base = model.get_base_model()
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
     saved = config.saved()
@@ -53,31 +55,46 @@ def write_config(model: Any, name: str, directory: Path) -> None:
 
 
 def write_card(model: Any, directory: Path) -> None:
-    """README.md, or its metadata where there is one."""
+    """Write README.md, or complete the one that is there."""
     from huggingface_hub import ModelCard, ModelCardData
 
     path = directory / "README.md"
     card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData(), template_str=CARD)
-    data = card.data
-    data["library_name"] = "peft"
-    config = getattr(model, "config", None)
-    config = config.to_dict() if hasattr(config, "to_dict") else config or {}
-    name = config.get("_name_or_path") or next((c.base_model_name_or_path for c in model.peft_config.values()), None)
-    name = name or model.get_base_model().__dict__.get("name_or_path")
-    tags = set(data.get("tags") or ())
-    if any(c.task_type == "CAUSAL_LM" for c in model.peft_config.values()):
-        data["pipeline_tag"] = "text-generation"
-    if name:
-        data["base_model"] = name
-        tags.add(f"base_model:adapter:{name}")
-    kinds = {c.peft_type.value for c in model.peft_config.values()}
-    tags |= (
-        {kind.lower() for kind in kinds if kind == "LORA"} | {"transformers"} if hasattr(model, "generate") else tags
-    )
-    data["tags"] = sorted(tags)
-    lines = [line for line in card.text.split("\n") if "PEFT " not in line]
-    card.text = "\n".join([*lines, "", f"- PEFT {table.VERSION}"]) if "PEFT" not in card.text else card.text
+    _fill_metadata(card.data, model)
+    if "PEFT" not in card.text:
+        card.text += f"\n\n- PEFT {table.VERSION}"
     card.save(path)
+
+
+def _fill_metadata(metadata: Any, model: Any) -> None:
+    """Set the library, the base model, the task and the tags of a model card."""
+    configs = model.peft_config.values()
+    tags = set(metadata.get("tags") or ())
+    metadata["library_name"] = "peft"
+    if any(config.task_type == "CAUSAL_LM" for config in configs):
+        metadata["pipeline_tag"] = "text-generation"
+    base_name = _base_name(model)
+    if base_name:
+        metadata["base_model"] = base_name
+        tags.add(f"base_model:adapter:{base_name}")
+    if hasattr(model, "generate"):
+        tags.add("transformers")
+        if any(config.peft_type == "LORA" for config in configs):
+            tags.add("lora")
+    metadata["tags"] = sorted(tags)
+
+
+def _base_name(model: Any) -> str | None:
+    """The base model's name or path: by its own config, the first adapter's config, or the model itself."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    first_adapter = next(iter(model.peft_config.values()), None)
+    return (
+        (config or {}).get("_name_or_path")
+        or getattr(first_adapter, "base_model_name_or_path", None)
+        or model.get_base_model().__dict__.get("name_or_path")
+    )
 
 
 CARD = (

@@ -1,7 +1,7 @@
 """How a layer shows its adapters to torch as PEFT's code expects them: `q_proj.lora_A.default.weight`.
 
-An adapter here is one module for each name; PEFT has one container for each attribute, with the names inside. A slot
-is such a container over the adapters themselves: it holds nothing, so that there is nothing to keep in step.
+In veneer an adapter is one module per name. In PEFT a layer has one container per attribute, with the adapter names
+inside. A slot is such a container: a view of the adapters, which stores nothing itself and so is never out of date.
 """
 
 from __future__ import annotations
@@ -19,26 +19,35 @@ if TYPE_CHECKING:
 
 
 class Live(MutableMapping[str, Any]):
-    """One of torch's dicts (`_modules`, `_parameters`, `_buffers`) of a slot: an entry for each adapter's name."""
+    """One of the dicts of a slot that torch reads (`_modules`, `_parameters`, `_buffers`), by adapter name."""
 
     def __init__(self, layer: Any, attribute: str, kind: str, key: str = "") -> None:
-        self.layer, self.attribute, self.kind, self.key = layer, attribute, kind, key
+        self.layer = layer
+        self.attribute = attribute
+        self.kind = kind
+        self.key = key
         self.taken: dict[str, nn.Module] = {}
-        """Modules whose parameter FSDP has taken out, by the adapter's name: it puts a plain tensor in its place."""
+        """Modules whose parameter FSDP has replaced by a plain tensor, by adapter name."""
 
     def _owner(self, name: str) -> dict[str, Any]:
+        """The dict of torch's that has an adapter's entry."""
         return self.holder(name).__dict__[self.kind]  # type: ignore[no-any-return]
 
     def holder(self, name: str) -> nn.Module:
-        """The module that holds an adapter's entry."""
+        """The module that has an adapter's entry."""
         for module in self._holders(name):
             if module.__dict__[self.kind].get(self.attribute) is not None:
                 return module
         raise KeyError(name)
 
     def _holders(self, name: str) -> Iterator[nn.Module]:
+        """The modules that may have an adapter's entry."""
         adapter = self.layer.adapters.get(name)
-        yield from (part for part in (() if adapter is None else adapter.parts) if part.key == self.key)
+        if adapter is None:
+            return
+        for part in adapter.parts:
+            if part.key == self.key:
+                yield part
 
     def __getitem__(self, name: str) -> Any:
         return self._owner(name)[self.attribute]
@@ -69,7 +78,7 @@ class Live(MutableMapping[str, Any]):
 
 
 class ModuleSlot(Modules):
-    """A module for each adapter's name: `layer.lora_A["default"]`."""
+    """One module per adapter name: `layer.lora_A["default"]`."""
 
     def __init__(self, layer: PeftLayer, attribute: str, key: str = "") -> None:
         super().__init__()
@@ -80,16 +89,21 @@ class ModuleSlot(Modules):
 
 
 class TensorSlot(nn.ParameterDict):
-    """A parameter or a buffer for each adapter's name: `layer.vera_lambda_b["default"]`."""
+    """One parameter or buffer per adapter name: `layer.vera_lambda_b["default"]`."""
 
     def __init__(self, layer: PeftLayer, attribute: str, key: str = "") -> None:
         super().__init__()
+        buffers = Live(layer, attribute, "_buffers", key)
         self.__dict__["_parameters"] = Live(layer, attribute, "_parameters", key)
-        self.__dict__["_buffers"] = live = Live(layer, attribute, "_buffers", key)
-        self.__dict__["_non_persistent_buffers_set"] = Passing(live)
+        self.__dict__["_buffers"] = buffers
+        self.__dict__["_non_persistent_buffers_set"] = Passing(buffers)
 
     def _tensors(self) -> dict[str, Any]:
         return {**self._buffers, **self._parameters}
+
+    def _view_of(self, key: str) -> Any:
+        """The view that an adapter's tensor is written through."""
+        return self._parameters if key in self._parameters else self._buffers
 
     def __delattr__(self, name: str) -> None:
         live: Any = self._parameters
@@ -116,10 +130,10 @@ class TensorSlot(nn.ParameterDict):
         return self._tensors()[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
-        (self._parameters if key in self._parameters else self._buffers)[key] = value
+        self._view_of(key)[key] = value
 
     def __delitem__(self, key: str) -> None:
-        del (self._parameters if key in self._parameters else self._buffers)[key]
+        del self._view_of(key)[key]
 
     def __contains__(self, key: object) -> bool:
         return key in self._tensors()
@@ -147,58 +161,67 @@ class TensorSlot(nn.ParameterDict):
 
 
 class SharedLive(Live):
-    """The same for the modules that layers share, by adapter name."""
+    """A view of the modules that layers share, by adapter name."""
 
     def _holders(self, name: str) -> Iterator[nn.Module]:
         shared = self.layer.shared.get(name)
-        yield from () if shared is None else (shared,)
+        if shared is not None:
+            yield shared
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in list(self.layer.shared.keys()) if name in self)
 
 
 class SharedSlot(TensorSlot):
-    """`model.base_model.vera_A["default"]`."""
+    """One tensor that layers share per adapter name: `model.base_model.vera_A["default"]`."""
 
     def __init__(self, state: Any, attribute: str) -> None:
         nn.Module.__init__(self)
         self._keys: dict[str, Any] = {}
+        buffers = SharedLive(state, attribute, "_buffers")
         self.__dict__["_parameters"] = SharedLive(state, attribute, "_parameters")
-        self.__dict__["_buffers"] = live = SharedLive(state, attribute, "_buffers")
-        self.__dict__["_non_persistent_buffers_set"] = Passing(live)
+        self.__dict__["_buffers"] = buffers
+        self.__dict__["_non_persistent_buffers_set"] = Passing(buffers)
 
 
 class Passing:
-    """The adapters' names for which a buffer does not go into a state dict."""
+    """The names of the adapters whose buffer is left out of state dicts."""
 
     def __init__(self, live: Live) -> None:
         self.live = live
 
     def __contains__(self, name: object) -> bool:
-        return any(self.live.attribute in h._non_persistent_buffers_set for h in self.live._holders(str(name)))
+        for module in self.live._holders(str(name)):
+            if self.live.attribute in module._non_persistent_buffers_set:
+                return True
+        return False
 
 
 class Dropouts(Live):
-    """The dropout of each adapter; PEFT has an `Identity` where there is none."""
+    """The dropout of each adapter; an `Identity` where there is none, as in PEFT."""
 
     def _owner(self, name: str) -> dict[str, Any]:
         for part in self._holders(name):
             if hasattr(part, self.attribute):
-                return {self.attribute: getattr(part, self.attribute) or nn.Identity()}
+                dropout = getattr(part, self.attribute)
+                return {self.attribute: dropout or nn.Identity()}
         raise KeyError(name)
 
 
 class DropoutSlot(ModuleSlot):
+    """One dropout per adapter name: `layer.lora_dropout["default"]`."""
+
     def __init__(self, layer: PeftLayer, attribute: str, key: str = "") -> None:
         super().__init__(layer, attribute)
         self.__dict__["_modules"] = Dropouts(layer, attribute, "_modules", key)
 
 
 class Weight(MutableMapping[str, Any]):
-    """The parameters of a module that has none of its own: a `weight`, which is another module's attribute."""
+    """The parameters of a `Held`: a single `weight`, which is an attribute of another module."""
 
     def __init__(self, owner: nn.Module, attribute: str) -> None:
-        self.owner, self.attribute = owner, attribute
+        self.owner = owner
+        self.attribute = attribute
 
     def __getitem__(self, name: str) -> Any:
         if name != "weight":
@@ -230,11 +253,11 @@ class Held(nn.Module):
     def __init__(self, owner: nn.Module, attribute: str) -> None:
         super().__init__()
         self.__dict__["_parameters"] = Weight(owner, attribute)
-
         self.__dict__["place"] = owner, attribute
 
     def __delattr__(self, name: str) -> None:
-        delattr(*self.place)
+        owner, attribute = self.place
+        delattr(owner, attribute)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -244,11 +267,14 @@ class Held(nn.Module):
             super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(*self.place) if name == "weight" else super().__getattr__(name)
+        if name == "weight":
+            owner, attribute = self.place
+            return getattr(owner, attribute)
+        return super().__getattr__(name)
 
 
 class Holding(Live):
-    """The modules of a slot, each of which holds a parameter."""
+    """The modules of a slot in which each module contains one parameter."""
 
     def __getitem__(self, name: str) -> Any:
         for module in self._holders(name):
@@ -261,7 +287,7 @@ class Holding(Live):
 
 
 class HeldSlot(Modules):
-    """`layer.lora_magnitude_vector["default"].weight`."""
+    """One module with one parameter per adapter name: `layer.lora_magnitude_vector["default"].weight`."""
 
     def __init__(self, layer: PeftLayer, attribute: str, key: str = "") -> None:
         super().__init__()
@@ -269,7 +295,7 @@ class HeldSlot(Modules):
 
 
 class Twins(Live):
-    """The copies that a layer runs with which are another layer's: a module with that one's weight."""
+    """The copies that tied modules run with: each has the weight of the trained copy on the first module."""
 
     def _owner(self, name: str) -> dict[str, Any]:
         for part in self._holders(name):
@@ -278,23 +304,29 @@ class Twins(Live):
 
 
 class TiedSlot(ModuleSlot):
+    """One copy of a tied module per adapter name."""
+
     def __init__(self, layer: PeftLayer, attribute: str, key: str = "") -> None:
         super().__init__(layer, attribute)
         self.__dict__["_modules"] = Twins(layer, attribute, "_modules", key)
 
 
 class ShownTokens(nn.Module):
-    """`embed_tokens.token_adapter`: the trained tokens of a layer, also where the layer follows another one's."""
+    """`embed_tokens.token_adapter`: the trained tokens of a layer, its own or those of the layer it is tied to."""
 
     def __init__(self, layer: PeftLayer) -> None:
         super().__init__()
         self.__dict__["layer"] = layer
 
     def parts(self) -> dict[str, Any]:
-        """The trained tokens by adapter."""
-        adapters = self.layer.adapters
-        found = {n: [p for p in adapters[n].parts if p.key == "token_adapter."] for n in adapters}
-        return {name: parts[0] for name, parts in found.items() if parts}
+        """The trained tokens by adapter name."""
+        tokens = {}
+        for name, adapter in self.layer.adapters.items():
+            for part in adapter.parts:
+                if part.key == "token_adapter.":
+                    tokens[name] = part
+                    break
+        return tokens
 
     @property
     def token_indices(self) -> dict[str, list[int]]:
@@ -302,7 +334,7 @@ class ShownTokens(nn.Module):
 
     @property
     def trainable_tokens_original(self) -> dict[str, Any]:
-        """The rows that the tokens had, (tokens, width)."""
+        """The pretrained rows of the tokens, (tokens, width)."""
         return {name: part.originals for name, part in self.parts().items()}
 
     def __getattr__(self, name: str) -> Any:
@@ -310,20 +342,22 @@ class ShownTokens(nn.Module):
             return self._modules[name]
         layer = self.__dict__["layer"]
         if name == "trainable_tokens_delta":
-            first = next(part.shared.target.path for part in self.parts().values())
-            return layer.state.layers[first].token_adapter.trainable_tokens_delta
+            path = next(part.shared.target.path for part in self.parts().values())
+            return layer.state.layers[path].token_adapter.trainable_tokens_delta
         return getattr(layer, name)
 
 
 class ShownPrompt(nn.Module):
-    """A prompt as PEFT's encoder: its values are the weight of `embedding`."""
+    """A prompt in the form of PEFT's encoder, with the learned values as the weight of `embedding`."""
 
     def __init__(self, prompt: nn.Module) -> None:
         super().__init__()
         self.__dict__["prompt"] = prompt
         self.__dict__["_modules"] = dict(prompt._modules)
-        self.__dict__["_parameters"] = {n: p for n, p in prompt._parameters.items() if n != "prompt_embeddings"}
-        if prompt._parameters.get("prompt_embeddings") is not None:
+        parameters = dict(prompt._parameters)
+        embeddings = parameters.pop("prompt_embeddings", None)
+        self.__dict__["_parameters"] = parameters
+        if embeddings is not None:
             self._modules["embedding"] = Held(prompt, "prompt_embeddings")
 
     def forward(self, *ignored: Any) -> Any:
@@ -338,7 +372,7 @@ class ShownPrompt(nn.Module):
 
 
 class Prompts(MutableMapping[str, Any]):
-    """The modules of `prompt_encoder`: each prompt of the state, as PEFT shows it."""
+    """The modules of `prompt_encoder`: the prompts of a state, each as a `ShownPrompt`."""
 
     def __init__(self, state: Any) -> None:
         self.state = state
@@ -363,7 +397,7 @@ class Prompts(MutableMapping[str, Any]):
 
 
 class PromptEncoders(Modules):
-    """`model.prompt_encoder["default"].embedding.weight`."""
+    """One prompt encoder per adapter name: `model.prompt_encoder["default"].embedding.weight`."""
 
     def __init__(self, state: Any) -> None:
         super().__init__()
@@ -371,7 +405,7 @@ class PromptEncoders(Modules):
 
 
 class Factor(nn.Linear):
-    """A factor that is also a linear layer, as PEFT's are: `layer.lora_A["default"](x)`."""
+    """A factor that is also a linear layer, as in PEFT: `layer.lora_A["default"](x)`."""
 
     matrix = Matrix.matrix
 
@@ -392,21 +426,39 @@ class Factor3d(nn.Conv3d):
 
 
 CONVOLUTIONS: dict[int, type[Any]] = {3: Factor1d, 4: Factor2d, 5: Factor3d}
+"""The class of a convolution's factor by the number of dimensions of its weight."""
+
+GEOMETRY = ("stride", "padding", "dilation", "padding_mode", "_reversed_padding_repeated_twice")
+"""Attributes with which a convolution moves over its input."""
 
 
 def as_factor(matrix: Matrix, base: Any) -> None:
-    """Make a layer of torch's of a factor in place: its weight stays the same Parameter."""
+    """Turn a factor into a torch layer in place; its weight stays the same Parameter."""
     parameters = matrix._parameters if "weight" in matrix._parameters else {}  # MiCA's second factor is fixed
-    weight, kind = matrix.weight, CONVOLUTIONS.get(matrix.weight.dim(), Factor)
+    weight = matrix.weight
     bias = matrix._parameters.get("bias")
-    matrix.__class__ = kind
-    if kind is Factor:
-        matrix.in_features, matrix.out_features = weight.shape[1], weight.shape[0]  # type: ignore[assignment]
+    factor_class = CONVOLUTIONS.get(weight.dim(), Factor)
+    matrix.__class__ = factor_class
+    if factor_class is Factor:
+        matrix.in_features = weight.shape[1]  # type: ignore[assignment]
+        matrix.out_features = weight.shape[0]  # type: ignore[assignment]
     else:
-        made = kind.__mro__[1](weight.shape[1], weight.shape[0], tuple(weight.shape[2:]), bias=False, device="meta")
-        reads = weight[0, 0].numel() == base.weight[0, 0].numel() and weight.shape[1] == base.in_channels
-        own = {n: v for n, v in made.__dict__.items() if not n.startswith("_") and n != "training"}
-        read = ("stride", "padding", "dilation", "padding_mode", "_reversed_padding_repeated_twice")
-        own |= {"_reversed_padding_repeated_twice": made._reversed_padding_repeated_twice}
-        matrix.__dict__.update(own | ({n: base.__dict__[n] for n in read} if reads else {}))
+        torch_class = factor_class.__mro__[1]
+        matrix.__dict__.update(_convolution_settings(torch_class, weight, base))
     matrix._parameters = {**parameters, "bias": bias}
+
+
+def _convolution_settings(torch_class: Any, weight: Any, base: Any) -> dict[str, Any]:
+    """The attributes of a convolution with this weight; where it reads the base's input, it moves as the base does."""
+    out_channels, in_channels, *kernel = weight.shape
+    convolution = torch_class(in_channels, out_channels, tuple(kernel), bias=False, device="meta")
+    settings = {}
+    for name, value in convolution.__dict__.items():
+        if not name.startswith("_") and name != "training":
+            settings[name] = value
+    settings["_reversed_padding_repeated_twice"] = convolution._reversed_padding_repeated_twice
+    has_base_kernel = weight[0, 0].numel() == base.weight[0, 0].numel()
+    if has_base_kernel and in_channels == base.in_channels:
+        for name in GEOMETRY:
+            settings[name] = base.__dict__[name]
+    return settings

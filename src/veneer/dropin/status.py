@@ -1,4 +1,4 @@
-"""PEFT's report on the layers and the model: what is on, active, merged, learning."""
+"""PEFT's status reports on layers and models: which adapters are enabled, active, merged and trainable."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .layers import PeftLayer
 
 @dataclass
 class TunerLayerStatus:
-    """One adapted module."""
+    """The adapters of one module."""
 
     name: str
     module_type: str
@@ -29,7 +29,7 @@ class TunerLayerStatus:
 
 @dataclass
 class TunerModelStatus:
-    """The whole model; "irregular" where its layers do not agree."""
+    """The adapters of a whole model; "irregular" where its layers differ."""
 
     base_model_type: str
     adapter_model_type: str
@@ -47,82 +47,114 @@ class TunerModelStatus:
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """The state of each adapted module of any model."""
+    """The status of each adapted module of any model."""
     root = model.base_model if isinstance(model, PeftModel) else model
     _check_kind(model, "get_layer_status")
-    found = [_layer(name, m) for name, m in root.named_modules() if isinstance(m, PeftLayer)]
-    if not found:
+    layers = [_layer_status(path, module) for path, module in root.named_modules() if isinstance(module, PeftLayer)]
+    if not layers:
         raise VeneerError(
             "No adapter layers found in the model, please ensure that it's a PEFT model or that you have PEFT adapters "
             "injected in the model."
         )
-    return found
+    return layers
 
 
-def _check_kind(model: nn.Module, asked: str) -> None:
-    kind = getattr(getattr(model, "peft_type", None), "value", None) if isinstance(model, PeftModel) else None
+def _check_kind(model: nn.Module, function: str) -> None:
+    """Raise TypeError for prompt methods and adaption prompts, which have no layers."""
+    kind = None
+    if isinstance(model, PeftModel):
+        kind = getattr(getattr(model, "peft_type", None), "value", None)
     if kind == "ADAPTION_PROMPT" or getattr(model, "_is_prompt_learning", False):
         raise TypeError(
-            f"{asked}() got an invalid PeftModel instance; prefix tuning and adaption prompt are not supported."
+            f"{function}() got an invalid PeftModel instance; prefix tuning and adaption prompt are not supported."
         )
 
 
-def _layer(name: str, layer: PeftLayer) -> TunerLayerStatus:
-    learned = {n: list(layer.learned(n)) for n in layer.adapters}
-    own = {n: [*adapter.parameters(), *adapter.buffers()] for n, adapter in layer.adapters.items()}
+def _layer_status(path: str, layer: PeftLayer) -> TunerLayerStatus:
+    requires_grad = {}
+    devices = {}
+    for name, adapter in layer.adapters.items():
+        requires_grad[name] = agreed(parameter.requires_grad for parameter in layer.learned(name))
+        tensors = (*adapter.parameters(), *adapter.buffers())
+        devices[name] = sorted({tensor.device.type for tensor in tensors})
     return TunerLayerStatus(
-        name=name,
+        name=path,
         module_type=layer._get_name(),
         enabled=not layer.disable_adapters,
         active_adapters=layer.active_adapters,
         merged_adapters=layer.merged_adapters,
-        requires_grad={n: agreed(p.requires_grad for p in parameters) for n, parameters in learned.items()},
+        requires_grad=requires_grad,
         available_adapters=sorted(layer._get_available_adapters()),
-        devices={n: sorted({t.device.type for t in tensors}) for n, tensors in own.items()},
+        devices=devices,
         quantization_backend=None,
     )
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
-    """The state of the adapters of any model."""
+    """The status of the adapters of any model."""
     _check_kind(model, "get_model_status")
     layers = get_layer_status(model)
-    is_peft = isinstance(model, PeftModel)
-    base = model.get_base_model() if is_peft else model
-    parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    names = sorted({n for layer in layers for n in layer.available_adapters})
-    flags = {n: [layer.requires_grad[n] for layer in layers if n in layer.requires_grad] for n in names}
+    base_model_type = type(model).__name__ if hasattr(model, "config") else "other"
+    adapter_model_type = "None"
+    peft_types = {}
+    if isinstance(model, PeftModel):
+        base_model_type = type(model.get_base_model()).__name__
+        adapter_model_type = type(model.base_model).__name__
+        peft_types = {name: config.peft_type.value for name, config in model.peft_config.items()}  # type: ignore[union-attr]
+    requires_grad = {}
+    devices = {}
+    names = sorted(set[str]().union(*(layer.available_adapters for layer in layers)))
+    for name in names:
+        requires_grad[name] = agreed(layer.requires_grad[name] for layer in layers if name in layer.requires_grad)
+        devices[name] = sorted(set[str]().union(*(layer.devices.get(name, ()) for layer in layers)))
+    trainable_params, total_params = _count_parameters(model)
     return TunerModelStatus(
-        base_model_type=type(base).__name__ if is_peft or hasattr(model, "config") else "other",
-        adapter_model_type=type(model.base_model).__name__ if is_peft else "None",
-        peft_types={n: c.peft_type.value for n, c in model.peft_config.items()} if is_peft else {},  # type: ignore[union-attr, operator]
-        trainable_params=sum(size for size, learns in parameters if learns),
-        total_params=sum(size for size, _ in parameters),
+        base_model_type=base_model_type,
+        adapter_model_type=adapter_model_type,
+        peft_types=peft_types,
+        trainable_params=trainable_params,
+        total_params=total_params,
         num_adapter_layers=len(layers),
         enabled=agreed(layer.enabled for layer in layers),
         active_adapters=_active(layers),
         merged_adapters=_merged(layers),
-        requires_grad={n: agreed(found) for n, found in flags.items()},
+        requires_grad=requires_grad,
         available_adapters=names,
-        devices={n: sorted({d for layer in layers for d in layer.devices.get(n, ())}) for n in names},
+        devices=devices,
         quantization_backend=None,
     )
 
 
+def _count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable numbers, all numbers) in a model's parameters."""
+    trainable = 0
+    total = 0
+    for parameter in model.parameters():
+        total += parameter.numel()
+        if parameter.requires_grad:
+            trainable += parameter.numel()
+    return trainable, total
+
+
 def agreed(flags: Iterable[bool | str]) -> bool | str:
-    found = set(flags)
-    if found <= {True}:
+    """The value that all flags have; True if there are none, "irregular" if they differ."""
+    values = set(flags)
+    if values <= {True}:
         return True
-    return False if found == {False} else "irregular"
+    return False if values == {False} else "irregular"
 
 
 def _active(layers: list[TunerLayerStatus]) -> list[str] | str:
-    found = {tuple(layer.active_adapters) for layer in layers}
-    return list(found.pop()) if len(found) == 1 else "irregular"
+    """The active adapters of all layers; "irregular" if they differ."""
+    active = {tuple(layer.active_adapters) for layer in layers}
+    return list(active.pop()) if len(active) == 1 else "irregular"
 
 
 def _merged(layers: list[TunerLayerStatus]) -> list[str] | str:
-    merged = {n for layer in layers for n in layer.merged_adapters}
-    partly = any(set(layer.available_adapters) - set(layer.merged_adapters) & merged for layer in layers)
-    unmerged = any((set(x.available_adapters) - set(x.merged_adapters)) & merged for x in layers)
-    return "irregular" if partly and unmerged else sorted(merged)
+    """The adapters merged in any layer; "irregular" if one of them is not merged in another layer that has it."""
+    merged = set[str]().union(*(layer.merged_adapters for layer in layers))
+    for layer in layers:
+        unmerged = set(layer.available_adapters) - set(layer.merged_adapters)
+        if unmerged & merged:
+            return "irregular"
+    return sorted(merged)

@@ -1,4 +1,4 @@
-"""The one setting of the drop-in: does it refuse what PEFT lets pass?"""
+"""The one setting of the drop-in: whether it refuses what PEFT accepts with a warning."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def is_strict() -> bool:
 
 
 def settle(error: Exception, category: type[Warning] = UserWarning) -> None:
-    """Raise `error`, or say it as a warning where PEFT goes on."""
+    """Raise `error` if the drop-in is strict, else warn with its message."""
     if is_strict():
         raise error
     warnings.warn(str(error), category, stacklevel=3)

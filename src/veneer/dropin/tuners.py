@@ -1,4 +1,4 @@
-"""PEFT's tuners: what stands between a `PeftModel` and the model, and puts the adapters on by itself too."""
+"""PEFT's tuners: the layer between a `PeftModel` and the model. A tuner also adds adapters without a `PeftModel`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..model.adapted import Adapted
 from ..model.peft_model import PeftModel
 from .attach import activate, enable, put_on, set_requires_grad, take_off
 from .configs import CONFIGS, PeftType
-from .layers import LAYERS, BaseTunerLayer, agree, bare_targets, is_flat
+from .layers import LAYERS, BaseTunerLayer, agree, bare_targets, is_flat, names_of
 from .matching import check_target_module_exists, tied_modules
 from .shadow import WithShadow
 from .slots import SharedSlot
@@ -25,7 +25,7 @@ from .xlora import WithGate
 
 
 class BaseTuner(Adapted):
-    """`PeftModel.base_model`: the adapted model as `.model`, and what is done to its adapters."""
+    """`PeftModel.base_model`: the adapted model as `.model`, and methods to add, switch, merge and delete adapters."""
 
     prefix: str = ""
     tuner_layer_cls: Any = BaseTunerLayer
@@ -50,8 +50,14 @@ class BaseTuner(Adapted):
                 "the model. Make sure to know what you are doing!",
                 stacklevel=3,
             )
-        lift = autocast_adapter_dtype
-        state = put_on(model, config, adapter_name, on_meta=low_cpu_mem_usage, lift=lift, state_dict=state_dict)
+        state = put_on(
+            model,
+            config,
+            adapter_name,
+            on_meta=low_cpu_mem_usage,
+            lift=autocast_adapter_dtype,
+            state_dict=state_dict,
+        )
         self.__dict__["_state_kept"] = state
         self.note_targets()
         activate(state, adapter_name, config.inference_mode)
@@ -64,7 +70,7 @@ class BaseTuner(Adapted):
         self._draw(adapter_name, config.init_vector_bank_bound)
 
     def _draw(self, adapter_name: str, bound: float) -> None:
-        """Give what the layers share new values, uniform between minus the bound and the bound."""
+        """Draw the parameters that the layers share anew, uniform between minus the bound and the bound."""
         for parameter in self.state.shared[adapter_name].parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
@@ -72,10 +78,10 @@ class BaseTuner(Adapted):
 
     @property
     def state(self) -> State:
-        """The model's state; after its last adapter has gone, what is left of it."""
-        found = state_of(self.model)
-        if found is not None:
-            self.__dict__["_state_kept"] = found
+        """The model's state; the last one it had after its last adapter was deleted."""
+        state = state_of(self.model)
+        if state is not None:
+            self.__dict__["_state_kept"] = state
         return self.__dict__["_state_kept"]
 
     @property
@@ -88,7 +94,7 @@ class BaseTuner(Adapted):
 
     @active_adapters.setter
     def active_adapters(self, names: Any) -> None:
-        self.state.activate((names,) if isinstance(names, str) else tuple(names))
+        self.state.activate(names_of(names))
 
     @property
     def _active_adapter(self) -> str | list[str]:
@@ -97,24 +103,27 @@ class BaseTuner(Adapted):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        names, given = self.active_adapters, self.__dict__["_set"]
-        return given if names == ([given] if isinstance(given, str) else list(given)) else names
+        names = self.active_adapters
+        last_set = self.__dict__["_set"]
+        return last_set if names == list(names_of(last_set)) else names
 
     def note_targets(self) -> None:
+        """Show the tensors that layers share, and list the paths of the adapted modules and parameters."""
         for shared in self.state.shared.values():
-            for attribute in (*shared._parameters, *shared._buffers) if is_flat(shared) else ():
-                self._modules.setdefault(attribute, SharedSlot(self.state, attribute))
-        paths = [p for p, layer in self.state.layers.items() if not getattr(layer, "is_copy", False)]
-        self.__dict__["targeted_module_names"] = paths
-        self.__dict__["targeted_parameter_names"] = [
-            f"{path}.{name}"
-            for path, layer in self.state.layers.items()
-            for name in bare_targets(layer)  # type: ignore[arg-type]
-        ]
+            if is_flat(shared):
+                for attribute in (*shared._parameters, *shared._buffers):
+                    self._modules.setdefault(attribute, SharedSlot(self.state, attribute))
+        parameter_names = []
+        for path, layer in self.state.layers.items():
+            for name in bare_targets(layer):  # type: ignore[arg-type]
+                parameter_names.append(f"{path}.{name}")
+        self.__dict__["targeted_module_names"] = list(_adapted_layers(self.state))
+        self.__dict__["targeted_parameter_names"] = parameter_names
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
-        config = getattr(model, "config", None) or dict(table.CONSTANTS["DUMMY_MODEL_CONFIG"])  # type: ignore[call-overload]
+        """A model's config as a dict."""
+        config: Any = getattr(model, "config", None) or table.CONSTANTS["DUMMY_MODEL_CONFIG"]
         if dataclasses.is_dataclass(config) and not isinstance(config, type):
             return dataclasses.asdict(config)
         return config.to_dict() if hasattr(config, "to_dict") else dict(config)
@@ -135,12 +144,16 @@ class BaseTuner(Adapted):
         *,
         config: Any = None,
     ) -> None:
-        """Put on the adapter that `peft_config[adapter_name]` describes; what is active stays so."""
-        state, active = self.state, self.state.active
+        """Add the adapter that `peft_config[adapter_name]` describes; the active adapters stay active."""
+        state = self.state
+        active = state.active
         if any(layer.merged_adapters for layer in state.layers.values()):
             activate(state, active)
-        config = config if config is not None else self.peft_config[adapter_name]
-        flags = [(p, p.requires_grad) for name in state.configs for p in state.parameters(name)]
+        if config is None:
+            config = self.peft_config[adapter_name]
+        flags = []
+        for name in state.configs:
+            flags += [(parameter, parameter.requires_grad) for parameter in state.parameters(name)]
         state = put_on(model, config, adapter_name, on_meta=low_cpu_mem_usage, lift=autocast_adapter_dtype)
         state.active = active
         for parameter in state.parameters(adapter_name):
@@ -193,17 +206,19 @@ class BaseTuner(Adapted):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """The model with its adapters folded in and gone."""
-        names = adapter_names if adapter_names is not None else self.active_adapters
+        """The model with the adapters merged into its weights and removed."""
+        names = self.active_adapters if adapter_names is None else adapter_names
         names = [name for name in names if name in self.peft_config]
         return finish(self, names, progressbar, safe_merge)
 
     def unload(self) -> nn.Module:
-        """The model without its adapters; what is merged, and trained copies of whole modules, stay, as in PEFT."""
+        """The model without its adapters. As in PEFT, merged weights and trained copies of whole modules remain."""
         for layer in self.state.layers.values():
             if getattr(layer, "is_copy", False):
-                layer.merge([n for n in self.state.active if n in layer.adapters])
-            layer.kept, layer.kept_module, layer.merged_adapters = {}, None, ()
+                layer.merge([name for name in self.state.active if name in layer.adapters])
+            layer.kept = {}
+            layer.kept_module = None
+            layer.merged_adapters = ()
         model = PeftModel.unload(self)  # type: ignore[arg-type]
         model.__dict__.pop("peft_config", None)
         return model
@@ -217,15 +232,20 @@ class BaseTuner(Adapted):
         return self.model
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        layers = [layer for layer in self.state.layers.values() if not getattr(layer, "is_copy", False)]
-        return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)  # type: ignore[operator]
+        layers = _adapted_layers(self.state).values()
+        return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
+
+
+def _adapted_layers(state: State) -> dict[str, Any]:
+    """The layers by path, without those that hold trained copies of whole modules."""
+    return {path: layer for path, layer in state.layers.items() if not getattr(layer, "is_copy", False)}
 
 
 def merge(state: State, names: Sequence[str] | None, safe: bool, progressbar: bool = False) -> None:
-    """Fold adapters into all layers, or into none where one of them cannot.
+    """Merge adapters into all layers, or into none if one of them refuses.
 
     Raises:
-        TypeError: one name where a list of them is expected.
+        TypeError: `names` is a string instead of a list.
     """
     from tqdm import tqdm
 
@@ -233,15 +253,16 @@ def merge(state: State, names: Sequence[str] | None, safe: bool, progressbar: bo
 
     if isinstance(names, str):
         raise TypeError(f"adapter_names should be a list of strings, got {names!r}.")
-    layers = [layer for layer in state.layers.values() if not getattr(layer, "is_copy", False)]
-    before = [layer.snapshot() for layer in layers]
+    layers = list(_adapted_layers(state).values())
+    snapshots = [layer.snapshot() for layer in layers]
     try:
         for layer in tqdm(layers, desc="merging", disable=not progressbar):
-            wanted = [n for n in to_merge(layer, names) if n in layer.adapters]  # type: ignore[arg-type]
-            layer.check_merge(wanted)
-            layer.merge(wanted, safe)
+            unmerged = to_merge(layer, names)
+            unmerged = [name for name in unmerged if name in layer.adapters]
+            layer.check_merge(unmerged)
+            layer.merge(unmerged, safe)
     except BaseException as error:
-        for layer, snapshot in zip(layers, before, strict=True):
+        for layer, snapshot in zip(layers, snapshots, strict=True):
             layer.revert(snapshot)
         if isinstance(error, NotMergeable):
             raise CannotMerge(str(error)) from error
@@ -249,11 +270,11 @@ def merge(state: State, names: Sequence[str] | None, safe: bool, progressbar: bo
 
 
 class CannotMerge(NotMergeable, NotImplementedError):
-    """PEFT's methods that cannot be merged raise any of ValueError, RuntimeError and NotImplementedError."""
+    """An adapter cannot be merged. PEFT's methods raise ValueError, RuntimeError or NotImplementedError for it."""
 
 
 def finish(tuner: BaseTuner, names: list[str], progressbar: bool, safe: bool) -> nn.Module:
-    """Merge for good: the modules keep the new weights, and the wrappers go."""
+    """Merge for good: the modules keep the merged weights, and the wrappers are removed."""
     from ..upstream.models import note_untied
 
     state = tuner.state
@@ -265,26 +286,24 @@ def finish(tuner: BaseTuner, names: list[str], progressbar: bool, safe: bool) ->
 
 
 class WithWeightedSums:
-    """What PEFT's LoRA and its relatives have besides."""
+    """Methods of the tuners of LoRA and related methods only."""
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         from ..model.combine import add_weighted_adapter
 
-        for name in args[0] if args else kwargs.get("adapters", ()):
+        names = args[0] if args else kwargs.get("adapters", ())
+        for name in names:
             if name not in self.peft_config:  # type: ignore[attr-defined]
                 raise VeneerError(f"Adapter {name} does not exist")
         add_weighted_adapter(self, *args, **kwargs)  # type: ignore[arg-type]
 
     def _get_kasa_loss(self) -> Any:
-        """What KaSA's penalties add to the loss; 0 without it."""
+        """The sum of KaSA's penalties, to be added to the loss; 0 without KaSA."""
         state: State = self.state  # type: ignore[attr-defined]
-        penalties = [
-            part.penalty()
-            for name in state.active
-            for adapter in state.adapters(name).values()
-            for part in adapter.parts
-            if hasattr(part, "penalty")
-        ]
+        penalties = []
+        for name in state.active:
+            for adapter in state.adapters(name).values():
+                penalties += [part.penalty() for part in adapter.parts if hasattr(part, "penalty")]
         return sum(penalties) if penalties else 0.0
 
     def subtract_mutated_init(self, output_state_dict: Any, adapter_name: str, kwargs: Any = None) -> Any:
@@ -292,37 +311,37 @@ class WithWeightedSums:
 
 
 class BasePromptEncoder(nn.Module):
-    """PEFT's base of prompts; here each is a `Prompt`."""
+    """PEFT's base class of prompt encoders. Veneer's prompts are `Prompt`s, not instances of it."""
 
 
-MORE: dict[str, type] = {
-    **dict.fromkeys(("LORA", "ADALORA", "IA3", "HIRA"), WithWeightedSums),
+MIXINS: dict[str, type] = {
+    "LORA": WithWeightedSums,
+    "ADALORA": WithWeightedSums,
+    "IA3": WithWeightedSums,
+    "HIRA": WithWeightedSums,
     "XLORA": WithGate,
     "SHADOW": WithShadow,
 }
-"""What the tuners of some methods have besides."""
+"""Further methods of the tuners of some adapter methods."""
 
 
 def _tuner_class(kind: str, row: table.Row) -> type:
-    module = f"peft.tuners.{row.package}.model"
+    """PEFT's tuner class for a method, or its encoder class for a prompt method."""
+    namespace: dict[str, Any] = {"__module__": f"peft.tuners.{row.package}.model", "prefix": row.prefix}
     if issubclass(CONFIGS[PeftType(kind)], PromptConfig):
-        return type(row.model, (BasePromptEncoder,), {"__module__": module, "prefix": row.prefix})
-    layers = LAYERS[kind]
-    names = {
-        "__module__": module,
-        "prefix": row.prefix,
-        "uses_shared_state": row.shares,
-        "tuner_layer_cls": next(iter(layers.values()), BaseTunerLayer),
-        "peft_type": PeftType(kind),
-    }
-    bases = (*((MORE[kind],) if kind in MORE else ()), BaseTuner)
-    return type(row.model, bases, names)
+        return type(row.model, (BasePromptEncoder,), namespace)
+    namespace["uses_shared_state"] = row.shares
+    namespace["tuner_layer_cls"] = next(iter(LAYERS[kind].values()), BaseTunerLayer)
+    namespace["peft_type"] = PeftType(kind)
+    mixin = MIXINS.get(kind)
+    bases = (BaseTuner,) if mixin is None else (mixin, BaseTuner)
+    return type(row.model, bases, namespace)
 
 
 TUNERS: dict[Any, Any] = {PeftType(kind): _tuner_class(kind, row) for kind, row in table.METHODS.items()}
 
 
 class MixedModel(BaseTuner):
-    """The tuner of adapters of several methods on one model."""
+    """The tuner of a model with adapters of several methods."""
 
     prefix = ""

@@ -1,4 +1,4 @@
-"""PEFT's helpers around models: preparing, casting, freezing, measuring, wrapping policies, default targets."""
+"""PEFT's helpers for models: preparing, casting, freezing, dequantising, FSDP wrapping, default targets."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from .tables.targets import default
 
 HALF = (torch.float16, torch.bfloat16)
 QUANTISED = ("gptq", "aqlm", "eetq", "hqq", "torchao")
+"""Quantisation methods other than bitsandbytes' that `prepare_model_for_kbit_training` prepares."""
 
 
 class PeftWarning(UserWarning):
@@ -33,30 +34,33 @@ class PeftWarning(UserWarning):
 
 
 class DefaultTargets(MutableMapping[str, Any]):
-    """The modules a method adapts by default, by model type: read off an empty model of that type when asked for."""
+    """A method's default targets by model type, computed on access from a model of that type without weights."""
 
     def __init__(self, kind: Any, field: str = "target_modules") -> None:
-        self.kind, self.field = kind, field
+        self.kind = kind
+        self.field = field
         self.given: dict[Any, Any] = WRITTEN.setdefault((kind, field), {})
+        """The entries that a program has set."""
 
     def __getitem__(self, model_type: str) -> Any:
         if model_type in self.given:
             return self.given[model_type]
-        own = default(self.kind.value, self.field, model_type)
-        return self._found(model_type) if own is None else own
+        targets = default(self.kind.value, self.field, model_type)
+        return self._by_role(model_type) if targets is None else targets
 
-    def _found(self, model_type: str) -> Any:
+    def _by_role(self, model_type: str) -> Any:
+        """The targets that veneer chooses on a model of this type."""
         from ..files.skeleton import skeleton
 
-        config = CONFIGS[self.kind]
-        made = config(**dict(config.example))
-        if not isinstance(made, LayerConfig):
+        config_class = CONFIGS[self.kind]
+        config = config_class(**dict(config_class.example))
+        if not isinstance(config, LayerConfig):
             raise KeyError(model_type)
         try:
-            made.fill_targets(skeleton(model_type=model_type))
+            config.fill_targets(skeleton(model_type=model_type))
         except (VeneerError, TypeError, ValueError, AttributeError):
             raise KeyError(model_type) from None
-        return list(getattr(made, self.field) or ())
+        return list(getattr(config, self.field) or ())
 
     def __setitem__(self, model_type: str, names: Any) -> None:
         self.given[model_type] = names
@@ -88,15 +92,17 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
     auto_clear_cache: bool = True,
 ) -> Any:
-    """Freeze a quantised model, hold what is not quantised in fp32, and let activations be recomputed."""
+    """Freeze a quantised model, upcast what is not quantised to fp32, and enable gradient checkpointing."""
     settings = gradient_checkpointing_kwargs or {}
-    kind = str(getattr(model, "quantization_method", "")).rpartition(".")[2].lower()
-    in_bits = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
+    method = str(getattr(model, "quantization_method", "")).rpartition(".")[2].lower()
+    is_in_8bit = getattr(model, "is_loaded_in_8bit", False)
+    is_in_4bit = getattr(model, "is_loaded_in_4bit", False)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-        if kind not in QUANTISED and parameter.dtype in HALF and type(parameter).__name__ != "Params4bit":
+        if method not in QUANTISED and parameter.dtype in HALF and type(parameter).__name__ != "Params4bit":
             parameter.data = parameter.data.float()
-    if (in_bits or kind in QUANTISED) and use_gradient_checkpointing:
+    is_quantised = is_in_8bit or is_in_4bit or method in QUANTISED
+    if is_quantised and use_gradient_checkpointing:
         if settings.get("use_reentrant", True) and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
@@ -106,50 +112,53 @@ def prepare_model_for_kbit_training(
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Frozen parameters in `dtype`, learned ones in fp32."""
+    """Cast frozen parameters to `dtype` and trainable ones to fp32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
 
 def shift_tokens_right(input_ids: Tensor, pad_token_id: int | None, decoder_start_token_id: int) -> Tensor:
-    """Decoder inputs of labels, (batch, length): one step later, -100 as padding.
+    """Decoder inputs from labels, (batch, length): shifted right by one, with padding in place of -100.
 
     Raises:
-        ValueError: no padding token is known.
+        ValueError: there is no padding token.
     """
     if pad_token_id is None:
         raise ValueError("self.model.config.pad_token_id has to be defined.")
-    shifted = torch.cat([torch.full_like(input_ids[:, :1], decoder_start_token_id), input_ids[:, :-1]], dim=1)
+    start = torch.full_like(input_ids[:, :1], decoder_start_token_id)
+    shifted = torch.cat([start, input_ids[:, :-1]], dim=1)
     return shifted.masked_fill(shifted == -100, pad_token_id)
 
 
 def bloom_model_postprocess_past_key_value(past_key_values: Any) -> Any:
-    """Keys and values of a prefix in the layout of an old BLOOM's cache."""
-    pairs = torch.cat(past_key_values)
-    layers, rows, heads, length, width = pairs.shape
-    keys, values = pairs[: layers // 2], pairs[layers // 2 :]
-    keys = keys.transpose(2, 3).reshape(layers // 2, rows * heads, width, length)
-    values = values.reshape(layers // 2, rows * heads, length, width)
+    """The keys and values of a prefix in the cache layout of older BLOOM models."""
+    pairs = torch.cat(past_key_values)  # (2 layers, rows, heads, length, width)
+    layers = len(pairs) // 2
+    _, rows, heads, length, width = pairs.shape
+    keys = pairs[:layers].transpose(2, 3).reshape(layers, rows * heads, width, length)
+    values = pairs[layers:].reshape(layers, rows * heads, length, width)
     return tuple(zip(keys, values, strict=True))
 
 
 def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
+    """A weight, transposed if `fan_in_fan_out`."""
     if not fan_in_fan_out:
         return weight
     return nn.Parameter(weight.T) if isinstance(weight, nn.Parameter) else weight.T
 
 
 def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
-    """What two tensors that share their memory have in common."""
+    """An identity of a tensor's memory: equal for tensors that share their storage."""
     storage = tensor.untyped_storage()
     return tensor.device, storage.data_ptr(), storage.nbytes()
 
 
 def str_to_bool(value: str) -> int:
-    words = {1: ("y", "yes", "t", "true", "on", "1"), 0: ("n", "no", "f", "false", "off", "0")}
-    for number, spellings in words.items():
-        if value.lower() in spellings:
-            return number
+    word = value.lower()
+    if word in ("y", "yes", "t", "true", "on", "1"):
+        return 1
+    if word in ("n", "no", "f", "false", "off", "0"):
+        return 0
     raise ValueError(f"invalid truth value {value}")
 
 
@@ -159,8 +168,9 @@ def is_xpu_available(check_device: bool = False) -> bool:
 
 def get_submodules(model: nn.Module, key: str) -> tuple[Any, Any, str]:
     """(parent, module, its name in the parent) of a path."""
-    above, _, name = key.rpartition(".")
-    return model.get_submodule(above), model.get_submodule(key), name
+    path, _, name = key.rpartition(".")
+    parent = model.get_submodule(path)
+    return parent, model.get_submodule(key), name
 
 
 def freeze_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -174,45 +184,53 @@ def get_device_map(model: nn.Module) -> dict[str, Any]:
 
 
 def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module) -> str:
-    return next((name for name, module in model.named_modules() if module is reference_module), "")
+    """The path of a module in a model; "" if it is not there."""
+    for name, module in model.named_modules():
+        if module is reference_module:
+            return name
+    return ""
 
 
 # Training in shards
 
 
 def no_split_modules(model: Any) -> set[str]:
-    found: set[str] = set()
+    """The class names of the modules that a model says must not be split over devices."""
+    names: set[str] = set()
     for module in model.modules():
-        found |= set(getattr(module, "_no_split_modules", None) or ())
-    return found
+        names |= set(getattr(module, "_no_split_modules", None) or ())
+    return names
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
-    """FSDP units of an adapted model: its transformer layers. An adapter stays in the unit of the layer it is on.
+    """An FSDP policy that wraps an adapted model's transformer layers; adapters belong to the unit of their layer.
 
     Raises:
-        TypeError: a class that is asked for is not in the model.
+        TypeError: the model has no module of a class to wrap.
     """
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-    names = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(sorted(no_split_modules(model)))).split(",")
+    names = ",".join(sorted(no_split_modules(model)))
+    names = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", names)
     classes = {type(module).__name__: type(module) for module in model.modules()}
-    wanted = [name for name in names if name]
-    if any(name not in classes for name in wanted):
-        raise TypeError("Could not find the transformer layer class to wrap in the model.")
-    return functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={classes[name] for name in wanted})
+    wrapped = set()
+    for name in filter(None, names.split(",")):
+        if name not in classes:
+            raise TypeError("Could not find the transformer layer class to wrap in the model.")
+        wrapped.add(classes[name])
+    return functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=wrapped)
 
 
-# Scaling and casting for a while
+# Temporary changes
 
 
 @contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """Inside, the scaling of every LoRA is multiplied.
+    """Multiply the scaling of every LoRA within the context.
 
     Raises:
-        TypeError: the multiplier is no number.
-        ValueError: there is no LoRA.
+        TypeError: the multiplier is not a number.
+        ValueError: the model has no LoRA.
     """
     if not isinstance(multiplier, (float, int)):
         raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
@@ -231,8 +249,10 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 @contextmanager
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """PEFT's switch; adapters here are given their own dtype always, and the result is the base's."""
-    layers = [m for m in model.modules() if isinstance(m, PeftLayer)] if active else []
+    """Only sets a flag, for PEFT compatibility: veneer always casts inputs to the adapter's dtype and outputs back."""
+    layers = []
+    if active:
+        layers = [module for module in model.modules() if isinstance(module, PeftLayer)]
     for layer in layers:
         layer.cast_input_dtype_enabled = False
     try:
@@ -243,22 +263,23 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
 
 
 REGISTER = nn.Module.register_parameter
-"""How torch notes a parameter, whatever `init_empty_weights` puts in its place for a while."""
+"""torch's own function, which `init_empty_weights` replaces within its context."""
 
 
 def init_empty_weights(include_buffers: bool | None = None) -> Any:
-    """Inside, parameters are made on the meta device."""
+    """Create parameters on the meta device within the context."""
     from accelerate import init_empty_weights as on_meta
 
     return on_meta(include_buffers=bool(include_buffers))
 
 
 def skip_init_on_device(func: Any) -> Any:
-    """A function whose parameters have values, also when it is called inside `init_empty_weights`."""
+    """Decorate a function to create real parameters, even if it is called within `init_empty_weights`."""
 
     @functools.wraps(func)
     def call(*args: Any, **kwargs: Any) -> Any:
-        before, nn.Module.register_parameter = nn.Module.register_parameter, REGISTER  # type: ignore[method-assign]
+        before = nn.Module.register_parameter
+        nn.Module.register_parameter = REGISTER  # type: ignore[method-assign]
         try:
             return func(*args, **kwargs)
         finally:
@@ -269,8 +290,9 @@ def skip_init_on_device(func: Any) -> Any:
 
 @contextmanager
 def gather_params_ctx(param: Any, modifier_rank: int | None = 0, fwd_module: Any = None) -> Iterator[None]:
-    """Inside, parameters that DeepSpeed's ZeRO-3 has spread are whole."""
-    if not any(hasattr(p, "ds_id") for p in (param if isinstance(param, Iterable) else [param])):
+    """Gather parameters that DeepSpeed's ZeRO-3 has sharded, within the context."""
+    parameters = param if isinstance(param, Iterable) else [param]
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         yield
         return
     import deepspeed
@@ -280,7 +302,7 @@ def gather_params_ctx(param: Any, modifier_rank: int | None = 0, fwd_module: Any
 
 
 def dequantize_module_weight(module: nn.Module) -> Tensor:
-    """A linear module's weight, (out, in), in floats."""
+    """A linear module's weight, (out, in), dequantised."""
     if quantised(module) is None:
         return module.weight  # type: ignore[return-value]
     layer = AdapterLayer(module, "", State())
@@ -288,34 +310,38 @@ def dequantize_module_weight(module: nn.Module) -> Tensor:
 
 
 def dequantize_bnb_weight(weight: Any, state: Any = None) -> Tensor:
-    """The same of one of bitsandbytes' weights."""
-    if type(weight).__name__ not in ("Params4bit", "Int8Params"):
+    """A weight dequantised, if it is one of bitsandbytes'."""
+    kind = type(weight).__name__
+    if kind not in ("Params4bit", "Int8Params"):
         return weight
     from bitsandbytes import functional as F
 
-    if type(weight).__name__ == "Params4bit":
+    if kind == "Params4bit":
         return F.dequantize_4bit(weight.data, weight.quant_state)
     SCB = weight.SCB if weight.SCB is not None else state.SCB
     return weight.data.float() * (SCB / 127).view(-1, 1)
 
 
 def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
-    """A config with "all-linear" spelled out, by the names of the linear layers but the head's."""
+    """Replace "all-linear" in a config by the names of the model's linear layers other than its head."""
     if peft_config.target_modules != "all-linear":
         return peft_config
     modules = dict(walk(model))
     heads = head_paths(model, modules)
-    names = {path.rpartition(".")[2] for path, m in modules.items() if is_linear(m) and path not in heads}
+    names = set()
+    for path, module in modules.items():
+        if is_linear(module) and path not in heads:
+            names.add(path.rpartition(".")[2])
     peft_config.target_modules = Names(names)
     return peft_config
 
 
 class MontecloraTrainerMixin:
-    """PEFT's mixin for trainers; the model's own loss has MonteCLoRA's divergences here, under any trainer."""
+    """Empty; kept for PEFT compatibility. The model's loss includes MonteCLoRA's divergences under any trainer."""
 
 
 class DoraCaching:
-    """PEFT's switch for keeping DoRA's norms; here they are computed in a cheap form each time."""
+    """No-op; kept for PEFT compatibility. PEFT caches DoRA's norms; veneer computes them in factored form."""
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
@@ -331,20 +357,27 @@ class DoraCaching:
 
 
 def update_signature(model: Any, method: str = "all") -> None:
-    """Give a `PeftModel`'s forward or generate the signature and the docstring of its base model's.
+    """Give a `PeftModel`'s forward, generate or both the signature and docstring of the base model's.
 
     Raises:
-        ValueError: `method` is none of "forward", "generate", "all".
+        ValueError: `method` is not "forward", "generate" or "all".
     """
     if method not in ("forward", "generate", "all"):
         raise ValueError(f"method {method} is not supported please choose one of ['forward', 'generate', 'all']")
-    for name in ("forward", "generate") if method == "all" else (method,):
-        own, base = getattr(model, name), getattr(model.get_base_model(), name)
+    names = ("forward", "generate") if method == "all" else (method,)
+    for name in names:
+        base_method = getattr(model.get_base_model(), name)
+        model.__dict__[name] = _documented_as(base_method, getattr(model, name))
 
-        def call(*args: Any, _own: Any = own, **kwargs: Any) -> Any:
-            return _own(*args, **kwargs)
 
-        model.__dict__[name] = functools.wraps(base)(call)
+def _documented_as(model_method: Any, method: Any) -> Any:
+    """A function that calls `method` under the signature and docstring of `model_method`."""
+
+    @functools.wraps(model_method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs)
+
+    return call
 
 
 def update_forward_signature(model: Any) -> None:
@@ -356,12 +389,12 @@ def update_generate_signature(model: Any) -> None:
 
 
 def check_if_peft_model(model_name_or_path: str) -> bool:
-    """Whether a directory or a hub id holds an adapter."""
+    """Whether a directory or a repository on the Hub has an adapter's config."""
     from .configs import PeftConfig
 
     try:
         PeftConfig.from_pretrained(model_name_or_path)
-    except Exception:  # noqa: BLE001 - whatever keeps it from being read, it is none
+    except Exception:  # noqa: BLE001 - whatever the reason, it cannot be loaded
         return False
     return True
 
@@ -373,11 +406,13 @@ def register_peft_method(**settings: Any) -> None:
 
 
 def no_backend(*args: Any, **kwargs: Any) -> None:
-    """Of a quantised base; its library dequantises it."""
+    """No backend object is needed; veneer dequantises a base through its own library."""
     return None
 
 
 def get_quantization_config(model: Any, method: str) -> Any:
+    """A model's quantisation config, if it is quantised by this method."""
+    if getattr(model, "quantization_method", None) != method:
+        return None
     config = getattr(model, "config", None)
-    is_such = getattr(model, "quantization_method", None) == method
-    return getattr(config, "quantization_config", None) if is_such else None
+    return getattr(config, "quantization_config", None)

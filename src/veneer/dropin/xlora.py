@@ -1,4 +1,4 @@
-"""What PEFT's X-LoRA model has besides: its gate's settings, and a log of the scalings that the gate gave."""
+"""What X-LoRA's tuner has besides: the settings of its gate, and a log of the scalings that the gate computed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 class WithGate:
-    """Of the tuner of X-LoRA."""
+    """Methods of X-LoRA's tuner only."""
 
     @property
     def lora_model(self) -> Any:
-        """PEFT keeps the experts in a LoRA model of their own."""
+        """This tuner; PEFT has the experts in a LoRA model of their own."""
         return self
 
     @property
@@ -32,18 +32,18 @@ class WithGate:
         return self.internal_xlora_classifier.config.global_scaling_weight
 
     def set_scaling_pass_value(self, value: float | None) -> None:
-        """Noted; the first pass runs without adapters, which is what PEFT's value of 0 means."""
+        """Recorded only: the first pass always runs without adapters, as in PEFT with a value of 0."""
         self.internal_xlora_classifier.set_override_scaling_pass_value(value)
 
     def get_latest_scalings(self) -> Tensor | None:
-        """(batch, length, layers, experts) of the last call."""
+        """The scalings of the last call, (batch, length, layers, experts)."""
         return self.internal_xlora_classifier.latest
 
     def enable_scalings_logging(self) -> None:
         self.internal_xlora_classifier.logs = True
 
     def disable_scalings_logging(self) -> None:
-        """The log stays."""
+        """Stop logging; the entries so far remain."""
         self.internal_xlora_classifier.logs = False
 
     def get_scalings_log(self) -> list[Tensor]:
@@ -53,37 +53,42 @@ class WithGate:
         self.internal_xlora_classifier.log.clear()
 
     def get_bucketed_scalings_log(self) -> dict[int, tuple[list[int], list[Tensor]]]:
-        """By length of the sequence: places in the log, and the scalings there."""
-        found: dict[int, tuple[list[int], list[Tensor]]] = {}
-        for i, scalings in enumerate(self.internal_xlora_classifier.log):
-            places, kept = found.setdefault(scalings.shape[1], ([], []))
-            places.append(i)
-            kept.append(scalings)
-        return found
+        """The log by sequence length: the positions of its entries, and the entries."""
+        buckets: dict[int, tuple[list[int], list[Tensor]]] = {}
+        for position, scalings in enumerate(self.internal_xlora_classifier.log):
+            length = scalings.shape[1]
+            positions, entries = buckets.setdefault(length, ([], []))
+            positions.append(position)
+            entries.append(scalings)
+        return buckets
 
 
 class Gate:
-    """PEFT's classifier over ours: it notes what the gate gives."""
+    """The gate in the form of PEFT's classifier: records the scalings that the gate computes."""
 
     def __init__(self, gate: Any) -> None:
-        self.gate, self.logs = gate, False
+        self.gate = gate
+        self.logs = False
         self.log: list[Tensor] = []
         self.latest: Tensor | None = None
         self.override_scaling_pass_value = gate.config.scaling_pass_value
-        gate.register_forward_hook(self.note)
+        gate.register_forward_hook(self.record)
 
     @property
     def config(self) -> Any:
         return self.gate.config
 
-    def note(self, module: Any, inputs: Any, scalings: Tensor) -> None:
+    def record(self, module: Any, inputs: Any, scalings: Tensor) -> None:
         self.latest = scalings.detach()
         if self.logs:
             self.log.append(self.latest)
 
     def set_override_scaling_pass_value(self, value: float | None) -> None:
-        value = 1 / len(self.config.adapters) if value is None else value
-        self.override_scaling_pass_value = self.config.scaling_pass_value = value
+        """Set the value of the first pass; None means one divided by the number of experts."""
+        if value is None:
+            value = 1 / len(self.config.adapters)
+        self.config.scaling_pass_value = value
+        self.override_scaling_pass_value = value
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name == "gate":

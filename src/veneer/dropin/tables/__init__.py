@@ -1,4 +1,4 @@
-"""PEFT's names, defaults, refusals and wording, as data that the drop-in is made from.
+"""PEFT's names, defaults, refusals and wording as data, from which the drop-in is made.
 
-Start with `methods.py` (a row for each method) and `modules.py` (a list of names for each module).
+Start with `methods.py`, which has a row per method, and `modules.py`, which has a list of names per module.
 """

@@ -1,107 +1,171 @@
-"""PEFT 0.21.2's names for its methods: one row a method, from which its modules, classes and mappings are made."""
+"""The names of PEFT 0.21.2's methods: one row per method, from which its modules, classes and mappings are made."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 VERSION = "0.21.2"
-"""What the module says its version is: clients compare it."""
+"""The version that the drop-in reports, which programs compare."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """How PEFT calls the parts of one method."""
+    """The names that PEFT gives to the parts of one method."""
 
     package: str
-    """Of `peft.tuners`."""
+    """The package in `peft.tuners`."""
     config: str
+    """The config class."""
     model: str
-    """Its tuner; of a prompt method its encoder."""
+    """The tuner class; for a prompt method, the encoder class."""
     prefix: str
+    """What the names of its parameters begin with."""
     layers: tuple[str, ...] = ()
-    """Classes of its layers, the general one first."""
+    """The layer classes, the general one first."""
     trained: tuple[str, ...] = ()
-    """`adapter_layer_names`: attributes of a layer that hold what is learned, by adapter name."""
+    """`adapter_layer_names`: attributes of a layer with trainable parameters, by adapter name."""
     other: tuple[str, ...] = ()
-    """`other_param_names`: attributes that hold settings and fixed tensors, by adapter name."""
+    """`other_param_names`: attributes of a layer with settings and fixed tensors, by adapter name."""
     mixes: bool = False
-    """`PeftMixedModel` takes it."""
+    """Whether `PeftMixedModel` supports it."""
     shares: bool = False
-    """Its layers share a module, which injection without a tuner has no place for."""
+    """Whether its layers share a module, so that it cannot be injected without a tuner."""
     takes_any: bool = False
-    """Without targets, on a model that has no default, it takes all linear layers."""
+    """Whether it targets all linear layers of a model that has no default targets."""
     aliases: dict[str, str] = field(default_factory=dict)
-    """Attributes that have another name here."""
+    """Attributes of a layer that veneer names differently, each with veneer's name."""
 
 
 LORA = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 LORA_OTHER = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
 LYCORIS = ("r", "alpha", "scaling", "rank_dropout", "rank_dropout_scale", "module_dropout")
 BNB = ("Linear4bit", "Linear8bitLt")
-"""Classes of layers on bitsandbytes' modules, whose own classes have the same names."""
+"""Layer classes on bitsandbytes' modules, named as those modules' classes."""
 
 QUANTISED = {
-    **{name: name for name in BNB},
-    **{f"SVD{name}": name for name in BNB},
+    "Linear4bit": "Linear4bit",
+    "Linear8bitLt": "Linear8bitLt",
+    "SVDLinear4bit": "Linear4bit",
+    "SVDLinear8bitLt": "Linear8bitLt",
     "HqqLoraLinear": "HQQLinear",
     "EetqLoraLinear": "EetqLinear",
     "AqlmLoraLinear": "QuantizedLinear",
 }
-"""PEFT's classes of layers on quantised modules, and what those modules are called."""
+"""Layer classes on quantised modules, each with the class of those modules."""
 
 LORA_LAYERS = (
-    *(
-        "LoraLayer",
-        *BNB,
-        "HqqLoraLinear",
-        "EetqLoraLinear",
-        "AqlmLoraLinear",
-        "Linear",
-        "Embedding",
-        "Conv1d",
-        "Conv2d",
-        "Conv3d",
-    ),
-    *("MultiheadAttention", "ParamWrapper"),
+    "LoraLayer",
+    *BNB,
+    "HqqLoraLinear",
+    "EetqLoraLinear",
+    "AqlmLoraLinear",
+    "Linear",
+    "Embedding",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "MultiheadAttention",
+    "ParamWrapper",
 )
 
 METHODS: dict[str, Row] = {
-    "LORA": Row("lora", "LoraConfig", "LoraModel", "lora_", LORA_LAYERS, LORA, LORA_OTHER, mixes=True),
+    "LORA": Row(
+        package="lora",
+        config="LoraConfig",
+        model="LoraModel",
+        prefix="lora_",
+        layers=LORA_LAYERS,
+        trained=LORA,
+        other=LORA_OTHER,
+        mixes=True,
+    ),
     "ADALORA": Row(
-        *("adalora", "AdaLoraConfig", "AdaLoraModel", "lora_"),
-        *(
-            ("AdaLoraLayer", "SVDLinear4bit", "SVDLinear8bitLt", "SVDLinear", "SVDConv2d"),
-            ("lora_A", "lora_B", "lora_E"),
-            (*LORA_OTHER, "ranknum"),
-        ),
+        package="adalora",
+        config="AdaLoraConfig",
+        model="AdaLoraModel",
+        prefix="lora_",
+        layers=("AdaLoraLayer", "SVDLinear4bit", "SVDLinear8bitLt", "SVDLinear", "SVDConv2d"),
+        trained=("lora_A", "lora_B", "lora_E"),
+        other=(*LORA_OTHER, "ranknum"),
         mixes=True,
     ),
     "ADAMSS": Row(
-        *("adamss", "AdamssConfig", "AdamssModel", "adamss_"),
-        *(("AdamssLayer", "Linear"), ("adamss_A", "adamss_B"), ("adamss_newB",)),
+        package="adamss",
+        config="AdamssConfig",
+        model="AdamssModel",
+        prefix="adamss_",
+        layers=("AdamssLayer", "Linear"),
+        trained=("adamss_A", "adamss_B"),
+        other=("adamss_newB",),
     ),
-    "ADAPTION_PROMPT": Row("adaption_prompt", "AdaptionPromptConfig", "AdaptionPromptModel", "adaption_prompt_"),
-    "BEFT": Row("beft", "BeftConfig", "BeftModel", "beft_", ("BeftLayer", "Linear"), ("beft_bias",), mixes=True),
+    "ADAPTION_PROMPT": Row(
+        package="adaption_prompt",
+        config="AdaptionPromptConfig",
+        model="AdaptionPromptModel",
+        prefix="adaption_prompt_",
+    ),
+    "BEFT": Row(
+        package="beft",
+        config="BeftConfig",
+        model="BeftModel",
+        prefix="beft_",
+        layers=("BeftLayer", "Linear"),
+        trained=("beft_bias",),
+        mixes=True,
+    ),
     "BOFT": Row(
-        *("boft", "BOFTConfig", "BOFTModel", "boft_"),
-        *(("BOFTLayer", "Linear", "Conv2d"), ("boft_R", "boft_s"), ("boft_block_size", "boft_block_num")),
+        package="boft",
+        config="BOFTConfig",
+        model="BOFTModel",
+        prefix="boft_",
+        layers=("BOFTLayer", "Linear", "Conv2d"),
+        trained=("boft_R", "boft_s"),
+        other=("boft_block_size", "boft_block_num"),
     ),
-    "C3A": Row("c3a", "C3AConfig", "C3AModel", "c3a_", ("C3ALayer", "C3ALinear"), ("c3a_kernel",), ("block_size",)),
-    "CARTRIDGE": Row("cartridge", "CartridgeConfig", "CartridgeEncoder", "cartridge_"),
-    "CPT": Row("cpt", "CPTConfig", "CPTEmbedding", "cpt_"),
+    "C3A": Row(
+        package="c3a",
+        config="C3AConfig",
+        model="C3AModel",
+        prefix="c3a_",
+        layers=("C3ALayer", "C3ALinear"),
+        trained=("c3a_kernel",),
+        other=("block_size",),
+    ),
+    "CARTRIDGE": Row(
+        package="cartridge",
+        config="CartridgeConfig",
+        model="CartridgeEncoder",
+        prefix="cartridge_",
+    ),
+    "CPT": Row(package="cpt", config="CPTConfig", model="CPTEmbedding", prefix="cpt_"),
     "DEFT": Row(
-        *("deft", "DeftConfig", "DeftModel", "deft_"),
-        *(("DeftLayer", "DeftLinear"), ("deft_P", "deft_R"), ("deft_r", "deft_dropout")),
+        package="deft",
+        config="DeftConfig",
+        model="DeftModel",
+        prefix="deft_",
+        layers=("DeftLayer", "DeftLinear"),
+        trained=("deft_P", "deft_R"),
+        other=("deft_r", "deft_dropout"),
         aliases={"deft_dropout": "dropout", "deft_r": "r"},
     ),
     "DELORA": Row(
-        *("delora", "DeloraConfig", "DeloraModel", "delora_", ("DeloraLayer", "DeloraLinear")),
-        *(("delora_A", "delora_B", "delora_lambda"), ("r", "delora_dropout", "delora_w_norm")),
+        package="delora",
+        config="DeloraConfig",
+        model="DeloraModel",
+        prefix="delora_",
+        layers=("DeloraLayer", "DeloraLinear"),
+        trained=("delora_A", "delora_B", "delora_lambda"),
+        other=("r", "delora_dropout", "delora_w_norm"),
         aliases={"delora_dropout": "dropout"},
     ),
     "FOURIERFT": Row(
-        *("fourierft", "FourierFTConfig", "FourierFTModel", "fourierft_", ("FourierFTLayer", "FourierFTLinear")),
-        *(("fourierft_spectrum",), ("fourierft_n_frequency", "fourierft_scaling", "fourierft_random_loc_seed")),
+        package="fourierft",
+        config="FourierFTConfig",
+        model="FourierFTModel",
+        prefix="fourierft_",
+        layers=("FourierFTLayer", "FourierFTLinear"),
+        trained=("fourierft_spectrum",),
+        other=("fourierft_n_frequency", "fourierft_scaling", "fourierft_random_loc_seed"),
         aliases={
             "fourierft_n_frequency": "n_frequency",
             "fourierft_scaling": "scaling",
@@ -109,160 +173,334 @@ METHODS: dict[str, Row] = {
         },
     ),
     "FROD": Row(
-        *("frod", "FrodConfig", "FrodModel", "frod_", ("FrodLayer", "Linear")),
-        *(("frod_lambda_l", "frod_lambda_s_values"), ("r", "frod_dropout")),
+        package="frod",
+        config="FrodConfig",
+        model="FrodModel",
+        prefix="frod_",
+        layers=("FrodLayer", "Linear"),
+        trained=("frod_lambda_l", "frod_lambda_s_values"),
+        other=("r", "frod_dropout"),
         shares=True,
         aliases={"frod_dropout": "dropout"},
     ),
     "GLORA": Row(
-        *("glora", "GloraConfig", "GloraModel", "glora_", ("GloraLayer", "GloraLinear")),
-        *(("glora_A", "glora_B", "glora_C", "glora_D", "glora_E"), ("r",)),
+        package="glora",
+        config="GloraConfig",
+        model="GloraModel",
+        prefix="glora_",
+        layers=("GloraLayer", "GloraLinear"),
+        trained=("glora_A", "glora_B", "glora_C", "glora_D", "glora_E"),
+        other=("r",),
     ),
     "GRALORA": Row(
-        *("gralora", "GraloraConfig", "GraloraModel", "gralora_", ("GraloraLayer", "Linear")),
-        ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general"),
-        ("r", "hybrid_r", "alpha", "scaling", "gralora_dropout", "gralora_k"),
+        package="gralora",
+        config="GraloraConfig",
+        model="GraloraModel",
+        prefix="gralora_",
+        layers=("GraloraLayer", "Linear"),
+        trained=("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general"),
+        other=("r", "hybrid_r", "alpha", "scaling", "gralora_dropout", "gralora_k"),
         aliases={"gralora_dropout": "dropout", "gralora_k": "k"},
     ),
     "HIRA": Row(
-        *("hira", "HiraConfig", "HiraModel", "hira_"),
-        *(("HiraLayer", *BNB, "Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d"),),
-        *(("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"), ("r", "hira_dropout")),
+        package="hira",
+        config="HiraConfig",
+        model="HiraModel",
+        prefix="hira_",
+        layers=("HiraLayer", *BNB, "Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d"),
+        trained=("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"),
+        other=("r", "hira_dropout"),
         mixes=True,
         aliases={"hira_dropout": "dropout"},
     ),
     "HRA": Row(
-        *("hra", "HRAConfig", "HRAModel", "hra_", ("HRALayer", "HRALinear", "HRAConv2d")),
-        *(("hra_u",), ("hra_r", "hra_apply_GS")),
+        package="hra",
+        config="HRAConfig",
+        model="HRAModel",
+        prefix="hra_",
+        layers=("HRALayer", "HRALinear", "HRAConv2d"),
+        trained=("hra_u",),
+        other=("hra_r", "hra_apply_GS"),
         aliases={"hra_r": "r", "hra_apply_GS": "apply_GS"},
     ),
     "IA3": Row(
-        *("ia3", "IA3Config", "IA3Model", "ia3_", ("IA3Layer", *BNB, "Linear", "Conv2d", "Conv3d"), ("ia3_l",)),
+        package="ia3",
+        config="IA3Config",
+        model="IA3Model",
+        prefix="ia3_",
+        layers=("IA3Layer", *BNB, "Linear", "Conv2d", "Conv3d"),
+        trained=("ia3_l",),
         mixes=True,
     ),
     "LILY": Row(
-        *("lily", "LilyConfig", "LilyModel", "lily_", ("LilyLayer", "Linear")),
-        *(("lily_A", "lily_B", "lily_router"), ("r", "scaling", "stride_A", "num_B")),
+        package="lily",
+        config="LilyConfig",
+        model="LilyModel",
+        prefix="lily_",
+        layers=("LilyLayer", "Linear"),
+        trained=("lily_A", "lily_B", "lily_router"),
+        other=("r", "scaling", "stride_A", "num_B"),
     ),
-    "LN_TUNING": Row("ln_tuning", "LNTuningConfig", "LNTuningModel", "ln_tuning_", ("LNTuningLayer",)),
+    "LN_TUNING": Row(
+        package="ln_tuning",
+        config="LNTuningConfig",
+        model="LNTuningModel",
+        prefix="ln_tuning_",
+        layers=("LNTuningLayer",),
+    ),
     "LOHA": Row(
-        *("loha", "LoHaConfig", "LoHaModel", "hada_", ("LoHaLayer", "Linear", "Conv1d", "Conv2d")),
-        *(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"), LYCORIS),
+        package="loha",
+        config="LoHaConfig",
+        model="LoHaModel",
+        prefix="hada_",
+        layers=("LoHaLayer", "Linear", "Conv1d", "Conv2d"),
+        trained=("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+        other=LYCORIS,
         mixes=True,
     ),
     "LOKR": Row(
-        *("lokr", "LoKrConfig", "LoKrModel", "lokr_", ("LoKrLayer", "Linear", "Conv1d", "Conv2d")),
-        ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
-        LYCORIS,
+        package="lokr",
+        config="LoKrConfig",
+        model="LoKrModel",
+        prefix="lokr_",
+        layers=("LoKrLayer", "Linear", "Conv1d", "Conv2d"),
+        trained=("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+        other=LYCORIS,
         mixes=True,
     ),
     "MISS": Row(
-        *("miss", "MissConfig", "MissModel", "miss_", ("MissLayer", "MissLinear")),
-        *(("miss_block",), ("miss_r", "miss_dropout", "miss_mini_r")),
+        package="miss",
+        config="MissConfig",
+        model="MissModel",
+        prefix="miss_",
+        layers=("MissLayer", "MissLinear"),
+        trained=("miss_block",),
+        other=("miss_r", "miss_dropout", "miss_mini_r"),
         aliases={"miss_r": "r", "miss_dropout": "dropout", "miss_mini_r": "mini_r"},
     ),
     "MULTITASK_PROMPT_TUNING": Row(
-        *("multitask_prompt_tuning", "MultitaskPromptTuningConfig"),
-        *("MultitaskPromptEmbedding", "multitask_prompt_tuning_"),
+        package="multitask_prompt_tuning",
+        config="MultitaskPromptTuningConfig",
+        model="MultitaskPromptEmbedding",
+        prefix="multitask_prompt_tuning_",
     ),
     "OFT": Row(
-        *("oft", "OFTConfig", "OFTModel", "oft_", ("OFTLayer", "Linear", "Conv2d", "Embedding")),
-        *(("oft_R", "oft_embedding_R"), ("r", "oft_block_size", "oft_dropout")),
+        package="oft",
+        config="OFTConfig",
+        model="OFTModel",
+        prefix="oft_",
+        layers=("OFTLayer", "Linear", "Conv2d", "Embedding"),
+        trained=("oft_R", "oft_embedding_R"),
+        other=("r", "oft_block_size", "oft_dropout"),
         aliases={"oft_dropout": "dropout"},
     ),
     "OSF": Row(
-        *("osf", "OSFConfig", "OSFModel", "osf_", ("OSFLayer", "Linear"), ("osf_svd_params",)),
+        package="osf",
+        config="OSFConfig",
+        model="OSFModel",
+        prefix="osf_",
+        layers=("OSFLayer", "Linear"),
+        trained=("osf_svd_params",),
         takes_any=True,
     ),
-    "P_TUNING": Row("p_tuning", "PromptEncoderConfig", "PromptEncoder", "p_tuning_"),
+    "P_TUNING": Row(
+        package="p_tuning",
+        config="PromptEncoderConfig",
+        model="PromptEncoder",
+        prefix="p_tuning_",
+    ),
     "PEANUT": Row(
-        *("peanut", "PeanutConfig", "PeanutModel", "peanut_", ("PeanutLayer", "Linear")),
-        *(("peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders"), ("r", "res_num", "scaling")),
+        package="peanut",
+        config="PeanutConfig",
+        model="PeanutModel",
+        prefix="peanut_",
+        layers=("PeanutLayer", "Linear"),
+        trained=("peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders"),
+        other=("r", "res_num", "scaling"),
         aliases={"res_num": "depth"},
     ),
     "POLY": Row(
-        *("poly", "PolyConfig", "PolyModel", "poly_", ("PolyLayer", "Linear")),
-        ("poly_lora_A", "poly_lora_B", "poly_router"),
-        ("r", "n_tasks", "n_skills", "n_splits", "poly_type"),
+        package="poly",
+        config="PolyConfig",
+        model="PolyModel",
+        prefix="poly_",
+        layers=("PolyLayer", "Linear"),
+        trained=("poly_lora_A", "poly_lora_B", "poly_router"),
+        other=("r", "n_tasks", "n_skills", "n_splits", "poly_type"),
     ),
-    "PREFIX_TUNING": Row("prefix_tuning", "PrefixTuningConfig", "PrefixEncoder", "prefix_tuning_"),
-    "PROMPT_TUNING": Row("prompt_tuning", "PromptTuningConfig", "PromptEmbedding", "prompt_tuning_"),
+    "PREFIX_TUNING": Row(
+        package="prefix_tuning",
+        config="PrefixTuningConfig",
+        model="PrefixEncoder",
+        prefix="prefix_tuning_",
+    ),
+    "PROMPT_TUNING": Row(
+        package="prompt_tuning",
+        config="PromptTuningConfig",
+        model="PromptEmbedding",
+        prefix="prompt_tuning_",
+    ),
     "PSOFT": Row(
-        *("psoft", "PsoftConfig", "PsoftModel", "psoft_", ("PsoftLayer", "Linear")),
-        *(("psoft_R",), ("r", "psoft_alpha", "scaling", "psoft_dropout")),
+        package="psoft",
+        config="PsoftConfig",
+        model="PsoftModel",
+        prefix="psoft_",
+        layers=("PsoftLayer", "Linear"),
+        trained=("psoft_R",),
+        other=("r", "psoft_alpha", "scaling", "psoft_dropout"),
         aliases={"psoft_dropout": "dropout"},
     ),
     "PVERA": Row(
-        *("pvera", "PveraConfig", "PveraModel", "pvera_lambda_", ("PveraLayer", *BNB, "Linear")),
-        *(("pvera_lambda_b", "pvera_lambda_d"), ("pvera_A", "pvera_B", "pvera_dropout", "r")),
+        package="pvera",
+        config="PveraConfig",
+        model="PveraModel",
+        prefix="pvera_lambda_",
+        layers=("PveraLayer", *BNB, "Linear"),
+        trained=("pvera_lambda_b", "pvera_lambda_d"),
+        other=("pvera_A", "pvera_B", "pvera_dropout", "r"),
         shares=True,
         aliases={"pvera_dropout": "dropout"},
     ),
     "RANDLORA": Row(
-        *("randlora", "RandLoraConfig", "RandLoraModel", "randlora_", ("RandLoraLayer", *BNB, "Linear")),
-        ("randlora_lambda", "randlora_gamma"),
-        ("randlora_A", "randlora_B", "randlora_dropout", "r", "scaling"),
+        package="randlora",
+        config="RandLoraConfig",
+        model="RandLoraModel",
+        prefix="randlora_",
+        layers=("RandLoraLayer", *BNB, "Linear"),
+        trained=("randlora_lambda", "randlora_gamma"),
+        other=("randlora_A", "randlora_B", "randlora_dropout", "r", "scaling"),
         aliases={"randlora_dropout": "dropout"},
     ),
     "ROAD": Row(
-        *("road", "RoadConfig", "RoadModel", "road_", ("RoadLayer", *BNB, "Linear")),
-        *(("road_theta", "road_alpha"), ("variant", "group_size")),
+        package="road",
+        config="RoadConfig",
+        model="RoadModel",
+        prefix="road_",
+        layers=("RoadLayer", *BNB, "Linear"),
+        trained=("road_theta", "road_alpha"),
+        other=("variant", "group_size"),
         mixes=True,
     ),
-    "SHADOW": Row("shadow", "ShadowConfig", "ShadowModel", "shadow_", ("ShadowLayer",)),
+    "SHADOW": Row(
+        package="shadow",
+        config="ShadowConfig",
+        model="ShadowModel",
+        prefix="shadow_",
+        layers=("ShadowLayer",),
+    ),
     "SHIRA": Row(
-        *("shira", "ShiraConfig", "ShiraModel", "shira_", ("ShiraLayer", "Linear")),
-        *(("shira_weight",), ("r", "scaling", "shira_indices")),
+        package="shira",
+        config="ShiraConfig",
+        model="ShiraModel",
+        prefix="shira_",
+        layers=("ShiraLayer", "Linear"),
+        trained=("shira_weight",),
+        other=("r", "scaling", "shira_indices"),
         mixes=True,
     ),
     "SUPERTUNING": Row(
-        *("supertuning", "SupertuningConfig", "SupertuningModel", "supertuning_", ("SupertuningLayer", "Linear")),
-        *(("supertuning_values", "supertuning_lora_A", "supertuning_lora_B"), ("supertuning_indices",)),
+        package="supertuning",
+        config="SupertuningConfig",
+        model="SupertuningModel",
+        prefix="supertuning_",
+        layers=("SupertuningLayer", "Linear"),
+        trained=("supertuning_values", "supertuning_lora_A", "supertuning_lora_B"),
+        other=("supertuning_indices",),
     ),
     "TINYLORA": Row(
-        *("tinylora", "TinyLoraConfig", "TinyLoraModel", "tinylora_", ("TinyLoraLayer", "Linear", "Embedding")),
-        *(("tinylora_v",), ("tinylora_A", "tinylora_B", "tinylora_P")),
+        package="tinylora",
+        config="TinyLoraConfig",
+        model="TinyLoraModel",
+        prefix="tinylora_",
+        layers=("TinyLoraLayer", "Linear", "Embedding"),
+        trained=("tinylora_v",),
+        other=("tinylora_A", "tinylora_B", "tinylora_P"),
         shares=True,
     ),
     "TRAINABLE_TOKENS": Row(
-        *("trainable_tokens", "TrainableTokensConfig", "TrainableTokensModel", "trainable_tokens_"),
-        *(("TrainableTokensLayer",), ("trainable_tokens_delta",), ("token_indices", "trainable_tokens_original")),
+        package="trainable_tokens",
+        config="TrainableTokensConfig",
+        model="TrainableTokensModel",
+        prefix="trainable_tokens_",
+        layers=("TrainableTokensLayer",),
+        trained=("trainable_tokens_delta",),
+        other=("token_indices", "trainable_tokens_original"),
         aliases={"trainable_tokens_original": "originals"},
     ),
     "UNILORA": Row(
-        *("unilora", "UniLoraConfig", "UniLoraModel", "unilora_", ("UniLoraLayer", "Linear")),
-        *(("unilora_theta_d",), ("r", "unilora_indices_A", "unilora_indices_B", "unilora_dropout")),
+        package="unilora",
+        config="UniLoraConfig",
+        model="UniLoraModel",
+        prefix="unilora_",
+        layers=("UniLoraLayer", "Linear"),
+        trained=("unilora_theta_d",),
+        other=("r", "unilora_indices_A", "unilora_indices_B", "unilora_dropout"),
         shares=True,
         aliases={"unilora_dropout": "dropout"},
     ),
     "VBLORA": Row(
-        *("vblora", "VBLoRAConfig", "VBLoRAModel", "vblora_", ("VBLoRALayer", "Linear")),
-        *(("vblora_logits_A", "vblora_logits_B", "vblora_vector_bank"), ("r", "topk", "vblora_dropout")),
+        package="vblora",
+        config="VBLoRAConfig",
+        model="VBLoRAModel",
+        prefix="vblora_",
+        layers=("VBLoRALayer", "Linear"),
+        trained=("vblora_logits_A", "vblora_logits_B", "vblora_vector_bank"),
+        other=("r", "topk", "vblora_dropout"),
         shares=True,
         aliases={"vblora_dropout": "dropout"},
     ),
     "VERA": Row(
-        *("vera", "VeraConfig", "VeraModel", "vera_lambda_", ("VeraLayer", *BNB, "Linear")),
-        *(("vera_lambda_b", "vera_lambda_d"), ("vera_A", "vera_B", "vera_dropout", "r")),
+        package="vera",
+        config="VeraConfig",
+        model="VeraModel",
+        prefix="vera_lambda_",
+        layers=("VeraLayer", *BNB, "Linear"),
+        trained=("vera_lambda_b", "vera_lambda_d"),
+        other=("vera_A", "vera_B", "vera_dropout", "r"),
         shares=True,
         aliases={"vera_dropout": "dropout"},
     ),
     "WAVEFT": Row(
-        *("waveft", "WaveFTConfig", "WaveFTModel", "waveft_", ("WaveFTLayer", "WaveFTLinear")),
-        *(("waveft_spectrum",), ("waveft_n_frequency", "waveft_scaling")),
+        package="waveft",
+        config="WaveFTConfig",
+        model="WaveFTModel",
+        prefix="waveft_",
+        layers=("WaveFTLayer", "WaveFTLinear"),
+        trained=("waveft_spectrum",),
+        other=("waveft_n_frequency", "waveft_scaling"),
         aliases={"waveft_n_frequency": "n_frequency", "waveft_scaling": "scaling"},
     ),
-    "XLORA": Row("xlora", "XLoraConfig", "XLoraModel", "xlora_", ("XLoraLayer",)),
+    "XLORA": Row(
+        package="xlora",
+        config="XLoraConfig",
+        model="XLoraModel",
+        prefix="xlora_",
+        layers=("XLoraLayer",),
+    ),
 }
 
 CONVERTS = {
-    *("C3A", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "LOHA", "LOKR", "LORA", "MISS", "PSOFT", "RANDLORA"),
-    *("TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT"),
+    "C3A",
+    "DELORA",
+    "FOURIERFT",
+    "GRALORA",
+    "HIRA",
+    "LOHA",
+    "LOKR",
+    "LORA",
+    "MISS",
+    "PSOFT",
+    "RANDLORA",
+    "TINYLORA",
+    "UNILORA",
+    "VBLORA",
+    "VERA",
+    "WAVEFT",
 }
-"""Methods whose linear layers PEFT can make a LoRA of."""
+"""Methods whose linear layers PEFT can convert to LoRA."""
 
 EVERYWHERE = {"lora_dropout": "dropout", "modules_to_save": "module", "original_bias": "bias"}
-"""Attributes of an adapter, by the name that PEFT gives them on a layer; those of one method are in its row."""
+"""Attributes of layers of any method that veneer names differently, each with veneer's name."""
 
 ABSENT = {
     "ADAMSS": "exclude_modules bias fan_in_fan_out",
@@ -297,10 +535,10 @@ ABSENT = {
     "VERA": "exclude_modules",
     "XLORA": "modules_to_save target_modules exclude_modules layers_to_transform layers_pattern bias fan_in_fan_out",
 }
-"""Common fields that PEFT's config of a method does not have."""
+"""The fields common to veneer's configs that PEFT's config of a method lacks, separated by spaces."""
 
 IN_MODULES = ("lora_magnitude_vector",)
-"""Parameters that PEFT keeps in a module of their own."""
+"""Parameters for which PEFT has a module of their own."""
 
 CONSTANTS = {
     "WEIGHTS_NAME": "adapter_model.bin",
@@ -317,3 +555,4 @@ CONSTANTS = {
     "UPCAST_DTYPES": ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"],
     "ALLOWED_COMPUTE_DTYPES": ["float16", "float32", "bfloat16"],
 }
+"""PEFT's constants by name."""

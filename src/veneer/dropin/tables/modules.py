@@ -1,4 +1,4 @@
-"""PEFT's modules and the names in each: one table, from which the drop-in is made."""
+"""PEFT's modules and the names in each, and the objects that the names stand for."""
 
 from __future__ import annotations
 
@@ -35,32 +35,6 @@ from .. import (
 )
 from . import methods as table
 
-
-def _default_targets() -> dict[str, Any]:
-    found: dict[str, Any] = {
-        f"TRANSFORMERS_MODELS_TO_{kind.replace('_', '')}_TARGET_MODULES_MAPPING": utils.DefaultTargets(
-            configs.PeftType(kind)
-        )
-        for kind, row in table.METHODS.items()
-        if row.layers
-    }
-    found["TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING"] = utils.DefaultTargets(
-        configs.PeftType("IA3"), "feedforward_modules"
-    )
-    found["TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING"] = {}
-    return found
-
-
-def _is_there(name: str) -> Callable[..., bool]:
-    return lambda *args, **kwargs: importlib.util.find_spec(name) is not None
-
-
-def _is_newer(module: str, version: str) -> bool:
-    if importlib.util.find_spec(module) is None:
-        return False
-    return Version(importlib.metadata.version(module)) >= Version(version)
-
-
 PARTS = (
     attach,
     buffer_dict,
@@ -79,70 +53,112 @@ PARTS = (
     configs,
     conversion,
 )
+"""Modules whose own classes and functions have PEFT's names; of two with the same name, the later one counts."""
+
+RENAMED: dict[str, Any] = {
+    "PeftType": configs.PeftType,
+    "TaskType": TaskType,
+    "DetachedShadowModel": DetachedShadowModel,
+    "PeftConfigMixin": configs.PeftConfig,
+    "PeftError": VeneerError,
+    "NoMatchingPeftModuleError": TargetError,
+    "PEFT_TYPE_TO_CONFIG_MAPPING": configs.CONFIGS,
+    "PEFT_TYPE_TO_TUNER_MAPPING": tuners.TUNERS,
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": models.MIXABLE,
+    "PEFT_TYPE_TO_PREFIX_MAPPING": {configs.PeftType(kind): row.prefix for kind, row in table.METHODS.items()},
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": models.MODELS,
+    "_get_submodules": utils.get_submodules,
+    "_get_module_names_tied_with_embedding": matching.tied_modules,
+    "_freeze_adapter": utils.freeze_adapter,
+    "_find_minimal_target_modules": matching.find_minimal_target_modules,
+    "_get_no_split_modules": utils.no_split_modules,
+    "_set_adapter": attach.set_adapter,
+    "check_adapters_to_merge": layers.to_merge,
+    "resolve_quantization_backend": utils.no_backend,
+}
+"""Objects by PEFT's name where veneer has another name for them, or defines them outside `PARTS`."""
 
 
 def everything() -> dict[str, Any]:
-    """Every name once, wherever PEFT has it; its modules then take their share."""
-    found: dict[str, Any] = dict(table.CONSTANTS) | _default_targets()
+    """Every object of the drop-in by its name in PEFT; each of PEFT's modules takes a part of them."""
+    objects: dict[str, Any] = dict(table.CONSTANTS)
+    objects |= _default_targets()
     for module in PARTS:
-        found |= {n: v for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__}
-    found |= {config.__name__: config for config in configs.CONFIGS.values()}
-    found |= {tuner.__name__: tuner for tuner in tuners.TUNERS.values()}
-    found |= {name: getattr(veneer, name) for name in FROM_VENEER}
-    found |= {
-        "PeftType": configs.PeftType,
-        "TaskType": TaskType,
-        "DetachedShadowModel": DetachedShadowModel,
-        "PeftConfigMixin": configs.PeftConfig,
-        "PeftError": VeneerError,
-        "NoMatchingPeftModuleError": TargetError,
-        "PEFT_TYPE_TO_CONFIG_MAPPING": configs.CONFIGS,
-        "PEFT_TYPE_TO_TUNER_MAPPING": tuners.TUNERS,
-        "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": models.MIXABLE,
-        "PEFT_TYPE_TO_PREFIX_MAPPING": {configs.PeftType(k): row.prefix for k, row in table.METHODS.items()},
-        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": models.MODELS,
-        "_get_submodules": utils.get_submodules,
-        "_get_module_names_tied_with_embedding": matching.tied_modules,
-        "_freeze_adapter": utils.freeze_adapter,
-        "_find_minimal_target_modules": matching.find_minimal_target_modules,
-        "_get_no_split_modules": utils.no_split_modules,
-        "_set_adapter": attach.set_adapter,
-        "check_adapters_to_merge": layers.to_merge,
-        "resolve_quantization_backend": utils.no_backend,
-    }
-    found |= {name: _auto(getattr(veneer, name)) for name in dir(veneer) if name.startswith("AutoPeftModel")}
-    found |= {name: _is_there(module) for name, module in AVAILABLE.items()}
-    found |= {name: _is_newer(*wanted) for name, wanted in VERSIONS.items()}
-    return found
+        for name, value in vars(module).items():
+            if getattr(value, "__module__", "") == module.__name__:
+                objects[name] = value
+    for made_class in (*configs.CONFIGS.values(), *tuners.TUNERS.values()):
+        objects[made_class.__name__] = made_class
+    for name in FROM_VENEER:
+        objects[name] = getattr(veneer, name)
+    objects |= RENAMED
+    for name in dir(veneer):
+        if name.startswith("AutoPeftModel"):
+            objects[name] = _auto(getattr(veneer, name))
+    for name, library in AVAILABLE.items():
+        objects[name] = _is_installed(library)
+    for name, (library, version) in VERSIONS.items():
+        objects[name] = _is_at_least(library, version)
+    return objects
 
 
-def _by_class(path: Any, *args: Any, **kwargs: Any) -> Any:
-    """Base and adapter, where the file names the base's class instead of a task: one of transformers'.
+def _default_targets() -> dict[str, Any]:
+    """The mappings from model types to default targets."""
+    mappings: dict[str, Any] = {}
+    for kind, row in table.METHODS.items():
+        if row.layers:
+            name = f"TRANSFORMERS_MODELS_TO_{kind.replace('_', '')}_TARGET_MODULES_MAPPING"
+            mappings[name] = utils.DefaultTargets(configs.PeftType(kind))
+    feedforward = utils.DefaultTargets(configs.PeftType("IA3"), "feedforward_modules")
+    mappings["TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING"] = feedforward
+    mappings["TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING"] = {}
+    return mappings
+
+
+def _is_installed(library: str) -> Callable[..., bool]:
+    """A function that says whether a library is installed."""
+    return lambda *args, **kwargs: importlib.util.find_spec(library) is not None
+
+
+def _is_at_least(library: str, version: str) -> bool:
+    """Whether a library is installed in this version or a newer one."""
+    if importlib.util.find_spec(library) is None:
+        return False
+    return Version(importlib.metadata.version(library)) >= Version(version)
+
+
+def _load_by_class(path: Any, *args: Any, **kwargs: Any) -> Any:
+    """Base model and adapter, if the adapter's config names a class of transformers for the base instead of a task.
 
     Raises:
-        ConfigError: the class is of another library, which would run code that a file names.
+        ConfigError: the class is not one of transformers; importing it could run code of the file's choice.
     """
     import transformers
 
-    hub = {n: kwargs.pop(n) for n in list(kwargs) if n in configs.hub_arguments()}
+    hub = {name: kwargs.pop(name) for name in list(kwargs) if name in configs.hub_arguments()}
     config = configs.PeftConfig.from_pretrained(path, **hub)
     mapping = config.auto_mapping or {}
-    library, name = str(mapping.get("parent_library", "")), str(mapping.get("base_model_class", ""))
-    kind = getattr(transformers, name, None) if library.partition(".")[0] == "transformers" else None
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+    library = str(mapping.get("parent_library", ""))
+    name = str(mapping.get("base_model_class", ""))
+    base_class = None
+    if library.partition(".")[0] == "transformers":
+        base_class = getattr(transformers, name, None)
+    if not (isinstance(base_class, type) and issubclass(base_class, transformers.PreTrainedModel)):
         raise ConfigError(f"{str(path)!r} names no model class of transformers for its base, but {library}.{name}")
     if not config.base_model_name_or_path:
         raise ConfigError(f"{str(path)!r} does not name its base model; load it yourself")
-    base = kind.from_pretrained(resolve(config.base_model_name_or_path), **kwargs)
+    base = base_class.from_pretrained(resolve(config.base_model_name_or_path), **kwargs)
     return models.PeftModel.from_pretrained(base, path, *args, **hub)
 
 
-def _auto(ours: Any) -> Any:
-    """A class that loads base and adapter, whose adapter model is PEFT's."""
-    wanted = getattr(models, ours.__name__.removeprefix("Auto"))
+def _auto(veneer_class: Any) -> Any:
+    """PEFT's form of one of veneer's classes that load base model and adapter: it makes the drop-in's `PeftModel`s."""
+    target_class = getattr(models, veneer_class.__name__.removeprefix("Auto"))
 
-    class Auto(ours):  # type: ignore[misc]
-        peft_model, config_class, _target_peft_class = models.PeftModel, configs.PeftConfig, wanted
+    class Auto(veneer_class):  # type: ignore[misc]
+        peft_model = models.PeftModel
+        config_class = configs.PeftConfig
+        _target_peft_class = target_class
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             raise OSError(
@@ -153,46 +169,67 @@ def _auto(ours: Any) -> Any:
 
         @classmethod
         def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-            hub = {n: v for n, v in kwargs.items() if n in configs.hub_arguments()}
-            task = configs.PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub).task_type
-            found = models.MODELS.get(task)
-            if found is None and wanted is models.PeftModel:
-                return _by_class(pretrained_model_name_or_path, *args, **kwargs)
-            if found is not None and wanted is models.PeftModel:
+            hub = {name: value for name, value in kwargs.items() if name in configs.hub_arguments()}
+            config = configs.PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+            task_class = models.MODELS.get(config.task_type)
+            if target_class is models.PeftModel:
+                if task_class is None:
+                    return _load_by_class(pretrained_model_name_or_path, *args, **kwargs)
                 raise VeneerError(
                     "Cannot use `AutoPeftModel` with a task type, please use a specific class for your task type. "
                     "(e.g. `AutoPeftModelForCausalLM` for `task_type='CAUSAL_LM'`)"
                 )
-            if found is not None and found is not wanted:
+            if task_class is not None and task_class is not target_class:
                 raise VeneerError(
-                    f"Expected target PEFT class: {found.__name__}, but you have asked for: {wanted.__name__} make "
-                    "sure that you are loading the correct model for your task type."
+                    f"Expected target PEFT class: {task_class.__name__}, but you have asked for: "
+                    f"{target_class.__name__} make sure that you are loading the correct model for your task type."
                 )
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    Auto.__name__ = Auto.__qualname__ = ours.__name__
+    Auto.__name__ = veneer_class.__name__
+    Auto.__qualname__ = veneer_class.__name__
     Auto.__module__ = "peft.auto"
     return Auto
 
 
 FROM_VENEER = (
-    *("ArrowConfig", "BdLoraConfig", "CordaConfig", "EvaConfig", "KasaConfig", "LoftQConfig", "LoraGAConfig"),
-    *("MontecloraConfig", "VeloraConfig", "compose_cartridge_adapters", "create_arrow_model"),
-    *("create_lorafa_optimizer", "create_loraplus_optimizer", "create_riemannian_optimizer", "get_eva_state_dict"),
-    *("initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text"),
-    *("initialize_lora_eva_weights", "prepare_model_for_compiled_hotswap", "preprocess_corda", "preprocess_loraga"),
-    *("prompt_embeddings_from_past_key_values", "reduce_intruder_dimension", "replace_lora_weights_loftq"),
+    "ArrowConfig",
+    "BdLoraConfig",
+    "CordaConfig",
+    "EvaConfig",
+    "KasaConfig",
+    "LoftQConfig",
+    "LoraGAConfig",
+    "MontecloraConfig",
+    "VeloraConfig",
+    "compose_cartridge_adapters",
+    "create_arrow_model",
+    "create_lorafa_optimizer",
+    "create_loraplus_optimizer",
+    "create_riemannian_optimizer",
+    "get_eva_state_dict",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
+    "initialize_lora_eva_weights",
+    "prepare_model_for_compiled_hotswap",
+    "preprocess_corda",
+    "preprocess_loraga",
+    "prompt_embeddings_from_past_key_values",
+    "reduce_intruder_dimension",
+    "replace_lora_weights_loftq",
 )
-"""Functions and settings that are the same here and there."""
+"""Functions and settings that veneer's own API has under the same name."""
 
 VERSIONS = {
     "is_torchao_ge_v0_18_0": ("torchao", "0.18.0"),
-    **{
-        f"is_transformers_ge_v{version.replace('.', '_')}": ("transformers", version)
-        for version in ("5", "5.1.0", "5.4.0", "5.6.0", "5.13.0", "5.17.0")
-    },
+    "is_transformers_ge_v5": ("transformers", "5"),
+    "is_transformers_ge_v5_1_0": ("transformers", "5.1.0"),
+    "is_transformers_ge_v5_4_0": ("transformers", "5.4.0"),
+    "is_transformers_ge_v5_6_0": ("transformers", "5.6.0"),
+    "is_transformers_ge_v5_13_0": ("transformers", "5.13.0"),
+    "is_transformers_ge_v5_17_0": ("transformers", "5.17.0"),
 }
-"""Facts of PEFT's import_utils: whether a library is at least of a version."""
+"""Constants of PEFT's import_utils: whether a library has at least a version."""
 
 AVAILABLE = {
     "is_aqlm_available": "aqlm",
@@ -209,6 +246,7 @@ AVAILABLE = {
     "is_torchao_available": "torchao",
     "is_torch_tpu_available": "torch_xla",
 }
+"""Functions of PEFT's import_utils: whether a library is installed."""
 
 MODULES = {
     "peft.auto": "AutoPeftModel*",
@@ -276,7 +314,7 @@ MODULES = {
     "convert_peft_adapter_state_dict_for_transformers convert_peft_config_for_transformers",
     "peft.utils.warning": "PeftWarning",
 }
-"""PEFT's modules and what is in them; a star stands for the rest of a name. Those of each method follow its row."""
+"""The names in PEFT's modules, separated by spaces; `*` matches any characters. Those of a method are in its `Row`."""
 
 TOP = """
     AdaLoraConfig AdaLoraModel AdamssConfig AdamssModel AdaptionPromptConfig AdaptionPromptModel ArrowConfig
@@ -307,4 +345,4 @@ TOP = """
     prompt_embeddings_from_past_key_values replace_lora_weights_loftq save_as_lora set_base_model_state_dict
     set_peft_model_state_dict shift_tokens_right
 """
-"""What `import peft` itself has."""
+"""The names in the top-level package `peft`."""

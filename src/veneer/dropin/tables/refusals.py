@@ -1,4 +1,4 @@
-"""What PEFT says of a config as soon as it is made, in its words: programs match on them."""
+"""PEFT's errors and warnings about configs, in its words, which programs match on."""
 
 from __future__ import annotations
 
@@ -12,30 +12,36 @@ from ...errors import ConfigError
 
 
 class Rule(NamedTuple):
-    """PEFT speaks where `when(config)` holds; `words` are filled from the config's fields."""
+    """A message about configs."""
 
     kinds: str
-    """Types of methods, by a blank; "": any that has the fields."""
+    """The methods it applies to, separated by spaces; "" means all."""
     when: Callable[[Any], Any]
+    """Whether it applies to a config. TypeError, from a value of another type than expected, means no."""
     words: str
+    """The message, with the config's fields as placeholders."""
 
 
-def named(config: Any, *names: str) -> bool:
-    """The targets are a regular expression, and one of the fields is set."""
+def restricts_pattern(config: Any, field: str) -> bool:
+    """Whether a field that selects layers is set although the targets are a regular expression."""
     targets = getattr(config, "target_modules", None)
     is_pattern = isinstance(targets, str) and targets != "all-linear"
-    return is_pattern and any(getattr(config, name, None) is not None for name in names)
+    return is_pattern and getattr(config, field, None) is not None
 
 
-def outside(config: Any) -> bool:
-    targets, inside = config.target_modules, config.feedforward_modules
-    if not (isinstance(targets, (list, set, tuple)) and isinstance(inside, (list, set, tuple))):
+def has_untargeted_feedforward(config: Any) -> bool:
+    """Whether `feedforward_modules` has entries that `target_modules` lacks."""
+    targets = config.target_modules
+    feedforward = config.feedforward_modules
+    if not (isinstance(targets, (list, set, tuple)) and isinstance(feedforward, (list, set, tuple))):
         return False
-    return bool(targets) and not set(inside) <= set(targets)
+    return bool(targets) and not set(feedforward) <= set(targets)
 
 
-def altered(config: Any, name: str) -> bool:
-    return getattr(config, name) != default_of(next(f for f in fields(config) if f.name == name))
+def is_changed(config: Any, name: str) -> bool:
+    """Whether a field has a value other than its default."""
+    field = next(field for field in fields(config) if field.name == name)
+    return getattr(config, name) != default_of(field)
 
 
 def is_positive(value: Any) -> bool:
@@ -43,7 +49,9 @@ def is_positive(value: Any) -> bool:
 
 
 TEXT = "PROMPT_TUNING MULTITASK_PROMPT_TUNING"
+"""The methods that can start from a text."""
 MUTATING = ("pissa", "olora", "corda")
+"""Initialisations that change the base weights in PEFT."""
 SAVES_PROJECTION = (
     "Specified to not save {0} within the state dictionary, instead they will be restored using the PRNG key store in "
     "`config.projection_prng_key`. Consider setting `config.save_projection` to `True` to guarantee restoring the "
@@ -53,16 +61,20 @@ SAVES_PROJECTION = (
 REFUSED = (
     Rule(
         "",
-        lambda c: named(c, "layers_to_transform"),
+        lambda c: restricts_pattern(c, "layers_to_transform"),
         "`layers_to_transform` cannot be used when `target_modules` is a str.",
     ),
-    Rule("", lambda c: named(c, "layers_pattern"), "`layers_pattern` cannot be used when `target_modules` is a str."),
+    Rule(
+        "",
+        lambda c: restricts_pattern(c, "layers_pattern"),
+        "`layers_pattern` cannot be used when `target_modules` is a str.",
+    ),
     Rule(
         "",
         lambda c: getattr(c, "layers_pattern", None) and c.layers_to_transform is None,
         "When `layers_pattern` is specified, `layers_to_transform` must also be specified. ",
     ),
-    Rule("IA3", outside, "`feedforward_modules` should be a subset of `target_modules`"),
+    Rule("IA3", has_untargeted_feedforward, "`feedforward_modules` should be a subset of `target_modules`"),
     Rule("ADALORA", lambda c: c.use_dora, "PeftType.ADALORA does not support DoRA."),
     Rule("ADALORA", lambda c: c.loftq_config, "PeftType.ADALORA does not support LOFTQ."),
     Rule(
@@ -189,7 +201,7 @@ REFUSED = (
         "`theta_d_length` should be a positive integer, got {theta_d_length}.",
     ),
 )
-"""In PEFT's order: the first that holds is raised."""
+"""What PEFT refuses, in PEFT's order: the first rule that applies is raised."""
 
 WARNED = (
     Rule(
@@ -239,13 +251,13 @@ WARNED = (
     ),
     Rule(
         "PSOFT",
-        lambda c: c.psoft_svd != "lowrank" and altered(c, "psoft_svd_lowrank_niter"),
+        lambda c: c.psoft_svd != "lowrank" and is_changed(c, "psoft_svd_lowrank_niter"),
         "`psoft_svd_lowrank_niter` is only used when `psoft_svd='lowrank'`. Got psoft_svd={psoft_svd!r}, so "
         "psoft_svd_lowrank_niter={psoft_svd_lowrank_niter} will be ignored.",
     ),
     Rule(
         "PSOFT",
-        lambda c: not c.use_cayley_neumann and altered(c, "num_cayley_neumann_terms"),
+        lambda c: not c.use_cayley_neumann and is_changed(c, "num_cayley_neumann_terms"),
         "`num_cayley_neumann_terms` is only used when `use_cayley_neumann=True`. Since `use_cayley_neumann=False`, "
         "`num_cayley_neumann_terms={num_cayley_neumann_terms}` will be ignored.",
     ),
@@ -259,12 +271,13 @@ WARNED = (
     Rule("RANDLORA", lambda c: not c.save_projection, SAVES_PROJECTION.format("basis_A and basis_B")),
     Rule("VERA", lambda c: not c.save_projection, SAVES_PROJECTION.format("vera_A and vera_B")),
 )
+"""What PEFT warns of: every rule that applies."""
 
 
 class Shared(NamedTuple):
-    """A setting in which all adapters of one method on a model must agree."""
+    """A field that must have the same value in all adapters of one method on a model."""
 
-    kinds: str
+    kind: str
     field: str
     words: str
 
@@ -272,7 +285,7 @@ class Shared(NamedTuple):
 SAVED = "{0} must be saved for all adapters or none, but got multiple different values: {{values}}"
 KEY = "{0} must be the same for all adapters. Got config.projection_prng_key={{new}} but previous config had {{old}}."
 
-BESIDE = (
+MUST_AGREE = (
     Shared("VERA", "projection_prng_key", KEY.format("Vera PRNG initialisation key")),
     Shared("PVERA", "projection_prng_key", KEY.format("PVeRA PRNG initialisation key")),
     Shared("RANDLORA", "projection_prng_key", KEY.format("RandLora PRNG initialisation key")),
@@ -289,39 +302,44 @@ BESIDE = (
         "values: {values}",
     ),
 )
+"""The fields that PEFT compares with those of the adapters already on the model."""
 
 
 def check_beside(config: Any, others: Iterable[Any]) -> None:
-    """Raise what PEFT refuses of an adapter because of those that are on the model."""
-    same = [other for other in others if other.peft_type == config.peft_type]
-    for kind, field, words in BESIDE if same else ():
+    """Raise ConfigError if PEFT refuses an adapter because of the adapters already on the model."""
+    same_kind = [other for other in others if other.peft_type == config.peft_type]
+    if not same_kind:
+        return
+    for kind, field, words in MUST_AGREE:
         if config.peft_type != kind:
             continue
-        new, old = getattr(config, field), getattr(same[0], field)
+        new = getattr(config, field)
+        old = getattr(same_kind[0], field)
         if new != old:
             raise ConfigError(words.format(new=new, old=old, values=sorted([new, old])))
-    kinds = {getattr(c, "kasa_config", None) is None for c in (config, *same)}
-    if len(kinds) > 1:
+    uses_kasa = {getattr(c, "kasa_config", None) is not None for c in (config, *same_kind)}
+    if len(uses_kasa) > 1:
         raise ConfigError("KaSA cannot be combined with adapters that don't use KaSA, in PEFT; veneer's own API does.")
 
 
 def check_as_peft(config: Any) -> None:
-    """Raise what PEFT refuses as soon as a config is made, and warn of what it warns of."""
-    for words in _found(REFUSED, config):
+    """Raise or warn as PEFT does when a config is made."""
+    for words in _messages(REFUSED, config):
         raise ConfigError(words)
-    for words in _found(WARNED, config):
+    for words in _messages(WARNED, config):
         warnings.warn(words, stacklevel=5)
 
 
-def _found(rules: tuple[Rule, ...], config: Any) -> Iterator[str]:
+def _messages(rules: tuple[Rule, ...], config: Any) -> Iterator[str]:
+    """The messages of the rules that apply to a config."""
     kind = getattr(config.peft_type, "value", None)
     for rule in rules:
-        if (not rule.kinds or kind in rule.kinds.split()) and _holds(rule, config):
+        is_for_kind = not rule.kinds or kind in rule.kinds.split()
+        if is_for_kind and _applies(rule, config):
             yield rule.words.format(**vars(config))
 
 
-def _holds(rule: Rule, config: Any) -> bool:
-    """A value of another type than the rule is about is not its matter."""
+def _applies(rule: Rule, config: Any) -> bool:
     try:
         return bool(rule.when(config))
     except TypeError:

@@ -1,8 +1,8 @@
-"""Where PEFT's default targets are others than the roles that veneer reads off a model, by method and model type."""
+"""PEFT's default targets where they differ from the ones veneer chooses, by method and model type."""
 
 from __future__ import annotations
 
-MOST: dict[str, str | list[str]] = {
+COMMON: dict[str, str | list[str]] = {
     "blip-2": ["q", "q_proj", "v", "v_proj"],
     "chatglm": ["query_key_value"],
     "RefinedWebModel": ["query_key_value"],
@@ -14,9 +14,12 @@ MOST: dict[str, str | list[str]] = {
     "rwkv": ["key", "output", "receptance", "value"],
     "rwkv7": ["k_proj", "key", "o_proj", "r_proj", "v_proj", "value"],
 }
-"""Of most methods."""
+"""Default `target_modules` of all methods but those in `NOT_COMMON`, by model type."""
 
-OWN: dict[tuple[str, str], dict[str, str | list[str]]] = {
+NOT_COMMON = ("LN_TUNING", "IA3", "BEFT", "ADALORA", "VBLORA", "OSF")
+"""Methods to which `COMMON` does not apply."""
+
+BY_METHOD: dict[tuple[str, str], dict[str, str | list[str]]] = {
     ("C3A", "target_modules"): {
         "gpt2": ["mlp.c_proj"],
         "gpt_bigcode": ["mlp.c_proj"],
@@ -128,14 +131,12 @@ OWN: dict[tuple[str, str], dict[str, str | list[str]]] = {
         "gpt_bigcode": ["mlp.c_proj"],
     },
 }
-"""Of single methods, by the field that they are the default of."""
-WITHOUT = ("LN_TUNING", "IA3", "BEFT", "ADALORA", "VBLORA", "OSF")
-"""Methods that are not among most."""
+"""Defaults of single methods, by method and field, then by model type; they precede those in `COMMON`."""
 
 
 def default(kind: str, field: str, model_type: str | None) -> str | list[str] | None:
-    """PEFT's default where it is another than the roles of the model."""
-    own = OWN.get((kind, field), {}).get(str(model_type))
-    if own is None and field == "target_modules" and kind not in WITHOUT:
-        own = MOST.get(str(model_type))
-    return list(own) if isinstance(own, list) else own
+    """PEFT's default for a method's field, or None where veneer's is the same."""
+    targets = BY_METHOD.get((kind, field), {}).get(str(model_type))
+    if targets is None and field == "target_modules" and kind not in NOT_COMMON:
+        targets = COMMON.get(str(model_type))
+    return list(targets) if isinstance(targets, list) else targets

@@ -1,22 +1,27 @@
-"""Errors in PEFT's words and of its classes: what programs match on comes first, veneer's own sentence follows.
+"""Errors in PEFT's words: PEFT's sentence, which programs match on, comes first, and veneer's own follows in brackets.
 
-One row a sentence: a pattern of ours, PEFT's words with the pattern's groups in them, and the class that PEFT raises
-where that is no ValueError. Rows of `AT_ONCE` are what PEFT refuses when a config is made, not when it is used.
+There is one row per sentence. Rows of `AT_ONCE` are for what PEFT refuses when a config is made, those of `LATER` for
+what it refuses when the config is used.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ...errors import VeneerError
 
 
 class Row(NamedTuple):
+    """An error message of veneer's, and its form in PEFT."""
+
     ours: str
+    """A regular expression that matches the beginning of veneer's message."""
     peft: str
+    """PEFT's message, with references to the groups of the regular expression."""
     also: type[Exception] | None = None
+    """The class that PEFT raises, if it is not ValueError."""
 
 
 AT_ONCE = (
@@ -171,29 +176,35 @@ LATER = (
 
 
 def use() -> None:
-    """Let every error of veneer's speak so."""
+    """Make all of veneer's errors use PEFT's words and classes."""
     VeneerError.wording = staticmethod(as_peft)
     VeneerError.also = staticmethod(kind)
 
 
 def as_peft(text: str) -> str:
-    found = _found(text)
-    return text if found is None else f"{found[1].expand(found[0].peft)} ({text})"
+    """A message of veneer's behind PEFT's, if there is a row for it."""
+    found = _find(text)
+    if found is None:
+        return text
+    row, match = found
+    return f"{match.expand(row.peft)} ({text})"
 
 
 def kind(text: str) -> type[Exception] | None:
-    found = _found(text)
+    """The class that PEFT raises for a message of veneer's, if it is not ValueError."""
+    found = _find(text)
     return None if found is None else found[0].also
 
 
 def is_at_once(error: Exception) -> bool:
-    """PEFT refuses it when the config is made."""
-    found = _found(str(error.args[0]) if error.args else "")
+    """Whether PEFT raises an error when the config is made."""
+    found = _find(str(error.args[0]) if error.args else "")
     return found is not None and found[0] in AT_ONCE
 
 
 @functools.cache
-def _found(text: str) -> tuple[Row, Any] | None:
+def _find(text: str) -> tuple[Row, re.Match[str]] | None:
+    """(row, match) of the row for a message of veneer's."""
     for row in (*AT_ONCE, *LATER):
         match = re.match(row.ours, text)
         if match:
