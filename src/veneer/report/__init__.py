@@ -1,4 +1,4 @@
-"""What is said about an adapter or a run: inspection, comparison, deployment, forecasts, the environment.
+"""Information about adapters and runs: inspection, comparison, deployment, forecasts and the environment.
 
-Everything here returns data; `cli` prints it.
+The functions here return data; `cli` prints it.
 """
