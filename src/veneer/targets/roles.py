@@ -19,11 +19,13 @@ from .target import kind_of
 from .walk import bare, matches, walk
 
 FUSED = re.compile(r"c_attn|qkv|query_key_value|in_proj|wqkv|(^|_)kv(_|$)", re.IGNORECASE)
+"""Names of projections that compute several of q, k and v."""
 PROJECTIONS = {
     "attention.q": re.compile(r"(^|_)(q|wq|query)(_|$)|^q_?(proj|lin)$", re.IGNORECASE),
     "attention.k": re.compile(r"(^|_)(k|wk|key)(_|$)|^k_?(proj|lin)$", re.IGNORECASE),
     "attention.v": re.compile(r"(^|_)(v|wv|value)(_|$)|^v_?(proj|lin)$", re.IGNORECASE),
 }
+"""Names of the projections to q, k and v."""
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -99,11 +101,6 @@ def default_targets(model: nn.Module, wanted: Iterable[str]) -> list[str]:
     return endings(paths, dict(walk(model)))
 
 
-def _with_role(model: nn.Module, wanted: set[str]) -> list[str]:
-    """Paths of the modules with one of the `wanted` roles."""
-    return [path for path, role in roles(model).items() if role in wanted]
-
-
 def language_model(model: Any) -> str:
     """The path prefix of the language model inside a multimodal model; "" if the whole model is one."""
     config = getattr(model, "config", None)
@@ -167,6 +164,11 @@ def projections(attention: nn.Module) -> dict[str, str]:
         if path:
             path_of[role] = path
     return path_of
+
+
+def _with_role(model: nn.Module, wanted: set[str]) -> list[str]:
+    """Paths of the modules with one of the `wanted` roles."""
+    return [path for path, role in roles(model).items() if role in wanted]
 
 
 def _below(block: str, paths: Iterable[str]) -> list[str]:
