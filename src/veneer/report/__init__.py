@@ -1,4 +1,5 @@
 """Information about adapters and runs: inspection, comparison, deployment, forecasts and the environment.
 
-The functions here return data; `cli` prints it.
+May import any package below it, and `train` for recipes. The functions return data; `cli` prints it. Start with
+`inspection.py`.
 """

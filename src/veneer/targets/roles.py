@@ -133,13 +133,19 @@ def endings(paths: list[str], modules: dict[str, nn.Module]) -> list[str]:
     wanted = set(paths)
     names: dict[str, None] = {}  # an ordered set
     for path in paths:
-        parts = path.split(".")
-        for length in range(1, len(parts) + 1):
-            ending = ".".join(parts[-length:])
-            if all(p in wanted for p in modules if matches(p, ending)):
-                break
-        names[ending] = None
+        name = _shortest_ending(path, wanted, modules)
+        names[name] = None
     return list(names)
+
+
+def _shortest_ending(path: str, wanted: set[str], modules: Iterable[str]) -> str:
+    """The shortest ending of `path` that only `wanted` modules have."""
+    parts = path.split(".")
+    for length in range(1, len(parts)):
+        ending = ".".join(parts[-length:])
+        if all(p in wanted for p in modules if matches(p, ending)):
+            return ending
+    return path
 
 
 def layer_list(model: nn.Module) -> str:

@@ -92,7 +92,7 @@ class Target:
 
     @property
     def in_channels(self) -> int:
-        """Channels of the input. A convolution's `in_features` is this times the size of the kernel."""
+        """Channels of the input. A convolution's `in_features` counts the kernel as well."""
         return self.in_features
 
     @property
