@@ -128,9 +128,8 @@ class Target:
         execution_device = offload.execution_device(self.base)
         if execution_device is not None:
             return execution_device
-        for tensor in chain(self.base.parameters(), self.base.buffers()):
-            return tensor.device
-        return torch.device("cpu")
+        first = next(chain(self.base.parameters(), self.base.buffers()), None)
+        return torch.device("cpu") if first is None else first.device
 
     @property
     def dtype(self) -> torch.dtype | None:
