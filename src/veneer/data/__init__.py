@@ -1,4 +1,5 @@
-"""From a data file to batches of tokens: sources, shapes of rows, chat templates, encoding, packing, collation.
+"""From a data file to batches of tokens: sources, row shapes, chat templates, encoding, packing and collation.
 
-Knows nothing of adapters or of training runs. Start with `prepare.py`, which puts the steps in order.
+Imports only `ops` and `errors`: it is independent of adapters and of training runs. Start with `prepare.py`, which runs
+the steps in order.
 """

@@ -1,8 +1,8 @@
-"""Which bytes of a conversation the assistant wrote, for any chat template, found by rendering it in variations.
+"""Find the assistant's words in a rendered conversation, for any chat template, by rendering variations of it.
 
-A turn starts where the template, asked for a prompt of the messages before it, stops. Its own words end where the
-rendering of another answer in its place agrees again; then comes the token that stops it, if the template has one.
-Nothing is known of any template, and none needs to be edited.
+A turn starts where the prompt that the template writes for the messages before it ends. Its words end where a rendering
+with other words in their place agrees with the text again. The stop token comes next, if the template has one.
+This works for any template, unedited.
 """
 
 from __future__ import annotations
@@ -15,40 +15,46 @@ from typing import Any
 from ..errors import DataError
 
 VARIATIONS = ("q7Z", "K2x")
-"""Other answers; their first and last characters differ, so that one at most can agree with the true one by chance."""
+"""Replacement answers. Their first and last characters differ, so at most one can agree with the true answer there."""
 ASSISTANT = ("assistant", "model")
-"""What templates call the one whose words are learned."""
+"""Roles whose messages are learned."""
 
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, and where in it the assistant speaks (to the end of each stop token)."""
+    """A conversation as text, with the spans of the assistant's turns (each includes its stop token)."""
 
     text: str
     spans: list[Span]
     ended: bool
-    """The last turn of the assistant has a token that stops it."""
+    """The assistant's last turn ends with a stop token, or the assistant has no turn."""
 
 
 class Template:
     """A tokenizer's chat template."""
 
     def __init__(self, tokenizer: Any, template: str | None = None) -> None:
-        self.tokenizer, self.template = tokenizer, template
-        added = {str(t): t for t in tokenizer.added_tokens_decoder.values()}
-        special = {name for name, token in added.items() if token.special} | set(tokenizer.all_special_tokens)
-        self.stops = sorted(special - {tokenizer.bos_token} | {tokenizer.eos_token} - {None}, key=len, reverse=True)
+        self.tokenizer = tokenizer
+        self.template = template
+        special = set(tokenizer.all_special_tokens)
+        for token in tokenizer.added_tokens_decoder.values():
+            if token.special:
+                special.add(str(token))
+        special.discard(tokenizer.bos_token)
+        if tokenizer.eos_token is not None:
+            special.add(tokenizer.eos_token)
+        self.stops = sorted(special, key=len, reverse=True)
 
     def text(self, messages: Sequence[Any], tools: Any = None, prompt: bool = False) -> str:
-        """The conversation as the template writes it; `prompt`: with the start of an answer."""
+        """The conversation as the template writes it; with `prompt`, followed by the start of an answer."""
         return self.tokenizer.apply_chat_template(
             list(messages), tools=tools, chat_template=self.template, add_generation_prompt=prompt, tokenize=False
         )
 
     def prompt(self, place: str, messages: Sequence[dict[str, Any]], tools: Any = None) -> str:
-        """A conversation and the start of an answer.
+        """A conversation followed by the start of an answer.
 
         Raises:
             DataError: the template refuses the conversation.
@@ -59,89 +65,136 @@ class Template:
             raise _refused(place, error) from error
 
     def stop(self) -> str | None:
-        """The token that ends an answer, if the template writes one."""
-        said = [{"role": "user", "content": VARIATIONS[0]}, {"role": "assistant", "content": VARIATIONS[1]}]
-        rendered = self.render("the chat template", said)
-        text = rendered.text[: rendered.spans[-1][1]]
-        return next((stop for stop in self.stops if text.endswith(stop)), None) if rendered.ended else None
+        """The token that ends an answer, None if the template writes none."""
+        question = {"role": "user", "content": VARIATIONS[0]}
+        answer = {"role": "assistant", "content": VARIATIONS[1]}
+        rendered = self.render("the chat template", [question, answer])
+        if not rendered.ended:
+            return None
+        _, end = rendered.spans[-1]
+        return self._stop_of(rendered.text[:end])
 
     def render(self, place: str, messages: Sequence[dict[str, Any]], tools: Any = None) -> Rendered:
-        """A conversation and its spans.
+        """A conversation as text, with its spans.
 
         Raises:
-            DataError: the template refuses the conversation, or a turn cannot be found in what it writes.
+            DataError: the template refuses the conversation, or a turn cannot be found in the text.
         """
+        spans: list[Span] = []
+        ended = True
         try:
             text = self.text(messages, tools)
-            turns = [i for i, message in enumerate(messages) if message["role"] in ASSISTANT]
-            found = [self._turn(text, messages, i, tools) for i in turns]
+            for i, message in enumerate(messages):
+                if message["role"] in ASSISTANT:
+                    span, ended = self._turn(text, messages, i, tools)
+                    spans.append(span)
         except DataError as error:
             raise DataError(f"{place}: {error}") from None
-        except Exception as error:  # templates raise errors of jinja2, and whatever their authors thought of
+        except Exception as error:  # templates raise jinja2's errors and any others that their authors chose
             raise _refused(place, error) from error
-        _check(place, text, [span for span, _ in found])
-        return Rendered(text, [span for span, _ in found], not found or found[-1][1])
+        if not _are_ordered(spans, len(text)):
+            raise DataError(f"{place}: the assistant's turns overlap in the chat template's text; it cannot be used")
+        return Rendered(text, spans, ended)
 
     def _turn(self, text: str, messages: Sequence[Any], i: int, tools: Any) -> tuple[Span, bool]:
-        """Where one turn starts and ends, and whether a token stops it."""
-        start, own = self._start(text, messages, i, tools), self._own_end(text, messages, i, tools)
-        stop = self._stop_at(text, own)
-        if own < start:
-            raise DataError(f"cannot find the assistant's words of message {i + 1} in what the chat template writes")
-        return (start, stop or own), stop is not None
+        """The span of message `i`, and whether it ends with a stop token."""
+        start = self._start(text, messages, i, tools)
+        words_end = self._words_end(text, messages, i, tools)
+        if words_end < start:
+            raise DataError(f"cannot find the assistant's words of message {i + 1} in the chat template's text")
+        stop_end = self._stop_end(text, words_end)
+        if stop_end is None:
+            return (start, words_end), False
+        return (start, stop_end), True
 
     def _start(self, text: str, messages: Sequence[Any], i: int, tools: Any) -> int:
-        """The end of the prompt. A template that writes what went before otherwise once the answer is there (leaves
-        out "<think>", moves the tools) still has the prompt's end in common, from the words before the turn on.
-        """
-        prompt = self.text(messages[:i], tools, prompt=True) if i else ""
-        if i and text.startswith(prompt):
-            return len(prompt)
-        own = min((_common(text, other) for other in self._variations(messages, i, tools)), default=None)
-        if not i and own is not None:
-            return own
-        tail = self._rest(prompt, messages[:i], i - 1, tools, prompt=True)
-        rest = self._rest(text, messages, i - 1, tools)
-        if own is None or tail is None or rest is None:
-            raise DataError(
-                f"cannot find where the assistant's message {i + 1} starts in what the chat template writes"
-            )
-        before = len(text) - rest
-        return before + _common(prompt[len(prompt) - tail :], text[before:own])
+        """Where message `i` starts: at the end of the prompt, if the text begins with the prompt."""
+        if i == 0:
+            start = self._words_start(text, messages, i, tools)
+        else:
+            prompt = self.text(messages[:i], tools, prompt=True)
+            if text.startswith(prompt):
+                return len(prompt)
+            start = self._start_after_previous(text, prompt, messages, i, tools)
+        if start is None:
+            raise DataError(f"cannot find where the assistant's message {i + 1} starts in the chat template's text")
+        return start
 
-    def _own_end(self, text: str, messages: Sequence[Any], i: int, tools: Any) -> int:
-        """Where other words in the turn's place make no difference any more."""
+    def _start_after_previous(self, text: str, prompt: str, messages: Sequence[Any], i: int, tools: Any) -> int | None:
+        """Where message `i` starts, if an answer changes how the template writes the messages before it.
+
+        Such a template leaves out "<think>", or moves the tools. Its text and its prompt still agree from the words of
+        the previous message to the start of this one.
+        """
+        words_start = self._words_start(text, messages, i, tools)
+        prompt_rest = self._rest(prompt, messages[:i], i - 1, tools, prompt=True)
+        text_rest = self._rest(text, messages, i - 1, tools)
+        if words_start is None or prompt_rest is None or text_rest is None:
+            return None
+        previous_end = len(text) - text_rest
+        end_of_prompt = prompt[len(prompt) - prompt_rest :]
+        return previous_end + _common(end_of_prompt, text[previous_end:words_start])
+
+    def _words_start(self, text: str, messages: Sequence[Any], i: int, tools: Any) -> int | None:
+        """Where the words of message `i` start; None if the template refuses other words."""
+        variations = self._variations(messages, i, tools)
+        if not variations:
+            return None
+        return _common(text, *variations)
+
+    def _words_end(self, text: str, messages: Sequence[Any], i: int, tools: Any) -> int:
+        """Where the words of message `i` end."""
         rest = self._rest(text, messages, i, tools)
         if rest is not None:
             return len(text) - rest
-        alone = self.text(messages[: i + 1], tools).rstrip()  # calls of tools, whose results follow, cannot be varied
-        stop = next((stop for stop in self.stops if alone.endswith(stop)), "")
-        return _common(text, alone[: len(alone) - len(stop)])
+        # The words are a call of tools whose results follow, which templates do not let us replace.
+        until_end = self.text(messages[: i + 1], tools).rstrip()
+        stop = self._stop_of(until_end)
+        if stop is not None:
+            until_end = until_end.removesuffix(stop)
+        return _common(text, until_end)
 
     def _rest(self, text: str, messages: Sequence[Any], i: int, tools: Any, prompt: bool = False) -> int | None:
-        """How many characters follow the words of a message; None where the template takes no others."""
-        others = self._variations(messages, i, tools, prompt)
-        return min((_common(text[::-1], other[::-1]) for other in others), default=None)
+        """How many characters follow the words of message `i`; None if the template refuses other words."""
+        variations = self._variations(messages, i, tools, prompt)
+        if not variations:
+            return None
+        reversed_variations = [variation[::-1] for variation in variations]
+        return _common(text[::-1], *reversed_variations)
 
     def _variations(self, messages: Sequence[Any], i: int, tools: Any, prompt: bool = False) -> list[str]:
-        """The conversation with other words in one place; none where the template refuses them."""
-        found = []
+        """Renderings of the conversation with other words in message `i`; empty if the template refuses them."""
+        texts: list[str] = []
         for words in VARIATIONS:
-            other = {key: value for key, value in messages[i].items() if key != "tool_calls"} | {"content": words}
+            message = dict(messages[i])
+            message.pop("tool_calls", None)
+            message["content"] = words
             try:
-                found.append(self.text([*messages[:i], other, *messages[i + 1 :]], tools, prompt))
-            except Exception:  # as above
+                text = self.text([*messages[:i], message, *messages[i + 1 :]], tools, prompt)
+            except Exception:  # as in render
                 return []
-        return found
+            texts.append(text)
+        return texts
 
-    def _stop_at(self, text: str, end: int) -> int | None:
-        """The end of the token that stops a turn, when one follows its words or holds their last character."""
+    def _stop_of(self, text: str) -> str | None:
+        """The stop token at the end of a text."""
         for stop in self.stops:
-            around = text.find(stop, max(0, end - len(stop) + 1), end + len(stop) - 1)
-            if 0 <= around < end < around + len(stop):
-                return around + len(stop)
-        after = end + len(text[end:]) - len(text[end:].lstrip())
-        return next((after + len(stop) for stop in self.stops if text.startswith(stop, after)), None)
+            if text.endswith(stop):
+                return stop
+        return None
+
+    def _stop_end(self, text: str, end: int) -> int | None:
+        """The end of the stop token that follows the words up to `end`, or that contains their last character."""
+        for stop in self.stops:
+            start = text.find(stop, max(0, end - len(stop) + 1), end + len(stop) - 1)
+            if 0 <= start < end < start + len(stop):
+                return start + len(stop)
+        rest = text[end:]
+        spaces = len(rest) - len(rest.lstrip())
+        for stop in self.stops:
+            if text.startswith(stop, end + spaces):
+                return end + spaces + len(stop)
+        return None
 
 
 def _refused(place: str, error: Exception) -> DataError:
@@ -149,12 +202,16 @@ def _refused(place: str, error: Exception) -> DataError:
     return DataError(f"{place}: the chat template refuses this conversation: {reason}")
 
 
-def _common(a: str, b: str) -> int:
-    """How many characters two texts begin with alike."""
-    return len(os.path.commonprefix([a, b]))
+def _common(*texts: str) -> int:
+    """The number of characters at the beginning that all texts have in common."""
+    return len(os.path.commonprefix(texts))
 
 
-def _check(place: str, text: str, spans: list[Span]) -> None:
-    ends = [0, *(end for _, end in spans)]
-    if any(start < before for (start, _), before in zip(spans, ends, strict=False)) or ends[-1] > len(text):
-        raise DataError(f"{place}: the assistant's turns overlap in what the chat template writes; it cannot be used")
+def _are_ordered(spans: list[Span], length: int) -> bool:
+    """Whether the spans follow one another within a text of this length."""
+    position = 0
+    for start, end in spans:
+        if start < position:
+            return False
+        position = end
+    return position <= length

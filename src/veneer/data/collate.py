@@ -1,8 +1,9 @@
-"""Encoded rows as the tensors of a batch."""
+"""Batches of encoded rows as tensors, the order of rows in an epoch, and sums of the loss per row."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,35 +16,57 @@ from .packing import joined
 
 
 class Collator:
-    """Pads rows to the longest of the batch, or lays them end to end: packed ones, and all of them if `flat`.
+    """Pads rows to the longest row of the batch. Packed rows, and all rows if `flat`, are concatenated instead.
 
-    Gives input_ids, attention_mask (or position_ids) and labels, (batch, length) each; labels (batch,) for classes.
+    The batch has input_ids, attention_mask (or position_ids) and labels, each (batch, length). Labels that are classes
+    are (batch,).
     """
 
     def __init__(self, pad: int, flat: bool = False) -> None:
-        self.pad, self.flat = pad, flat
+        self.pad = pad
+        self.flat = flat
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         if self.flat and "position_ids" not in rows[0]:
             rows = [joined(rows)]
         if "position_ids" in rows[0]:
-            return {name: torch.tensor([[value for row in rows for value in row[name]]]) for name in rows[0]}
-        lengths = [len(row["input_ids"]) for row in rows]
-        batch = {"input_ids": _padded([row["input_ids"] for row in rows], self.pad)}
-        batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+            return _concatenated(rows)
+        return self._padded_batch(rows)
+
+    def _padded_batch(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        ids = [row["input_ids"] for row in rows]
         labels = [row["labels"] for row in rows]
+        lengths = torch.tensor(list(map(len, ids)))
+        positions = torch.arange(int(lengths.max()))
+        batch = {"input_ids": _padded(ids, self.pad)}
+        batch["attention_mask"] = (positions < lengths[:, None]).long()  # (batch, length)
         batch["labels"] = _padded(labels, IGNORED) if isinstance(labels[0], list) else torch.tensor(labels)
-        facts = rows[0].keys() - {"input_ids", "labels"}
-        return batch | {name: torch.tensor([row[name] for row in rows]) for name in facts}
+        for name in rows[0].keys() - {"input_ids", "labels"}:
+            batch[name] = torch.tensor([row[name] for row in rows])
+        return batch
 
 
-def _padded(values: Sequence[Sequence[int]], pad: int) -> Tensor:
-    longest = max(map(len, values))
-    return torch.tensor([[*row, *[pad] * (longest - len(row))] for row in values])
+def _concatenated(rows: Sequence[Encoded]) -> dict[str, Tensor]:
+    """Rows end to end: a batch of one sequence."""
+    batch = {}
+    for name in rows[0]:
+        values = chain.from_iterable(row[name] for row in rows)
+        batch[name] = torch.tensor([list(values)])
+    return batch
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
+    """Rows padded at the end to the longest: (rows, length)."""
+    longest = max(map(len, rows))
+    padded = []
+    for row in rows:
+        padding = [pad] * (longest - len(row))
+        padded.append([*row, *padding])
+    return torch.tensor(padded)
 
 
 class Rows(Dataset[Any]):
-    """The rows of a run; behind the last one is a row of which nothing is learned."""
+    """The rows of a run. An index past the last row gives a blank row, in which nothing is learned."""
 
     def __init__(self, rows: Sequence[Encoded]) -> None:
         self.rows = rows
@@ -52,22 +75,30 @@ class Rows(Dataset[Any]):
         return len(self.rows)
 
     def __getitem__(self, i: int) -> Encoded:
-        return self.rows[i] if i < len(self.rows) else self._blank()
+        if i < len(self.rows):
+            return self.rows[i]
+        return self._blank()
 
     def _blank(self) -> Encoded:
-        first = self.rows[0]
-        short = {name: value[:1] if isinstance(value, list) else value for name, value in first.items()}
-        return short | {"labels": [IGNORED] if isinstance(first["labels"], list) else IGNORED}
+        """The first row cut to one token, with its labels masked."""
+        blank: Encoded = {}
+        for name, value in self.rows[0].items():
+            blank[name] = value[:1] if isinstance(value, list) else value
+        blank["labels"] = [IGNORED] if isinstance(blank["labels"], list) else IGNORED
+        return blank
 
 
 class Shuffled(Sampler[int]):
-    """The rows in an order that depends on the seed and the epoch alone, filled up with blanks to a multiple.
+    """A row order that depends only on the seed and the epoch, filled up with blank rows to a multiple.
 
-    Several processes then share out the very batches that one would make; accelerate would repeat rows instead.
+    Several processes thus share the batches that one process would make. accelerate would repeat rows instead.
     """
 
     def __init__(self, count: int, seed: int, multiple: int) -> None:
-        self.count, self.seed, self.multiple, self.epoch = count, seed, multiple, 0
+        self.count = count
+        self.seed = seed
+        self.multiple = multiple
+        self.epoch = 0
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
@@ -79,16 +110,21 @@ class Shuffled(Sampler[int]):
 
 
 def token_sums(logits: Any, labels: Tensor) -> Tensor:
-    """(rows, 3): each row's summed loss, learned tokens (or 1 for a class) and how many of them were hit."""
-    logits = logits[0] if isinstance(logits, (tuple, list)) else logits
+    """Per row, (rows, 3): the summed loss, the number of learned tokens (1 for a class), and how many were right."""
+    if isinstance(logits, (tuple, list)):
+        logits = logits[0]
     if labels.dim() == 1:
-        logits, labels = logits[:, None], labels[:, None]
+        logits = logits[:, None]
+        labels = labels[:, None]
     else:
-        logits, labels = logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
-    rows = []
-    for row, wanted in zip(logits, labels, strict=True):  # a row at a time: fp32 logits are large
-        own = wanted != IGNORED
-        row, wanted = row[own].float(), wanted[own]
-        hit = (row.argmax(-1) == wanted).sum()
-        rows.append(torch.stack([cross_entropy(row, wanted, reduction="sum"), own.sum(), hit]))
-    return torch.stack(rows)
+        logits = logits[:, -labels.shape[1] :][:, :-1]
+        labels = labels[:, 1:]
+    sums = []
+    for row_logits, row_labels in zip(logits, labels, strict=True):  # one row at a time: fp32 logits are large
+        learned = row_labels != IGNORED
+        scores = row_logits[learned].float()  # (learned, vocabulary)
+        wanted = row_labels[learned]
+        hits = (scores.argmax(-1) == wanted).sum()
+        loss = cross_entropy(scores, wanted, reduction="sum")
+        sums.append(torch.stack([loss, learned.sum(), hits]))
+    return torch.stack(sums)

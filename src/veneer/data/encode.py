@@ -1,26 +1,27 @@
-"""Examples as token ids and labels, within the length limit, and an account of what that cut."""
+"""Encode examples as token ids and labels within a length limit, and count what was cut or dropped."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError
-from .chat import ASSISTANT, Span, Template
+from .chat import ASSISTANT, Rendered, Span, Template
 from .shapes import Example
 
 IGNORED = -100
-"""The label of a token that is not learned."""
+"""The label of a token that is masked: it is not learned."""
 Encoded = dict[str, Any]
-"""input_ids and labels, lists of one length; or input_ids and labels, the number of a class."""
+"""input_ids, a list, and labels: a list of the same length, or the number of a class."""
 
 
 @dataclass
 class Account:
-    """What became of the rows."""
+    """Counts of the rows read, kept, cut and dropped."""
 
     rows: int = 0
     """Rows read."""
@@ -30,33 +31,38 @@ class Account:
     cut_rows: int = 0
     cut_tokens: int = 0
     too_long_rows: int = 0
-    """Dropped for their length."""
+    """Rows dropped because they are longer than the limit."""
     unlearned_rows: int = 0
-    """Dropped because no token of them is learned (what was cut held the answer, or there is none)."""
+    """Rows dropped because no token is learned: the answer was cut off, or there is none."""
     open_rows: int = 0
-    """The template ends the last answer with no token, so the tokenizer's end of text was put there."""
+    """Rows whose last answer the template leaves without a stop token, so the tokenizer's end of text was added."""
     lengths: Counter[int] = field(default_factory=Counter)
-    """How many rows have which length, before cutting."""
+    """Number of rows of each length, before cutting."""
     examples: list[str] = field(default_factory=list)
-    """Places of the first rows that were cut or dropped."""
+    """Places of the first five rows that were cut or dropped."""
 
     def touched(self, place: str) -> None:
+        """Keep the place of a row that was cut or dropped, if it is one of the first."""
         if len(self.examples) < 5:
             self.examples.append(place)
 
     def as_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "lengths"} | {
-            "lengths": {str(length): self.lengths[length] for length in sorted(self.lengths)}
-        }
+        """The counts for a report in JSON, lengths last and in order."""
+        counts = dict(vars(self))
+        del counts["lengths"]
+        counts["lengths"] = {str(length): self.lengths[length] for length in sorted(self.lengths)}
+        return counts
 
 
 class Encoder:
-    """Turns examples into tokens.
+    """Turns examples into tokens and labels.
 
     Args:
-        template_file: a chat template to use in place of the tokenizer's.
-        loss_on: "assistant" or "all".
-        labels: the classes in order, where rows have one.
+        max_length: the longest row in tokens.
+        long_rows: what to do with longer rows, "cut" or "drop".
+        loss_on: which tokens are learned, "assistant" or "all".
+        template_file: a chat template to use instead of the tokenizer's.
+        labels: the classes in order, for classification.
     """
 
     def __init__(
@@ -69,22 +75,28 @@ class Encoder:
         template_file: str | Path | None = None,
         labels: Sequence[str] | None = None,
     ) -> None:
-        self.tokenizer, self.max_length, self.long_rows, self.loss_on = tokenizer, max_length, long_rows, loss_on
-        own = Path(template_file).read_text(encoding="utf-8") if template_file else tokenizer.chat_template
-        self.template = Template(tokenizer, own) if own else None
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.long_rows = long_rows
+        self.loss_on = loss_on
+        template = tokenizer.chat_template
+        if template_file:
+            template = Path(template_file).read_text(encoding="utf-8")
+        self.template = Template(tokenizer, template) if template else None
         self.numbers = None if labels is None else {name: number for number, name in enumerate(labels)}
         self.account = Account()
 
     def encode(self, examples: Iterable[Example]) -> Iterator[Encoded]:
-        """The rows that something can be learned from."""
+        """Yield the rows that have a token to learn, and count all of them."""
         for example in examples:
             self.account.rows += 1
             encoded = self._limited(example.place, self.tokens(example))
             if encoded is not None:
-                yield self._counted(encoded) | example.facts
+                self._count(encoded)
+                yield encoded | example.facts
 
     def tokens(self, example: Example) -> Encoded:
-        """One example, uncut."""
+        """The encoded row of one example, whatever its length."""
         if example.label is not None:
             return self._classified(example)
         if example.text is not None:
@@ -93,15 +105,19 @@ class Encoder:
         if self.template is None:
             return self._untemplated(example.place, messages)
         rendered = self.template.render(example.place, messages, example.tools)
-        text, spans = rendered.text, rendered.spans
-        if not rendered.ended:
-            self.account.open_rows += 1
-            end = self.tokenizer.eos_token or ""
-            text, spans = text[: spans[-1][1]] + end, [*spans[:-1], (spans[-1][0], spans[-1][1] + len(end))]
-        return self._masked(text, spans)
+        if rendered.ended:
+            return self._masked(rendered.text, rendered.spans)
+        self.account.open_rows += 1
+        return self._ended(rendered)
+
+    def _ended(self, rendered: Rendered) -> Encoded:
+        """A conversation whose template writes no stop token, with the tokenizer's end of text in its place."""
+        *spans, (start, end) = rendered.spans
+        text = rendered.text[:end] + (self.tokenizer.eos_token or "")
+        return self._masked(text, [*spans, (start, len(text))])
 
     def asked(self, example: Example) -> tuple[list[int], str]:
-        """The tokens that the last answer of a conversation follows, and that answer.
+        """The prompt of a conversation's last answer as tokens, and that answer.
 
         Raises:
             DataError: the row has no question and answer.
@@ -117,25 +133,32 @@ class Encoder:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids), answer
 
     def _untemplated(self, place: str, messages: list[dict[str, Any]]) -> Encoded:
-        before = self._question(place, messages)
-        text = before + messages[1]["content"] + (self.tokenizer.eos_token or "")
-        return self._masked(text, [(len(before), len(text))])
+        """A question and its answer for a model without a chat template."""
+        prompt = self._question(place, messages)
+        end = self.tokenizer.eos_token or ""
+        text = prompt + messages[1]["content"] + end
+        return self._masked(text, [(len(prompt), len(text))])
 
     def _question(self, place: str, messages: list[dict[str, Any]]) -> str:
-        """What goes before an answer for a model without a chat template: the question, on a line of its own."""
+        """The prompt for a model without a chat template: the question, with a line break before the answer."""
         if [m["role"] for m in messages] != ["user", "assistant"]:
             raise ConfigError(f"{place} is a conversation, but the tokenizer has no chat template; give chat_template")
-        question, answer = (m["content"] for m in messages)
-        start = self.tokenizer.bos_token if self._adds_bos() else ""
-        joint = "" if question[-1:].isspace() or answer[:1].isspace() else "\n"
-        return (start or "") + question + joint
+        question = messages[0]["content"]
+        answer = messages[1]["content"]
+        start = ""
+        if self._adds_bos():
+            start = self.tokenizer.bos_token or ""
+        is_separated = question[-1:].isspace() or answer[:1].isspace()
+        separator = "" if is_separated else "\n"
+        return start + question + separator
 
     def _adds_bos(self) -> bool:
-        return (
-            self.tokenizer.bos_token_id is not None and self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
-        )
+        """Whether the tokenizer puts a start token before every text."""
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer("a").input_ids[0] == bos
 
     def _plain(self, text: str) -> Encoded:
+        """A plain text, all of it learned, with an end of text."""
         ids = list(self.tokenizer(text).input_ids)
         end = self.tokenizer.eos_token_id
         if end is not None and (not ids or ids[-1] != end):
@@ -146,36 +169,44 @@ class Encoder:
         assert self.numbers is not None
         if example.label not in self.numbers:
             raise DataError(f"{example.place}: the label {example.label!r} is not one of {', '.join(self.numbers)}")
-        return {"input_ids": list(self.tokenizer(example.text).input_ids), "labels": self.numbers[example.label]}
+        ids = list(self.tokenizer(example.text).input_ids)
+        return {"input_ids": ids, "labels": self.numbers[example.label]}
 
     def _masked(self, text: str, spans: list[Span]) -> Encoded:
-        """Tokens of a text; those inside the spans are learned.
+        """The tokens of a text, those inside the spans learned.
 
-        A token across the start of a span would be learned with bytes that are not the assistant's, and could not be
-        generated after the prompt; such a text is tokenised piece by piece.
+        A token across the start of a span would teach bytes that are not the assistant's, and could not be generated
+        after the prompt. A text with such a token is tokenised piece by piece.
         """
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast)
+        is_fast = self.tokenizer.is_fast
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=is_fast)
         ids = list(encoded.input_ids)
-        if self.tokenizer.is_fast:
-            where = [_place(offset, spans) for offset in encoded.offset_mapping]
-        if not self.tokenizer.is_fast or None in where:
-            ids, where = self._by_pieces(text, spans)
-        learned = [bool(inside) or self.loss_on == "all" for inside in where]
-        return {"input_ids": ids, "labels": [t if own else IGNORED for t, own in zip(ids, learned, strict=True)]}
+        inside: list[bool | None] | None = None
+        if is_fast:
+            inside = [_is_inside(offset, spans) for offset in encoded.offset_mapping]
+        if inside is None or None in inside:
+            ids, inside = self._by_pieces(text, spans)
+        if self.loss_on == "all":
+            return {"input_ids": ids, "labels": list(ids)}
+        labels = [token if learned else IGNORED for token, learned in zip(ids, inside, strict=True)]
+        return {"input_ids": ids, "labels": labels}
 
     def _by_pieces(self, text: str, spans: list[Span]) -> tuple[list[int], list[bool | None]]:
+        """Token ids, and whether each is inside a span, with the spans tokenised apart from the rest."""
         ids: list[int] = []
-        where: list[bool | None] = []
-        edges = [0, *(edge for span in spans for edge in span), len(text)]
-        for number, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
+        inside: list[bool | None] = []
+        edges = [0, *chain.from_iterable(spans), len(text)]
+        for number, (start, end) in enumerate(pairwise(edges)):
             piece = list(self.tokenizer(text[start:end], add_special_tokens=False).input_ids)
+            is_span = number % 2 == 1
             ids += piece
-            where += [number % 2 == 1] * len(piece)
-        return ids, where
+            inside += [is_span] * len(piece)
+        return ids, inside
 
     def _limited(self, place: str, encoded: Encoded) -> Encoded | None:
-        """The row within the limit, or None; accounts for what was done."""
-        account, length = self.account, len(encoded["input_ids"])
+        """The row within the length limit, None if it is dropped; both are counted."""
+        account = self.account
+        length = len(encoded["input_ids"])
         account.lengths[length] += 1
         if length > self.max_length:
             account.touched(place)
@@ -184,28 +215,35 @@ class Encoder:
                 return None
             account.cut_rows += 1
             account.cut_tokens += length - self.max_length
-            encoded = {name: v[: self.max_length] if isinstance(v, list) else v for name, v in encoded.items()}
+            encoded = self._cut(encoded)
         if not encoded["input_ids"] or not learned_tokens(encoded):
             account.touched(place)
             account.unlearned_rows += 1
             return None
         return encoded
 
-    def _counted(self, encoded: Encoded) -> Encoded:
+    def _cut(self, encoded: Encoded) -> Encoded:
+        cut: Encoded = {}
+        for name, value in encoded.items():
+            cut[name] = value[: self.max_length] if isinstance(value, list) else value
+        return cut
+
+    def _count(self, encoded: Encoded) -> None:
         self.account.kept += 1
         self.account.tokens += len(encoded["input_ids"])
         self.account.supervised_tokens += learned_tokens(encoded)
-        return encoded
 
 
 def learned_tokens(encoded: Encoded) -> int:
-    """Tokens that are predicted and learned; the first of a sequence is not predicted. A class counts as one."""
+    """The number of learned tokens, except the first of the sequence, which is never predicted; 1 for a class."""
     labels = encoded["labels"]
-    return sum(label != IGNORED for label in labels[1:]) if isinstance(labels, list) else 1
+    if not isinstance(labels, list):
+        return 1
+    return sum(label != IGNORED for label in labels[1:])
 
 
-def _place(offset: Span, spans: list[Span]) -> bool | None:
-    """Whether a token is inside a span; None when it stands across an edge."""
+def _is_inside(offset: Span, spans: list[Span]) -> bool | None:
+    """Whether a token is inside a span; None if it crosses the edge of one."""
     start, end = offset
     for low, high in spans:
         if low <= start and end <= high and start < end:

@@ -1,8 +1,9 @@
-"""Several rows in one sequence: less padding. Position ids start again at each row, which keeps them apart."""
+"""Packing: several rows in one sequence, for less padding. Position ids restart at each row and keep rows apart."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,78 +14,103 @@ from ..ops.attention import by_sequence
 from .encode import IGNORED, Encoded
 
 ONE_ROW = {"input_ids", "labels", "position_ids"}
-"""What a row may hold to be laid behind another; anything else belongs to a row as a whole."""
+"""Keys of a row that can be concatenated. Any other key describes its row as a whole."""
 OPEN = 64
-"""Sequences that are still being filled."""
+"""Maximum number of sequences that are being filled at a time."""
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """Rows that go into one sequence, and the number of their tokens."""
+
+    used: int
+    rows: list[Encoded]
 
 
 def pack(rows: Sequence[Encoded], length: int) -> list[Encoded]:
-    """Rows put together in sequences of at most `length` tokens, each into the fullest that has room for it.
+    """Join rows to sequences of at most `length` tokens. Each row goes to the fullest sequence with room for it.
 
-    The first token of a row is no longer learned: nothing in its own row predicts it.
+    The first token of a row is not learned, because no token of its row predicts it.
     """
-    done: list[list[Encoded]] = []
-    filling: list[tuple[int, list[Encoded]]] = []
+    full: list[_Sequence] = []
+    filling: list[_Sequence] = []
     for row in rows:
         size = len(row["input_ids"])
-        fitting = [i for i, (used, _) in enumerate(filling) if used + size <= length]
+        fitting = [sequence for sequence in filling if sequence.used + size <= length]
         if fitting:
-            best = max(fitting, key=lambda i: filling[i][0])
-            filling[best] = (filling[best][0] + size, [*filling[best][1], row])
+            sequence = max(fitting, key=_used)
+            sequence.used += size
+            sequence.rows.append(row)
         else:
-            filling.append((size, [row]))
+            filling.append(_Sequence(size, [row]))
         if len(filling) > OPEN:
-            fullest = max(range(len(filling)), key=lambda i: filling[i][0])
-            done.append(filling.pop(fullest)[1])
-    return [joined(members) for members in [*done, *(members for _, members in filling)]]
+            fullest = max(filling, key=_used)
+            filling.remove(fullest)
+            full.append(fullest)
+    return [joined(sequence.rows) for sequence in full + filling]
 
 
-def joined(members: Sequence[Encoded]) -> Encoded:
-    """One sequence of several rows."""
+def _used(sequence: _Sequence) -> int:
+    return sequence.used
+
+
+def joined(rows: Sequence[Encoded]) -> Encoded:
+    """Several rows as one sequence."""
+    ids: list[int] = []
     labels: list[int] = []
-    for row in members:
+    positions: list[int] = []
+    for row in rows:
+        ids += row["input_ids"]
         labels += [IGNORED, *row["labels"][1:]]
-    return {
-        "input_ids": [token for row in members for token in row["input_ids"]],
-        "labels": labels,
-        "position_ids": [place for row in members for place in range(len(row["input_ids"]))],
-    }
+        positions += range(len(row["input_ids"]))
+    return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 
 def check(model: torch.nn.Module, rows: Sequence[Encoded]) -> None:
-    """Raise unless the model, adapter on, computes of packed rows what it computes of each alone.
+    """Check that the model, with its adapter, computes the same for packed rows as for each row alone.
 
     Args:
         rows: some encoded rows; the beginnings of two of them are tried.
 
     Raises:
-        TrainingError: it lets rows see each other.
+        TrainingError: rows see each other.
     """
     if not keeps_apart(model, rows):
         raise TrainingError("with this model and method, rows packed into one sequence see each other; set packing off")
 
 
 def goes_by_sequence(model: Any, rows: Sequence[Encoded]) -> bool:
-    """Whether the model, adapters on, can be given any rows end to end, with attention computed by sequence."""
-    if not is_fast("attention") or not isinstance(rows[0]["labels"], list) or rows[0].keys() - ONE_ROW:
+    """Whether the model, with its adapters, can be given concatenated rows, with attention computed per row."""
+    has_token_labels = isinstance(rows[0]["labels"], list)
+    has_facts = bool(rows[0].keys() - ONE_ROW)
+    if not is_fast("attention") or not has_token_labels or has_facts:
         return False
     try:
         with by_sequence(model):
             return keeps_apart(model, rows) and model._state.are_by_token()
-    except (NotImplementedError, RuntimeError, TypeError, ValueError):  # a model that does not take such a row
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):  # a model that does not accept such a row
         return False
 
 
 @torch.no_grad()
 def keeps_apart(model: torch.nn.Module, rows: Sequence[Encoded]) -> bool:
-    """Whether the beginnings of two rows give the same logits in one sequence and each alone."""
-    pair = [{name: row[name][:16] for name in ("input_ids", "labels")} for row in (rows[0], rows[-1])]
-    training, device = model.training, next(model.parameters()).device
+    """Whether the beginnings of two rows give the same logits in one sequence as alone."""
+    first = _beginning(rows[0])
+    second = _beginning(rows[-1])
+    both = joined([first, second])
+    was_training = model.training
+    device = next(model.parameters()).device
     model.eval()
-    both = joined(pair)
-    ids, places = (torch.tensor([both[name]], device=device) for name in ("input_ids", "position_ids"))
-    second = torch.tensor([pair[1]["input_ids"]], device=device)
-    packed = model(input_ids=ids, position_ids=places, use_cache=False).logits[:, -second.shape[1] :]
-    alone = model(input_ids=second, use_cache=False).logits[:, -second.shape[1] :]
-    model.train(training)
+    ids = torch.tensor([both["input_ids"]], device=device)  # (1, length of both)
+    positions = torch.tensor([both["position_ids"]], device=device)
+    second_ids = torch.tensor([second["input_ids"]], device=device)
+    length = second_ids.shape[1]
+    packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, -length:]
+    alone = model(input_ids=second_ids, use_cache=False).logits[:, -length:]
+    model.train(was_training)
     return torch.allclose(packed, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max()))
+
+
+def _beginning(row: Encoded) -> Encoded:
+    """The first tokens of a row."""
+    return {"input_ids": row["input_ids"][:16], "labels": row["labels"][:16]}

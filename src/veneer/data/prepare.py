@@ -1,4 +1,4 @@
-"""From the recipe's sources to what a run trains and evaluates on."""
+"""Prepare the data of a run: read the recipe's sources, encode, split, weight and pack them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, Protocol
 
 from ..errors import ConfigError, DataError
@@ -16,11 +17,11 @@ from .shapes import Example, shape_of, understand
 from .sources import Source, rows
 
 SHUFFLED = 1000
-"""Rows among which streamed ones are shuffled."""
+"""Size of the buffer in which streamed rows are shuffled."""
 
 
 class Request(Protocol):
-    """What is asked of data: the keys of a recipe that are read here (`train.recipe.Recipe` explains each)."""
+    """The keys of a recipe that are read here; `train.recipe.Recipe` documents them."""
 
     data: list[Source]
     eval_data: list[Source]
@@ -38,7 +39,7 @@ class Request(Protocol):
 
 @dataclass
 class Data:
-    """Encoded rows and the account of how they came to be."""
+    """Encoded rows for training and evaluation, with counts of what was cut or dropped."""
 
     train: Any
     """A list of encoded rows; an iterable dataset when streaming."""
@@ -52,39 +53,57 @@ class Data:
 
 
 def prepare(recipe: Request, tokenizer: Any, facts: tuple[str, ...] = ()) -> Data:
-    """Read, encode, split, weigh and pack.
+    """Read, encode, split, weight and pack the data of a recipe.
 
     Args:
-        facts: columns of integers that the method wants to know of each row, where they are there.
+        facts: integer columns that the method reads per row, if the rows have them.
 
     Raises:
-        DataError: there is nothing to train on, or it cannot be read.
+        DataError: there is nothing to train on, or the data cannot be read.
     """
     if recipe.streaming:
         return _streamed(recipe, tokenizer, facts)
     sources = [list(examples(source, recipe.task, facts)) for source in recipe.data]
-    held = [e for source in recipe.eval_data for e in examples(source, recipe.task, facts)]
-    every = [example for source in sources for example in source]
-    labels = _labels(recipe, [*every, *held])
-    encoder, eval_encoder = _encoder(recipe, tokenizer, labels), _encoder(recipe, tokenizer, labels)
+    eval_examples = _all_examples(recipe.eval_data, recipe, facts)
+    labels = _labels(recipe, [*chain.from_iterable(sources), *eval_examples])
+    encoder = _encoder(recipe, tokenizer, labels)
     encoded = [list(encoder.encode(source)) for source in sources]
-    evaluation = list(eval_encoder.encode(held)) if held else None
+    evaluation = None
+    eval_account = None
+    if eval_examples:
+        eval_encoder = _encoder(recipe, tokenizer, labels)
+        evaluation = list(eval_encoder.encode(eval_examples))
+        eval_account = eval_encoder.account
     _check_learned(encoder.account, "the data")
-    if held:
-        _check_learned(eval_encoder.account, "the evaluation data")
-    draw = random.Random(recipe.seed)
+    if eval_account is not None:
+        _check_learned(eval_account, "the evaluation data")
+    generator = random.Random(recipe.seed)
     if recipe.eval_split is not None:
-        encoded, evaluation = _split(encoded, recipe.eval_split, draw)
-    train = [row for source, own in zip(recipe.data, encoded, strict=True) for row in _weighed(own, source, draw)]
-    if recipe.packing:
-        draw.shuffle(train)
-        train = pack(train, recipe.max_length)
-    account = eval_encoder.account if held else None
-    return Data(train, evaluation, labels, encoder.account, account, _fingerprint(train))
+        encoded, evaluation = _split(encoded, recipe.eval_split, generator)
+    train = _mixed(recipe, encoded, generator)
+    return Data(train, evaluation, labels, encoder.account, eval_account, _fingerprint(train))
+
+
+def _mixed(recipe: Request, encoded: list[list[Encoded]], generator: random.Random) -> list[Encoded]:
+    """The training rows of all sources by weight, packed if the recipe says so."""
+    train: list[Encoded] = []
+    for source, source_rows in zip(recipe.data, encoded, strict=True):
+        train += _weighted(source_rows, source, generator)
+    if not recipe.packing:
+        return train
+    generator.shuffle(train)
+    return pack(train, recipe.max_length)
+
+
+def _all_examples(sources: Sequence[Source], recipe: Request, facts: tuple[str, ...]) -> list[Example]:
+    every: list[Example] = []
+    for source in sources:
+        every += examples(source, recipe.task, facts)
+    return every
 
 
 def examples(source: Source, task: str = "auto", facts: tuple[str, ...] = ()) -> Iterator[Example]:
-    """The rows of a source, all of the shape of its first."""
+    """Yield the rows of a source as examples, all in the shape of its first row."""
     shape = None
     for place, row in rows(source):
         shape = shape or shape_of(place, row, task)
@@ -94,27 +113,35 @@ def examples(source: Source, task: str = "auto", facts: tuple[str, ...] = ()) ->
 
 
 def is_classification(recipe: Request) -> bool:
-    """Whether the recipe's data has classes, by its first row."""
+    """Whether the recipe trains a classifier: by its task, or else by the first row of its data."""
     if recipe.task != "auto":
         return recipe.task == "classification"
-    return next(examples(recipe.data[0])).label is not None
+    first = next(examples(recipe.data[0]))
+    return first.label is not None
 
 
 def _labels(recipe: Request, every: Sequence[Example]) -> list[str] | None:
-    """The classes in order: the recipe's, or those in the data, numbers by value."""
+    """The classes in order: the recipe's, or those in the data, sorted with numbers first. None without classes."""
     kinds = {example.label is not None for example in every}
     if kinds == {False}:
         return None
     if len(kinds) > 1:
-        other = next(e.place for e in every if (e.label is None) != (every[0].label is None))
-        raise DataError(f"{every[0].place} and {other} differ: one has a label, the other none; a run learns one task")
-    found = {str(example.label) for example in every}
-    labels = recipe.labels or sorted(
-        found, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name)
-    )
+        first = every[0]
+        other = next(e for e in every if (e.label is None) != (first.label is None))
+        raise DataError(
+            f"{first.place} and {other.place} differ: one has a label, the other none; a run learns one task"
+        )
+    labels = recipe.labels or sorted({str(example.label) for example in every}, key=_label_order)
     if len(labels) < 2:
         raise DataError(f"all rows are of the class {labels[0]!r}; a classifier needs two classes or more")
     return labels
+
+
+def _label_order(name: str) -> tuple[bool, int, str]:
+    """Sort key of a class: numbers by value, then names by letter."""
+    is_number = name.isdigit()
+    value = int(name) if is_number else 0
+    return not is_number, value, name
 
 
 def _encoder(recipe: Request, tokenizer: Any, labels: list[str] | None) -> Encoder:
@@ -131,6 +158,7 @@ def _encoder(recipe: Request, tokenizer: Any, labels: list[str] | None) -> Encod
 
 
 def _check_learned(account: Account, what: str) -> None:
+    """Raise unless a row was kept."""
     if account.kept:
         return
     if account.too_long_rows:
@@ -144,26 +172,36 @@ def _check_learned(account: Account, what: str) -> None:
 
 
 def _split(
-    encoded: list[list[Encoded]], wanted: float, draw: random.Random
+    encoded: list[list[Encoded]], wanted: float, generator: random.Random
 ) -> tuple[list[list[Encoded]], list[Encoded]]:
-    """Take rows out for evaluation, at random over all sources."""
-    places = [(s, i) for s, own in enumerate(encoded) for i in range(len(own))]
+    """(training rows by source, evaluation rows), the latter drawn at random from all sources."""
+    places: list[tuple[int, int]] = []
+    for source, source_rows in enumerate(encoded):
+        places += [(source, i) for i in range(len(source_rows))]
     count = round(wanted * len(places)) if wanted < 1 else int(wanted)
     if not 0 < count < len(places):
         raise DataError(f"eval_split = {wanted:g} takes {count} of {len(places)} rows; both parts need some")
-    taken = set(draw.sample(places, count))
-    kept = [[row for i, row in enumerate(own) if (s, i) not in taken] for s, own in enumerate(encoded)]
-    return kept, [encoded[s][i] for s, i in places if (s, i) in taken]
+    taken = set(generator.sample(places, count))
+    train: list[list[Encoded]] = [[] for _ in encoded]
+    evaluation: list[Encoded] = []
+    for source, i in places:
+        rows_of_part = evaluation if (source, i) in taken else train[source]
+        rows_of_part.append(encoded[source][i])
+    return train, evaluation
 
 
-def _weighed(own: list[Encoded], source: Source, draw: random.Random) -> list[Encoded]:
-    """Each row as often as the weight says, the fraction of it for a random part of the rows."""
+def _weighted(source_rows: list[Encoded], source: Source, generator: random.Random) -> list[Encoded]:
+    """The rows repeated by the integer part of the weight, and a random share of them by its fraction."""
     whole = math.floor(source.weight)
-    extra = round((source.weight - whole) * len(own))
-    return own * whole + (draw.sample(own, extra) if extra else [])
+    extra = round((source.weight - whole) * len(source_rows))
+    weighted = source_rows * whole
+    if extra:
+        weighted += generator.sample(source_rows, extra)
+    return weighted
 
 
 def _fingerprint(encoded: Sequence[Encoded]) -> str:
+    """A hash of all rows in order."""
     digest = hashlib.sha256()
     for row in encoded:
         digest.update(repr(sorted(row.items())).encode())
@@ -171,15 +209,17 @@ def _fingerprint(encoded: Sequence[Encoded]) -> str:
 
 
 def _streamed(recipe: Request, tokenizer: Any, facts: tuple[str, ...]) -> Data:
+    """The data of a recipe as a stream that is encoded while it is read."""
     from datasets import IterableDataset, interleave_datasets
 
     if recipe.packing:
         raise ConfigError("packing needs all rows at once; set packing or streaming off")
-    classifies = is_classification(recipe)
-    if classifies and recipe.labels is None:
-        raise ConfigError("streaming data shows its classes too late; give labels")
-    encoder, held = _encoder(recipe, tokenizer, recipe.labels if classifies else None), recipe.eval_data
-    eval_encoder = _encoder(recipe, tokenizer, recipe.labels if classifies else None)
+    labels = None
+    if is_classification(recipe):
+        labels = recipe.labels
+        if labels is None:
+            raise ConfigError("streaming data shows its classes too late; give labels")
+    encoder = _encoder(recipe, tokenizer, labels)
 
     def stream(source: Source) -> Iterator[Encoded]:
         yield from encoder.encode(examples(source, recipe.task, facts))
@@ -188,9 +228,15 @@ def _streamed(recipe: Request, tokenizer: Any, facts: tuple[str, ...]) -> Data:
         _check_learned(encoder.account, "the data")
     encoder.account = Account()
     parts = [IterableDataset.from_generator(stream, gen_kwargs={"source": source}) for source in recipe.data]
-    shares = [source.weight / sum(s.weight for s in recipe.data) for source in recipe.data]
+    total_weight = sum(source.weight for source in recipe.data)
+    shares = [source.weight / total_weight for source in recipe.data]
     mixed = interleave_datasets(parts, shares, seed=recipe.seed, stopping_strategy="all_exhausted")
-    evaluation = [row for s in held for row in eval_encoder.encode(examples(s, recipe.task, facts))] or None
     train = mixed.shuffle(seed=recipe.seed, buffer_size=SHUFFLED)
-    account = eval_encoder.account if held else None
-    return Data(train, evaluation, recipe.labels if classifies else None, encoder.account, account, None)
+    evaluation = None
+    eval_account = None
+    if recipe.eval_data:
+        eval_encoder = _encoder(recipe, tokenizer, labels)
+        eval_examples = _all_examples(recipe.eval_data, recipe, facts)
+        evaluation = list(eval_encoder.encode(eval_examples)) or None
+        eval_account = eval_encoder.account
+    return Data(train, evaluation, labels, encoder.account, eval_account, None)

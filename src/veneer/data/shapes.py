@@ -1,19 +1,20 @@
-"""What a row says: a conversation, a prompt and its completion, plain text, or text of a class.
+"""The shapes of rows: conversations, prompts with completions, labelled texts and plain texts.
 
-    messages                      a conversation: a list of {role, content, ...}; `tools` beside it
-    prompt, completion            what is asked and what is learned; texts, or lists of messages
-    instruction, input, output    the same, with or without an input
+    messages                      a conversation, a list of {role, content, ...}; optional column `tools`
+    prompt, completion            the completion is learned; both are texts or lists of messages
+    instruction, input, output    the same; `input` is optional
     question, answer              the same
     text, label                   a text and its class
-    text                          plain text, all of it learned
+    text                          a plain text, all of it learned
 
-A row with the columns of several is of the first.
+A row with the columns of several shapes has the first of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from ..errors import DataError, nearest
@@ -28,12 +29,12 @@ SHAPES: dict[str, tuple[str, ...]] = {
 }
 """The columns of each shape."""
 QUESTIONS = {"prompt": "completion", "instruction": "output", "question": "answer"}
-"""The shapes that ask one thing: the column asked, and the one that answers."""
+"""Shapes with a question and an answer: the column of the question, and that of the answer."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row, understood. It has either messages, or a text, with a label or not."""
+    """A row that has been read: messages, a text, or a text with a label."""
 
     place: str
     messages: list[dict[str, Any]] | None = None
@@ -41,65 +42,86 @@ class Example:
     text: str | None = None
     label: str | None = None
     facts: dict[str, int] = field(default_factory=dict)
-    """What the method wants to know of a row (`task_ids`)."""
+    """Integers that the method reads per row, such as `task_ids`."""
 
 
 def shape_of(place: str, row: Mapping[str, Any], task: str = "auto") -> str:
     """The name of a row's shape.
 
     Raises:
-        DataError: it has none; says what columns there are and which are needed.
+        DataError: no shape fits; says which columns there are and which are needed.
     """
-    for name, columns in SHAPES.items():
-        if all(column in row for column in columns) and not (name == "label" and task == "text"):
-            if task == "classification" and name != "label":
-                continue
+    shapes = {"label": SHAPES["label"]} if task == "classification" else SHAPES
+    for name, columns in shapes.items():
+        if name == "label" and task == "text":
+            continue
+        if all(column in row for column in columns):
             return name
-    wanted = {"label": SHAPES["label"]} if task == "classification" else SHAPES
-    known = [column for columns in wanted.values() for column in columns]
-    likely = "".join(f" ({c}{nearest(c, known, 1)})" for c in row if c not in known and nearest(c, known, 1))
+    present = ", ".join(row) or "(none)"
+    slips = _likely_slips(row, shapes)
+    needed = ", or ".join(" and ".join(columns) for columns in shapes.values())
     raise DataError(
-        f"{place} has the columns {', '.join(row) or '(none)'}{likely}; it needs {_spell(wanted)}. "
-        "Name them with columns (--column OURS=THEIRS)"
+        f"{place} has the columns {present}{slips}; it needs {needed}. Name them with columns (--column OURS=THEIRS)"
     )
 
 
+def _likely_slips(row: Mapping[str, Any], shapes: Mapping[str, tuple[str, ...]]) -> str:
+    """The unknown columns of a row that resemble a needed one, for an error message."""
+    known = list(chain.from_iterable(shapes.values()))
+    slips = ""
+    for column in row:
+        hint = nearest(column, known, 1)
+        if column not in known and hint:
+            slips += f" ({column}{hint})"
+    return slips
+
+
 def understand(place: str, row: Mapping[str, Any], shape: str, facts: tuple[str, ...] = ()) -> Example:
-    """The example of one row.
+    """Read a row of a known shape.
 
     Raises:
         DataError: a column is missing or of the wrong type.
     """
-    known = {name: _number(place, row, name) for name in facts if row.get(name) is not None}
+    numbers: dict[str, int] = {}
+    for name in facts:
+        if row.get(name) is not None:
+            numbers[name] = _number(place, row, name)
+    if shape in ("text", "label"):
+        text = _text(place, row, "text")
+        label = _label(place, row) if shape == "label" else None
+        return Example(place, text=text, label=label, facts=numbers)
+    tools = row.get("tools")
     if shape == "messages":
-        return Example(place, _messages(place, row, "messages"), row.get("tools"), facts=known)
-    if shape == "label":
-        return Example(place, text=_text(place, row, "text"), label=_label(place, row), facts=known)
-    if shape == "text":
-        return Example(place, text=_text(place, row, "text"), facts=known)
-    return Example(place, _exchange(place, row, shape), row.get("tools"), facts=known)
+        return Example(place, _messages(place, row, "messages"), tools, facts=numbers)
+    return Example(place, _exchange(place, row, shape), tools, facts=numbers)
 
 
-def _exchange(place: str, row: Mapping[str, Any], asked: str) -> list[dict[str, Any]]:
+def _exchange(place: str, row: Mapping[str, Any], question_column: str) -> list[dict[str, Any]]:
     """A question and its answer as messages."""
-    answer = QUESTIONS[asked]
-    if isinstance(row.get(asked), list):
-        return _messages(place, row, asked) + _messages(place, row, answer)
-    question = _text(place, row, asked)
-    if asked == "instruction" and row.get("input"):
+    answer_column = QUESTIONS[question_column]
+    if isinstance(row.get(question_column), list):
+        return _messages(place, row, question_column) + _messages(place, row, answer_column)
+    question = _text(place, row, question_column)
+    if question_column == "instruction" and row.get("input"):
         question += "\n\n" + _text(place, row, "input")
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": _text(place, row, answer)}]
+    answer = _text(place, row, answer_column)
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+    ]
 
 
 def _messages(place: str, row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
-    """A conversation without the nulls that Arrow's tables put into it."""
+    """The messages in a column, without the null fields that Arrow tables add."""
     messages = row.get(column)
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{place}: {column} must be a list of messages, not {_short(messages)}")
+    cleaned = []
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f"{place}: a message is {{role, content}}, not {_short(message)}")
-    return [{key: value for key, value in m.items() if value is not None} for m in messages]
+        cleaned.append({key: value for key, value in message.items() if value is not None})
+    return cleaned
 
 
 def _text(place: str, row: Mapping[str, Any], column: str) -> str:
@@ -117,16 +139,16 @@ def _label(place: str, row: Mapping[str, Any]) -> str:
 
 
 def _number(place: str, row: Mapping[str, Any], column: str) -> int:
+    value = row[column]
     try:
-        return int(row[column])
+        return int(value)
     except (TypeError, ValueError):
-        raise DataError(f"{place}: {column} must be a whole number, not {_short(row[column])}") from None
+        raise DataError(f"{place}: {column} must be a whole number, not {_short(value)}") from None
 
 
 def _short(value: Any) -> str:
+    """The value in at most 60 characters, for an error message."""
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _spell(shapes: Mapping[str, tuple[str, ...]]) -> str:
-    return ", or ".join(" and ".join(columns) for columns in shapes.values())
+    if len(text) <= 60:
+        return text
+    return text[:57] + "..."

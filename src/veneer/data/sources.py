@@ -1,7 +1,7 @@
-"""Rows from files, directories and the hub, one dict a row, exactly as they stand there.
+"""Read rows from files, directories and the hub, one dict per row, without changing them.
 
-JSON, CSV and Parquet are read row by row rather than through Arrow tables as `datasets` does: those give every row the
-keys of all others (a tool call's arguments grow nulls), and turn a CSV's "007" into 7.
+JSON, CSV and Parquet files are read row by row, not through Arrow tables as in `datasets`. Those give every row the
+keys of all other rows (the arguments of a tool call get nulls), and turn a CSV's "007" into 7.
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ from ..errors import DataError, nearest
 
 Row = dict[str, Any]
 OTHER_SPLITS = ("test", "valid", "val", "dev", "eval")
+"""Beginnings of the names of files that belong to another split than train."""
 SAVED = ("dataset_info.json", "dataset_dict.json")
+"""Files that `Dataset.save_to_disk` writes into its directory."""
 
 
 def rows(source: Source, streaming: bool = False) -> Iterator[tuple[str, Row]]:
-    """(place, row) of a source, its columns under veneer's names.
+    """Yield (place, row) for each row of a source, with columns renamed to veneer's names.
 
     Raises:
-        DataError: there is no such data, or a row cannot be read; names the file and the line.
+        DataError: the data does not exist, or a row cannot be read; names the file and the line.
     """
     for place, row in _raw(source, streaming):
         yield place, _renamed(place, row, source.columns)
 
 
 def _raw(source: Source, streaming: bool) -> Iterator[tuple[str, Row]]:
+    """Yield (place, row) with the columns as they are named in the data."""
     path = Path(source.path)
     if path.is_file():
         yield from _read(path)
@@ -40,32 +43,44 @@ def _raw(source: Source, streaming: bool) -> Iterator[tuple[str, Row]]:
     elif path.is_dir():
         for file in files_of(path, source.split):
             yield from _read(file)
-    elif path.is_absolute() or path.suffix in READERS or source.path.startswith(".") or source.path.count("/") > 1:
+    elif _looks_local(source.path):
         raise DataError(f"there is no data file {source.path!r}{_near(path)}")
     else:
         yield from _from_hub(source.path, source.split, streaming)
 
 
+def _looks_local(name: str) -> bool:
+    """Whether a name cannot be a hub id, so it must be a path."""
+    if name.startswith(".") or name.count("/") > 1:
+        return True
+    path = Path(name)
+    return path.is_absolute() or path.suffix in READERS
+
+
 def files_of(directory: Path, split: str) -> list[Path]:
-    """The data files of a split: those whose names begin with it, or all of a directory that has no splits.
+    """The data files of a split: those whose names begin with it, or all files of a directory without splits.
 
     Raises:
         DataError: there are none.
     """
-    files = sorted(p for p in directory.iterdir() if p.suffix.lower() in READERS)
-    own = [p for p in files if p.stem.lower().startswith(split.lower())]
-    if own:
-        return own
-    if not files or split != "train" or any(p.stem.lower().startswith(OTHER_SPLITS) for p in files):
-        found = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
-        raise DataError(f"{str(directory)!r} has no data files of the split {split!r}; it holds {found}")
-    return files
+    paths = sorted(directory.iterdir())
+    files = [p for p in paths if p.suffix.lower() in READERS]
+    files_of_split = [p for p in files if p.stem.lower().startswith(split.lower())]
+    if files_of_split:
+        return files_of_split
+    has_splits = any(p.stem.lower().startswith(OTHER_SPLITS) for p in files)
+    if files and split == "train" and not has_splits:
+        return files
+    content = ", ".join(p.name for p in paths[:8]) or "nothing"
+    raise DataError(f"{str(directory)!r} has no data files of the split {split!r}; it holds {content}")
 
 
 def _read(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield (place, row) for each row of a file."""
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{str(path)!r}: data files end in {', '.join(READERS)}, not {path.suffix!r}")
+        known = ", ".join(READERS)
+        raise DataError(f"{str(path)!r}: data files end in {known}, not {path.suffix!r}")
     try:
         for number, row in reader(path):
             if not isinstance(row, dict):
@@ -90,11 +105,12 @@ def _parse(path: Path, number: int, line: str) -> Any:
 
 
 def _json(path: Path) -> Iterator[tuple[int, Any]]:
-    """A list of rows, or an object that holds one list."""
+    """Rows of a JSON file: a list of them, or an object with exactly one list."""
     content = _parse(path, 1, path.read_text(encoding="utf-8-sig"))
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
-        content = lists[0] if len(lists) == 1 else None
+        if len(lists) == 1:
+            [content] = lists
     if not isinstance(content, list):
         raise DataError(f"{str(path)!r} holds neither a list of rows nor an object with one; is it .jsonl?")
     yield from enumerate(content, 1)
@@ -106,7 +122,9 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[int, Any]]:
         for row in reader:
             if None in row or None in row.values():
                 columns = len(reader.fieldnames or ())
-                raise DataError(f"{path}:{reader.line_num} has another number of columns than the heading ({columns})")
+                raise DataError(
+                    f"{path}:{reader.line_num} has a different number of columns than the heading ({columns})"
+                )
             yield reader.line_num, row
 
 
@@ -121,7 +139,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         file = ParquetFile(path)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{str(path)!r} is no Parquet file: {error}") from None
+        raise DataError(f"{str(path)!r} is not a Parquet file: {error}") from None
     number = 0
     for batch in file.iter_batches(1024):
         for row in batch.to_pylist():
@@ -139,15 +157,16 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
 
 
 def _from_disk(path: Path, split: str) -> Iterator[tuple[str, Row]]:
-    """What `Dataset.save_to_disk` wrote."""
+    """Rows of a directory that `Dataset.save_to_disk` wrote."""
     from datasets import DatasetDict, load_from_disk
 
-    found = load_from_disk(str(path))
-    if isinstance(found, DatasetDict):
-        if split not in found:
-            raise DataError(f"{str(path)!r} has no split {split!r}; it has {', '.join(found)}")
-        found = found[split]
-    for number, row in enumerate(found, 1):
+    dataset = load_from_disk(str(path))
+    if isinstance(dataset, DatasetDict):
+        if split not in dataset:
+            splits = ", ".join(dataset)
+            raise DataError(f"{str(path)!r} has no split {split!r}; it has {splits}")
+        dataset = dataset[split]
+    for number, row in enumerate(dataset, 1):
         yield f"{path}:{number}", dict(row)
 
 
@@ -155,42 +174,50 @@ def _from_hub(name: str, split: str, streaming: bool) -> Iterator[tuple[str, Row
     from datasets import load_dataset
 
     try:
-        found = load_dataset(name, split=split, streaming=streaming)
-    except Exception as error:  # the hub's client raises errors of many libraries
+        dataset = load_dataset(name, split=split, streaming=streaming)
+    except Exception as error:  # the hub's client raises the errors of many libraries
         reason = str(error).strip().split("\n")[0]
-        raise DataError(f"{name!r} is no file or directory, and could not be had from the hub: {reason}") from error
-    for number, row in enumerate(found, 1):
+        raise DataError(f"{name!r} is not a file or directory, and loading it from the hub failed: {reason}") from error
+    for number, row in enumerate(dataset, 1):
         yield f"{name}:{number}", dict(row)
 
 
 def _near(path: Path) -> str:
-    return nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+    """The nearest names in the directory of a missing file, for an error message."""
+    if not path.parent.is_dir():
+        return ""
+    present = [p.name for p in path.parent.iterdir()]
+    return nearest(path.name, present)
 
 
 def _renamed(place: str, row: Row, columns: dict[str, str]) -> Row:
+    """The row with its columns under veneer's names; `columns` maps these to the names in the data."""
     if not columns:
         return row
     for ours, theirs in columns.items():
         if theirs not in row:
-            raise DataError(f"{place} has no column {theirs!r} to be the {ours}{nearest(theirs, row)}")
-    kept = {name: value for name, value in row.items() if name not in columns.values() and name not in columns}
-    return kept | {ours: row[theirs] for ours, theirs in columns.items()}
+            raise DataError(f"{place} has no column {theirs!r} to use as {ours}{nearest(theirs, row)}")
+    replaced = {*columns, *columns.values()}
+    renamed = {name: value for name, value in row.items() if name not in replaced}
+    for ours, theirs in columns.items():
+        renamed[ours] = row[theirs]
+    return renamed
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors, and the string below a field is its documentation."""
+    """A model that refuses unknown keys and takes the string below a field as its documentation."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
 
 class Source(Strict):
-    """Where rows come from."""
+    """A source of rows."""
 
     path: str
     """A file (.jsonl, .json, .csv, .tsv, .parquet), a directory of such files, or a hub id."""
     weight: float = Field(1.0, gt=0)
     """How often each row is seen in an epoch; 0.5 takes a random half. When streaming: the share of the rows drawn."""
     columns: dict[str, str] = {}
-    """Other names of columns: what veneer calls it (prompt, answer, text ...), then what the data calls it."""
+    """Names of columns: keys are veneer's names (prompt, answer, text ...), values are the names in the data."""
     split: str = "train"
     """Which split of a directory or a hub id."""

@@ -1,4 +1,5 @@
-"""What a trained adapter does: answers of base and adapters, streamed or in batches, and their evaluation.
+"""Using trained adapters: answers of the base model and its adapters, streamed or in batches, and their evaluation.
 
-Start with `generation.py`; `evaluation.py` compares an adapter with its base on data.
+Imports `model`, `core`, `data` and `errors`. Start with `generation.py`; `evaluation.py` compares adapters with their
+base on data.
 """

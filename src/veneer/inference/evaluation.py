@@ -1,8 +1,8 @@
-"""A base model and its adapters on a file: loss, answers, classes, side by side.
+"""Evaluate a base model and its adapters on data: by loss, by written answers, or by predicted classes.
 
 loaded = load(["my-adapter"])
-found = evaluate(loaded, read(loaded, [Source(path="test.jsonl")]), extract="####")
-found.results["my-adapter"]["loss"], found.results["base"]["loss"]
+evaluation = evaluate(loaded, read(loaded, [Source(path="test.jsonl")]), extract="####")
+evaluation.results["my-adapter"]["loss"], evaluation.results["base"]["loss"]
 """
 
 from __future__ import annotations
@@ -15,76 +15,83 @@ from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core.config import TaskType
-from ..data.collate import Collator
+from ..data.collate import Collator, token_sums
 from ..data.encode import Account, Encoded, Encoder
 from ..data.prepare import examples
 from ..data.shapes import Example
 from ..data.sources import Source
 from ..errors import ConfigError, DataError
 from ..model.loading import Loaded, pad_of
-from .generation import Sampling, Writer
+from .generation import Answer, Sampling, Writer
 
 MAJORITY = "most frequent class"
-"""What a classifier is held against whose base has no classes of its own."""
+"""The name of the baseline for a classifier whose base model has no trained classifier."""
 TASKS = ("auto", "text", "classification")
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many rows are done, and of how many."""
+"""A callback that gets a description, the number of rows done, and the number of all rows."""
 
 
 @dataclass
 class Evaluation:
-    """What was found."""
+    """The results of an evaluation."""
 
     rows: int
-    """Rows judged."""
+    """Number of rows judged."""
     account: Account
-    """What became of the rows of the data."""
+    """Counts of the rows read, kept, cut and dropped."""
     results: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Numbers by name of the model and then of the measure; shares lie between 0 and 1."""
+    """Scores by the name of the model and then of the measure; shares are between 0 and 1."""
     records: list[dict[str, Any]] = field(default_factory=list)
-    """Each row that was answered or classified: its place, what is right, and what each model says."""
+    """One record per answered or classified row: its place, the right answer, and the answer of each model."""
 
     def as_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "results": self.results, "data": self.account.as_dict()}
 
 
 def task_of(sources: Sequence[Source], task: str = "auto") -> TaskType:
-    """What a base model is to be loaded for, by the first row of the data.
+    """The task for which to load a base model, by the first row of the data.
 
     Raises:
-        ConfigError: there is no such task.
+        ConfigError: `task` is unknown.
     """
     if task not in TASKS:
         raise ConfigError(f"task = {task!r} must be {', '.join(TASKS)}")
     first = next(examples(sources[0], task))
-    return TaskType.CAUSAL_LM if first.label is None else TaskType.SEQ_CLS
+    if first.label is None:
+        return TaskType.CAUSAL_LM
+    return TaskType.SEQ_CLS
 
 
 def read(loaded: Loaded, sources: Sequence[Source], *, task: str = "auto", limit: int | None = None) -> list[Example]:
-    """The rows of the data, or the first `limit` of each source.
+    """The rows of the data, or the first `limit` rows of each source.
 
     Raises:
-        DataError: it cannot be read, or is not of the kind that the model was trained for.
+        DataError: the data cannot be read, or does not fit the task of the model.
     """
     classifies = loaded.task is TaskType.SEQ_CLS
     if classifies and task == "text":
         raise ConfigError("task = text: the model is a classifier, and cannot be judged on plain text")
     facts = tuple(sorted(loaded.facts))
-    wanted = "classification" if classifies else task
-    found = [e for source in sources for e in islice(examples(source, wanted, facts), limit)]
-    labelled = next((e for e in found if e.label is not None), None)
-    if labelled is not None and not classifies:
+    if classifies:
+        task = "classification"
+    rows: list[Example] = []
+    for source in sources:
+        rows += islice(examples(source, task, facts), limit)
+    if classifies:
+        return rows
+    labelled = next((row for row in rows if row.label is not None), None)
+    if labelled is not None:
         raise DataError(
             f"{labelled.place} has a text and its label, which {', '.join(loaded.adapters) or 'the model'} does not "
             "classify: it writes text. Give data with prompt and completion, or --task text to judge the texts alone"
         )
-    return found
+    return rows
 
 
 def evaluate(
@@ -100,140 +107,187 @@ def evaluate(
     template_file: str | Path | None = None,
     progress: Progress = lambda what, done, of: None,
 ) -> Evaluation:
-    """Judge the base and each adapter.
+    """Evaluate the base model and each adapter.
 
     Args:
         exact: write answers, and compare them as a whole.
-        extract: write answers, and compare what this regular expression finds in them (`judging.Extract`).
-        sampling: how answers are written; greedily unless said otherwise.
-        batch_size: rows of a forward pass.
-        max_length: longest row in tokens where the loss is taken; longer ones are cut, and accounted for.
-        loss_on: which tokens count, "assistant" or "all".
-        template_file: a chat template to use in place of the tokenizer's.
+        extract: write answers, and compare what this regular expression finds in them (see `Extract`).
+        sampling: how answers are written; greedily by default.
+        batch_size: rows per forward pass.
+        max_length: the longest row in tokens for the loss; longer rows are cut and counted.
+        loss_on: which tokens the loss is computed on, "assistant" or "all".
+        template_file: a chat template to use instead of the tokenizer's.
+        progress: called after each batch.
 
     Raises:
-        DataError: rows that cannot be judged; names the first.
+        DataError: a row cannot be judged; names the first.
     """
     if not (loaded.adapters or loaded.base_is_whole):
         raise ConfigError(f"{loaded.base!r} has no trained classifier; judge an adapter that brings one")
     if loss_on not in ("assistant", "all"):
         raise ConfigError(f"loss_on = {loss_on!r} must be assistant or all")
-    classes = _classes(loaded, rows) if loaded.task is TaskType.SEQ_CLS else None
-    if classes is not None and (exact or extract is not None):
-        raise ConfigError("a classifier writes no answers; leave exact and extract out")
+    classes = None
+    if loaded.task is TaskType.SEQ_CLS:
+        classes = _classes(loaded, rows)
+        if exact or extract is not None:
+            raise ConfigError("a classifier writes no answers; leave exact and extract out")
     encoder = Encoder(loaded.tokenizer, max_length, loss_on=loss_on, template_file=template_file, labels=classes)
-    pairs = [(row, encoded) for row in rows for encoded in encoder.encode([row])]
-    if not pairs:
+    judged: list[Example] = []
+    encoded: list[Encoded] = []
+    for row in rows:
+        for encoded_row in encoder.encode([row]):  # one, or none if nothing in the row can be judged
+            judged.append(row)
+            encoded.append(encoded_row)
+    if not judged:
         raise DataError(f"none of the {len(rows)} rows has a token to judge; is there an answer, and room for it?")
-    run = _Run(loaded, batch_size, progress, Evaluation(len(pairs), encoder.account))
+    run = _Run(loaded, batch_size, progress, Evaluation(len(judged), encoder.account))
     if classes is not None:
-        run.classify(pairs, classes)
-        return run.found
+        run.classify(judged, encoded, classes)
+        return run.evaluation
     judges = _judges(exact, extract)
-    asked = [(row, *encoder.asked(row)) for row in rows] if judges else []
-    writer = Writer(loaded, sampling or Sampling(), template_file=template_file) if judges else None
-    _check_asked(asked, judges, writer)
-    run.losses([encoded for _, encoded in pairs])
-    if writer is not None:
-        run.answer(writer, asked, judges)
-    return run.found
+    if not judges:
+        run.losses(encoded)
+        return run.evaluation
+    questions = [_Question(row, *encoder.asked(row)) for row in rows]
+    writer = Writer(loaded, sampling or Sampling(), template_file=template_file)
+    _check_questions(questions, judges, writer)
+    run.losses(encoded)
+    run.answer(writer, questions, judges)
+    return run.evaluation
 
 
-Asked = tuple[Example, list[int], str]
-"""A row, the tokens of its prompt, and the answer that is right."""
+class _Question(NamedTuple):
+    """A row to be answered."""
+
+    row: Example
+    prompt: list[int]
+    """Its tokens."""
+    answer: str
+    """The right answer."""
+
+
 Judges = dict[str, Callable[[str], str | None]]
-"""What of an answer is compared, by the name of the measure."""
+"""By the name of the measure, a function that finds in an answer the part to compare."""
 
 
 @dataclass
 class _Run:
-    """One evaluation under way."""
+    """An evaluation in progress."""
 
     loaded: Loaded
     batch_size: int
     progress: Progress
-    found: Evaluation
+    evaluation: Evaluation
 
     def losses(self, encoded: list[Encoded]) -> None:
-        """Loss, perplexity and token accuracy of each model over all judged tokens."""
+        """Compute the loss, perplexity and token accuracy of each model over all judged tokens."""
         for name in self.loaded.names:
             total, count, hits, _ = self._sums(name, encoded).sum(0).tolist()
             loss = total / count
-            shown = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": hits / count}
-            self.found.results[name] = shown
+            self.evaluation.results[name] = {
+                "loss": loss,
+                "perplexity": math.exp(min(loss, 700.0)),
+                "token_accuracy": hits / count,
+            }
 
-    def classify(self, pairs: list[tuple[Example, Encoded]], classes: list[str]) -> None:
-        """Loss, accuracy and macro F1 of each classifier; of one without classes of its own, of the commonest class."""
-        encoded = [own for _, own in pairs]
-        wanted = [own["labels"] for own in encoded]
-        said: dict[str, list[int]] = {}
+    def classify(self, rows: list[Example], encoded: list[Encoded], classes: list[str]) -> None:
+        """Compute the loss, accuracy and macro F1 of each classifier.
+
+        A base model without a trained classifier is replaced by the prediction of the most frequent class.
+        """
+        results = self.evaluation.results
+        wanted = [row["labels"] for row in encoded]
+        predictions: dict[str, list[int]] = {}
+        names = self.loaded.names
         if not self.loaded.base_is_whole:
-            said[MAJORITY] = [Counter(sorted(wanted)).most_common(1)[0][0]] * len(wanted)
-            self.found.results[MAJORITY] = {}
-        for name in self.loaded.names if self.loaded.base_is_whole else self.loaded.adapters:
+            names = self.loaded.adapters
+            most_frequent, _ = Counter(sorted(wanted)).most_common(1)[0]
+            predictions[MAJORITY] = [most_frequent] * len(wanted)
+            results[MAJORITY] = {}
+        for name in names:
             sums = self._sums(name, encoded)
-            said[name] = sums[:, 3].long().tolist()
-            self.found.results[name] = {"loss": float(sums[:, 0].mean())}
-        for name, predicted in said.items():
+            predictions[name] = sums[:, 3].long().tolist()
+            results[name] = {"loss": float(sums[:, 0].mean())}
+        for name, predicted in predictions.items():
             hits = sum(p == w for p, w in zip(predicted, wanted, strict=True))
-            self.found.results[name] |= {"accuracy": hits / len(wanted), "macro_f1": macro_f1(predicted, wanted)}
-        for i, (row, _) in enumerate(pairs):
-            answers = {name: classes[predicted[i]] for name, predicted in said.items()}
-            self.found.records.append({"place": row.place, "text": row.text, "wanted": row.label, "answers": answers})
+            results[name]["accuracy"] = hits / len(wanted)
+            results[name]["macro_f1"] = macro_f1(predicted, wanted)
+        for i, row in enumerate(rows):
+            answers = {name: classes[predicted[i]] for name, predicted in predictions.items()}
+            record = {"place": row.place, "text": row.text, "wanted": row.label, "answers": answers}
+            self.evaluation.records.append(record)
 
-    def answer(self, writer: Writer, asked: list[Asked], judges: Judges) -> None:
+    def answer(self, writer: Writer, questions: list[_Question], judges: Judges) -> None:
         """Let each model write answers, and judge them."""
-        self.found.records = [
-            {"place": row.place, "prompt": writer.tokenizer.decode(ids), "wanted": right, "answers": {}}
-            for row, ids, right in asked
-        ]
+        records = []
+        for row, prompt, right in questions:
+            text = writer.tokenizer.decode(prompt)
+            records.append({"place": row.place, "prompt": text, "wanted": right, "answers": {}})
+        self.evaluation.records = records
         for name in self.loaded.names:
-            hits, unfinished = Counter(dict.fromkeys(judges, 0)), 0
-            for i, answer in self._written(writer, name, asked):
-                right = asked[i][2]
-                verdicts = {measure: same(part(answer.text), part(right) or "") for measure, part in judges.items()}
-                self.found.records[i]["answers"][name] = {"text": answer.text, "ended": answer.ended, **verdicts}
-                hits.update(measure for measure, is_right in verdicts.items() if is_right)
-                unfinished += not answer.ended
-            shares = {measure: count / len(asked) for measure, count in hits.items()}
-            self.found.results[name] |= shares | {"unfinished": unfinished / len(asked)}
+            self._answer_as(name, writer, questions, judges)
 
-    def _written(self, writer: Writer, name: str, asked: list[Asked]) -> Iterator[tuple[int, Any]]:
-        """(row, answer), batch by batch."""
+    def _answer_as(self, name: str, writer: Writer, questions: list[_Question], judges: Judges) -> None:
+        """Let one model write answers, and judge them."""
+        hits = dict.fromkeys(judges, 0)
+        unfinished = 0
+        for i, answer in self._written(writer, name, questions):
+            right = questions[i].answer
+            record = {"text": answer.text, "ended": answer.ended}
+            for measure, part in judges.items():
+                is_right = same(part(answer.text), part(right) or "")
+                record[measure] = is_right
+                hits[measure] += is_right
+            unfinished += not answer.ended
+            self.evaluation.records[i]["answers"][name] = record
+        result = self.evaluation.results[name]
+        for measure, count in hits.items():
+            result[measure] = count / len(questions)
+        result["unfinished"] = unfinished / len(questions)
+
+    def _written(self, writer: Writer, name: str, questions: list[_Question]) -> Iterator[tuple[int, Answer]]:
+        """Yield (index of the question, answer) for all questions, batch by batch."""
         done = 0
-        for batch in _batches([len(ids) for _, ids, _ in asked], self.batch_size):
-            facts = {key: torch.tensor([asked[i][0].facts[key] for i in batch]) for key in asked[batch[0]][0].facts}
-            yield from zip(batch, writer.write([name], [asked[i][1] for i in batch], facts=facts), strict=True)
+        for indices in _batches([len(question.prompt) for question in questions], self.batch_size):
+            batch = [questions[i] for i in indices]
+            facts = {}
+            for key in batch[0].row.facts:
+                facts[key] = torch.tensor([question.row.facts[key] for question in batch])
+            answers = writer.write([name], [question.prompt for question in batch], facts=facts)
+            yield from zip(indices, answers, strict=True)
             done += len(batch)
-            self.progress(f"{name} writes", done, len(asked))
+            self.progress(f"{name} writes", done, len(questions))
 
     @torch.no_grad()
     def _sums(self, name: str, encoded: list[Encoded]) -> Tensor:
-        """(rows, 4): each row's summed loss, judged tokens, hits, and the likeliest class where it has one."""
-        from ..data.collate import token_sums
-
-        device, collate = next(self.loaded.model.parameters()).device, Collator(pad_of(self.loaded.tokenizer))
-        sums, done = torch.zeros(len(encoded), 4, dtype=torch.float64), 0
+        """Per row, (rows, 4): the summed loss, the judged tokens, how many were right, and the likeliest class."""
+        model = self.loaded.model
+        device = next(model.parameters()).device
+        collate = Collator(pad_of(self.loaded.tokenizer))
+        sums = torch.zeros(len(encoded), 4, dtype=torch.float64)
+        done = 0
         with self.loaded.running(name):
-            for batch in _batches([len(row["input_ids"]) for row in encoded], self.batch_size):
-                inputs = {key: t.to(device) for key, t in collate([encoded[i] for i in batch]).items()}
-                logits = self.loaded.model(**inputs).logits
-                sums[batch, :3] = token_sums(logits, inputs["labels"]).double().cpu()
-                sums[batch, 3] = logits.argmax(-1).double().cpu() if logits.dim() == 2 else 0.0
-                done += len(batch)
+            for indices in _batches([len(row["input_ids"]) for row in encoded], self.batch_size):
+                batch = collate([encoded[i] for i in indices])
+                inputs = {key: tensor.to(device) for key, tensor in batch.items()}
+                logits = model(**inputs).logits
+                sums[indices, :3] = token_sums(logits, inputs["labels"]).double().cpu()
+                if logits.dim() == 2:  # (batch, classes)
+                    sums[indices, 3] = logits.argmax(-1).double().cpu()
+                done += len(indices)
                 self.progress(name, done, len(encoded))
         return sums
 
 
 def _batches(lengths: list[int], size: int) -> Iterator[list[int]]:
-    """Rows of like length together, the longest first: what does not fit into memory shows at once."""
+    """Yield the indices of rows of similar length, the longest first: a lack of memory shows in the first batch."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for start in range(0, len(order), size):
         yield order[start : start + size]
 
 
 def _classes(loaded: Loaded, rows: Sequence[Example]) -> list[str]:
-    """The classes in order; where nothing names them, the data must give their numbers."""
+    """The classes in order. If the model does not name them, the data must use their numbers."""
     if loaded.labels is not None:
         return loaded.labels
     numbers = [str(i) for i in range(loaded.model.num_labels)]
@@ -247,36 +301,43 @@ def _classes(loaded: Loaded, rows: Sequence[Example]) -> list[str]:
 
 
 def _judges(exact: bool, extract: str | None) -> Judges:
-    found: Judges = {"exact_match": lambda text: text} if exact else {}
-    return found | ({} if extract is None else {"extracted_match": Extract(extract)})
+    judges: Judges = {}
+    if exact:
+        judges["exact_match"] = lambda text: text
+    if extract is not None:
+        judges["extracted_match"] = Extract(extract)
+    return judges
 
 
-def _check_asked(asked: list[Asked], judges: Judges, writer: Writer | None) -> None:
-    """Raise before anything runs where a right answer cannot be found, or a prompt is too long."""
-    for row, ids, right in asked:
+def _check_questions(questions: list[_Question], judges: Judges, writer: Writer) -> None:
+    """Raise, before any model runs, if a right answer has no part to compare or a prompt is too long."""
+    for row, prompt, right in questions:
         if any(part(right) is None for part in judges.values()):
             raise DataError(f"{row.place}: extract finds nothing in the answer that is right, {shortened(right)}")
-        assert writer is not None
-        writer.check_room(len(ids), row.place)
+        writer.check_room(len(prompt), row.place)
 
 
 def shortened(text: str, most: int = 60) -> str:
+    """The text in quotes, without its middle if it is longer than `most`."""
     text = repr(text)
-    return text if len(text) <= most else text[: most // 2] + "..." + text[-most // 2 :]
+    if len(text) <= most:
+        return text
+    return text[: most // 2] + "..." + text[-most // 2 :]
 
 
 PADDING = re.compile(r"^[\s$€£]+|[\s.]+$")
+"""Characters around a number that do not count when answers are compared."""
 
 
 class Extract:
-    """Finds an answer in a text: the last match of a pattern.
+    """Finds an answer in a text by the last match of a pattern.
 
     Args:
-        pattern: a regular expression. Its first group is the answer; without a group, what follows the match on its
-            line is ("####" finds the 18 of "#### 18").
+        pattern: a regular expression. The answer is its first group or, without a group, the rest of the line after the
+            match ("####" finds the 18 of "#### 18").
 
     Raises:
-        ConfigError: it is no regular expression.
+        ConfigError: `pattern` is not a regular expression.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -286,33 +347,40 @@ class Extract:
             raise ConfigError(f"extract = {pattern!r} is no regular expression: {error}") from None
 
     def __call__(self, text: str) -> str | None:
-        found = list(self.pattern.finditer(text))
-        if not found:
+        matches = list(self.pattern.finditer(text))
+        if not matches:
             return None
-        after = text[found[-1].end() :].partition("\n")[0]
-        return (found[-1].group(1) or "" if self.pattern.groups else after).strip()
+        last = matches[-1]
+        if not self.pattern.groups:
+            rest_of_line, _, _ = text[last.end() :].partition("\n")
+            return rest_of_line.strip()
+        answer = last.group(1) or ""
+        return answer.strip()
 
 
 def same(answer: str | None, wanted: str) -> bool:
-    """Whether two answers agree: as numbers (1,000 is 1000.0, and $18. is 18), else word by word."""
+    """Whether two answers agree: as numbers if both are (1,000 is 1000.0, and $18. is 18), otherwise word by word."""
     if answer is None:
         return False
-    numbers = _number(answer), _number(wanted)
-    if None not in numbers:
-        return numbers[0] == numbers[1]
+    number = _number(answer)
+    wanted_number = _number(wanted)
+    if number is not None and wanted_number is not None:
+        return number == wanted_number
     return answer.split() == wanted.split()
 
 
 def _number(text: str) -> Decimal | None:
+    """The number that a text consists of, None if it is another text."""
+    digits = PADDING.sub("", text).replace(",", "")
     try:
-        found = Decimal(PADDING.sub("", text).replace(",", ""))
+        number = Decimal(digits)
     except InvalidOperation:
         return None
-    return found if found.is_finite() else None
+    return number if number.is_finite() else None
 
 
 def macro_f1(predicted: list[int], wanted: list[int]) -> float:
-    """The mean over classes of F1, the harmonic mean of precision and recall; classes that occur in either count."""
+    """The mean of F1 (the harmonic mean of precision and recall) over all classes that are predicted or wanted."""
     scores = []
     for label in {*predicted, *wanted}:
         hits = sum(p == w == label for p, w in zip(predicted, wanted, strict=True))

@@ -1,9 +1,9 @@
-"""Answers of a base model and of adapters on it, each alone or several in one batch."""
+"""Generate answers with a base model and its adapters, one at a time or several in one batch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,44 +26,45 @@ class Sampling:
 
     max_new_tokens: int = 256
     temperature: float = 0.0
-    """0: always the likeliest token."""
+    """0 always takes the likeliest token."""
     top_p: float = 1.0
-    """Choose among the likeliest tokens that together have this probability."""
+    """Sample from the likeliest tokens that together have this probability."""
     top_k: int = 0
-    """Choose among so many of the likeliest tokens; 0: among all."""
+    """Sample from this many of the likeliest tokens; 0 samples from all."""
     repetition_penalty: float = 1.0
-    """Above 1: tokens that have occurred become less likely."""
+    """Above 1, tokens that have occurred become less likely."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        bounds = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
-            "temperature": (self.temperature >= 0, "0 or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "top_k": (self.top_k >= 0, "0 or more"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
-        }
-        for name, (is_legal, bound) in bounds.items():
-            if not is_legal:
-                raise ConfigError(f"{name} = {getattr(self, name)} must be {bound}")
+        self._check("max_new_tokens", self.max_new_tokens >= 1, "1 or more")
+        self._check("temperature", self.temperature >= 0, "0 or more")
+        self._check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        self._check("top_k", self.top_k >= 0, "0 or more")
+        self._check("repetition_penalty", self.repetition_penalty > 0, "above 0")
         if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
             raise ConfigError("top_p and top_k choose among tokens at random, which temperature = 0 does not")
+
+    def _check(self, name: str, is_legal: bool, bound: str) -> None:
+        if not is_legal:
+            raise ConfigError(f"{name} = {getattr(self, name)} must be {bound}")
 
 
 @dataclass(frozen=True)
 class Answer:
+    """The answer of a model to a prompt."""
+
     text: str
     tokens: int
     ended: bool
-    """The model came to its end; False: it was stopped before."""
+    """The model ended the answer itself; otherwise it was cut or stopped."""
 
 
 class Writer:
-    """Writes answers.
+    """Writes answers with a base model and its adapters.
 
     Args:
-        template_file: a chat template to use in place of the tokenizer's.
-        raw: prompts go in as they stand, without a chat template.
+        template_file: a chat template to use instead of the tokenizer's.
+        raw: use prompts as they are, without a chat template.
 
     Raises:
         ConfigError: the model is a classifier.
@@ -74,20 +75,25 @@ class Writer:
     ) -> None:
         if loaded.task is not TaskType.CAUSAL_LM:
             raise ConfigError(f"{', '.join(loaded.adapters)}: an adapter for {loaded.task.value} writes no text")
-        own = Path(template_file).read_text(encoding="utf-8") if template_file else loaded.tokenizer.chat_template
-        self.loaded, self.sampling, self.tokenizer = loaded, sampling, loaded.tokenizer
-        self.template = Template(loaded.tokenizer, own) if own and not raw else None
+        self.loaded = loaded
+        self.sampling = sampling
+        self.tokenizer = loaded.tokenizer
+        template = loaded.tokenizer.chat_template
+        if template_file:
+            template = Path(template_file).read_text(encoding="utf-8")
+        self.template = Template(loaded.tokenizer, template) if template and not raw else None
         self.pad = pad_of(loaded.tokenizer)
         self.stops = self._stops()
 
     def tokens(self, messages: Sequence[Message], place: str = "the prompt") -> list[int]:
-        """What the model is given: the conversation in its chat template, or a lone text as it stands.
+        """The tokens of a prompt: a conversation in the chat template, or a single text as it is.
 
         Raises:
-            DataError: there is nothing in it, or the template refuses it.
+            DataError: the prompt is empty, or the template refuses it.
         """
         if self.template is not None:
-            ids = self.tokenizer(self.template.prompt(place, messages), add_special_tokens=False).input_ids
+            text = self.template.prompt(place, messages)
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids
         elif [m["role"] for m in messages] == ["user"]:
             ids = self.tokenizer(messages[0]["content"]).input_ids
         else:
@@ -97,16 +103,20 @@ class Writer:
         return list(ids)
 
     def together(self, names: Sequence[str]) -> list[list[str]]:
-        """The names in groups that may share a batch.
+        """The names in groups whose answers can be written in one batch.
 
-        A learned prompt lengthens every row, so it gets a batch of its own; and where tokens are drawn at random,
-        rows of one batch would change each other's draws.
+        A prompt method lengthens every row, so it gets its own batch. If tokens are sampled, every name gets its own
+        batch, because the rows of a batch change each other's random draws.
         """
         if self.sampling.temperature > 0:
             return [[name] for name in names]
         prompts = self.loaded.model._state.prompts if self.loaded.adapters else ()
         mixed = [name for name in names if name not in prompts]
-        return [group for group in (mixed, *([name] for name in names if name in prompts)) if group]
+        groups = [mixed] if mixed else []
+        for name in names:
+            if name in prompts:
+                groups.append([name])
+        return groups
 
     def write(
         self,
@@ -120,34 +130,39 @@ class Writer:
         """The answers to a batch of prompts.
 
         Args:
-            names: who answers each row; one for all, or several that go together.
-            facts: what the adapters' methods want to know, a value for each row.
-            streamer: gets the tokens as they come.
-            criteria: further reasons to stop, as `generate` takes them.
+            names: the model for each row: one name for all rows, or one per row from a group of `together`.
+            facts: arguments of the adapters' methods, with one value per row.
+            streamer: gets the tokens while they are generated.
+            criteria: further stopping criteria for `generate`.
 
         Raises:
             DataError: a prompt and its answer are longer than the model can read.
         """
         self.check_room(max(map(len, prompts)))
         ids, mask = self._padded(prompts)
-        same = len(set(names)) == 1
-        rows = {} if same else {"adapter_names": [BASE_ROW if name == BASE else name for name in names]}
+        arguments = dict(facts or {})
+        running: AbstractContextManager[Any] = nullcontext()
+        if len(set(names)) == 1:
+            running = self.loaded.running(names[0])
+        else:
+            arguments["adapter_names"] = [BASE_ROW if name == BASE else name for name in names]
         torch.manual_seed(self.sampling.seed)
-        with self.loaded.running(names[0]) if same else nullcontext():
-            found = self.loaded.model.generate(
+        with running:
+            sequences = self.loaded.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=self._settings(),
                 streamer=streamer,
                 stopping_criteria=criteria,
-                **rows,
-                **(facts or {}),
+                **arguments,
             )
-        return [self._answer(row) for row in found[:, ids.shape[1] :].tolist()]
+        new_tokens = sequences[:, ids.shape[1] :].tolist()
+        return [self._answer(row) for row in new_tokens]
 
     def check_room(self, length: int, place: str = "the prompt") -> None:
         """Raise unless a prompt of `length` tokens and its answer fit into what the model can read."""
-        most = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        config = self.loaded.model.config.get_text_config()
+        most = getattr(config, "max_position_embeddings", None)
         if most is not None and length + self.sampling.max_new_tokens > most:
             raise DataError(
                 f"{place}: {length} tokens of a prompt and {self.sampling.max_new_tokens} new ones are more than the "
@@ -155,54 +170,77 @@ class Writer:
             )
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """(batch, length) ids, filled up on the left, and their mask."""
-        longest, device = max(map(len, prompts)), next(self.loaded.model.parameters()).device
-        ids = torch.tensor([[*[self.pad] * (longest - len(row)), *row] for row in prompts], device=device)
-        lengths = torch.tensor([len(row) for row in prompts], device=device)
-        return ids, (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
+        """Prompts padded on the left, (batch, length), and their attention mask."""
+        longest = max(map(len, prompts))
+        ids = []
+        mask = []
+        for prompt in prompts:
+            padding = longest - len(prompt)
+            ids.append([self.pad] * padding + list(prompt))
+            mask.append([0] * padding + [1] * len(prompt))
+        device = next(self.loaded.model.parameters()).device
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
     def _settings(self) -> Any:
         from transformers import GenerationConfig
 
-        own = self.sampling
-        draw = {"temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k} if own.temperature else {}
+        sampling = self.sampling
+        settings: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature > 0:
+            settings = {
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+            }
         return GenerationConfig(
-            max_new_tokens=own.max_new_tokens,
-            do_sample=own.temperature > 0,
-            **draw,
-            repetition_penalty=own.repetition_penalty,
+            max_new_tokens=sampling.max_new_tokens,
+            repetition_penalty=sampling.repetition_penalty,
             eos_token_id=sorted(self.stops) or None,
             pad_token_id=self.pad,
+            **settings,
         )
 
     def _stops(self) -> set[int]:
-        """The model's own end tokens, the tokenizer's, and the one that ends an answer in the chat template."""
-        own = self.loaded.model.generation_config.eos_token_id
-        stop = self.template.stop() if self.template is not None else None
-        found = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-        found |= {self.tokenizer.convert_tokens_to_ids(stop)} if stop else set()
-        return found - {None}
+        """The end tokens of the model and the tokenizer, and the one that ends an answer in the chat template."""
+        stops = {self.tokenizer.eos_token_id}
+        model_stops = self.loaded.model.generation_config.eos_token_id
+        if isinstance(model_stops, list):
+            stops.update(model_stops)
+        else:
+            stops.add(model_stops)
+        template_stop = None
+        if self.template is not None:
+            template_stop = self.template.stop()
+        if template_stop:
+            stops.add(self.tokenizer.convert_tokens_to_ids(template_stop))
+        return stops - {None}
 
     def _answer(self, tokens: list[int]) -> Answer:
+        """The answer in generated tokens: those before the first end token."""
         end = next((i for i, token in enumerate(tokens) if token in self.stops), None)
-        own = tokens[:end]
-        return Answer(self.tokenizer.decode(own, skip_special_tokens=True), len(own), end is not None)
+        tokens = tokens[:end]
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return Answer(text, len(tokens), end is not None)
 
 
 @dataclass
 class Turn:
+    """A question of a conversation and the answers to it."""
+
     question: str
     answers: dict[str, str]
-    """By the name of who answered."""
+    """Texts by the name of the model."""
 
     def said_by(self, name: str) -> str:
-        """The answer of one; of another where it was not asked."""
-        return self.answers.get(name, next(iter(self.answers.values())))
+        """The answer of a model, or that of the first model if this one was not asked."""
+        first = next(iter(self.answers.values()))
+        return self.answers.get(name, first)
 
 
 @dataclass
 class Conversation:
-    """What was said so far."""
+    """A conversation with one or several models, which each see their own answers."""
 
     writer: Writer
     system: str | None = None
@@ -210,22 +248,29 @@ class Conversation:
     turns: list[Turn] = field(default_factory=list)
 
     def messages(self, name: str, question: str) -> list[Message]:
-        """What one is asked now, with what went before."""
-        found = [{"role": "system", "content": self.system}] if self.system else []
+        """The conversation so far as a model sees it, and the next question."""
+        messages = []
+        if self.system:
+            messages.append({"role": "system", "content": self.system})
         for turn in self.turns:
-            found.append({"role": "user", "content": turn.question})
-            found.append({"role": "assistant", "content": turn.said_by(name)})
-        return [*found, {"role": "user", "content": question}]
+            messages.append({"role": "user", "content": turn.question})
+            messages.append({"role": "assistant", "content": turn.said_by(name)})
+        messages.append({"role": "user", "content": question})
+        return messages
 
     def prompts(self, names: list[str], question: str) -> dict[str, list[int]]:
-        """The tokens that each is given.
+        """The tokens of the conversation and the next question for each model.
 
         Raises:
-            DataError: the chat template refuses the conversation, or it has grown too long.
+            DataError: the chat template refuses the conversation, or it has become too long.
         """
-        found = {name: self.writer.tokens(self.messages(name, question), "the conversation") for name in names}
-        self.writer.check_room(max(map(len, found.values())), "the conversation")
-        return found
+        prompts: dict[str, list[int]] = {}
+        for name in names:
+            messages = self.messages(name, question)
+            prompts[name] = self.writer.tokens(messages, "the conversation")
+        longest = max(map(len, prompts.values()))
+        self.writer.check_room(longest, "the conversation")
+        return prompts
 
     def add(self, question: str, answers: dict[str, str]) -> None:
         self.turns.append(Turn(question, answers))

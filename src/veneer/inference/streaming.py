@@ -1,4 +1,4 @@
-"""Answers shown while they are written: one as running text, several in columns."""
+"""Show answers while they are generated: one as running text, several side by side in columns."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from transformers.generation.streamers import BaseStreamer
 from .generation import Answer, Writer
 
 NARROW = 32
-"""A column of fewer characters is hard to read; the answers then stand one below the other."""
+"""Minimum width of a column in characters. On a narrower terminal, answers are shown one below the other."""
 COLOURS = ("white", "cyan", "magenta", "yellow", "green", "blue")
+"""Colours of the columns, in order."""
 
 
 class Running(TextStreamer):
-    """One answer, word by word, to a file."""
+    """Prints one answer to a file, word by word."""
 
     def __init__(self, tokenizer: Any, to: IO[str] | None = None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -37,10 +38,12 @@ class Running(TextStreamer):
 
 
 class Columns:
-    """Several answers side by side on a terminal, each growing in a column of its own."""
+    """Several answers side by side on a terminal, each in a growing column."""
 
     def __init__(self, names: Sequence[str], tokenizer: Any, stops: set[int], console: Console) -> None:
-        self.tokenizer, self.stops, self.console = tokenizer, stops, console
+        self.tokenizer = tokenizer
+        self.stops = stops
+        self.console = console
         self.tokens: dict[str, list[int]] = {name: [] for name in names}
         self.notes: dict[str, str] = {}
 
@@ -59,21 +62,23 @@ class Columns:
         return grid
 
     def _panel(self, name: str, colour: str) -> Panel:
-        text = self.tokenizer.decode(self.tokens[name], skip_special_tokens=True).removesuffix("\ufffd")
-        note = self.notes.get(name)
-        return Panel(Text(text), title=Text(name, style=f"bold {colour}"), subtitle=note, border_style=colour)
+        text = self.tokenizer.decode(self.tokens[name], skip_special_tokens=True)
+        text = text.removesuffix("\ufffd")  # the beginning of a character of several tokens
+        title = Text(name, style=f"bold {colour}")
+        return Panel(Text(text), title=title, subtitle=self.notes.get(name), border_style=colour)
 
 
 class Rows(BaseStreamer):
-    """The tokens of a batch, dealt out to columns."""
+    """A streamer that distributes the tokens of a batch to columns."""
 
     def __init__(self, columns: Columns, names: Sequence[str]) -> None:
-        self.columns, self.names = columns, names
+        self.columns = columns
+        self.names = names
         self.done = [False] * len(names)
         self.is_prompt = True
 
     def put(self, value: torch.Tensor) -> None:
-        """The prompts, (batch, length), and then (batch,) at each step."""
+        """Receive the prompts, (batch, length), in the first call, and one token per row, (batch,), in all others."""
         if self.is_prompt:
             self.is_prompt = False
             return
@@ -87,7 +92,7 @@ class Rows(BaseStreamer):
 
 
 class Interrupt(StoppingCriteria):
-    """Ctrl-C ends the answer under way; a second one ends what is around it."""
+    """Stops the current answer at Ctrl-C; a second Ctrl-C raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.wanted = False
@@ -97,7 +102,7 @@ class Interrupt(StoppingCriteria):
 
     @contextmanager
     def listening(self) -> Any:
-        """Inside, Ctrl-C sets `wanted`."""
+        """Inside the block, Ctrl-C sets `wanted`."""
         before = signal.signal(signal.SIGINT, self._note)
         try:
             yield StoppingCriteriaList([self])
@@ -114,7 +119,9 @@ def note(answer: Answer, most: int) -> str:
     """How an answer ended, in a few words."""
     if answer.ended:
         return f"{answer.tokens} tokens"
-    return f"cut at {most} tokens" if answer.tokens >= most else f"stopped after {answer.tokens} tokens"
+    if answer.tokens >= most:
+        return f"cut at {most} tokens"
+    return f"stopped after {answer.tokens} tokens"
 
 
 def show(
@@ -125,32 +132,33 @@ def show(
     criteria: Any = None,
     headings: bool = True,
 ) -> dict[str, Answer]:
-    """Write the answers of several and show them as they come: in columns on a terminal, else one after the other.
+    """Generate and show the answers of several models: in columns on a terminal, otherwise one after the other.
 
     Args:
-        prompts: what each of them answers, by name.
-        console: of the place where answers go.
-        headings: say whose answer it is also where there is one alone.
+        prompts: the tokens for each model, by its name.
+        console: where the answers are shown.
+        headings: show the name of the model even if there is only one.
     """
     if len(prompts) > 1 and console.is_terminal:
         return _in_columns(writer, prompts, console, criteria)
-    found: dict[str, Answer] = {}
+    answers: dict[str, Answer] = {}
     for name, prompt in prompts.items():
         if len(prompts) > 1 or headings:
             console.print(Text(f"== {name} ==", style="bold"))
         streamer = Running(writer.tokenizer, console.file)
-        found[name] = writer.write([name], [prompt], streamer=streamer, criteria=criteria)[0]
-    return found
+        [answer] = writer.write([name], [prompt], streamer=streamer, criteria=criteria)
+        answers[name] = answer
+    return answers
 
 
 def _in_columns(writer: Writer, prompts: dict[str, list[int]], console: Console, criteria: Any) -> dict[str, Answer]:
     columns = Columns(list(prompts), writer.tokenizer, writer.stops, console)
-    found: dict[str, Answer] = {}
+    answers: dict[str, Answer] = {}
     with Live(columns, console=console, refresh_per_second=8):
         for names in writer.together(list(prompts)):
-            rows = [prompts[name] for name in names]
-            answers = writer.write(names, rows, streamer=columns.rows(names), criteria=criteria)
-            for name, answer in zip(names, answers, strict=True):
-                found[name] = answer
+            batch = [prompts[name] for name in names]
+            batch_answers = writer.write(names, batch, streamer=columns.rows(names), criteria=criteria)
+            for name, answer in zip(names, batch_answers, strict=True):
+                answers[name] = answer
                 columns.notes[name] = note(answer, writer.sampling.max_new_tokens)
-    return {name: found[name] for name in prompts}
+    return {name: answers[name] for name in prompts}

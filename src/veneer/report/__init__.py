@@ -1,4 +1,5 @@
-"""What is said about an adapter or a run: inspection, comparison, deployment, forecasts, the environment.
+"""Information about adapters and runs: inspection, comparison, deployment, forecasts and the environment.
 
-Everything here returns data; `cli` prints it.
+May import any package below it, and `train` for recipes. The functions return data; `cli` prints it. Start with
+`inspection.py`.
 """

@@ -1,11 +1,11 @@
-"""Two adapters side by side: where their configs and tensors differ, and how far their updates point apart."""
+"""Compare two adapters: differences of their configs and tensors, and the angles between their updates."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from .inspection import pair_at, place, scaling_at
 
 @dataclass(frozen=True)
 class Changed:
-    """A tensor that both files hold, with other values."""
+    """A tensor with different values in the two files."""
 
     key: str
     relative: float
@@ -28,7 +28,7 @@ class Changed:
 
 @dataclass(frozen=True)
 class Angle:
-    """Two low-rank updates of one module."""
+    """The angle between two low-rank updates of a module."""
 
     path: str
     cosine: float
@@ -37,17 +37,24 @@ class Angle:
 
 @dataclass(frozen=True)
 class Difference:
+    """The difference between two adapters."""
+
     fields: dict[str, tuple[Any, Any]]
+    """Config fields that differ, with their two values."""
     only_first: list[str]
+    """Keys of tensors that only the first file has."""
     only_second: list[str]
+    """Keys of tensors that only the second file has."""
     other_shape: list[str]
+    """Keys of tensors whose shapes differ, with the shapes."""
     changed: list[Changed]
     same: int
-    """Tensors that are equal, bit for bit."""
+    """Number of tensors that are equal bit for bit."""
     angles: list[Angle]
 
     @property
     def is_none(self) -> bool:
+        """Whether the adapters are equal."""
         return not (self.fields or self.only_first or self.only_second or self.other_shape or self.changed)
 
     def as_dict(self) -> dict[str, Any]:
@@ -58,29 +65,49 @@ def diff(first: str | Path, second: str | Path) -> Difference:
     """Compare two adapter directories.
 
     Raises:
-        CheckpointError: one cannot be read, or holds values that are not finite.
+        CheckpointError: an adapter cannot be read, or has values that are not finite.
     """
-    configs = [Config.from_pretrained(source) for source in (first, second)]
-    a, b = (checkpoint.read(source)[0] for source in (first, second))
-    common = [key for key in a if key in b]
-    alike = [key for key in common if a[key].shape == b[key].shape]
-    changed = [Changed(key, _relative(a[key], b[key])) for key in alike if not _equal(a[key], b[key])]
+    first_config = Config.from_pretrained(first)
+    second_config = Config.from_pretrained(second)
+    first_tensors, _ = checkpoint.read(first)
+    second_tensors, _ = checkpoint.read(second)
+    other_shape: list[str] = []
+    changed: list[Changed] = []
+    same = 0
+    for key, a in first_tensors.items():
+        b = second_tensors.get(key)
+        if b is None:
+            continue
+        if a.shape != b.shape:
+            other_shape.append(f"{key}: {list(a.shape)} and {list(b.shape)}")
+        elif _equal(a, b):
+            same += 1
+        else:
+            changed.append(Changed(key, _relative(a, b)))
+    first_side = _Side(Path(find_weights(first)), first_config, set(first_tensors))
+    second_side = _Side(Path(find_weights(second)), second_config, set(second_tensors))
+    angles = list(_angles(first_side, second_side))
     return Difference(
-        fields=dict(_fields(*configs)),
-        only_first=sorted(a.keys() - b.keys()),
-        only_second=sorted(b.keys() - a.keys()),
-        other_shape=[f"{k}: {list(a[k].shape)} and {list(b[k].shape)}" for k in common if k not in alike],
+        fields=_fields(first_config, second_config),
+        only_first=sorted(first_side.keys - second_side.keys),
+        only_second=sorted(second_side.keys - first_side.keys),
+        other_shape=other_shape,
         changed=changed,
-        same=len(alike) - len(changed),
-        angles=list(_angles([Path(find_weights(s)) for s in (first, second)], configs, set(a), set(b))),
+        same=same,
+        angles=angles,
     )
 
 
-def _fields(a: Config, b: Config) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    left, right = a.to_dict(), b.to_dict()
-    for name in sorted(left.keys() | right.keys()):
-        if left.get(name) != right.get(name):
-            yield name, (left.get(name), right.get(name))
+def _fields(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+    """The fields that differ, with their values in both configs."""
+    first = a.to_dict()
+    second = b.to_dict()
+    differing = {}
+    for name in sorted(first.keys() | second.keys()):
+        values = first.get(name), second.get(name)
+        if values[0] != values[1]:
+            differing[name] = values
+    return differing
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -88,24 +115,58 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
-    a, b = a.double(), b.double()
+    a = a.double()
+    b = b.double()
     return float((a - b).norm() / a.norm().clamp_min(1e-300))
 
 
-def _angles(files: list[Path], configs: list[Config], a: set[str], b: set[str]) -> Iterator[Angle]:
-    for path in dict.fromkeys(place(key)[0] for key in sorted(a & b)):
-        own = [{key for key in keys if place(key)[0] == path} for keys in (a, b)]
-        pairs = [pair for file, keys in zip(files, own, strict=True) if (pair := pair_at(file, path, keys)) is not None]
-        if len(pairs) < 2 or any(
-            x.shape[d] != y.shape[d] for d, (x, y) in zip((1, 0), zip(*pairs, strict=True), strict=True)
-        ):
+class _Side(NamedTuple):
+    """One of the two adapters."""
+
+    file: Path
+    config: Config
+    keys: set[str]
+
+    def update(self, path: str) -> Pair | None:
+        """A and B of a module with the scaling in B; None if it has no low-rank update."""
+        keys = {key for key in self.keys if place(key)[0] == path}
+        pair = pair_at(self.file, path, keys)
+        if pair is None:
+            return None
+        A, B = pair
+        return A, B * scaling_at(self.config, path, pair)
+
+
+def _angles(first: _Side, second: _Side) -> Iterator[Angle]:
+    """Yield the angles of the modules for which both adapters have low-rank updates of one size."""
+    paths: dict[str, None] = {}  # an ordered set
+    for key in sorted(first.keys & second.keys):
+        path, _ = place(key)
+        paths[path] = None
+    for path in paths:
+        x = first.update(path)
+        y = second.update(path)
+        if x is None or y is None or _size(x) != _size(y):
             continue
-        scaled = [(A, B * scaling_at(config, path, (A, B))) for config, (A, B) in zip(configs, pairs, strict=True)]
-        norms = [max(0.0, inner(pair, pair)) ** 0.5 for pair in scaled]
-        cosine = inner(*scaled) / (norms[0] * norms[1]) if all(norms) else 0.0
-        yield Angle(path, cosine, (norms[0], norms[1]))
+        norms = _norm(x), _norm(y)
+        cosine = 0.0
+        if all(norms):
+            cosine = inner(x, y) / (norms[0] * norms[1])
+        yield Angle(path, cosine, norms)
+
+
+def _size(pair: Pair) -> tuple[int, int]:
+    """(out, in) of B A."""
+    A, B = pair
+    return B.shape[0], A.shape[1]
+
+
+def _norm(x: Pair) -> float:
+    return max(0.0, inner(x, x)) ** 0.5
 
 
 def inner(x: Pair, y: Pair) -> float:
     """<B A, B' A'> without forming the products: tr(A^T B^T B' A')."""
-    return float(((x[1].T @ y[1]) * (x[0] @ y[0].T)).sum())
+    A, B = x
+    other_A, other_B = y
+    return float(((B.T @ other_B) * (A @ other_A.T)).sum())

@@ -1,7 +1,6 @@
-"""Can another program run an adapter as it is? What it would refuse, what it would run wrongly, and the way out.
+"""Diagnose whether another program can run an adapter: what it refuses, what it computes wrongly, and how to fix it.
 
-What the programs do was read in their sources: vLLM 0.22 (`vllm/lora`), llama.cpp's `convert_lora_to_gguf.py` of 2026,
-PEFT 0.21.2.
+Based on the sources of vLLM 0.22 (`vllm/lora`), llama.cpp's `convert_lora_to_gguf.py` of 2026 and PEFT 0.21.2.
 """
 
 from __future__ import annotations
@@ -24,29 +23,35 @@ from ..model.catalogue import pages
 Shapes = dict[str, tuple[int, ...]]
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What `--max-lora-rank` may be; 16 unless it is given."""
+"""Possible values of vLLM's `--max-lora-rank`."""
 VLLM_DEFAULT = 16
+"""The default of `--max-lora-rank`."""
 PEFT_TYPES = """
 PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING LORA ADALORA ADAMSS BOFT ADAPTION_PROMPT IA3 BEFT LILY
 LOHA LOKR OFT POLY LN_TUNING VERA FROD PVERA FOURIERFT GLORA XLORA HRA VBLORA UNILORA CPT MISS RANDLORA ROAD
 TRAINABLE_TOKENS HIRA SHIRA C3A WAVEFT OSF DELORA GRALORA CARTRIDGE TINYLORA PSOFT PEANUT SHADOW SUPERTUNING DEFT
 """
+"""The values of `peft_type` that PEFT has."""
 PAIRS = (".lora_A.weight", ".lora_B.weight")
+"""Endings of the keys of a linear layer's LoRA."""
 EMBEDDINGS = (".lora_embedding_A", ".lora_embedding_B")
+"""Endings of the keys of an embedding's LoRA."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that stands between an adapter and a program."""
+    """A reason why a program cannot run an adapter as it is."""
 
     what: str
     fix: str
     blocks: bool = True
-    """False: it runs, with what `fix` says."""
+    """The program cannot run the adapter. If False, it can once `fix` is applied on its side."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
+    """Whether a program can run an adapter."""
+
     adapter: str
     target: str
     method: str
@@ -57,27 +62,29 @@ class Diagnosis:
         return not any(finding.blocks for finding in self.findings)
 
     def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "runs": self.runs, "findings": [vars(finding) for finding in self.findings]}
+        content = dict(vars(self))
+        content["findings"] = [vars(finding) for finding in self.findings]
+        content["runs"] = self.runs
+        return content
 
 
 def diagnose(adapter: str | Path, target: str) -> Diagnosis:
-    """What keeps a program from running an adapter.
+    """Diagnose whether a program can run an adapter.
 
     Args:
         adapter: a directory.
         target: "vllm", "llama.cpp" or "peft".
 
     Raises:
-        ConfigError: the program is not known.
+        ConfigError: `target` is unknown.
     """
     if target not in TARGETS:
-        raise ConfigError(f"--for {target!r} is not known; use one of {', '.join(TARGETS)}{nearest(target, TARGETS)}")
-    config, shapes = Config.from_pretrained(adapter), tensor_shapes(find_weights(adapter))
+        known = ", ".join(TARGETS)
+        raise ConfigError(f"--for {target!r} is not known; use one of {known}{nearest(target, TARGETS)}")
+    config = Config.from_pretrained(adapter)
+    shapes = tensor_shapes(find_weights(adapter))
     findings = TARGETS[target](str(adapter), config, shapes)
     return Diagnosis(str(adapter), target, str(config.peft_type), tuple(findings))
-
-
-# Ways out
 
 
 def _merged(adapter: str) -> str:
@@ -93,30 +100,39 @@ def _plain(adapter: str) -> str:
 
 
 def _way_out(adapter: str, config: Config) -> str:
-    """For an adapter that is no plain LoRA."""
-    name = next(name for name, page in pages().items() if page.config == type(config).__name__)
-    if not pages()[name].mergeable:
+    """The fix for an adapter that is not a plain LoRA."""
+    config_name = type(config).__name__
+    page = next(page for page in pages().values() if page.config == config_name)
+    if not page.mergeable:
         return f"nothing: {config.peft_type} has no form as weights; run it with veneer or transformers"
-    kinds = set(pages()[name].kinds)
-    return f"{_as_lora(adapter)}; or {_merged(adapter)}" if "linear" in kinds else _merged(adapter)
-
-
-# Programs
+    if "linear" not in page.kinds:
+        return _merged(adapter)
+    return f"{_as_lora(adapter)}; or {_merged(adapter)}"
 
 
 def _only_lora(program: str, adapter: str, config: Config) -> Iterator[Finding]:
-    """What two programs that know plain LoRA alone have in common."""
+    """Findings for any program that knows only plain LoRA."""
     if not isinstance(config, LoraConfig):
         yield Finding(f"{program} runs LoRA, not {config.peft_type}", _way_out(adapter, config))
         return
-    variants = config.variants()
+    variants = ", ".join(config.variants())
+    adapter_class = type(config).adapter
     if variants:
-        yield Finding(f"{program} knows no LoRA with {', '.join(variants)}", _way_out(adapter, config))
-    elif type(config).adapter is not LoRA:
-        yield Finding(f"{program} knows no {type(config).adapter.__name__}", _way_out(adapter, config))
+        yield Finding(f"{program} knows no LoRA with {variants}", _way_out(adapter, config))
+    elif adapter_class is not LoRA:
+        yield Finding(f"{program} knows no {adapter_class.__name__}", _way_out(adapter, config))
+    yield from _only_pairs(program, adapter, config)
+    start = str(config.init_lora_weights)
+    if re.match("pissa|olora|loftq", start):
+        what = f"it starts from the base's weights ({start}), which {program} would not subtract: wrong in silence"
+        yield Finding(what, f"veneer combine {adapter} --weights 1 --out plain; or {_merged(adapter)}")
+
+
+def _only_pairs(program: str, adapter: str, config: LoraConfig) -> Iterator[Finding]:
+    """Findings about trained parts other than the pairs A and B."""
     if config.modules_to_save:
-        kept = ", ".join(config.modules_to_save)
-        yield Finding(f"{program} takes no trained copies of modules (modules_to_save: {kept})", _merged(adapter))
+        saved = ", ".join(config.modules_to_save)
+        yield Finding(f"{program} takes no trained copies of modules (modules_to_save: {saved})", _merged(adapter))
     if config.bias != "none":
         yield Finding(f"{program} takes no trained biases (bias={config.bias!r})", _merged(adapter))
     if config.trainable_token_indices:
@@ -125,88 +141,97 @@ def _only_lora(program: str, adapter: str, config: Config) -> Iterator[Finding]:
         yield Finding(f"{program} takes no updates of bare parameters (target_parameters)", _merged(adapter))
     if config.layer_replication:
         yield Finding(f"{program} does not replicate layers", "merge_and_unload() and save_pretrained() in Python")
-    start = str(config.init_lora_weights)
-    if re.match("pissa|olora|loftq", start):
-        yield Finding(
-            f"it starts from the base's weights ({start}), which {program} would not take off: wrong in silence",
-            f"veneer combine {adapter} --weights 1 --out plain; or {_merged(adapter)}",
-        )
 
 
-def _places(shapes: Shapes) -> dict[str, int]:
+def _ranks(shapes: Shapes) -> dict[str, int]:
     """The rank of each adapted module, by path."""
-    found = {}
+    ranks = {}
     for key, shape in shapes.items():
-        for end in (PAIRS[0], EMBEDDINGS[0]):
-            if key.endswith(end):
-                found[key.removeprefix("base_model.model.").removesuffix(end)] = shape[0]
-    return found
-
-
-def _scalings(config: LoraConfig, shapes: Shapes) -> dict[str, float]:
-    """What PEFT multiplies each module's update by."""
-    ranks = _places(shapes)
-    alphas = {path: at(path, config.alpha_pattern, config.lora_alpha) for path in ranks}
-    return {p: alphas[p] / (math.sqrt(r) if config.use_rslora else r) for p, r in ranks.items() if r}
+        for ending in (PAIRS[0], EMBEDDINGS[0]):
+            if key.endswith(ending):
+                path = key.removeprefix("base_model.model.").removesuffix(ending)
+                ranks[path] = shape[0]
+    return ranks
 
 
 def _wrongly_scaled(config: LoraConfig, shapes: Shapes, theirs: Callable[[int], float]) -> list[str]:
-    """Modules that a program would scale otherwise, from the config's alpha and a module's rank."""
-    ranks = _places(shapes)
-    found = _scalings(config, shapes)
-    return [path for path, scale in found.items() if not math.isclose(scale, theirs(ranks[path]), rel_tol=1e-6)]
+    """Paths of the modules whose update a program scales in another way than PEFT.
+
+    Args:
+        theirs: the program's scaling for a rank.
+    """
+    paths = []
+    for path, rank in _ranks(shapes).items():
+        if not rank:
+            continue
+        alpha = at(path, config.alpha_pattern, config.lora_alpha)
+        scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        if not math.isclose(scaling, theirs(rank), rel_tol=1e-6):
+            paths.append(path)
+    return paths
 
 
-def _strange(shapes: Shapes, *known: str) -> list[str]:
-    return [key for key in shapes if not key.endswith(known)]
+def _other_keys(shapes: Shapes, *endings: str) -> list[str]:
+    """Keys of the file that have none of these endings."""
+    return [key for key in shapes if not key.endswith(endings)]
 
 
 def _vllm(adapter: str, config: Config, shapes: Shapes) -> Iterator[Finding]:
     yield from _only_lora("vLLM", adapter, config)
     if not isinstance(config, LoraConfig) or config.variants():
         return
-    strange = _strange(shapes, *PAIRS, *EMBEDDINGS)
-    if strange and not config.modules_to_save:
-        yield Finding(f"vLLM refuses the file's {len(strange)} other tensors, {strange[0]} first", _merged(adapter))
+    others = _other_keys(shapes, *PAIRS, *EMBEDDINGS)
+    if others and not config.modules_to_save:
+        what = f"vLLM refuses the file's {len(others)} other tensors, {others[0]} first"
+        yield Finding(what, _merged(adapter))
     root = math.sqrt(config.r) if config.use_rslora else config.r
     wrong = _wrongly_scaled(config, shapes, lambda rank: config.lora_alpha / root)
     if wrong:
-        yield Finding(
+        what = (
             f"vLLM has one scaling, of r and lora_alpha; {len(wrong)} modules have another, {wrong[0]} first: wrong in "
-            "silence",
-            _plain(adapter),
+            "silence"
         )
-    highest = max(_places(shapes).values(), default=config.r)
-    fitting = next((rank for rank in VLLM_RANKS if rank >= max(highest, config.r)), None)
-    if fitting is None:
-        fix = f"veneer combine {adapter} --weights 1 --rank {VLLM_RANKS[-1]} --out lower"
-        yield Finding(f"vLLM takes ranks up to {VLLM_RANKS[-1]}; this has {highest}", f"{fix}; or {_merged(adapter)}")
-    elif fitting > VLLM_DEFAULT:
-        yield Finding(
-            f"rank {highest} is above vLLM's usual limit of 16", f"vllm serve --max-lora-rank {fitting}", False
-        )
+        yield Finding(what, _plain(adapter))
+    yield from _vllm_rank(adapter, config, shapes)
     if not config.base_model_name_or_path:
         yield Finding("the config names no base model", "give vLLM the base that it was trained on", False)
 
 
+def _vllm_rank(adapter: str, config: LoraConfig, shapes: Shapes) -> Iterator[Finding]:
+    highest = max(_ranks(shapes).values(), default=config.r)
+    needed = max(highest, config.r)
+    fitting = next((rank for rank in VLLM_RANKS if rank >= needed), None)
+    if fitting is None:
+        most = VLLM_RANKS[-1]
+        fix = f"veneer combine {adapter} --weights 1 --rank {most} --out lower"
+        yield Finding(f"vLLM takes ranks up to {most}; this has {highest}", f"{fix}; or {_merged(adapter)}")
+    elif fitting > VLLM_DEFAULT:
+        yield Finding(
+            f"rank {highest} is above vLLM's usual limit of 16", f"vllm serve --max-lora-rank {fitting}", False
+        )
+
+
 def _llama_cpp(adapter: str, config: Config, shapes: Shapes) -> Iterator[Finding]:
-    yield from (f for f in _only_lora("llama.cpp", adapter, config) if "alora" not in f.what)
+    for finding in _only_lora("llama.cpp", adapter, config):
+        if "alora" not in finding.what:
+            yield finding
     if not isinstance(config, LoraConfig) or config.variants() not in ([], ["alora_invocation_tokens"]):
         return
-    strange = [k for k in _strange(shapes, *PAIRS, *EMBEDDINGS, ".base_layer.weight") if "norm" not in k]
-    if strange and not config.modules_to_save:
-        what = f"convert_lora_to_gguf.py stops at the file's {len(strange)} other tensors, {strange[0]} first"
+    others = _other_keys(shapes, *PAIRS, *EMBEDDINGS, ".base_layer.weight")
+    others = [key for key in others if "norm" not in key]
+    if others and not config.modules_to_save:
+        what = f"convert_lora_to_gguf.py stops at the file's {len(others)} other tensors, {others[0]} first"
         yield Finding(what, _merged(adapter))
     wrong = _wrongly_scaled(config, shapes, lambda rank: config.lora_alpha / rank)
     if wrong:
-        yield Finding(
-            "llama.cpp scales by lora_alpha / rank; rsLoRA and alpha_pattern are not read, so that "
-            f"{len(wrong)} modules would be wrong in silence, {wrong[0]} first",
-            _plain(adapter),
+        what = (
+            "llama.cpp scales by lora_alpha / rank and does not read rsLoRA and alpha_pattern, so "
+            f"{len(wrong)} modules would be wrong in silence, {wrong[0]} first"
         )
-    heads = [path for path in _places(shapes) if path.rpartition(".")[2] == "lm_head"]
+        yield Finding(what, _plain(adapter))
+    heads = [path for path in _ranks(shapes) if path.rpartition(".")[2] == "lm_head"]
     if heads:
-        yield Finding(f"{heads[0]} is refused where the base ties it to the embedding", _merged(adapter), False)
+        yield Finding(f"{heads[0]} is refused if the base ties it to the embedding", _merged(adapter), False)
     yield Finding(
         "llama.cpp reads GGUF",
         f"python convert_lora_to_gguf.py --base DIR-OF-THE-BASE {adapter} (in llama.cpp's sources)",
@@ -220,19 +245,19 @@ def _peft(adapter: str, config: Config, shapes: Shapes) -> Iterator[Finding]:
         return
     unknown = _unknown_to_peft(config)
     if unknown:
-        what = f"PEFT has no {', '.join(unknown)}, which it would pass over: wrong in silence"
+        what = f"PEFT has no {', '.join(unknown)}, which it would ignore: wrong in silence"
         yield Finding(what, _way_out(adapter, config))
-    twice = isinstance(config, LayerConfig) and any(embeddings.is_one(key) for key in shapes)
-    if twice:
+    has_embeddings = isinstance(config, LayerConfig) and any(embeddings.is_one(key) for key in shapes)
+    if has_embeddings:
         yield Finding(
-            "the file holds base embeddings; PEFT takes them when the model has as many words",
-            "call model.resize_token_embeddings() before loading, where the vocabulary grew",
+            "the file holds base embeddings; PEFT loads them only into a model of the same vocabulary size",
+            "call model.resize_token_embeddings() before loading, if the vocabulary has grown",
             False,
         )
 
 
 def _unknown_to_peft(config: Config) -> list[str]:
-    """Fields that say something and that PEFT's config lacks, where PEFT is installed to be asked."""
+    """Fields that are set and that PEFT's config lacks; empty if PEFT is not installed."""
     from importlib.util import find_spec
 
     if find_spec("peft") is None:
@@ -241,13 +266,15 @@ def _unknown_to_peft(config: Config) -> list[str]:
 
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as THEIRS
 
-    known = set(inspect.signature(THEIRS[str(config.peft_type)]).parameters)  # type: ignore[index]
-    said = {k: v for k, v in config.to_dict().items() if k != "peft_type" and v not in (None, False, "", [], {})}
-    return [name for name, value in said.items() if name not in known and value != _default(config, name)]
-
-
-def _default(config: Config, name: str) -> Any:
-    return next(default_of(f) for f in fields(config) if f.name == name)
+    known = inspect.signature(THEIRS[str(config.peft_type)]).parameters  # type: ignore[index]
+    defaults = {f.name: default_of(f) for f in fields(config)}
+    unknown = []
+    for name, value in config.to_dict().items():
+        if name == "peft_type" or name in known or value in (None, False, "", [], {}):
+            continue
+        if value != defaults[name]:
+            unknown.append(name)
+    return unknown
 
 
 TARGETS: dict[str, Callable[[str, Config, Shapes], Iterator[Finding]]] = {

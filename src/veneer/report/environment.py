@@ -1,4 +1,4 @@
-"""What veneer runs on: versions, processors, memory, and what in it would get in the way."""
+"""The environment of veneer: versions, processors and memory, and problems with them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ NEEDED = ("torch", "transformers")
 
 @dataclass
 class Environment:
+    """The machine and the packages that veneer runs on."""
+
     veneer: str
     python: str
     system: str
     packages: dict[str, str | None]
-    """Versions; None: not installed."""
+    """Versions of packages; None if a package is not installed."""
     tried: dict[str, str]
-    """The versions that veneer was tried with."""
+    """Ranges of versions that veneer is tested with."""
     processors: int
     torch_threads: int
     accelerators: list[str]
@@ -30,10 +32,10 @@ class Environment:
     free_bytes: int
     cache: str
     models: list[str]
-    """Those of `veneer pull` that are here."""
+    """Models that `veneer pull` has downloaded."""
     offline: bool
     untried: list[str] = field(default_factory=list)
-    """What is installed outside of the versions that were tried; it may work all the same."""
+    """Installed packages outside the tested versions; they may still work."""
     problems: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -41,41 +43,52 @@ class Environment:
 
 
 def environment() -> Environment:
-    """Look around. Imports torch; opens no socket."""
+    """Describe the environment. Imports torch; opens no socket."""
     import psutil
     import torch
 
     memory = psutil.virtual_memory()
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    found = Environment(
+    cache = cache_dir()
+    accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        accelerators.append("mps")
+    result = Environment(
         veneer=__version__,
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         packages={name: versions.installed(name) for name in (*versions.TRIED, "peft")},
         tried={name: str(tried) for name, tried in versions.TRIED.items()},
-        processors=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        processors=_processors(),
         torch_threads=torch.get_num_threads(),
-        accelerators=gpus + (["mps"] if torch.backends.mps.is_available() else []),
+        accelerators=accelerators,
         memory_bytes=memory.total,
         free_bytes=memory.available,
-        cache=str(cache_dir()),
-        models=[name for name, source in MODELS.items() if is_complete(cache_dir() / name, source)],
+        cache=str(cache),
+        models=[name for name, source in MODELS.items() if is_complete(cache / name, source)],
         offline=os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
     )
-    found.untried = [str(package) for package in versions.untried()]
-    found.problems = list(_problems(found))
-    return found
+    result.untried = [str(package) for package in versions.untried()]
+    result.problems = _problems(result)
+    return result
 
 
-def _problems(found: Environment) -> list[str]:
+def _processors() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _problems(environment: Environment) -> list[str]:
     problems = []
     for name in NEEDED:
-        if found.packages[name] is None:
+        if environment.packages[name] is None:
             problems.append(f"{name} is not installed; veneer needs {versions.TRIED[name].oldest} or newer")
     for package in versions.untried():
         if package.place == "older":
             problems.append(f"{package.name} {package.version}; veneer needs {package.tried.oldest} or newer")
-    if found.torch_threads > found.processors:
-        what = f"torch has {found.torch_threads} threads for {found.processors} processors"
-        problems.append(f"{what}: set OMP_NUM_THREADS={found.processors}")
+    threads = environment.torch_threads
+    processors = environment.processors
+    if threads > processors:
+        problems.append(f"torch has {threads} threads for {processors} processors: set OMP_NUM_THREADS={processors}")
     return problems

@@ -1,4 +1,4 @@
-"""What an epoch over the data takes: tokens, lengths, what the length limit cuts, optimizer steps."""
+"""Facts about an epoch over the data: tokens, lengths, rows cut or dropped, and optimizer steps."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ..train.recipe import Recipe
 from ..train.setup import facts_of, load_tokenizer
 
 BINS = 10
-"""Bars of the histogram, about."""
+"""Approximate number of bars in the histogram."""
 COUNTED = ("rows", "kept", "tokens", "supervised_tokens", "cut_rows", "cut_tokens", "too_long_rows", "unlearned_rows")
-"""What is taken over from the account."""
+"""Fields of `Epoch` that are copied from the account of the data."""
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """Data facts under a recipe. Of streaming data there are none."""
+    """Facts about a recipe's data; not available for streaming data."""
 
     rows: int
     """Rows read."""
     kept: int
-    """Rows that something is learned from, those for evaluation among them."""
+    """Rows with a token to learn, including those that are split off for evaluation."""
     tokens: int
     supervised_tokens: int
     cut_rows: int
@@ -36,55 +36,67 @@ class Epoch:
     longest: int
     """Tokens of the longest row, before cutting."""
     lengths: tuple[tuple[int, int, int], ...]
-    """(first, last, rows): how many rows have so many tokens, before cutting."""
+    """(first, last, rows): the number of rows with first to last tokens, before cutting."""
     sequences: int
-    """Sequences of an epoch: training rows by their weights, packed where that is asked for."""
+    """Sequences per epoch: training rows repeated by weight, and packed if the recipe says so."""
     steps: int
-    """Optimizer steps of an epoch, on one process."""
+    """Optimizer steps per epoch on one process."""
     evaluation_rows: int
     largest_batch: int
-    """Tokens of the largest batch of the first epoch, without padding."""
+    """Tokens of the largest batch in the first epoch, without padding."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def epoch_of(recipe: Recipe) -> Epoch:
-    """Read and encode a recipe's data, as training would.
+    """Read and encode a recipe's data as training does.
 
     Raises:
-        DataError: there is nothing to train on, or it cannot be read.
+        DataError: there is nothing to train on, or the data cannot be read.
     """
     data = prepare(recipe, load_tokenizer(recipe), facts_of(recipe))
     account = data.account
+    counts = {name: getattr(account, name) for name in COUNTED}
+    train_lengths = [len(row["input_ids"]) for row in data.train]
     return Epoch(
-        **{name: getattr(account, name) for name in COUNTED},
+        **counts,
         longest=max(account.lengths),
         lengths=histogram(account),
-        sequences=len(data.train),
-        steps=math.ceil(len(data.train) / (recipe.batch_size * recipe.accumulate)),
+        sequences=len(train_lengths),
+        steps=math.ceil(len(train_lengths) / (recipe.batch_size * recipe.accumulate)),
         evaluation_rows=len(data.evaluation or ()),
-        largest_batch=_largest_batch([len(row["input_ids"]) for row in data.train], recipe),
+        largest_batch=_largest_batch(train_lengths, recipe),
     )
 
 
 def _largest_batch(lengths: list[int], recipe: Recipe) -> int:
-    """In the order that training takes rows in."""
-    order = [lengths[i] for i in Shuffled(len(lengths), recipe.seed, 1)]
-    return max(sum(order[i : i + recipe.batch_size]) for i in range(0, len(order), recipe.batch_size))
+    """Tokens of the largest batch, with rows in the order of training."""
+    shuffled = [lengths[i] for i in Shuffled(len(lengths), recipe.seed, 1)]
+    batches = []
+    for start in range(0, len(shuffled), recipe.batch_size):
+        batch = shuffled[start : start + recipe.batch_size]
+        batches.append(sum(batch))
+    return max(batches)
 
 
 def histogram(account: Account) -> tuple[tuple[int, int, int], ...]:
-    """Bars of one width, a round number, from the shortest row to the longest."""
-    first, last = min(account.lengths), max(account.lengths)
-    width = _round_up(max(1, math.ceil((last - first + 1) / BINS)))
+    """(first, last, rows) for bars of equal width, a round number, from the shortest row to the longest."""
+    first = min(account.lengths)
+    last = max(account.lengths)
+    least_width = math.ceil((last - first + 1) / BINS)
+    width = _round_up(least_width)
     counts: Counter[int] = Counter()
     for length, rows in account.lengths.items():
         counts[length // width] += rows
-    return tuple((b * width, (b + 1) * width - 1, counts[b]) for b in range(first // width, last // width + 1))
+    bars = []
+    for bar in range(first // width, last // width + 1):
+        start = bar * width
+        bars.append((start, start + width - 1, counts[bar]))
+    return tuple(bars)
 
 
 def _round_up(width: int) -> int:
-    """The next of 1, 2, 5, 10, 20, 50 ..."""
+    """The smallest of 1, 2, 5, 10, 20, 50 ... that is at least `width`."""
     scale = 10 ** int(math.log10(width))
     return next(scale * step for step in (1, 2, 5, 10) if scale * step >= width)

@@ -1,4 +1,4 @@
-"""What a fine-tune will train and take, from the model's config alone."""
+"""Forecast what a fine-tuning run trains and how much memory it takes, from the model's config alone."""
 
 from __future__ import annotations
 
@@ -17,42 +17,43 @@ from ..model.peft_model import PeftModel, get_peft_model
 from ..targets.walk import matches
 from .memory import step_peak
 
-HALF_BYTES, ADAM_BYTES = 2, 8
+ADAM_BYTES = 8
+"""Optimizer state per trained number: two fp32 moments."""
 PROCESS_BYTES = 600_000_000
-"""Python, torch, transformers and datasets in a process that trains: measured on Linux with torch for CPUs."""
+"""Python, torch, transformers and datasets in a training process, measured on Linux with torch for CPUs."""
 HOLES = 0.65
-"""What glibc's heap grows beyond the tensors, in parts of a step without checkpointing: what a layer frees lies between
-what it keeps. Measured on SmolLM2-135M, 512 to 2,048 tokens a step: 0.46 to 0.73; with checkpointing as much."""
+"""Fragmentation of glibc's heap as a share of a step without checkpointing: freed blocks lie between blocks in use.
+Measured on SmolLM2-135M with 512 to 2,048 tokens per step: 0.46 to 0.73; as many bytes with checkpointing."""
 
 
 @dataclass(frozen=True)
 class Hit:
-    """What one entry of `target_modules` means on a model."""
+    """The modules of a model that one entry of `target_modules` matches."""
 
     entry: str
     paths: tuple[str, ...]
     parameters: int
-    """Trained on all of them together."""
+    """Number of trained parameters in all of them."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes, at the worst moment of a training step."""
+    """Bytes at the peak of a training step."""
 
     base: int
     adapter: int
     optimizer: int
-    """Two fp32 moments for each trained number."""
+    """Two fp32 moments per trained number."""
     step: int | None
-    """Activations and gradients; None where the method looks at values, which are not there yet."""
+    """Activations and gradients; None if the method reads values of tensors, which do not exist yet."""
     process: int
-    """Python and its libraries; 0 where there is an accelerator, which has a memory of its own."""
+    """Python and its libraries; 0 with an accelerator, which has its own memory."""
     heap: int | None
-    """Holes in the C library's heap; 0 where there is an accelerator."""
+    """Fragmentation of the C library's heap; 0 with an accelerator."""
 
     @property
     def total(self) -> int | None:
-        """On a CPU what training reports as `peak_rss_bytes`."""
+        """The sum; on a CPU, an estimate of the `peak_rss_bytes` that training reports."""
         if self.step is None or self.heap is None:
             return None
         return self.base + self.adapter + self.optimizer + self.step + self.process + self.heap
@@ -60,68 +61,72 @@ class Memory:
 
 @dataclass(frozen=True)
 class Forecast:
+    """What a fine-tuning run trains and takes."""
+
     model: str
     method: str
     settings: dict[str, Any]
     hits: tuple[Hit, ...]
     rows: tuple[Row, ...]
     outside: int
-    """Trained outside the layers: a prompt, a gate, shared parts."""
+    """Parameters trained outside the layers: a prompt, a gate, shared parts."""
     trainable: int
     total: int
     """Parameters of the model with the adapter."""
     file_bytes: int
-    """The adapter's tensor file."""
+    """Size of the adapter's tensor file."""
     batch_size: int
     length: int
     memory: Memory
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; a layer's row is its path and sizes."""
-        found = asdict(self)
-        found["memory"]["total"] = self.memory.total
-        return found
+        """The forecast for JSON."""
+        content = asdict(self)
+        content["memory"]["total"] = self.memory.total
+        return content
 
 
 def forecast(base: Any, config: Config, batch_size: int, length: int, checkpointing: bool = False) -> Forecast:
-    """What training `config` on `base`, a model on the meta device, trains and takes. `base` is used up.
+    """Forecast the training of `config` on `base`, a model on the meta device. `base` is changed.
 
     Args:
-        batch_size: rows of one step.
-        length: tokens of a row.
-        checkpointing: with gradient checkpointing.
+        batch_size: rows per step.
+        length: tokens per row.
+        checkpointing: whether gradient checkpointing is on.
 
     Raises:
         TargetError: an entry of the config matches nothing.
-        VeneerError: the method's sizes follow from the weights' values.
+        VeneerError: the method's sizes depend on the values of the weights.
     """
-    weights = sum(p.numel() * p.element_size() for p in base.parameters())
+    base_bytes = sum(p.numel() * p.element_size() for p in base.parameters())
     model = _adapted(base, config)
     trainable, total = model.get_nb_trainable_parameters()
-    plan, sizes = model.parameter_plan(), _file_sizes(model)
-    beyond = _beyond_weights(model, batch_size, length, checkpointing)
-    memory = Memory(weights, sum(sizes.values()), ADAM_BYTES * trainable, **beyond)
-    chosen = model.active_peft_config
+    plan = model.parameter_plan()
+    sizes = _file_sizes(model)
+    adapter_bytes = sum(sizes.values())
+    beyond_weights = _beyond_weights(model, batch_size, length, checkpointing)
+    model_config = model.active_peft_config
     return Forecast(
         model=type(base).__name__,
-        method=type(chosen).__module__.rpartition(".")[2],
-        settings=_settings(chosen),
-        hits=_hits(getattr(chosen, "target_modules", None), plan.rows),
+        method=type(model_config).__module__.rpartition(".")[2],
+        settings=_settings(model_config),
+        hits=_hits(getattr(model_config, "target_modules", None), plan.rows),
         rows=plan.rows,
         outside=plan.other,
         trainable=trainable,
         total=total,
-        file_bytes=sum(sizes.values()) + _header(sizes),
+        file_bytes=adapter_bytes + _header(sizes),
         batch_size=batch_size,
         length=length,
-        memory=memory,
+        memory=Memory(base_bytes, adapter_bytes, ADAM_BYTES * trainable, **beyond_weights),
     )
 
 
 def _adapted(base: Any, config: Config) -> PeftModel:
+    """The model with an adapter on the meta device."""
     try:
         return get_peft_model(base, config, low_cpu_mem_usage=True)
-    except NotImplementedError:  # torch's, of a tensor without values
+    except NotImplementedError:  # torch raises it when the value of a meta tensor is read
         raise VeneerError(
             f"{config.peft_type} sizes its parts by the values of the base weights, so a config cannot tell what it "
             "trains; load the model and use get_peft_model(...).parameter_plan()"
@@ -129,82 +134,100 @@ def _adapted(base: Any, config: Config) -> PeftModel:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """The method's own fields that are not at their defaults, and its rank."""
-    own = [f for f in fields(config) if f.name in config.semantic_fields()]
-    return {f.name: v for f in own if (v := getattr(config, f.name)) != default_of(f) or f.name in ("r", "lora_alpha")}
+    """The method's fields that are not at their defaults, and always its rank and alpha."""
+    semantic = config.semantic_fields()
+    settings = {}
+    for f in fields(config):
+        if f.name not in semantic:
+            continue
+        value = getattr(config, f.name)
+        if value != default_of(f) or f.name in ("r", "lora_alpha"):
+            settings[f.name] = value
+    return settings
 
 
 def _beyond_weights(model: PeftModel, batch_size: int, length: int, checkpointing: bool) -> dict[str, Any]:
-    """Bytes of a step, and on a CPU of what is there besides."""
-    step = plain = _step(model, batch_size, length)
+    """The `step`, `process` and `heap` of `Memory`."""
+    plain_step = _step(model, batch_size, length)
+    step = plain_step
     if checkpointing:
         model.gradient_checkpointing_enable()
         step = _step(model, batch_size, length)
     if torch.accelerator.is_available():
         return {"step": step, "process": 0, "heap": 0}
-    return {"step": step, "process": PROCESS_BYTES, "heap": None if plain is None else round(HOLES * plain)}
+    heap = None if plain_step is None else round(HOLES * plain_step)
+    return {"step": step, "process": PROCESS_BYTES, "heap": heap}
 
 
 def _step(model: PeftModel, batch_size: int, length: int) -> int | None:
+    """Bytes of activations and gradients, None if they cannot be told without values."""
     try:
         return step_peak(model, batch_size, length)
-    except (RuntimeError, TypeError, ValueError, AttributeError):  # it needs values, or facts of a call that has none
+    except (RuntimeError, TypeError, ValueError, AttributeError):  # it reads values, or facts that the call lacks
         return None
 
 
 def _file_sizes(model: PeftModel) -> dict[str, int]:
-    """Bytes of each tensor of the file; half precision is lifted to fp32."""
-    state, name = model._state, model.active_adapter
-    tensors = checkpoint.slots(state, name)
-    lifted = {key: HALF_BYTES if t.is_floating_point() and t.element_size() == 2 else 0 for key, t in tensors.items()}
-    return {key: t.numel() * (t.element_size() + lifted[key]) for key, t in tensors.items()}
+    """Bytes of each tensor in the adapter's file; half precision is upcast to fp32."""
+    sizes = {}
+    for key, tensor in checkpoint.slots(model._state, model.active_adapter).items():
+        is_half = tensor.is_floating_point() and tensor.element_size() == 2
+        element_size = 4 if is_half else tensor.element_size()
+        sizes[key] = tensor.numel() * element_size
+    return sizes
 
 
 def _header(sizes: dict[str, int]) -> int:
-    """About what a safetensors header takes: a line of JSON for each tensor."""
+    """Approximate bytes of a safetensors header: a line of JSON per tensor."""
     return 8 + sum(len(key) + 60 for key in sizes)
 
 
 def _hits(entries: Any, rows: Sequence[Row]) -> tuple[Hit, ...]:
-    """A string stands for all; of a list each entry for what ends in it."""
-    given = [entries] if isinstance(entries, str) else list(entries or ())
-    found = []
-    for entry in given:
-        mine = [row for row in rows if isinstance(entries, str) or matches(row.path, entry)]
-        paths = tuple(dict.fromkeys(row.path for row in mine))
-        found.append(Hit(entry, paths, sum(row.added for row in mine)))
-    return tuple(found)
+    """The modules that each entry of a list matches by their endings. A string is one entry that matches all rows."""
+    if isinstance(entries, str):
+        return (_hit(entries, rows),)
+    hits = []
+    for entry in entries or ():
+        matching = [row for row in rows if matches(row.path, entry)]
+        hits.append(_hit(entry, matching))
+    return tuple(hits)
+
+
+def _hit(entry: str, rows: Sequence[Row]) -> Hit:
+    paths = dict.fromkeys(row.path for row in rows)
+    return Hit(entry, tuple(paths), sum(row.added for row in rows))
 
 
 def settings_of(config: type[Config], rank: int | None, targets: str | None, given: Sequence[str]) -> dict[str, Any]:
-    """A config's fields from the words of a command line.
+    """The fields of a config from command-line arguments.
 
     Args:
-        rank: for the field `r`.
-        targets: names with commas between them, or "all-linear".
-        given: "field=value", the value as JSON or a plain word.
+        rank: the field `r`.
+        targets: names separated by commas, or "all-linear".
+        given: items "field=value", with the value as JSON or a plain word.
 
     Raises:
         ConfigError: the method has no such field.
     """
-    known = [f.name for f in fields(config)]
-    found: dict[str, Any] = {}
-    for pair in given:
-        name, equals, value = pair.partition("=")
+    settings: dict[str, Any] = {}
+    for item in given:
+        name, equals, value = item.partition("=")
         if not equals:
-            raise ConfigError(f"--set takes field=value, not {pair!r}")
-        found[name] = _value(value)
+            raise ConfigError(f"--set takes field=value, not {item!r}")
+        settings[name] = _value(value)
     if rank is not None:
-        found["r"] = rank
+        settings["r"] = rank
     if targets is not None:
-        found["target_modules"] = targets if targets == "all-linear" else targets.split(",")
-    for name in found:
+        settings["target_modules"] = targets if targets == "all-linear" else targets.split(",")
+    known = [f.name for f in fields(config)]
+    for name in settings:
         if name not in known:
             raise ConfigError(f"{config.__name__} has no field {name!r}{nearest(name, known)}")
-    return found
+    return settings
 
 
 def _value(text: str) -> Any:
+    """A value written as JSON, or the text itself if it is not JSON."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:

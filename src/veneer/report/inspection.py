@@ -1,6 +1,6 @@
-"""What is in an adapter's files, read without its base model and without trusting them.
+"""Inspect an adapter's files without its base model, and without trusting them.
 
-A damaged or hostile file is described, not refused: what cannot be read stands under `problems`.
+A damaged or hostile file is described and not refused: what cannot be read is listed under `problems`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..core.config import CONFIG_NAME, Config, LayerConfig, at
 from ..errors import CheckpointError
@@ -23,13 +24,14 @@ from ..targets.walk import matches
 
 PREFIX = "base_model."
 MOST_RANK = 2048
-"""Above it the singular values of an update would take minutes."""
+"""Highest rank for which singular values are computed; above it they would take minutes."""
 CHUNK = 1 << 24
+"""Numbers that are converted to fp64 at a time."""
 
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """One tensor of a file."""
+    """Facts about a tensor of a file."""
 
     key: str
     shape: tuple[int, ...]
@@ -44,20 +46,22 @@ class TensorFacts:
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What an adapter holds for one module."""
+    """Facts about an adapter's tensors for one module."""
 
     path: str
     parts: tuple[str, ...]
     count: int
     rank: int | None = None
     effective_rank: float | None = None
-    """exp of the entropy of the update's normalised singular values (Roy and Vetterli, 2007)."""
+    """The exponential of the entropy of the update's normalised singular values (Roy and Vetterli, 2007)."""
     norm: float | None = None
-    """Frobenius norm of the update, with its scaling where the config gives one."""
+    """Frobenius norm of the update, including the scaling if the config gives one."""
 
 
 @dataclass
 class Inspection:
+    """What the files of an adapter contain."""
+
     directory: str
     method: str = "unknown"
     base: str | None = None
@@ -69,7 +73,8 @@ class Inspection:
 
     @property
     def count(self) -> int:
-        return sum(t.count for t in self.tensors)
+        """Number of values in all tensors."""
+        return sum(tensor.count for tensor in self.tensors)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"count": self.count}
@@ -79,159 +84,214 @@ def inspect(directory: str | Path) -> Inspection:
     """Describe the adapter in a local directory.
 
     Raises:
-        CheckpointError: there is neither a config nor a tensor file.
+        CheckpointError: the directory has neither a config nor a tensor file.
     """
     home = Path(directory)
     if not any((home / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME)):
         raise CheckpointError(f"{str(home)!r} holds no adapter: neither {CONFIG_NAME} nor {WEIGHTS_NAME} is there")
-    found = Inspection(printable(home))
-    config = _read_config(home, found)
+    inspection = Inspection(printable(home))
+    config = _read_config(home, inspection)
     try:
-        _read_tensors(home, config, found)
-    except Exception as error:  # a hostile file can fail in any library below; what was read so far stands
-        found.problems.append(f"{WEIGHTS_NAME} cannot be read: {printable(error)}")
+        _read_tensors(home, config, inspection)
+    except Exception as error:  # a hostile file can fail in any library; what was read before the error is kept
+        inspection.problems.append(f"{WEIGHTS_NAME} cannot be read: {printable(error)}")
     if config is not None:
-        _check_against(config, found)
-    return found
+        _check_against(config, inspection)
+    return inspection
 
 
-def _read_config(home: Path, found: Inspection) -> Config | None:
+def _read_config(home: Path, inspection: Inspection) -> Config | None:
+    """Fill in what the config says, and return it; None if it cannot be used."""
     try:
         content = read_json(home / CONFIG_NAME)
-        found.method = printable(content.get("peft_type", "unknown"))
-        found.base = printable(content["base_model_name_or_path"]) if content.get("base_model_name_or_path") else None
+        inspection.method = printable(content.get("peft_type", "unknown"))
+        base = content.get("base_model_name_or_path")
+        if base:
+            inspection.base = printable(base)
         config = Config.from_dict(content)
-    except Exception as error:  # as above: a config may hold anything
-        found.problems.append(f"{CONFIG_NAME} cannot be used: {printable(error)}")
+    except Exception as error:  # a config may contain anything
+        inspection.problems.append(f"{CONFIG_NAME} cannot be used: {printable(error)}")
         return None
-    found.settings = {name: getattr(config, name) for name in config.semantic_fields()}
-    found.settings |= {"target_modules": config.target_modules} if isinstance(config, LayerConfig) else {}
-    if not found.base:
-        found.problems.append("the config does not name the base model")
+    inspection.settings = {name: getattr(config, name) for name in config.semantic_fields()}
+    if isinstance(config, LayerConfig):
+        inspection.settings["target_modules"] = config.target_modules
+    if not inspection.base:
+        inspection.problems.append("the config does not name the base model")
     return config
 
 
-def _read_tensors(home: Path, config: Config | None, found: Inspection) -> None:
+def _read_tensors(home: Path, config: Config | None, inspection: Inspection) -> None:
+    """Fill in the tensors and layers, and problems with their values."""
     path = home / WEIGHTS_NAME
     if not path.is_file():
-        pickle = f"; {PICKLE_NAME} is a pickle and was not read" if (home / PICKLE_NAME).is_file() else ""
-        found.problems.append(f"there is no {WEIGHTS_NAME}{pickle}")
+        has_pickle = (home / PICKLE_NAME).is_file()
+        pickle = f"; {PICKLE_NAME} is a pickle and was not read" if has_pickle else ""
+        inspection.problems.append(f"there is no {WEIGHTS_NAME}{pickle}")
         return
-    found.file_bytes = path.stat().st_size
+    inspection.file_bytes = path.stat().st_size
     check_header(path)
-    for facts in tensor_facts(path):
-        found.tensors.append(facts)
-    found.problems += [f"{t.key}: values that are not finite" for t in found.tensors if not t.finite]
-    found.problems += [f"{t.key}: all zero" for t in found.tensors if t.finite and t.norm == 0 and t.count]
-    found.problems += [f"{t.key}: empty" for t in found.tensors if not t.count]
-    found.layers = _layers(path, config, found)
+    for tensor in tensor_facts(path):  # one by one: an error keeps the tensors before it
+        inspection.tensors.append(tensor)
+    inspection.problems += _value_problems(inspection.tensors)
+    inspection.layers = _layers(path, config, inspection.tensors)
+
+
+def _value_problems(tensors: list[TensorFacts]) -> list[str]:
+    """Problems with the values of tensors, by kind."""
+    not_finite = []
+    all_zero = []
+    empty = []
+    for tensor in tensors:
+        if not tensor.count:
+            empty.append(f"{tensor.key}: empty")
+        elif not tensor.finite:
+            not_finite.append(f"{tensor.key}: values that are not finite")
+        elif tensor.norm == 0:
+            all_zero.append(f"{tensor.key}: all zero")
+    return not_finite + all_zero + empty
 
 
 def tensor_facts(path: Path) -> Iterator[TensorFacts]:
-    """Of each tensor of a safetensors file, one in memory at a time."""
+    """Yield the facts of each tensor in a safetensors file, with one tensor in memory at a time."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         for key in sorted(file.keys()):
-            t = file.get_tensor(key)
-            square, finite = 0.0, True
-            for chunk in t.flatten().split(CHUNK) if t.numel() else ():
-                wide = chunk.double()
-                finite = finite and bool(torch.isfinite(wide).all())
-                square += float(wide.square().sum())
-            norm = square**0.5 if finite else float("nan")
-            yield TensorFacts(printable(key), tuple(t.shape), str(t.dtype).removeprefix("torch."), norm, finite)
+            tensor = file.get_tensor(key)
+            norm, finite = _norm(tensor)
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            yield TensorFacts(printable(key), tuple(tensor.shape), dtype, norm, finite)
 
 
-# Layers
+def _norm(tensor: Tensor) -> tuple[float, bool]:
+    """(Frobenius norm, whether all values are finite); the norm is nan if they are not."""
+    if not tensor.numel():
+        return 0.0, True
+    square = 0.0
+    for chunk in tensor.flatten().split(CHUNK):
+        wide = chunk.double()
+        if not torch.isfinite(wide).all():
+            return float("nan"), False
+        square += float(wide.square().sum())
+    return square**0.5, True
 
 
 def place(key: str) -> tuple[str, str]:
     """(path of the module, name of the part): base_model.model.h.0.attn.lora_A.weight is (h.0.attn, lora_A)."""
     inner = key.removeprefix("base_model.model.").removeprefix(PREFIX)
     path, _, name = inner.removesuffix(".weight").rpartition(".")
-    return (path, name) if path else ("", inner)
+    if not path:
+        return "", inner
+    return path, name
 
 
-def _layers(file: Path, config: Config | None, found: Inspection) -> list[LayerFacts]:
-    parts: dict[str, list[TensorFacts]] = {}
-    for t in found.tensors:
-        parts.setdefault(place(t.key)[0], []).append(t)
-    layers = []
-    for path, own in parts.items():
-        names = tuple(place(t.key)[1] for t in own)
-        pair = None if any(not t.finite for t in own) else pair_at(file, path, {t.key for t in own})
-        facts = _spectrum(pair, scaling_at(config, path, pair)) if pair is not None else (None, None, None)
-        layers.append(LayerFacts(path, names, sum(t.count for t in own), *facts))
-    return layers
+def _layers(file: Path, config: Config | None, tensors: list[TensorFacts]) -> list[LayerFacts]:
+    """The tensors grouped by module."""
+    tensors_at: dict[str, list[TensorFacts]] = {}
+    for tensor in tensors:
+        path, _ = place(tensor.key)
+        tensors_at.setdefault(path, []).append(tensor)
+    return [_layer(file, config, path, own) for path, own in tensors_at.items()]
+
+
+def _layer(file: Path, config: Config | None, path: str, tensors: list[TensorFacts]) -> LayerFacts:
+    parts = tuple(place(tensor.key)[1] for tensor in tensors)
+    count = sum(tensor.count for tensor in tensors)
+    pair = None
+    if all(tensor.finite for tensor in tensors):
+        pair = pair_at(file, path, {tensor.key for tensor in tensors})
+    if pair is None:
+        return LayerFacts(path, parts, count)
+    S = singular_values(pair)
+    norm = abs(scaling_at(config, path, pair)) * float(S.norm())
+    return LayerFacts(path, parts, count, rank=pair[0].shape[0], effective_rank=effective_rank(S), norm=norm)
 
 
 def pair_at(file: Path, path: str, keys: set[str]) -> Pair | None:
-    """A (r, in) and B (out, r) in fp64 of a module with a LoRA pair that fits; else None."""
+    """A (r, in) and B (out, r) of a module's LoRA in fp64; None if it has none, or their shapes do not fit."""
     from safetensors import safe_open
 
     names = _pair_names(path, keys)
     if names is None:
         return None
     with safe_open(file, framework="pt") as opened:
-        A, B = (opened.get_tensor(name).double() for name in names)
+        A = opened.get_tensor(names[0]).double()
+        B = opened.get_tensor(names[1]).double()
     if A.dim() < 2 or B.dim() < 2 or not A.numel() or not B.numel():
         return None
-    A, B = A.flatten(1), B.flatten(1)
-    return (A, B) if A.shape[0] == B.shape[1] and A.shape[0] <= MOST_RANK else None
+    A = A.flatten(1)
+    B = B.flatten(1)
+    if A.shape[0] != B.shape[1] or A.shape[0] > MOST_RANK:
+        return None
+    return A, B
 
 
 def _pair_names(path: str, keys: set[str]) -> tuple[str, str] | None:
-    for first, second in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
-        names = tuple(next((k for k in keys if k.endswith(f"{path}.{end}")), None) for end in (first, second))
-        if None not in names:
-            return names  # type: ignore[return-value]
+    """The keys of a module's A and B."""
+    for A_name, B_name in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
+        A_key = _ending_in(f"{path}.{A_name}", keys)
+        B_key = _ending_in(f"{path}.{B_name}", keys)
+        if A_key is not None and B_key is not None:
+            return A_key, B_key
     return None
 
 
+def _ending_in(ending: str, keys: set[str]) -> str | None:
+    return next((key for key in keys if key.endswith(ending)), None)
+
+
 def scaling_at(config: Config | None, path: str, pair: Pair | None) -> float:
-    """What LoRA multiplies B A by on a module; 1 for other methods."""
-    if pair is None or type(config).__mro__.count(LoraConfig) == 0:
+    """The factor by which LoRA scales B A on a module; 1 for other methods."""
+    if pair is None or not isinstance(config, LoraConfig):
         return 1.0
-    settings: Any = config
     rank = pair[0].shape[0]
-    return at(path, settings.alpha_pattern, settings.lora_alpha) / (rank**0.5 if settings.use_rslora else rank)
+    alpha = at(path, config.alpha_pattern, config.lora_alpha)
+    return alpha / (rank**0.5 if config.use_rslora else rank)
 
 
-def _spectrum(pair: Pair, scaling: float) -> tuple[int, float, float]:
-    """(rank, effective rank, norm) of scaling * B A."""
-    S = singular_values(pair)
-    return pair[0].shape[0], effective_rank(S), abs(scaling) * float(S.norm())
-
-
-# Checks
-
-
-def _check_against(config: Config, found: Inspection) -> None:
-    """Problems that show when the config and the tensors are laid side by side."""
-    keys = {t.key for t in found.tensors}
-    alone = [k for k in keys if "lora_A" in k and k.replace("lora_A", "lora_B") not in keys]
-    alone += [k for k in keys if "lora_B" in k and k.replace("lora_B", "lora_A") not in keys]
-    found.problems += [f"{key}: the other half of the pair is missing" for key in sorted(alone)]
-    strange = [t.key for t in found.tensors if isinstance(config, LayerConfig) and not t.key.startswith(PREFIX)]
-    if strange:
-        found.problems.append(f"{len(strange)} keys are not PEFT's, {strange[0]} first; see `veneer convert`")
-    wanted = getattr(config, "target_modules", None)
-    for entry in wanted if isinstance(wanted, list) and found.tensors else ():
-        if not any(matches(layer.path, entry) for layer in found.layers):
-            found.problems.append(f"target_modules: the file holds nothing for {printable(entry)}")
+def _check_against(config: Config, inspection: Inspection) -> None:
+    """Add problems of the tensors with each other and with the config."""
+    keys = [tensor.key for tensor in inspection.tensors]
+    problems = inspection.problems
+    problems += [f"{key}: the other half of the pair is missing" for key in sorted(_halves(keys))]
+    if isinstance(config, LayerConfig):
+        others = [key for key in keys if not key.startswith(PREFIX)]
+        if others:
+            problems.append(f"{len(others)} keys are not PEFT's, {others[0]} first; see `veneer convert`")
+    entries = getattr(config, "target_modules", None)
+    if isinstance(entries, list) and keys:
+        for entry in entries:
+            if not any(matches(layer.path, entry) for layer in inspection.layers):
+                problems.append(f"target_modules: the file holds nothing for {printable(entry)}")
     if type(config) is LoraConfig and not config.target_parameters:
-        _check_ranks(config, found)
+        problems += _rank_problems(config, inspection.layers)
 
 
-def _check_ranks(config: LoraConfig, found: Inspection) -> None:
-    for layer in found.layers:
+def _halves(keys: list[str]) -> list[str]:
+    """Keys of A or B whose other half is not in the file."""
+    present = set(keys)
+    halves = []
+    for key in present:
+        if "lora_A" in key and key.replace("lora_A", "lora_B") not in present:
+            halves.append(key)
+        if "lora_B" in key and key.replace("lora_B", "lora_A") not in present:
+            halves.append(key)
+    return halves
+
+
+def _rank_problems(config: LoraConfig, layers: list[LayerFacts]) -> list[str]:
+    problems = []
+    for layer in layers:
         expected = at(layer.path, config.rank_pattern, config.r)
         if layer.rank is not None and layer.rank != expected:
-            found.problems.append(f"{layer.path}: rank {layer.rank} in the file, {expected} in the config")
+            problems.append(f"{layer.path}: rank {layer.rank} in the file, {expected} in the config")
+    return problems
 
 
 def printable(value: Any) -> str:
-    """Text from a file, safe for a terminal: control characters escaped, one line, not endless."""
-    text = value if isinstance(value, str) else json.dumps(value) if isinstance(value, (list, dict)) else str(value)
-    return escape(text)
+    """Text from a file made safe for a terminal: one line of limited length, with control characters escaped."""
+    if isinstance(value, str):
+        return escape(value)
+    if isinstance(value, (list, dict)):
+        return escape(json.dumps(value))
+    return escape(str(value))

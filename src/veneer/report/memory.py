@@ -1,7 +1,7 @@
-"""The memory a training step takes, found by running it on the meta device: tensors have sizes there, but no values.
+"""Measure the memory of a training step by running it on the meta device, where tensors have sizes but no values.
 
-Every storage that an operation makes is counted while it lives, so the result holds for any architecture and any
-method: saved activations, gradients, and the logits and their gradients, which are often the peak.
+Each storage that an operation allocates is counted while it is alive. This works for any architecture and method, and
+includes saved activations, gradients, and the logits with their gradients, which are often the peak.
 """
 
 from __future__ import annotations
@@ -18,28 +18,33 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ops._patch import fit
 
-DEEP, SHORT = 8, (2, 4)
-"""From so many layers on, this many are run instead."""
+DEEP = 8
+"""Stacks of at least this many layers are measured by running fewer layers."""
+SHORT = (2, 4)
+"""Numbers of layers that are run in place of a deep stack."""
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of the storages that are alive, but for those of a module's own tensors."""
+    """Counts the bytes of the storages that are alive, except those of a module's parameters and buffers."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = 0
+        self.peak = 0
         self._known = WeakIdKeyDictionary()
         for tensor in (*module.parameters(), *module.buffers()):
             self._known[tensor.untyped_storage()] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return True if args[0].dtype == torch.bool else 1  # "is nothing packed?" and the like: the usual answer
+            is_bool = args[0].dtype == torch.bool
+            return True if is_bool else 1  # the usual answer to questions such as "is nothing packed?"
         out = func(*args, **kwargs or {})
         tree_map_only(Tensor, self._note, out)
         return out
 
     def _note(self, tensor: Tensor) -> Tensor:
+        """Count the storage of a tensor until it is freed."""
         storage = tensor.untyped_storage()
         if storage not in self._known:
             self._known[storage] = True
@@ -62,77 +67,96 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """On the meta device torch would form whole attention matrices, which no real device does."""
-    mask = attn_mask.to(q.dtype) if attn_mask is not None and attn_mask.dtype == torch.bool else attn_mask
+    """Flash attention: on the meta device torch would form whole attention matrices, which no real device does."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = attn_mask.to(q.dtype)
     if enable_gqa:
-        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
+        v = v.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return flash(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)[0]
+    output, *_ = flash(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale)
+    return output
 
 
 def step_peak(model: Any, batch_size: int, length: int) -> int:
-    """Bytes at the peak of one forward and backward pass of an adapted model on the meta device.
+    """Peak bytes of a forward and backward pass of an adapted model on the meta device.
 
-    The model's own weights are not among them; activations and gradients are. The loss is the model's over all tokens.
-    Of a deep stack of layers alike, two short ones are run, and the rest is in proportion.
+    Includes activations and gradients, not the weights. The loss is over all tokens. In place of a deep stack of equal
+    layers, two short stacks are run, and the result is extrapolated.
 
     Raises:
-        RuntimeError: the model or the method looks at values, which the meta device does not have.
+        RuntimeError: the model or the method reads values of tensors, which the meta device does not have.
     """
     model.train()
     ids = torch.empty(batch_size, length, dtype=torch.long, device="meta")
-    fit(model.get_base_model())  # all of its layers, before only some of them are run
+    fit(model.get_base_model())  # while the model has all of its layers
     stack = _stack(model.get_base_model())
     if stack is not None:
         try:
-            return _in_proportion(model, ids, *stack)
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):  # it wants its layers all
+            return _extrapolated(model, ids, *stack)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):  # it needs all of its layers
             pass
-    return _run(model, ids)[0]
+    peak, _ = _run(model, ids)
+    return peak
 
 
 def _run(model: Any, ids: Tensor) -> tuple[int, int]:
-    """(peak, end) of a step, in bytes; at the end there are the gradients."""
-    # no TorchFunctionMode: the backward pass leaves it, and layers that are recomputed there would be without
+    """(bytes at the peak, bytes at the end) of a step; at the end the gradients are alive."""
+    # Not a TorchFunctionMode: it is off in the backward pass, so it would miss the layers that are recomputed there.
     with Live(model) as live, patch("torch.nn.functional.scaled_dot_product_attention", _attention):
         _loss(model, ids).backward()
-    found = live.peak, live.now
+    peak = live.peak
+    end = live.now
     model.zero_grad(set_to_none=True)
-    return found
+    return peak, end
 
 
 def _stack(base: nn.Module) -> tuple[nn.Module, str] | None:
-    """The parent and the name of the model's one deep list of layers, where all are alike."""
-    found = [
-        (parent, name)
-        for parent in base.modules()
-        for name, child in parent.named_children()
-        if type(child) is nn.ModuleList and len(child) >= DEEP and len({_shape(layer) for layer in child}) == 1
-    ]
-    return found[0] if len(found) == 1 else None
+    """The parent and the name of the model's deep list of equal layers; None if it has no such list, or several."""
+    stacks = []
+    for parent in base.modules():
+        for name, child in parent.named_children():
+            if type(child) is nn.ModuleList and len(child) >= DEEP and _are_equal(child):
+                stacks.append((parent, name))
+    if len(stacks) != 1:
+        return None
+    return stacks[0]
 
 
-def _shape(layer: nn.Module) -> tuple[Any, ...]:
-    return type(layer), *((name, p.shape, p.requires_grad) for name, p in layer.named_parameters())
+def _are_equal(layers: nn.ModuleList) -> bool:
+    """Whether all layers have the same class and parameters of the same shapes."""
+    return len({_signature(layer) for layer in layers}) == 1
 
 
-def _in_proportion(model: Any, ids: Tensor, parent: nn.Module, name: str) -> int:
-    """The peak of the whole stack, by those of its first layers: activations make it, or, of short rows, gradients."""
+def _signature(layer: nn.Module) -> tuple[Any, ...]:
+    parameters = [(name, p.shape, p.requires_grad) for name, p in layer.named_parameters()]
+    return type(layer), *parameters
+
+
+def _extrapolated(model: Any, ids: Tensor, parent: nn.Module, name: str) -> int:
+    """The peak of the whole stack, extrapolated from two short stacks.
+
+    The peak is during the step, when activations are largest, or with short rows at the end, when all gradients exist.
+    """
     layers = parent.get_submodule(name)
     assert isinstance(layers, nn.ModuleList)
-    found = []
+    runs = []
     try:
-        for few in SHORT:
-            setattr(parent, name, layers[:few])
-            found.append(_run(model, ids))
+        for count in SHORT:
+            setattr(parent, name, layers[:count])
+            runs.append(_run(model, ids))
     finally:
         setattr(parent, name, layers)
     low, high = SHORT
-    return max(a + (b - a) * (len(layers) - low) // (high - low) for a, b in zip(*found, strict=True))
+    totals = []
+    for low_bytes, high_bytes in zip(*runs, strict=True):
+        totals.append(low_bytes + (high_bytes - low_bytes) * (len(layers) - low) // (high - low))
+    return max(totals)
 
 
 def _loss(model: Any, ids: Tensor) -> Tensor:
-    if model.get_base_model().can_generate():
-        more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {"use_cache": False}
-        return model(input_ids=ids, labels=ids, **more).loss
-    return model(input_ids=ids)[0].float().mean()
+    """The model's loss over all tokens, or the mean of its output if it has no language modelling head."""
+    if not model.get_base_model().can_generate():
+        return model(input_ids=ids)[0].float().mean()
+    arguments = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {"use_cache": False}
+    return model(input_ids=ids, labels=ids, **arguments).loss

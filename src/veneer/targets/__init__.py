@@ -1,5 +1,5 @@
-"""The base model as adapters see it: one `Target` for each kind of module, quantised weights, roles, paths.
+"""The base model as adapters see it: a `Target` view per kind of module, quantised weights, roles and paths.
 
-Imports `ops`, `files`, `upstream`, `maths` and `errors` alone. Start with `target.py`; `roles.py` finds attention
-and MLPs by structure, `quantised.py` holds a small class for each library.
+Imports only `ops`, `files`, `upstream`, `maths` and `errors`. Start with `target.py`; `roles.py` finds attention and
+MLPs by structure, and `quantised.py` has a small class per quantisation library.
 """

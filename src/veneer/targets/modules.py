@@ -1,4 +1,4 @@
-"""Modules of our own that hold others: by the names of adapters, or around one of the base model."""
+"""Container modules: a `ModuleDict` keyed by adapter names, and the base class of wrappers around base modules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class Modules(nn.ModuleDict):
-    """A `ModuleDict` that takes any string as a key: adapters may be called "items", "training" or "v1.5"."""
+    """A `ModuleDict` that accepts any string as a key: an adapter may be called "items", "training" or "v1.5"."""
 
     if TYPE_CHECKING:
 
@@ -23,7 +23,7 @@ class Modules(nn.ModuleDict):
         del self._modules[key]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """torch refuses values that are no modules under the name of one."""
+        """Set `training` directly: torch refuses a value that is not a module if a module has that name."""
         if name == "training":
             self.__dict__[name] = value
         else:
@@ -38,26 +38,30 @@ class Modules(nn.ModuleDict):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
     ) -> None:
-        """torch takes a key up to its first dot for the name of a module."""
+        """Find unexpected keys here: torch reads the module's name up to the first dot, and ours may contain dots."""
         super()._load_from_state_dict(state_dict, prefix, metadata, False, missing, unexpected, errors)
-        own = tuple(f"{prefix}{name}." for name in self._modules)
-        unexpected += [key for key in state_dict if strict and key.startswith(prefix) and not key.startswith(own)]
+        if not strict:
+            return
+        module_prefixes = tuple(f"{prefix}{name}." for name in self._modules)
+        for key in state_dict:
+            if key.startswith(prefix) and not key.startswith(module_prefixes):
+                unexpected.append(key)
 
 
 class WrapperModule(nn.Module):
-    """A module around one of the base model, which it keeps as `base_layer`."""
+    """A module around a module of the base model, which it keeps as `base_layer`."""
 
     base_layer: nn.Module
 
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Inside, what training does at random is left out."""
-    before = [(module, module.training) for module in modules]
+    """Put modules in evaluation mode inside the block (no dropout), and back into their former mode after it."""
+    modes = [module.training for module in modules]
     for module in modules:
         module.eval()
     try:
         yield
     finally:
-        for module, was in before:
-            module.train(was)
+        for module, was_training in zip(modules, modes, strict=True):
+            module.train(was_training)

@@ -1,7 +1,7 @@
-"""Linear layers whose weight a library keeps quantised: what an adapter sees of each, through that library.
+"""Targets for linear layers with a quantised weight: one small class per quantisation library.
 
-One small class a library. The weight is dequantised when a method looks at it, and quantised again when one is merged:
-then the layer keeps the old one, so `unmerge` stays bit-exact. Libraries are known by what their modules look like.
+The weight is dequantised when a method reads it, and quantised again when an adapter is merged. The layer keeps the
+old weight, so `unmerge` is bit-exact. A library is recognised by the attributes of its modules.
 """
 
 from __future__ import annotations
@@ -20,32 +20,35 @@ from ..errors import NotMergeable, RoundingWarning
 from .target import LinearTarget
 
 LARGE = 0.5
-"""The share of a merged update that may be lost before there is a warning."""
+"""A merge that loses more than this share of the update to rounding gives a warning."""
 
 
 class QuantisedTarget(LinearTarget):
-    """A linear layer that is quantised in some way. Adapters that look at no weight work on it as it is."""
+    """A quantised linear layer of any library. Adapters that do not read the weight work on it as it is."""
 
     is_quantised = True
     is_readable = False
     rounded: tuple[float, float] | None = None
-    """(size of the change, size of what rounding made of it) when a weight was last merged."""
+    """(norm of the update, norm of the rounding error) of the last merge."""
 
     @staticmethod
     def fits(module: Any) -> bool:
-        """Whether `module` is of this kind."""
-        sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
-        return all(isinstance(size, int) for size in sizes) and type(module).__name__ in OPAQUE
+        """Whether this class is the target for `module`."""
+        if type(module).__name__ not in OPAQUE:
+            return False
+        in_features = getattr(module, "in_features", None)
+        out_features = getattr(module, "out_features", None)
+        return isinstance(in_features, int) and isinstance(out_features, int)
 
     def as_matrix(self, weight: Any) -> Tensor:
-        """What `bound` gives as (out, in) numbers."""
+        """The (out, in) matrix of a quantised weight that `bound` returned."""
         kind = type(self.base).__name__
         raise NotMergeable(
             f"{self.path!r}: the weight of a {kind} cannot be read; use a method that does not look at it"
         )
 
     def quantised(self, W: Tensor) -> Any:
-        """What `bind` takes, from (out, in) numbers, with the settings of the present weight."""
+        """Quantise an (out, in) matrix with the settings of the current weight; the result goes to `bind`."""
         kind = type(self.base).__name__
         raise NotMergeable(
             f"{self.path!r}: a merged weight cannot be quantised into a {kind} again; merge into the model before it "
@@ -53,11 +56,11 @@ class QuantisedTarget(LinearTarget):
         )
 
     def bound(self, module: Any) -> Any:
-        """A module's quantised weight, fit to be kept."""
+        """The quantised weight of a module, in a form that can be kept and bound again."""
         return module._parameters.get("weight")
 
     def bind(self, module: Any, weight: Any) -> None:
-        """The inverse of `bound`."""
+        """Set the quantised weight of a module: the inverse of `bound`."""
         module._parameters["weight"] = weight
 
     @property
@@ -66,52 +69,60 @@ class QuantisedTarget(LinearTarget):
 
     def matrix_of(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         if isinstance(module, nn.Linear) and type(module) is nn.Linear and not self.fits(module):
-            return super().matrix_of(module)  # a trained copy
+            return super().matrix_of(module)  # a trained copy is a plain linear layer
         return self.as_matrix(self.bound(module)), getattr(module, "bias", None)
 
     def copy(self) -> nn.Module:
         """A trainable copy: a plain linear layer."""
         W, b = self.matrix_of(self.base)
         plain = nn.Linear(self.in_features, self.out_features, b is not None, device=W.device, dtype=W.dtype)
-        plain.load_state_dict({"weight": W} | ({} if b is None else {"bias": b}))
+        tensors = {"weight": W}
+        if b is not None:
+            tensors["bias"] = b
+        plain.load_state_dict(tensors)
         return plain
 
     def replace(self, new: dict[str, Tensor]) -> dict[str, Any]:
-        old, before = {"weight": self.bound(self.base)}, self.weight()
-        weight = self.quantised(new["weight"])
-        bound = {"weight": weight}
+        old = {"weight": self.bound(self.base)}
+        W_before = self.weight()
+        bound = {"weight": self.quantised(new["weight"])}
         if "bias" in new:
             old["bias"] = self.base.bias
             bound["bias"] = nn.Parameter(new["bias"].to(self.base.bias.dtype), requires_grad=False)
         self.restore(bound)
         W = new["weight"].detach()
-        self.rounded = float((W - before).norm()), float((self.weight() - W).norm())
+        change = float((W - W_before).norm())
+        error = float((self.weight() - W).norm())
+        self.rounded = change, error
         return old
 
     def restore(self, old: dict[str, Any]) -> None:
         if "weight" in old:
             self.bind(self.base, old["weight"])
         if "bias" in old:
-            place = self.base._parameters if "bias" in self.base._parameters else self.base.__dict__
-            place["bias"] = old["bias"]
+            is_parameter = "bias" in self.base._parameters
+            attributes = self.base._parameters if is_parameter else self.base.__dict__
+            attributes["bias"] = old["bias"]
 
     def parameters(self) -> dict[str, Any]:
-        found = {"weight": self.bound(self.base), "bias": getattr(self.base, "bias", None)}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        weight = self.bound(self.base)
+        bias = getattr(self.base, "bias", None)
+        tensors = {"weight": weight, "bias": bias}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def call_with(self, module: nn.Module, tensors: dict[str, Any], args: Any, kwargs: Any) -> Any:
         if module is not self.base:
             return module(*args, **kwargs)
-        now = self.parameters()
+        current = self.parameters()
         self.restore(tensors)
         try:
             return module(*args, **kwargs)
         finally:
-            self.restore(now)
+            self.restore(current)
 
 
 OPAQUE = ("EetqLinear", "QuantizedLinear", "HiggsLinear", "SpQRLinear", "VPTQLinear", "BitLinear", "AutoBitLinear")
-"""Quantised linear layers (EETQ, AQLM, ...) that offer no way to read their weight."""
+"""Class names of quantised linear layers (EETQ, AQLM, ...) that have no method for reading their weight."""
 
 
 class BitsAndBytes4(QuantisedTarget):
@@ -126,19 +137,25 @@ class BitsAndBytes4(QuantisedTarget):
     def as_matrix(self, weight: Any) -> Tensor:
         from bitsandbytes import functional
 
-        data, state = weight.data, weight.quant_state
-        if getattr(state, "packing_format_for_cpu", False):  # what running on some CPUs leaves
+        data = weight.data
+        state = weight.quant_state
+        if getattr(state, "packing_format_for_cpu", False):  # a forward pass on some CPUs packs the weight
             data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
-            if not state.nested:  # left as the packed form has it: (blocks of a row, rows) in bfloat16
+            if not state.nested:  # absmax stays as it was packed: (blocks of a row, rows) in bfloat16
                 state.absmax = state.absmax.T.reshape(-1).float()
         return functional.dequantize_4bit(data, state)
 
     def quantised(self, W: Tensor) -> Any:
         old = self.bound(self.base)
-        settings = {
-            name: getattr(old, name) for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")
-        }
-        return type(old)(W.to("cpu", self.dtype), requires_grad=False, **settings).to(old.device)
+        new = type(old)(
+            W.to("cpu", self.dtype),
+            requires_grad=False,
+            blocksize=old.blocksize,
+            compress_statistics=old.compress_statistics,
+            quant_type=old.quant_type,
+            quant_storage=old.quant_storage,
+        )
+        return new.to(old.device)
 
     def bind(self, module: Any, weight: Any) -> None:
         super().bind(module, weight)
@@ -151,7 +168,7 @@ class BitsAndBytes4(QuantisedTarget):
 
 
 class BitsAndBytes8(QuantisedTarget):
-    """bitsandbytes' LLM.int8(). Its numbers move into the module's `state` when that runs, and back to be kept."""
+    """bitsandbytes' LLM.int8(). A forward pass moves the numbers to the module's `state`; `bound` moves them back."""
 
     is_readable = True
 
@@ -164,23 +181,26 @@ class BitsAndBytes8(QuantisedTarget):
 
     def quantised(self, W: Tensor) -> Any:
         old = self.bound(self.base)
-        return type(old)(W.to("cpu"), requires_grad=False, has_fp16_weights=False).to(old.device)
+        new = type(old)(W.to("cpu"), requires_grad=False, has_fp16_weights=False)
+        return new.to(old.device)
 
     def bound(self, module: Any) -> Any:
-        weight, state = module._parameters["weight"], module.state
+        weight = module._parameters["weight"]
         if weight.CB is None:
-            weight.CB, weight.SCB = state.CB, state.SCB
+            weight.CB = module.state.CB
+            weight.SCB = module.state.SCB
         return weight
 
     def bind(self, module: Any, weight: Any) -> None:
-        self.bound(module)  # the one that leaves takes its numbers along
+        self.bound(module)  # the old weight gets its numbers back before it is replaced
         super().bind(module, weight)
         module.state = copy.copy(module.state)
-        module.state.CB = module.state.SCB = None
+        module.state.CB = None
+        module.state.SCB = None
 
 
 class TorchAO(QuantisedTarget):
-    """torchao: the weight is a tensor that dequantises itself."""
+    """torchao: the weight is a tensor subclass with a `dequantize` method."""
 
     is_readable = True
 
@@ -194,27 +214,33 @@ class TorchAO(QuantisedTarget):
 
     def quantised(self, W: Tensor) -> Any:
         old = self.bound(self.base)
-        make: Any = getattr(type(old), "from_hp", None)
-        known = inspect.signature(make).parameters if make is not None else {}
-        if "block_size" in known:
-            new = make(W, list(old.block_size))
-        elif "granularity" in known and getattr(old, "act_quant_kwargs", None) is None:
-            new = make(W, _granularity(old.block_size, W.shape))
+        from_hp: Any = getattr(type(old), "from_hp", None)
+        if from_hp is None:
+            return super().quantised(W)
+        arguments = inspect.signature(from_hp).parameters
+        quantises_activations = getattr(old, "act_quant_kwargs", None) is not None
+        if "block_size" in arguments:
+            new = from_hp(W, list(old.block_size))
+        elif "granularity" in arguments and not quantises_activations:
+            new = from_hp(W, _granularity(old.block_size, W.shape))
         else:
             return super().quantised(W)
         return nn.Parameter(new, requires_grad=False)
 
 
 def _granularity(block: Any, shape: torch.Size) -> Any:
+    """torchao's granularity for blocks of a shape in a weight of a shape."""
     from torchao.quantization import PerGroup, PerRow, PerTensor
 
     if tuple(block) == tuple(shape):
         return PerTensor()
-    return PerRow() if block[-1] == shape[-1] else PerGroup(block[-1])
+    if block[-1] == shape[-1]:
+        return PerRow()
+    return PerGroup(block[-1])
 
 
 class HQQ(QuantisedTarget):
-    """Half-quadratic quantisation. What is kept is the packed weight with the notes that belong to it."""
+    """Half-quadratic quantisation. `bound` returns the packed weight and its metadata."""
 
     is_readable = True
 
@@ -223,18 +249,20 @@ class HQQ(QuantisedTarget):
         return type(module).__name__ == "HQQLinear"
 
     def as_matrix(self, weight: Any) -> Tensor:
-        now = self.bound(self.base)
+        current = self.bound(self.base)
         self.bind(self.base, weight)
         try:
             return self.base.dequantize()
         finally:
-            self.bind(self.base, now)
+            self.bind(self.base, current)
 
     def quantised(self, W: Tensor) -> Any:
         plain = nn.Linear(self.in_features, self.out_features, bias=False)
         plain.weight = nn.Parameter(W, requires_grad=False)
-        base, how = self.base, {"offload_meta": False, **self.base.quant_config}  # its constructor takes that out
-        return self.bound(type(base)(plain, how, compute_dtype=base.compute_dtype, device=str(base.device)))
+        base = self.base
+        settings = {"offload_meta": False, **base.quant_config}  # HQQ's constructor removes offload_meta
+        new = type(base)(plain, settings, compute_dtype=base.compute_dtype, device=str(base.device))
+        return self.bound(new)
 
     def bound(self, module: Any) -> Any:
         return module.W_q, module.meta
@@ -248,7 +276,7 @@ class HQQ(QuantisedTarget):
 
 
 class GPTQ(QuantisedTarget):
-    """gptqmodel's layers, GPTQ and AWQ: they can be read, not written."""
+    """gptqmodel's GPTQ and AWQ layers. Their weight can be read but not written."""
 
     is_readable = True
 
@@ -267,19 +295,26 @@ BACKENDS = (BitsAndBytes4, BitsAndBytes8, TorchAO, HQQ, GPTQ, QuantisedTarget)
 
 
 def warn_of_rounding(layers: Iterable[Any]) -> None:
-    """Say so where merging into quantised weights lost much: what is smaller than their steps vanishes."""
+    """Warn if merging into quantised weights lost much of the update to rounding."""
     rounded = [layer.target.rounded for layer in layers if layer.target.is_quantised and layer.merged_adapters]
-    change, error = (math.hypot(*sizes) for sizes in zip(*rounded, strict=True)) if rounded else (0.0, 0.0)
+    if not rounded:
+        return
+    changes, errors = zip(*rounded, strict=True)
+    change = math.hypot(*changes)
+    error = math.hypot(*errors)
     if error > LARGE * change:
         warnings.warn(
-            f"the error of quantising the merged weights again is {error / change:.0%} of what was merged: changes "
-            "smaller than the steps of a quantised weight vanish. Keep the adapter unmerged, or load the base model "
-            "unquantised and merge there, which the adapter's file fits",
+            f"quantising the merged weights again makes an error of {error / change:.0%} of what was merged: changes "
+            "smaller than a quantisation step vanish. Keep the adapter unmerged, or load the base model unquantised "
+            "and merge there; the adapter's file fits both",
             RoundingWarning,
             stacklevel=4,
         )
 
 
 def quantised(module: nn.Module) -> type[QuantisedTarget] | None:
-    """The view of a quantised linear layer, None for any other module."""
-    return next((backend for backend in BACKENDS if backend.fits(module)), None)
+    """The target class for a quantised linear layer, None for any other module."""
+    for backend in BACKENDS:
+        if backend.fits(module):
+            return backend
+    return None

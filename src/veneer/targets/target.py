@@ -1,6 +1,7 @@
-"""What an adapter sees of the module it adapts: sizes, the weight as a matrix, and how the module applies one.
+"""A target is a base module as its adapters see it: its sizes, its weight as a matrix, its operation.
 
-Methods never ask whether a weight is stored transposed, is a convolution or an embedding: W is (out, in) everywhere.
+W is (out, in) for every kind of module, so methods need not know whether the stored weight is transposed, a convolution
+or an embedding.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import copy
 import weakref
 from contextlib import AbstractContextManager
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -26,44 +28,44 @@ if TYPE_CHECKING:
 
 
 class Layer(Protocol):
-    """What a target reads of the layer that it belongs to (`core.layer.AdapterLayer`)."""
+    """The attributes of its layer (`core.layer.AdapterLayer`) that a target reads."""
 
     base_layer: Any
     path: str
     state: Any
     rows: Tensor | None
-    """The rows of a mixed batch that are being computed."""
+    """In a mixed batch, the rows of the current adapter."""
     call: dict[str, Any]
-    """The keyword arguments of a block's call under way."""
+    """The keyword arguments of the current call of a block."""
     kept: dict[str, Tensor]
-    """The pretrained tensors by name, while adapters are merged."""
+    """The pretrained tensors by name while adapters are merged."""
     kept_module: Any
-    """The pretrained module, where merging took another one."""
+    """The pretrained module if merging replaced it by another."""
 
 
 class Target:
-    """A module of any kind, seen as a block: its first tensor in, its first tensor out.
+    """The default target, a block: any module, adapted at its first input and its first output tensor.
 
-    Holds the layer, not the module: `base` is read anew each time, so it is never stale after a swap.
+    It keeps a reference to the layer and not to the module, so `base` is up to date after the module is replaced.
     """
 
     kind: ClassVar[str] = "block"
     inside: ClassVar[Mapping[str, str]] = {}
-    """Parameters that a module reads without calling what holds them, each with what stands before its keys in a file.
-    """
+    """Parameters that the module reads without calling the submodules that hold them; the values are key prefixes."""
     is_quantised: ClassVar[bool] = False
-    """Its weight is kept in other numbers than those it stands for."""
+    """The weight is stored quantised."""
     is_readable: ClassVar[bool] = True
-    """What its weight stands for can be told."""
+    """The weight can be read, dequantised if need be."""
 
     def __init__(self, layer: Layer) -> None:
-        self._layer = weakref.ref(layer)  # the layer holds the target: a base model must not wait for a cycle's end
+        self._layer = weakref.ref(layer)  # a cycle with the layer would delay the release of the base model's memory
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_layer": self.layer}
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
-        self.__dict__.update(attributes | {"_layer": weakref.ref(attributes["_layer"])})
+        self.__dict__.update(attributes)
+        self._layer = weakref.ref(attributes["_layer"])
 
     @property
     def layer(self) -> Any:
@@ -77,7 +79,7 @@ class Target:
 
     @property
     def path(self) -> str:
-        """Where the module stands in the unadapted model: `model.layers.0.self_attn.q_proj`."""
+        """The module's path in the unadapted model, such as `model.layers.0.self_attn.q_proj`."""
         return self.layer.path
 
     @property
@@ -90,55 +92,63 @@ class Target:
 
     @property
     def in_channels(self) -> int:
-        """The size of the input's channel dimension; for a convolution not `in_features`, which counts the kernel."""
+        """Channels of the input. A convolution's `in_features` counts the kernel as well."""
         return self.in_features
 
     @property
     def spatial(self) -> int:
-        """How many dimensions a convolution slides over; 0 for anything else."""
+        """Number of spatial dimensions of a convolution; 0 for other modules."""
         return 0
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """A convolution's kernel; () for anything else."""
-        return getattr(self.base, "kernel_size", ()) if self.spatial else ()
+        """Kernel size of a convolution; () for other modules."""
+        if not self.spatial:
+            return ()
+        return getattr(self.base, "kernel_size", ())
 
     @property
     def groups(self) -> int:
-        """Independent groups of channels; 1 but for grouped convolutions."""
+        """Number of channel groups; 1 except for grouped convolutions."""
         return getattr(self.base, "groups", 1)
 
     @property
     def copies(self) -> int:
-        """Matrices of this shape in the weight; 1 but for a stack of experts."""
+        """Number of matrices in the weight; 1 except for a stack of experts."""
         return 1
 
     @property
     def scale(self) -> Tensor | float:
-        """What an embedding multiplies its rows by (Gemma)."""
+        """The factor by which an embedding scales its rows (Gemma); 1 for other modules."""
         return getattr(self.base, "embed_scale", 1.0)
 
     @property
     def device(self) -> torch.device:
-        """Where the module computes (under accelerate's offload its weights may lie elsewhere)."""
-        execution = offload.execution_device(self.base)
-        if execution is not None:
-            return execution
-        first = next((t for t in (*self.base.parameters(), *self.base.buffers())), None)
+        """The device of the computation; accelerate may keep offloaded weights on another."""
+        execution_device = offload.execution_device(self.base)
+        if execution_device is not None:
+            return execution_device
+        first = next(chain(self.base.parameters(), self.base.buffers()), None)
         return torch.device("cpu") if first is None else first.device
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype of the base module's floating tensors."""
-        return next((p.dtype for p in self.base.parameters() if p.is_floating_point()), None)
+        """The dtype of the base module's first floating-point parameter."""
+        for parameter in self.base.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+        return None
 
     def fact(self, key: Any) -> Any:
-        """A fact of the model call under way, for the rows that are being computed; None without it."""
-        value, rows = self.layer.state.facts.get(key), self.layer.rows
-        return value if rows is None or value is None else value[rows]
+        """A fact of the current model call, reduced to the current rows of a mixed batch; None if it is not given."""
+        value = self.layer.state.facts.get(key)
+        rows = self.layer.rows
+        if rows is None or value is None:
+            return value
+        return value[rows]
 
     def once(self, owner: Any, compute: Callable[[], Any]) -> Any:
-        """What `owner` computes from its parameters alone: once where many calls follow without a change of them."""
+        """A result that depends only on the parameters of `owner`, cached while they cannot change (in generation)."""
         memo = None if torch.is_grad_enabled() else self.layer.state.memo
         if memo is None:
             return compute()
@@ -147,26 +157,29 @@ class Target:
         return memo[id(owner)]
 
     def argument(self, name: str) -> Any:
-        """A keyword argument of a block's call under way, such as the attention's `position_embeddings`; None without.
+        """A keyword argument of the current call of a block, such as `position_embeddings`; None if it is not given.
 
-        Of tensors that have a row for each of a mixed batch, the rows that are being computed.
+        In a mixed batch, tensors with one row per row of the batch are reduced to the current rows.
         """
-        value, rows = self.layer.call.get(name), self.layer.rows
+        value = self.layer.call.get(name)
+        rows = self.layer.rows
         if isinstance(value, tuple):
             return tuple(_of_rows(t, rows) for t in value)
         return _of_rows(value, rows)
 
     def child(self, name: str) -> Any:
-        """A module inside a block, as the rows being computed see it: in a mixed batch they have no other adapter."""
+        """A submodule of a block; in a mixed batch, without adapters, because a row has one adapter only."""
         module = getattr(self.base, name)
-        return module if self.layer.rows is None else getattr(module, "base_layer", module)
+        if self.layer.rows is None:
+            return module
+        return getattr(module, "base_layer", module)
 
     def present(self) -> AbstractContextManager[nn.Module]:
-        """The module with its weights in memory, also where accelerate has offloaded them."""
+        """A context in which the module's weights are in memory, even if accelerate has offloaded them."""
         return offload.present(self.base)
 
     def weight(self) -> Tensor:
-        """The weight below the unmerged adapters, (out, in)."""
+        """The current weight of the base module, (out, in), including merged adapters."""
         with self.present() as module:
             return self.matrix_of(module)[0]
 
@@ -175,17 +188,21 @@ class Target:
             return self.matrix_of(module)[1]
 
     def original_weight(self) -> Tensor:
-        """The pretrained weight, (out, in), whatever is merged at the moment."""
+        """The pretrained weight, (out, in), without merged adapters."""
         kept = self.layer.kept.get("weight")
         if kept is not None:
             return self.as_matrix(kept)
-        return self.weight() if self.layer.kept_module is None else self.matrix_of(self.layer.kept_module)[0]
+        if self.layer.kept_module is None:
+            return self.weight()
+        return self.matrix_of(self.layer.kept_module)[0]
 
     def original_bias(self) -> Tensor | None:
         kept = self.layer.kept.get("bias")
         if kept is not None:
             return kept
-        return self.bias() if self.layer.kept_module is None else self.matrix_of(self.layer.kept_module)[1]
+        if self.layer.kept_module is None:
+            return self.bias()
+        return self.matrix_of(self.layer.kept_module)[1]
 
     def matrix_of(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         """(weight as (out, in), bias) of a module of this kind."""
@@ -198,20 +215,20 @@ class Target:
         return weight
 
     def as_stored(self, W: Tensor) -> Tensor:
-        """The inverse of `as_matrix`: the layout the module keeps."""
+        """W in the layout in which the module stores it: the inverse of `as_matrix`."""
         return W
 
     def copy(self) -> nn.Module:
-        """A trainable copy of the module, with Parameters of its own."""
+        """A trainable copy of the module with its own Parameters."""
         with self.present() as module:
             return copy.deepcopy(module).requires_grad_(True)
 
     def direct(self) -> tuple[Tensor, Tensor | None] | None:
-        """W (out, in) and b where calling the module is x W^T + b and nothing more, so that it may be left out."""
+        """(W, b) if a call of the module computes x W^T + b and nothing else, so it can be skipped; otherwise None."""
         return None
 
     def op(self, x: Tensor, M: Tensor, b: Tensor | None = None) -> Tensor:
-        """The module's operation with M (out, in) for its weight and b for its bias."""
+        """The module's operation with M (out, in) as its weight and b as its bias."""
         return functional_call(self.base, self.tensors(M, b), (x,))
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -223,23 +240,26 @@ class Target:
         return B @ A
 
     def factors(self, r: int) -> tuple[Matrix, Matrix]:
-        """Empty A and B of rank r in the layout of the file: (r, in) and (out, r)."""
+        """Uninitialised A and B of rank r in the checkpoint's layout: (r, in) and (out, r)."""
         return Matrix(r, self.in_features), Matrix(self.out_features, r)
 
     def channels(self, v: Tensor, y: Tensor) -> Tensor:
-        """A vector over channels, shaped to multiply or add to an activation."""
+        """A vector over channels, shaped to be multiplied with or added to an activation."""
         return v
 
     def columns(self, v: Tensor) -> Tensor:
-        """A vector over input channels, shaped to multiply W."""
+        """A vector over input channels, shaped to be multiplied with W."""
         return v[None, :]
 
     def tensors(self, W: Tensor, b: Tensor | None) -> dict[str, Tensor]:
         """Weight and bias under the names and in the layout of the module's parameters."""
-        return {"weight": self.as_stored(W)} | ({} if b is None else {"bias": b})
+        tensors = {"weight": self.as_stored(W)}
+        if b is not None:
+            tensors["bias"] = b
+        return tensors
 
     def replace(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Bind new Parameters and return the old ones. Never `.data`: a tied weight is shared with another module."""
+        """Bind new Parameters and return the old ones. Writing to `.data` would change tied weights elsewhere."""
         old = {name: self.base._parameters[name] for name in new}
         for name, tensor in new.items():
             dtype = old[name].dtype
@@ -254,11 +274,13 @@ class Target:
         return dict(self.base._parameters)
 
     def call_with(self, module: nn.Module, tensors: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
-        """A call of the module with other Parameters."""
+        """Call the module with other Parameters."""
         return functional_call(module, tensors, args, kwargs)
 
 
 class LinearTarget(Target):
+    """`nn.Linear`."""
+
     kind = "linear"
 
     @property
@@ -277,7 +299,7 @@ class LinearTarget(Target):
 
     @staticmethod
     def forward_of(base: nn.Module) -> Any:
-        """The forward that is x W^T + b."""
+        """The forward method that computes x W^T + b; None if the module has another."""
         return nn.Linear.forward
 
     def op(self, x: Tensor, M: Tensor, b: Tensor | None = None) -> Tensor:
@@ -300,7 +322,9 @@ class Conv1DTarget(LinearTarget):
 
     @staticmethod
     def forward_of(base: nn.Module) -> Any:
-        return type(base).forward if is_from(base, "pytorch_utils") else None
+        if not is_from(base, "pytorch_utils"):
+            return None
+        return type(base).forward
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         return weight.T
@@ -310,7 +334,7 @@ class Conv1DTarget(LinearTarget):
 
 
 class ConvTarget(Target):
-    """Conv1d, 2d, 3d: W is (out, in / groups * kernel), one row for each output channel."""
+    """`nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`: W is (out, in / groups * kernel), one row per output channel."""
 
     kind = "conv"
 
@@ -346,8 +370,8 @@ class ConvTarget(Target):
     def product(self, A: Tensor, B: Tensor) -> Tensor:
         if self.groups > 1:
             raise NotMergeable(
-                f"an update of {self.path!r} mixes its {self.groups} groups of channels, which its weight cannot; "
-                "keep the adapter unmerged"
+                f"an update of {self.path!r} mixes its {self.groups} groups of channels, which its weight cannot "
+                "express; keep the adapter unmerged"
             )
         return B @ A
 
@@ -356,25 +380,33 @@ class ConvTarget(Target):
             raise TargetError(f"rank {r} on {self.path!r} must be a multiple of its {self.groups} groups")
         if self.groups > 1 and self.base.padding_mode != "zeros":
             raise TargetError(f"{self.path!r} pads a grouped convolution by {self.base.padding_mode}; only zeros work")
-        kernel, ones = self.base.weight.shape[2:], (1,) * self.spatial
-        return Matrix(r, self.in_channels, *kernel), Matrix(self.out_features, r // self.groups, *ones)
+        kernel = self.base.weight.shape[2:]
+        ones = (1,) * self.spatial
+        A = Matrix(r, self.in_channels, *kernel)
+        B = Matrix(self.out_features, r // self.groups, *ones)
+        return A, B
 
     def _read(self, x: Tensor, A: Tensor) -> Tensor:
-        """A's convolution: it reads all channels, also where the module has groups."""
+        """Convolve x with A, which reads all channels even if the module has groups."""
         if self.groups == 1:
             return self.op(x, A)
-        base, kernel = self.base, A.unflatten(1, (self.in_channels, *self.base.weight.shape[2:]))
+        base = self.base
+        kernel = A.unflatten(1, (self.in_channels, *base.weight.shape[2:]))
         return self._convolve(x, kernel, stride=base.stride, padding=base.padding, dilation=base.dilation)
 
     def _convolve(self, x: Tensor, kernel: Tensor, **settings: Any) -> Tensor:
-        return (F.conv1d, F.conv2d, F.conv3d)[self.spatial - 1](x, kernel, **settings)
+        convolutions = (F.conv1d, F.conv2d, F.conv3d)
+        convolution = convolutions[self.spatial - 1]
+        return convolution(x, kernel, **settings)
 
     def channels(self, v: Tensor, y: Tensor) -> Tensor:
         return v.view(-1, *(1,) * self.spatial)
 
     def columns(self, v: Tensor) -> Tensor:
-        groups, kernel = self.groups, self.base.weight[0, 0].numel()
-        return v.view(groups, -1).repeat_interleave(self.out_features // groups, 0).repeat_interleave(kernel, 1)
+        groups = self.groups
+        kernel = self.base.weight[0, 0].numel()
+        rows = v.view(groups, -1).repeat_interleave(self.out_features // groups, 0)  # (out, in / groups)
+        return rows.repeat_interleave(kernel, 1)
 
 
 class EmbeddingTarget(Target):
@@ -401,7 +433,7 @@ class EmbeddingTarget(Target):
 
 
 class NormTarget(Target):
-    """LayerNorm, RMSNorm and their kin: W is their vector of scales."""
+    """LayerNorm, RMSNorm and similar: W is the vector of scales."""
 
     kind = "norm"
 
@@ -413,7 +445,7 @@ class NormTarget(Target):
 class ParamTarget(Target):
     """A bare parameter of a module: a matrix W (out, in), or a stack of them, (experts, out, in).
 
-    The module is lent the folded parameter for each call, so an adapter here needs no activations.
+    The layer calls the module with the folded parameter, so adapters here do not use activations.
     """
 
     kind = "param"
@@ -447,10 +479,15 @@ class ParamTarget(Target):
 
     def original_weight(self) -> Tensor:
         kept = self.layer.kept.get(self.name)
-        return self.weight() if kept is None else self.as_matrix(kept)
+        if kept is None:
+            return self.weight()
+        return self.as_matrix(kept)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        return weight.mT if weight.dim() == 3 and getattr(self.base, "is_transposed", False) else weight
+        is_transposed = getattr(self.base, "is_transposed", False)
+        if is_transposed and weight.dim() == 3:
+            return weight.mT
+        return weight
 
     def as_stored(self, W: Tensor) -> Tensor:
         return self.as_matrix(W)
@@ -459,17 +496,19 @@ class ParamTarget(Target):
         return {self.name: self.as_stored(W)}
 
     def factors(self, r: int) -> tuple[Matrix, Matrix]:
-        """A (experts * r, in) and B (out, r * experts): the file counts A's rows by expert first, B's columns last."""
+        """A (experts * r, in), its rows grouped by expert, and B (out, r * experts), its columns grouped by rank."""
         return Matrix(self.copies * r, self.in_features), Matrix(self.out_features, r * self.copies)
 
     def product(self, A: Tensor, B: Tensor) -> Tensor:
         if len(self.shape) == 2:
             return B @ A
-        return B.unflatten(1, (-1, self.copies)).permute(2, 0, 1) @ A.unflatten(0, (self.copies, -1))
+        B_stack = B.unflatten(1, (-1, self.copies)).permute(2, 0, 1)  # (experts, out, r)
+        A_stack = A.unflatten(0, (self.copies, -1))  # (experts, r, in)
+        return B_stack @ A_stack
 
 
 class AttentionTarget(Target):
-    """`nn.MultiheadAttention`: a block whose own weights are adapted as bare parameters."""
+    """`nn.MultiheadAttention`: a block whose weights can also be adapted, as bare parameters."""
 
     inside = {"in_proj_weight": "", "out_proj.weight": "base_layer.out_proj."}
 
@@ -477,11 +516,14 @@ class AttentionTarget(Target):
         return {name: _parameter(self.base, name) for name in self.inside}
 
     def replace(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
-        old = {name: self.parameters()[name] for name in new}
-        lent: dict[str, Tensor] = {
-            n: nn.Parameter(t.to(old[n].dtype).contiguous(), requires_grad=False) for n, t in new.items()
-        }
-        self.restore(lent)
+        parameters = self.parameters()
+        old: dict[str, Tensor] = {}
+        bound: dict[str, Tensor] = {}
+        for name, tensor in new.items():
+            old[name] = parameters[name]
+            dtype = old[name].dtype
+            bound[name] = nn.Parameter(tensor.to(dtype).contiguous(), requires_grad=False)
+        self.restore(bound)
         return old
 
     def restore(self, old: dict[str, Tensor]) -> None:
@@ -491,28 +533,32 @@ class AttentionTarget(Target):
 
 
 def _parameter(module: nn.Module, path: str) -> Any:
+    """The parameter of a module at a path such as `out_proj.weight`."""
     owner, _, name = path.rpartition(".")
     return getattr(module.get_submodule(owner), name)
 
 
 def adapts(kinds: Collection[str], module: nn.Module) -> bool:
-    """Whether a method for these kinds of targets can adapt a module, or the parameters inside it."""
+    """Whether a method for these kinds of targets can adapt the module, or the parameters inside it."""
     target = kind_of(module)
     return target.kind in kinds or ("param" in kinds and bool(target.inside))
 
 
 def _of_rows(value: Any, rows: Tensor | None) -> Any:
-    """Entries for some rows of a batch; a tensor whose first dimension is 1 stands for all of them."""
-    return value if rows is None or not isinstance(value, Tensor) or len(value) == 1 else value[rows]
+    """The given rows of a batched tensor; a tensor whose first dimension is 1 is broadcast and kept as it is."""
+    if rows is None or not isinstance(value, Tensor) or len(value) == 1:
+        return value
+    return value[rows]
 
 
 def kind_of(module: nn.Module) -> type[Target]:
-    """The view that fits a module: the one place that looks at module classes."""
+    """The target class for a module. No other function looks at module classes."""
     from .quantised import quantised
 
     if is_conv1d(module):
         return Conv1DTarget
-    if (backend := quantised(module)) is not None:
+    backend = quantised(module)
+    if backend is not None:
         return backend
     if isinstance(module, nn.Linear):
         return LinearTarget
@@ -529,19 +575,22 @@ def kind_of(module: nn.Module) -> type[Target]:
 
 
 def _block_width(module: Any) -> int:
-    """The width of a block's stream: what its first linear layer reads."""
+    """The width of a block's input: the input width of its first linear layer."""
     for child in module.modules():
         if kind_of(child).kind == "linear":
-            return child.weight.shape[0] if is_conv1d(child) else child.in_features
+            if is_conv1d(child):
+                return child.weight.shape[0]
+            return child.in_features
     raise TargetError(f"cannot tell the width of {type(module).__name__}: it holds no linear layer")
 
 
 def is_bare(module: Any, forward: Any) -> bool:
-    """Calling the module is `forward` and nothing more: no hooks, no other class's or wrapper's forward, plain tensors.
+    """Whether a call of the module runs `forward` and nothing else, on frozen plain Parameters.
 
-    Its weight and bias are frozen. Quantised and sharded weights are tensors of other classes.
+    It is not if the module has hooks or an overridden forward, or a quantised or sharded weight (a tensor subclass).
     """
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    weight = module._parameters.get("weight")
+    bias = module._parameters.get("bias")
     return (
         type(module).forward is forward
         and "forward" not in module.__dict__
@@ -556,16 +605,16 @@ def is_bare(module: Any, forward: Any) -> bool:
 
 
 class Matrix(nn.Module):
-    """A weight and nothing else: `lora_A.weight` without the cost of an `nn.Linear` that is initialised twice."""
+    """A module with only a weight, such as `lora_A`. Unlike `nn.Linear`, it leaves the weight uninitialised."""
 
     weight: nn.Parameter
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
-        self._parameters["weight"] = nn.Parameter(torch.empty(shape))  # as the attribute would, in a fifth of the time
+        self._parameters["weight"] = nn.Parameter(torch.empty(shape))  # five times faster than `self.weight =`
 
     def matrix(self) -> Tensor:
-        """The weight with all but its first dimension flattened: (rows, columns)."""
+        """The weight as (rows, columns): all dimensions but the first are flattened."""
         return self.weight.flatten(1)
 
     def extra_repr(self) -> str:

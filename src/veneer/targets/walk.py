@@ -1,4 +1,4 @@
-"""The modules of a model by their paths, with adapters looked through."""
+"""The modules of a model by path, as they are without adapters."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .modules import Modules, WrapperModule
 
 
 def bare(module: nn.Module) -> nn.Module:
-    """The module of the base model, without the adapters around it."""
+    """The module of the base model inside any adapter layers around it."""
     while isinstance(module, WrapperModule):
         module = module.base_layer
     return module
 
 
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, module) of every module as the unadapted model would list them, looking through adapter layers."""
+    """Yield (path, module) for every module as the unadapted model would list them, skipping adapter layers."""
     seen: set[int] = set()
     todo: list[tuple[str, nn.Module]] = [(prefix, module)]
     while todo:
@@ -28,11 +28,14 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
             continue
         seen.add(id(module))
         yield path, module
-        children = module._modules.items()
-        found = [(f"{path}.{n}" if path else n, c) for n, c in children if c is not None and not isinstance(c, Modules)]
-        todo += reversed(found)
+        children: list[tuple[str, nn.Module]] = []
+        for name, child in module._modules.items():
+            if child is not None and not isinstance(child, Modules):
+                child_path = f"{path}.{name}" if path else name
+                children.append((child_path, child))
+        todo += reversed(children)
 
 
 def matches(path: str, entry: str) -> bool:
-    """`entry` is the path or its ending: `q_proj` and `self_attn.q_proj` match `model.layers.0.self_attn.q_proj`."""
+    """Whether `entry` is `path` or its ending: `self_attn.q_proj` matches `model.layers.0.self_attn.q_proj`."""
     return path == entry or path.endswith("." + entry)
