@@ -101,7 +101,8 @@ class Poly(Adapter):
         return y + update
 
     def expected_parameters(self) -> int:
-        loras = self.skills * self.r * (self.target.in_features + self.target.out_features)
+        sizes = self.target.in_features + self.target.out_features
+        loras = self.skills * self.r * sizes
         router = self.config.n_tasks * self.splits * self.skills
         return loras + router
 

@@ -47,8 +47,12 @@ class Road(Adapter):
         shape = (-1, *SHAPES[self.variant], self.span)  # (groups, columns, rows, half)
         theta = self.road_theta.to(y.dtype).view(shape)
         alpha = self.road_alpha.to(y.dtype).view(shape)
-        cosines = alpha[:, 0] * theta[:, 0].cos()
-        sines = alpha[:, -1] * theta[:, -1].sin()
+        a = alpha[:, 0]
+        b = alpha[:, -1]
+        t = theta[:, 0]
+        u = theta[:, -1]
+        cosines = a * t.cos()
+        sines = b * u.sin()
         pairs = y.unflatten(-1, (-1, 2, self.span))  # (..., groups, 2, half)
         y1, y2 = pairs.unbind(-2)
         swapped = torch.stack([-y2, y1], dim=-2)

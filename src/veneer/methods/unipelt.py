@@ -91,7 +91,8 @@ class PrefixGate(Adapter):
         if cache is not None:
             g = self.mean_gate(x, facts.get("prefix prompts"))
             layers = getattr(cache, "self_attention_cache", cache).layers
-            layer = layers[self.config.paths.index(self.target.path)]
+            index = self.config.paths.index(self.target.path)
+            layer = layers[index]
             layer.keys = layer.keys * g.to(layer.keys.dtype)
             layer.values = layer.values * g.to(layer.values.dtype)
         return x

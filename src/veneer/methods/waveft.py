@@ -72,9 +72,11 @@ class WaveFT(Additive):
         i = positions // width + top
         j = positions % width + left
         if self.filters is not None:  # in the file, the upper right quarter is high in rows, not in columns
-            crossed = (i >= rows // 2) != (j >= columns // 2)
-            i = torch.where(crossed, (i + rows // 2) % rows, i)
-            j = torch.where(crossed, (j + columns // 2) % columns, j)
+            half_rows = rows // 2
+            half_columns = columns // 2
+            crossed = (i >= half_rows) != (j >= half_columns)
+            i = torch.where(crossed, (i + half_rows) % rows, i)
+            j = torch.where(crossed, (j + half_columns) % columns, j)
         return i * columns + j
 
     def delta(self) -> Tensor:
