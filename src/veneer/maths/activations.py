@@ -1,4 +1,4 @@
-"""Activation functions by the names transformers gives them, without transformers: those with nothing to learn."""
+"""Activation functions without parameters, by the names that transformers uses."""
 
 from __future__ import annotations
 
@@ -31,23 +31,30 @@ def sqrt_softplus(x: Tensor) -> Tensor:
 
 
 def laplace(x: Tensor) -> Tensor:
-    """The distribution function of N(sqrt(1/2), 1 / (4 pi)): Mega's bounded stand-in for a squared ReLU."""
+    """The distribution function of N(sqrt(1/2), 1 / (4 pi)): Mega's bounded approximation of a squared ReLU."""
     return torch.special.ndtr((x - 0.707107) / 0.282095)
 
 
 tanh_gelu = partial(F.gelu, approximate="tanh")
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    **dict.fromkeys(("gelu", "gelu_python"), F.gelu),
-    **dict.fromkeys(("gelu_accurate", "gelu_fast", "gelu_new", "gelu_python_tanh", "gelu_pytorch_tanh"), tanh_gelu),
-    **dict.fromkeys(("silu", "swish"), F.silu),
+    "gelu": F.gelu,
+    "gelu_python": F.gelu,
+    "gelu_accurate": tanh_gelu,
+    "gelu_fast": tanh_gelu,
+    "gelu_new": tanh_gelu,
+    "gelu_python_tanh": tanh_gelu,
+    "gelu_pytorch_tanh": tanh_gelu,
+    "silu": F.silu,
+    "swish": F.silu,
     "gelu_10": clipped_gelu,
     "hardswish": F.hardswish,
     "laplace": laplace,
-    **dict.fromkeys(("leaky_relu", "leakyrelu"), F.leaky_relu),
+    "leaky_relu": F.leaky_relu,
+    "leakyrelu": F.leaky_relu,
     "linear": identity,
     "mish": F.mish,
-    "prelu": partial(F.leaky_relu, negative_slope=0.25),  # torch's start; what could be learned is not
+    "prelu": partial(F.leaky_relu, negative_slope=0.25),  # torch's initial slope, not learned
     "quick_gelu": quick_gelu,
     "relu": F.relu,
     "relu2": squared_relu,

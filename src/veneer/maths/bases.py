@@ -1,4 +1,4 @@
-"""Random matrices that a seed brings back on every machine: drawn on the CPU from a generator of their own."""
+"""Random matrices that a seed reproduces on every machine: drawn on the CPU from their own generator."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from torch import Tensor, nn
 
 
 def kaiming(*shape: int, generator: torch.Generator, a: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Kaiming's uniform values, for a leaky slope a."""
+    """Kaiming uniform values, for a leaky ReLU of slope a."""
     values = torch.empty(shape, dtype=dtype, device="cpu")
     return nn.init.kaiming_uniform_(values, a=a, generator=generator)
 
 
 def ternary(*shape: int, generator: torch.Generator, sparsity: float) -> Tensor:
-    """-1 and 1, each with probability 1 / (2 sparsity), else 0 (Achlioptas' projections, but for the scale)."""
+    """-1 and 1, each with probability 1 / (2 sparsity), else 0: Achlioptas' random projections without their scale."""
     draw = torch.rand(shape, generator=generator, device="cpu")
-    return (draw > 1 - 1 / (2 * sparsity)).float() - (draw < 1 / (2 * sparsity)).float()
+    p = 1 / (2 * sparsity)
+    positive = draw > 1 - p
+    negative = draw < p
+    return positive.float() - negative.float()

@@ -1,4 +1,4 @@
-"""Coupling blocks: invertible maps made of two networks that need not be invertible."""
+"""Coupling blocks: invertible maps built from two networks that need not be invertible."""
 
 from __future__ import annotations
 
@@ -10,36 +10,46 @@ from torch import Tensor
 
 Network = Callable[[Tensor], Tensor]
 Split = Callable[[Tensor], tuple[Tensor | float, Tensor]]
+"""Splits a network's output into a scale and a shift."""
 CLAMP = 5.0
+"""Limits the logarithm of GLOW's scale."""
 
 
 def nice(out: Tensor) -> tuple[float, Tensor]:
-    """A network's output as (scale, shift): it only shifts."""
+    """NICE: the output is the shift; the scale is 1."""
     return 1.0, out
 
 
 def glow(out: Tensor) -> tuple[Tensor, Tensor]:
-    """Half of the output scales, between exp(-CLAMP) and exp(CLAMP)."""
-    s, t = out.chunk(2, dim=-1)
-    return torch.exp(CLAMP * 2 / math.pi * torch.atan(s / CLAMP)), t
+    """GLOW: the first half of the output gives the scale, between exp(-CLAMP) and exp(CLAMP), the second the shift."""
+    s, shift = out.chunk(2, dim=-1)
+    log_scale = CLAMP * 2 / math.pi * torch.atan(s / CLAMP)
+    return torch.exp(log_scale), shift
+
+
+COUPLINGS: dict[str, Split] = {"nice": nice, "glow": glow}
 
 
 def couple(h: Tensor, F: Network, G: Network, split: Split) -> Tensor:
-    """The first half of h moved by what F says of the second, then the second by what G says of the new first."""
-    u, v = h[..., : h.shape[-1] // 2], h[..., h.shape[-1] // 2 :]
+    """Scale and shift the first half of h by F of the second half, then the second half by G of the new first half."""
+    u, v = _halves(h)
     scale, shift = split(F(v))
     u = scale * u + shift
     scale, shift = split(G(u))
-    return torch.cat([u, scale * v + shift], dim=-1)
+    v = scale * v + shift
+    return torch.cat([u, v], dim=-1)
 
 
 def uncouple(h: Tensor, F: Network, G: Network, split: Split) -> Tensor:
     """The inverse of `couple`."""
-    u, v = h[..., : h.shape[-1] // 2], h[..., h.shape[-1] // 2 :]
+    u, v = _halves(h)
     scale, shift = split(G(u))
     v = (v - shift) / scale
     scale, shift = split(F(v))
-    return torch.cat([(u - shift) / scale, v], dim=-1)
+    u = (u - shift) / scale
+    return torch.cat([u, v], dim=-1)
 
 
-COUPLINGS: dict[str, Split] = {"nice": nice, "glow": glow}
+def _halves(h: Tensor) -> tuple[Tensor, Tensor]:
+    middle = h.shape[-1] // 2
+    return h[..., :middle], h[..., middle:]

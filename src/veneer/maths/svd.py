@@ -1,4 +1,4 @@
-"""The principal part of a matrix by its singular values, the same for the same matrix on every device.
+"""Truncated singular value decompositions, exact or randomised, whose random draws are the same on every device.
 
 Halko et al., 2009, arXiv:0909.4061, algorithms 4.4 and 5.1.
 """
@@ -13,7 +13,12 @@ Svd = tuple[Tensor, Tensor, Tensor]
 
 
 def principal(W: Tensor, r: int, iterations: int | None = None, seed: int = 0) -> Svd:
-    """The r largest singular values of W (out, in) and their vectors, in fp32: exact, or randomised."""
+    """The r largest singular values of W (out, in) and their vectors, in fp32.
+
+    Args:
+        iterations: power iterations of a randomised SVD; None: an exact SVD.
+        seed: of the randomised SVD.
+    """
     if iterations is not None:
         return randomised_svd(W.float(), r, iterations, seed)
     U, S, Vh = torch.linalg.svd(W.float(), full_matrices=False)
@@ -21,16 +26,18 @@ def principal(W: Tensor, r: int, iterations: int | None = None, seed: int = 0) -
 
 
 def randomised_svd(W: Tensor, q: int, iterations: int, seed: int = 0, draw: torch.dtype | None = None) -> Svd:
-    """W close to U diag(S) Vh, of rank q; more iterations bring it closer. As `torch.svd_lowrank` does from a seed.
+    """An approximation U diag(S) Vh of W of rank q, as by `torch.svd_lowrank` with a seed.
 
     Args:
-        draw: the dtype in which random numbers are drawn, which gives others; None: that of W.
+        iterations: power iterations; more of them give a better approximation.
+        draw: the dtype in which random numbers are drawn, on which their values depend; None: that of W.
     """
     if W.shape[0] < W.shape[1]:
         V, S, Uh = randomised_svd(W.T, q, iterations, seed, draw)
         return Uh.T, S, V.T
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    probe = torch.randn(W.shape[1], q, generator=generator, dtype=draw or W.dtype, device="cpu").to(W)
+    normal = torch.randn(W.shape[1], q, generator=generator, dtype=draw or W.dtype, device="cpu")
+    probe = normal.to(W)
     Q = torch.linalg.qr(W @ probe).Q
     for _ in range(iterations):
         Q = torch.linalg.qr(W.T @ Q).Q
@@ -41,17 +48,19 @@ def randomised_svd(W: Tensor, q: int, iterations: int, seed: int = 0, draw: torc
 
 @torch.no_grad()
 def first_direction(A: Tensor, B: Tensor) -> Tensor:
-    """The first right singular vector of B A, which is never formed: what the product reads most, (in,)."""
+    """The first right singular vector (in,) of B A, without forming the product."""
     Q, R = torch.linalg.qr(A.T)
-    v: Tensor = Q @ torch.linalg.svd(B @ R.T, full_matrices=False).Vh[0]
-    return v
+    _, _, Vh = torch.linalg.svd(B @ R.T, full_matrices=False)
+    return Q @ Vh[0]
 
 
 def orthonormal(P: Tensor) -> Tensor:
-    """(r, n) with r <= n to the orthonormal rows that span the same space, by QR; orthonormal rows stay as they are.
+    """Orthonormal rows (r, n) that span the same space as the rows of P (r, n), r <= n, by QR.
 
-    The signs are those that make R's diagonal positive, so that the result is a smooth function of P.
+    Rows that are orthonormal already do not change. The signs are those that make R's diagonal positive, so that the
+    result is a smooth function of P.
     """
-    Q, R = torch.linalg.qr(P.T.to(torch.promote_types(P.dtype, torch.float32)))
+    dtype = torch.promote_types(P.dtype, torch.float32)
+    Q, R = torch.linalg.qr(P.T.to(dtype))
     signs = torch.where(R.diagonal() < 0, -1.0, 1.0)
     return (Q * signs).T.to(P.dtype)

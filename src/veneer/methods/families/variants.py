@@ -53,18 +53,18 @@ CLASSES: dict[str, type[Adapter]] = {}
 class Composition:
     """`Config.adapter` of a method with variants.
 
-    On a config it is the class composed of the config's `classes()`; on the config's class it is the variant's own.
+    On a config it is the class composed of the config's `classes()`; on the config's class it is the variant alone.
     """
 
-    def __init__(self, own: type[Adapter]) -> None:
-        self.own = own
+    def __init__(self, variant: type[Adapter]) -> None:
+        self.variant = variant
 
     def __set_name__(self, owner: type[Config], name: str) -> None:
-        CLASSES[_file_of(owner)] = self.own
+        CLASSES[_file_of(owner)] = self.variant
 
     def __get__(self, config: Any, owner: type[Config]) -> type[Adapter]:
         if config is None:
-            return self.own
+            return self.variant
         return compose(*config.classes())
 
 

@@ -75,7 +75,25 @@ class Components:
         self.converged = torch.zeros(n, dtype=torch.bool)
 
     def add(self, x: Tensor) -> None:
-        """Add at least n rows: Ross et al.'s update of the mean, the singular vectors and the singular values."""
+        """Add at least n rows and update the singular vectors and values, as in Ross et al."""
+        is_first = self.count == 0
+        before = self.vectors
+        rows, correction = self._add_to_moments(x)
+        if not is_first:
+            rows = torch.cat([self.values[:, None] * before, rows, correction])
+        # PEFT's seed, and from the second batch on its float64, so that both find the same; in float32, 4 times as fast
+        draw = None if is_first else torch.float64
+        _, S, Vh = randomised_svd(rows, 2 * self.n, 4, seed=42, draw=draw)
+        self.vectors = upright(Vh[: self.n])
+        self.values = S[: self.n]
+        if not is_first:
+            self.converged = torch.cosine_similarity(self.vectors, before) >= self.tau
+
+    def _add_to_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Update the count, the mean and the scatter.
+
+        Returns the centred rows, and one more row (1, in) that corrects for the change of the mean.
+        """
         n = len(x)
         total = self.count + n
         mean = x.double().mean(0)
@@ -87,18 +105,9 @@ class Components:
         self.scatter = self.scatter.to(mean) + within + between
         former_sum = self.mean.to(mean) * self.count
         self.mean = (former_sum + mean * n) / total
-        before = self.vectors
-        if self.count:
-            correction = (weight**0.5 * shift[None]).to(rows)
-            rows = torch.cat([self.values[:, None] * before, rows, correction])
-        # PEFT's seed, and from the second batch on its float64, so that both find the same; in float32, 4 times as fast
-        draw = torch.float64 if self.count else None
-        _, S, Vh = randomised_svd(rows, 2 * self.n, 4, seed=42, draw=draw)
-        self.vectors = upright(Vh[: self.n])
-        self.values = S[: self.n]
-        if self.count:
-            self.converged = torch.cosine_similarity(self.vectors, before) >= self.tau
         self.count = total
+        correction = (weight**0.5 * shift[None]).to(rows)
+        return rows, correction
 
     def shares(self) -> Tensor:
         """The share of the variance that each component explains."""
@@ -241,7 +250,9 @@ def distribute(shares: Mapping[str, Tensor], served: Mapping[str, str], budget: 
     return ranks
 
 
-def find(read: Reader, modules: Mapping[str, nn.Module], dataloader: Any, progress: bool) -> dict[str, Tensor]:
+def compute_starts(
+    read: Reader, modules: Mapping[str, nn.Module], dataloader: Any, progress: bool
+) -> dict[str, Tensor]:
     """Compute A of each module, with the rank that the module gets."""
     config = read.config
     settings = config.eva_config or EvaConfig()
@@ -352,7 +363,7 @@ def get_eva_state_dict(
         model, config, forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn, gather_distributed_inputs
     )
     with alone(model), evaluating(model):
-        return find(read, modules, dataloader, show_progress_bar)
+        return compute_starts(read, modules, dataloader, show_progress_bar)
 
 
 def linear_layers(model: Any, adapter_name: str) -> dict[str, nn.Module]:
@@ -374,15 +385,15 @@ def lora_of(adapter: Any) -> Any:
     return None
 
 
-def with_ranks(config: Any, loras: Mapping[str, Any], found: Mapping[str, Tensor]) -> LoraConfig:
-    """A copy of the config with the ranks of `found`, as patterns of whole paths."""
+def with_ranks(config: Any, loras: Mapping[str, Any], starts: Mapping[str, Tensor]) -> LoraConfig:
+    """A copy of the config with the ranks of `starts` (A by path), as patterns of whole paths."""
     config = copy.copy(config)
     settings = config.eva_config or EvaConfig()
     config.rank_pattern = {}
     config.alpha_pattern = {}
     paths = []
     for path, lora in loras.items():
-        r = len(found[path]) if path in found else lora.r
+        r = len(starts[path]) if path in starts else lora.r
         if r == 0:
             continue
         alpha = lora.lora_alpha
