@@ -53,12 +53,17 @@ def modernise(model: nn.Module, config: Any) -> None:
     if not is_lora or not config.target_modules or not hasattr(model, "config") or not experts(model):
         return
     targets = _targets(model, config)
-    old_targets = {name for name in targets if _last_part(name) in OLD}
+    parameters = set(config.target_parameters or ())
+    old_targets = set()
+    old_layers = set()
+    for name in targets:
+        layer = _last_part(name)
+        if layer in OLD:
+            old_targets.add(name)
+            old_layers.add(layer)
+            parameters.add(OLD[layer])
     if not targets or (not old_targets and not isinstance(config.target_modules, str)):
         return
-    old_layers = {_last_part(name) for name in old_targets}
-    parameters = set(config.target_parameters or ())
-    parameters |= {OLD[layer] for layer in old_layers}
     config.target_modules = Names(targets - old_targets)
     config.target_parameters = sorted(parameters) or None
     for halves in HALVES:
@@ -89,7 +94,11 @@ def _linear_layers(model: nn.Module) -> set[str]:
     """The names of a model's linear layers other than its head."""
     modules = dict(walk(model))
     heads = head_paths(model, modules)
-    return {_last_part(path) for path, module in modules.items() if is_linear(module) and path not in heads}
+    names = set()
+    for path, module in modules.items():
+        if is_linear(module) and path not in heads:
+            names.add(_last_part(path))
+    return names
 
 
 def _double_rank(config: Any, halves: tuple[str, str], old_layers: set[str]) -> None:
