@@ -1,11 +1,12 @@
-"""AdaLoRA: learn the update as a product like an SVD and give the rank to the targets that need it.
+"""AdaLoRA: learn the update in the form of an SVD and give more rank to the targets that need it.
 
     W' = W + s B diag(E) A,  s = alpha / init_r,  |A A^T - I|, |B^T B - I| small
 
-Zhang et al., 2023, arXiv:2303.10512. A triplet (a row of A, an entry of E, a column of B) has an importance (eq. 8-10);
-from `tinit` on the least important are zeroed, down to `target_r` for the average target at `total_step - tfinal`.
-Trainable: init_r (in + out + 1) per target. Mergeable. Starts as a no-op: E is zero. PEFT cuts the zeroed triplets out
-of its files; those are read too, while ours keep them, so that training can resume.
+Zhang et al., 2023, arXiv:2303.10512. Each triplet (a row of A, an entry of E, a column of B) has an importance score
+(eq. 8-10). After step `tinit` the least important triplets are set to zero, until the targets keep `target_r` on
+average at step `total_step - tfinal`. Trainable: init_r (in + out + 1) per target. Mergeable. Starts as a no-op: E is
+zero. PEFT removes the zeroed triplets from its files. Those files load here; ours keep all triplets, so that training
+can resume.
 """
 
 from __future__ import annotations
@@ -32,12 +33,16 @@ class AdaLoRA(LowRank):
         super().__init__(config, target, shared)
         self.r = config.rank_of(target.path)
         self.lora_alpha = at(target.path, config.alpha_pattern, config.lora_alpha)
-        self.scaling = self.lora_alpha / (config.init_r + 1e-5)  # PEFT's files divide by this
+        self.scaling = self.lora_alpha / (config.init_r + 1e-5)  # as in PEFT, whose files rely on it
         self.lora_A = nn.Parameter(torch.empty(self.r, target.in_features))
         self.lora_B = nn.Parameter(torch.empty(target.out_features, self.r))
         self.lora_E = nn.Parameter(torch.zeros(self.r, 1))
-        for factor in (self.lora_A, self.lora_B) if config.init_lora_weights else (*self.parameters(),):
-            nn.init.normal_(factor, std=0.02 if config.init_lora_weights else 1.0)
+        if config.init_lora_weights:
+            nn.init.normal_(self.lora_A, std=0.02)
+            nn.init.normal_(self.lora_B, std=0.02)
+        else:
+            for parameter in self.parameters():
+                nn.init.normal_(parameter)
         self.set_dropout(config.lora_dropout)
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -47,17 +52,39 @@ class AdaLoRA(LowRank):
         return self.r * (self.target.in_features + self.target.out_features + 1)
 
     def describe(self) -> str:
-        return f"r={int((self.lora_E != 0).sum())} of {self.r}" if not self.lora_E.is_meta else f"r={self.r}"
+        if self.lora_E.is_meta:
+            return f"r={self.r}"
+        remaining = int((self.lora_E != 0).sum())
+        return f"r={remaining} of {self.r}"
+
+
+@dataclass
+class Averages:
+    """Moving averages over the steps of training, for one parameter of a target."""
+
+    sensitivity: Tensor
+    """The average of |weight x gradient|."""
+    uncertainty: Tensor
+    """The average of its deviation from that average."""
+
+    def update(self, product: Tensor, beta1: float, beta2: float) -> None:
+        """Include |weight x gradient| of one more step (eq. 9, 10)."""
+        self.sensitivity = self.sensitivity.lerp(product, 1 - beta1)
+        deviation = (product - self.sensitivity).abs()
+        self.uncertainty = self.uncertainty.lerp(deviation, 1 - beta2)
+
+    def score(self) -> Tensor:
+        return self.sensitivity * self.uncertainty
 
 
 class Allocation:
-    """Which triplets live: the paper's algorithm 1, run after each optimizer step while the gradients are there."""
+    """Decides which triplets stay: the paper's algorithm 1, run after each optimizer step while gradients exist."""
 
     def __init__(self, config: AdaLoraConfig, adapters: Mapping[str, AdaLoRA]) -> None:
-        self.config, self.adapters = config, dict(adapters)
-        self.sensitivity: dict[str, list[Tensor]] = {}
-        self.uncertainty: dict[str, list[Tensor]] = {}
-        self.dead: dict[str, Tensor] = {}
+        self.config = config
+        self.adapters = dict(adapters)
+        self.averages: dict[str, tuple[Averages, Averages, Averages]] = {}  # of A, B and E, by path
+        self.pruned: dict[str, Tensor] = {}
 
     def step(self, n: int) -> None:
         config = self.config
@@ -67,102 +94,123 @@ class Allocation:
         if (config.tinit < n < last and n % config.deltaT == 0) or n == last:
             self.choose(self.budget(n))
         if n > last:
-            self.silence()
+            self.apply()
 
     def budget(self, n: int) -> int:
-        """How many triplets may live after step n: a cubic way down (eq. 13)."""
+        """How many triplets to keep after step n, on a cubic schedule (eq. 13)."""
         config = self.config
-        first, goal = sum(a.r for a in self.adapters.values()), config.target_r * len(self.adapters)
-        share = 1 - (n - config.tinit) / (config.total_step - config.tfinal - config.tinit)
-        return int(goal + (first - goal) * max(share, 0.0) ** 3)
+        first = sum(adapter.r for adapter in self.adapters.values())
+        goal = config.target_r * len(self.adapters)
+        steps = config.total_step - config.tfinal - config.tinit
+        remaining = 1 - (n - config.tinit) / steps
+        return int(goal + (first - goal) * max(remaining, 0.0) ** 3)
 
     @torch.no_grad()
     def observe(self) -> None:
-        """Move the averages of |weight x gradient| and of its spread (eq. 9, 10)."""
-        beta1, beta2 = self.config.beta1, self.config.beta2
+        """Update the averages of every target that received gradients."""
+        config = self.config
         for path, adapter in self.adapters.items():
-            factors = [adapter.lora_A, adapter.lora_B, adapter.lora_E]
-            if any(p.grad is None for p in factors):
+            factors = (adapter.lora_A, adapter.lora_B, adapter.lora_E)
+            if any(factor.grad is None for factor in factors):
                 continue
-            now = [(p * p.grad).abs() for p in factors]
-            zeros = [torch.zeros_like(t) for t in now]
-            mean = [s.lerp(t, 1 - beta1) for s, t in zip(self.sensitivity.get(path, zeros), now, strict=True)]
-            spread = [(t - s).abs() for s, t in zip(mean, now, strict=True)]
-            old = self.uncertainty.get(path, zeros)
-            self.uncertainty[path] = [u.lerp(t, 1 - beta2) for u, t in zip(old, spread, strict=True)]
-            self.sensitivity[path] = mean
+            if path not in self.averages:
+                self.averages[path] = (_zeros(adapter.lora_A), _zeros(adapter.lora_B), _zeros(adapter.lora_E))
+            for factor, averages in zip(factors, self.averages[path], strict=True):
+                averages.update((factor * factor.grad).abs(), config.beta1, config.beta2)
 
     def importance(self, path: str) -> Tensor:
-        """One score for each triplet of a target (eq. 8): (r,)."""
-        A, B, E = (s * u for s, u in zip(self.sensitivity[path], self.uncertainty[path], strict=True))
-        return E.flatten() + A.mean(dim=1) + B.mean(dim=0)
+        """The score of each triplet of a target (eq. 8): (r,)."""
+        A, B, E = self.averages[path]
+        return E.score().flatten() + A.score().mean(dim=1) + B.score().mean(dim=0)
 
     def choose(self, budget: int) -> None:
-        """Let the `budget` most important triplets of all targets live."""
-        scores = {path: self.importance(path) for path in self.sensitivity}
-        total = sum(len(score) for score in scores.values())
-        if not 0 < total - budget <= total:
+        """Keep the `budget` most important triplets over all targets and zero the others."""
+        scores = {path: self.importance(path) for path in self.averages}
+        if not scores:
             return
-        threshold = torch.cat(list(scores.values())).kthvalue(total - budget).values
-        self.dead = {path: score <= threshold for path, score in scores.items()}
-        self.silence()
+        all_scores = torch.cat(list(scores.values()))
+        surplus = len(all_scores) - budget
+        if not 0 < surplus <= len(all_scores):
+            return
+        threshold = all_scores.kthvalue(surplus).values
+        self.pruned = {path: score <= threshold for path, score in scores.items()}
+        self.apply()
 
     @torch.no_grad()
-    def silence(self) -> None:
-        for path, dead in self.dead.items():
-            self.adapters[path].lora_E.masked_fill_(dead[:, None], 0.0)
+    def apply(self) -> None:
+        """Zero the pruned triplets, which the optimizer may have moved."""
+        for path, is_pruned in self.pruned.items():
+            self.adapters[path].lora_E.masked_fill_(is_pruned[:, None], 0.0)
+
+
+def _zeros(parameter: Tensor) -> Averages:
+    return Averages(torch.zeros_like(parameter), torch.zeros_like(parameter))
 
 
 @dataclass(kw_only=True)
 class AdaLoraConfig(LoraConfig):
     target_r: int = 8
-    """Average rank of a target in the end."""
+    """Average rank of the targets at the end of the schedule."""
     init_r: int = 12
-    """Rank of each target in the beginning."""
+    """Rank of each target at the start."""
     tinit: int = 0
-    """Steps before the first cut."""
+    """Steps before the first reduction of the rank."""
     tfinal: int = 0
-    """Steps after the last cut."""
+    """Steps after the last reduction of the rank."""
     deltaT: int = 1
-    """Steps between two cuts."""
+    """Steps between two reductions."""
     beta1: float = 0.85
     """Smoothing of the sensitivity."""
     beta2: float = 0.85
     """Smoothing of the uncertainty."""
     orth_reg_weight: float = 0.5
-    """Weight of the term that keeps A and B orthogonal."""
+    """Weight of the loss term that keeps A and B orthogonal."""
     total_step: int | None = None
-    """Optimizer steps of the whole training; required."""
+    """Number of optimizer steps of the whole training; required."""
     rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]
-    """Which triplets a PEFT file still holds, by the key of a target's lora_E; what stands before its path varies."""
+    """Which triplets a PEFT file holds, by the key of the target's lora_E, with or without PEFT's key prefixes."""
 
-    peft_type, adapter, patterns = Name("ADALORA"), AdaLoRA, ("alpha_pattern",)  # type: ignore[assignment]
-    example, learning_rate = {"total_step": 1000}, 1e-2
+    peft_type = Name("ADALORA")
+    adapter = AdaLoRA  # type: ignore[assignment]
+    patterns = ("alpha_pattern",)  # type: ignore[assignment]
+    example = {"total_step": 1000}
+    learning_rate = 1e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.variants() or isinstance(self.init_lora_weights, str):
-            raise ConfigError("AdaLoRA has its own form and start: neither use_dora and its like nor init names apply")
+            raise ConfigError(
+                "AdaLoRA cannot be combined with use_dora and the like, nor with a named init_lora_weights"
+            )
         if self.total_step is None:
             raise ConfigError("total_step must be the number of optimizer steps of the whole training, not None")
         check_range(self, 1, math.inf, "total_step", "init_r", "deltaT")
         check_range(self, 0, 1, "beta1", "beta2")
         if self.tinit >= self.total_step - self.tfinal:
-            left = f"tinit {self.tinit} >= total_step {self.total_step} - tfinal {self.tfinal}"
-            raise ConfigError(f"no steps are left to cut ranks in: {left}")
+            condition = f"tinit {self.tinit} >= total_step {self.total_step} - tfinal {self.tfinal}"
+            raise ConfigError(f"no steps are left to reduce the rank: {condition}")
 
     def build(self, target: Target, shared: nn.Module | None = None, **kwargs: Any) -> AdaLoRA:  # type: ignore[override]
         if self.target_r > self.init_r and not self.inference_mode:
-            raise ConfigError(f"target_r {self.target_r} is above init_r {self.init_r}: no rank would ever be cut")
+            raise ConfigError(
+                f"target_r {self.target_r} is above init_r {self.init_r}: the rank would never be reduced"
+            )
         return AdaLoRA(self, target, shared)
 
     def rank_of(self, path: str) -> int:
-        """init_r, or what a cut file still holds of a target; 0 is legal there."""
-        return next((sum(alive) for key, alive in (self.rank_pattern or {}).items() if _is_of(key, path)), self.init_r)
+        """The rank of one target: init_r, or what a pruned file holds, which may be 0."""
+        for key, is_kept in (self.rank_pattern or {}).items():
+            if _is_of(key, path):
+                return sum(is_kept)
+        return self.init_r
 
     def choose(self, paths: list[str]) -> list[str]:
-        if stray := [key for key in self.rank_pattern or () if not any(_is_of(key, path) for path in paths)]:
-            raise TargetError(f"rank_pattern: these keys are the lora_E of none of the targets:{listing(stray)}")
+        unmatched = []
+        for key in self.rank_pattern or ():
+            if not any(_is_of(key, path) for path in paths):
+                unmatched.append(key)
+        if unmatched:
+            raise TargetError(f"rank_pattern: these keys are the lora_E of none of the targets:{listing(unmatched)}")
         return super().choose(paths)
 
     def schedule(self, adapters: Mapping[str, Adapter]) -> Allocation:
@@ -170,11 +218,20 @@ class AdaLoraConfig(LoraConfig):
 
     def loss(self, adapters: Sequence[Adapter]) -> Tensor:
         """orth_reg_weight x the mean of |A A^T - I| and |B^T B - I| over the targets (eq. 4)."""
-        products = [p for a in adapters for p in (a.lora_A @ a.lora_A.T, a.lora_B.T @ a.lora_B)]
-        norms = [(p - torch.eye(len(p), device=p.device, dtype=p.dtype)).norm() for p in products]
-        return self.orth_reg_weight * torch.stack(norms).mean()
+        distances = []
+        for adapter in adapters:
+            A, B = adapter.lora_A, adapter.lora_B
+            distances.append(_distance_from_identity(A @ A.T))
+            distances.append(_distance_from_identity(B.T @ B))
+        return self.orth_reg_weight * torch.stack(distances).mean()
+
+
+def _distance_from_identity(gram: Tensor) -> Tensor:
+    identity = torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
+    return (gram - identity).norm()
 
 
 def _is_of(key: str, path: str) -> bool:
+    """Whether a key of `rank_pattern` belongs to the target at `path`."""
     name = key.removeprefix("base_model.model.").removeprefix("model.")
     return name.startswith(path.removeprefix("model.") + ".lora_E")

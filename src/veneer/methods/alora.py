@@ -1,11 +1,12 @@
-"""aLoRA: LoRA that acts only from its invocation on, so that the cache of what stands before is the base model's.
+"""aLoRA: LoRA that acts only after its invocation tokens, so that earlier cache entries are the base model's.
 
     y_t = W x_t + [t >= t0] s B A x_t,  t0 the start of the last occurrence of the invocation tokens in the row
 
-Greenewald et al., 2025, arXiv:2504.12397. Trainable: as LoRA. Not mergeable: W is right before t0. Starts as a no-op. A
-row without the invocation runs as the base model. The invocation must lie whole in one call of more than one token;
-calls that go on from a cache remember the rows that were invoked, also where PEFT forgets them (a loop of your own).
-`alora_offsets`, an argument of a call and of `generate`, gives each row's distance of t0 from the end, or None.
+Greenewald et al., 2025, arXiv:2504.12397. Trainable: as LoRA. Not mergeable: before t0 the weight is W. Starts as a
+no-op. A row without the invocation runs as the base model. The invocation must be whole in one call of more than one
+token. Calls that continue from a cache remember which rows were invoked; PEFT forgets them in a user's own generation
+loop. `alora_offsets`, an argument of a call and of `generate`, gives for each row the distance of t0 from the end, or
+None.
 """
 
 from __future__ import annotations
@@ -39,44 +40,70 @@ class ALoRA(LoRA):
 
     @classmethod
     def before(cls, config: Any, facts: dict[Any, Any], model: nn.Module, kwargs: dict[str, Any]) -> None:
-        """Which positions of the call are invoked: (batch, length)."""
-        ids, given, key = kwargs.get("input_ids"), facts.get("alora_offsets"), key_of(config)
-        inputs = kwargs.get("inputs_embeds") if ids is None else ids
-        if inputs is None and given is not None:  # a model of one's own may call them otherwise
-            inputs = next((value for value in kwargs.values() if isinstance(value, Tensor) and value.dim() > 1), None)
-        if inputs is None or (ids is None and given is None):
-            raise VeneerError("aLoRA looks for its invocation in input_ids; without them, pass alora_offsets")
-        if given is not None:
-            facts[key] = from_offsets(given, inputs)
+        """Store which positions of the call are invoked: (batch, length)."""
+        key = key_of(config)
+        offsets = facts.get("alora_offsets")
+        inputs = inputs_of(kwargs, offsets)
+        if offsets is not None:
+            facts[key] = from_offsets(offsets, inputs)
             return
-        start = find_last(inputs, key[1]) if inputs.shape[1] > 1 else torch.full_like(inputs[:, 0], 1)
-        seen = notes(caches.of_call(kwargs)).get(key)
-        if seen is not None and len(seen) != len(inputs):
-            raise VeneerError(f"the cache was filled by {len(seen)} rows, and the call has {len(inputs)}")
-        invoked = positions(inputs) >= start[:, None]
-        facts[key] = invoked if seen is None else invoked | seen[:, None]
+        invoked = invoked_positions(inputs, config.alora_invocation_tokens)
+        earlier = invoked_rows(caches.of_call(kwargs)).get(key)
+        if earlier is not None:
+            if len(earlier) != len(inputs):
+                raise VeneerError(f"the cache was filled by {len(earlier)} rows, and the call has {len(inputs)}")
+            invoked = invoked | earlier[:, None]
+        facts[key] = invoked
 
     @classmethod
     def after(cls, config: Any, facts: dict[Any, Any], output: Any) -> None:
-        """Leave a note on the cache, for the calls that go on from it."""
-        cache, key = caches.of_output(output), key_of(config)
-        if cache is not None and key in facts:
-            cache.veneer_invoked = {**getattr(cache, "veneer_invoked", {}), key: facts[key][:, -1]}
+        """Record the invoked rows on the cache, for calls that continue from it."""
+        cache = caches.of_output(output)
+        key = key_of(config)
+        if cache is None or key not in facts:
+            return
+        earlier = getattr(cache, "veneer_invoked", {})
+        cache.veneer_invoked = {**earlier, key: facts[key][:, -1]}
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         invoked = self.target.fact(key_of(self.config))
         if invoked is not None and y.dim() == 3:
-            invoked = invoked[:, -y.shape[1] :]  # the head may be asked for the last positions alone
+            invoked = invoked[:, -y.shape[1] :]  # the head may compute only the last positions
         if invoked is None or invoked.numel() != y[..., 0].numel():
             raise VeneerError(
                 f"aLoRA on {self.target.path!r} needs a call of the whole model, and a module that sees each token of "
                 f"input_ids once; this one gives {tuple(y.shape)}"
             )
-        return torch.where(invoked.reshape(*y.shape[:-1], 1), super().post(x, y), y)
+        mask = invoked.reshape(*y.shape[:-1], 1)
+        return torch.where(mask, super().post(x, y), y)
 
 
 def key_of(config: Any) -> Key:
+    """The key of an invocation's positions among the facts of a call."""
     return "alora", tuple(config.alora_invocation_tokens)
+
+
+def inputs_of(kwargs: dict[str, Any], offsets: Sequence[int | None] | None) -> Tensor:
+    """The tensor that gives a call's batch and length: its input_ids or, with offsets, its embeddings."""
+    ids = kwargs.get("input_ids")
+    if ids is not None:
+        return ids
+    if offsets is not None:
+        embeddings = kwargs.get("inputs_embeds")
+        if embeddings is not None:
+            return embeddings
+        for value in kwargs.values():  # a custom model may use other names
+            if isinstance(value, Tensor) and value.dim() > 1:
+                return value
+    raise VeneerError("aLoRA looks for its invocation in input_ids; without them, pass alora_offsets")
+
+
+def invoked_positions(ids: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Positions from the last invocation on; none in a call of one token, which continues from a cache."""
+    if ids.shape[1] <= 1:
+        return torch.zeros_like(ids, dtype=torch.bool)
+    start = find_last(ids, tokens)
+    return positions(ids) >= start[:, None]
 
 
 def positions(inputs: Tensor) -> Tensor:
@@ -84,32 +111,36 @@ def positions(inputs: Tensor) -> Tensor:
 
 
 def from_offsets(offsets: Sequence[int | None], inputs: Tensor) -> Tensor:
-    """Invoked positions by their distance from the end."""
-    last = torch.tensor([offset or 0 for offset in offsets], device=inputs.device)
-    return positions(inputs) >= inputs.shape[1] - last[:, None]
+    """Invoked positions from the distance of each invocation from the end."""
+    distances = torch.tensor([offset or 0 for offset in offsets], device=inputs.device)
+    return positions(inputs) >= inputs.shape[1] - distances[:, None]
 
 
 def find_last(ids: Tensor, tokens: Sequence[int]) -> Tensor:
-    """Where `tokens` last start in each row; the row's length where they do not occur."""
-    length, n = ids.shape[1], len(tokens)
+    """Where `tokens` last start in each row; the row's length if they do not occur."""
+    length = ids.shape[1]
+    n = len(tokens)
     if length < n:
         return torch.full_like(ids[:, 0], length)
-    hits = (ids.unfold(1, n, 1) == torch.tensor(tokens, device=ids.device)).all(-1)
-    places = torch.where(hits, torch.arange(hits.shape[1], device=ids.device), -1).amax(1)
-    return torch.where(places < 0, length, places)
+    wanted = torch.tensor(tokens, device=ids.device)
+    hits = (ids.unfold(1, n, 1) == wanted).all(-1)  # (batch, length - n + 1)
+    last = torch.where(hits, positions(hits), -1).amax(1)
+    return torch.where(last < 0, length, last)
 
 
-def notes(cache: Any) -> dict[Key, Tensor]:
-    """The rows that earlier calls on a cache left invoked; nothing where it was emptied since."""
-    return getattr(cache, "veneer_invoked", {}) if caches.is_filled(cache) else {}
+def invoked_rows(cache: Any) -> dict[Key, Tensor]:
+    """The rows that earlier calls on a cache left invoked; empty if the cache was emptied since."""
+    if not caches.is_filled(cache):
+        return {}
+    return getattr(cache, "veneer_invoked", {})
 
 
 @dataclass(kw_only=True)
 class ALoraConfig(LoraConfig):
-    """`LoraConfig(alora_invocation_tokens=[...])` under a name of its own."""
+    """`LoraConfig(alora_invocation_tokens=[...])` as a config class of its own."""
 
     alora_invocation_tokens: list[int] | None = None
-    """The tokens from whose last occurrence on the adapter acts; required."""
+    """Tokens that invoke the adapter: it acts from their last occurrence on. Required."""
 
     adapter = Composition(ALoRA)  # type: ignore[assignment]
     example = {"alora_invocation_tokens": [1, 2]}

@@ -1,11 +1,12 @@
-"""Arrow: mix trained LoRA experts, token by token, by how well the input fits the direction that each reads most.
+"""Arrow: mix trained LoRA experts for each token, by how well the input fits the main input direction of each.
 
     y = W x + sum_i c_i s_i B_i A_i x,  c = softmax of the k largest |v_i . x| / temperature
 
 v_i is the first right singular vector of B_i A_i. Ostapenko et al., 2024, arXiv:2405.11157. With `use_gks`, the mean A
-and B of general adapters are first taken off each expert's (GenKnowSub: Bagherifard et al., 2025, arXiv:2505.10939).
-Needs no training; if trained, the experts learn and the v_i stay. Not mergeable. PEFT puts the experts beside a router
-that it cannot load again; here they are the router's own, read from the directories its config names.
+and B of general adapters are first subtracted from those of each expert (GenKnowSub: Bagherifard et al., 2025,
+arXiv:2505.10939). Needs no training; in training the experts learn and the v_i stay fixed. Not mergeable. PEFT keeps
+the experts as separate adapters and cannot load the router again; here the experts are parts of the router, read from
+the directories that its config names.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -31,17 +32,17 @@ from .lora import LoraConfig
 @dataclass(kw_only=True)
 class ArrowConfig(Settings):
     top_k: int = 3
-    """k: experts a token is given to."""
+    """k: number of experts for each token."""
     router_temperature: float = 1.0
-    """Below one, the mixture is sharper."""
+    """Temperature of the softmax; values below 1 make the mixture sharper."""
     use_gks: bool = False
-    """Take general knowledge off the experts first."""
+    """Subtract general knowledge from the experts first."""
     task_adapter_names: list[str] | None = None
-    """The experts: directories of trained LoRA adapters."""
+    """Directories of trained LoRA adapters, the experts."""
     gks_adapter_names: list[str] | None = None
-    """The general adapters, likewise."""
+    """Directories of the general adapters, for `use_gks`."""
     rng_seed: int | None = None
-    """Of PEFT's search for the v_i, which are exact here; kept for the file."""
+    """Ignored, since the v_i are exact here; kept for PEFT compatibility."""
     path_fields = ("task_adapter_names", "gks_adapter_names")
 
     def __post_init__(self) -> None:
@@ -51,15 +52,23 @@ class ArrowConfig(Settings):
 
     @cached_property
     def experts(self) -> list[Expert]:
-        """The experts, less general knowledge."""
-        found = [read_expert(source, source, "Arrow") for source in self.task_adapter_names or ()]
+        """The experts, with general knowledge subtracted."""
+        experts = _read(self.task_adapter_names, "Arrow")
         general = [tensors for _, tensors, _ in self.general]
-        return [(config, less_mean(tensors, general), notes) for config, tensors, notes in found]
+        specialised = []
+        for config, tensors, provenance in experts:
+            specialised.append((config, less_mean(tensors, general), provenance))
+        return specialised
 
     @cached_property
     def general(self) -> list[Expert]:
-        sources = (self.gks_adapter_names or ()) if self.use_gks else ()
-        return [read_expert(source, source, "GenKnowSub") for source in sources]
+        if not self.use_gks:
+            return []
+        return _read(self.gks_adapter_names, "GenKnowSub")
+
+
+def _read(sources: list[str] | None, mixer: str) -> list[Expert]:
+    return [read_expert(source, source, mixer) for source in sources or ()]
 
 
 class Arrow(Aspect, Adapter):
@@ -67,42 +76,53 @@ class Arrow(Aspect, Adapter):
 
     def __init__(self, config: LoraConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
-        self.how: Any = config.arrow_config
         self.experts = nn.ModuleList()
-        for expert, tensors, _ in self.how.experts:
+        directions = []
+        arrow: Any = config.arrow_config
+        for expert, tensors, _ in arrow.experts:
             lora = build_expert(expert, tensors, target)
-            if lora is not None:
-                lora.set_dropout(config.lora_dropout)
-                self.experts.append(lora)
-        directions = [first_direction(*lora.factors()) for lora in self.experts]  # type: ignore[operator]
-        self.register_buffer("prototypes", torch.stack(directions) if directions else None, persistent=False)
+            if lora is None:
+                continue
+            lora.set_dropout(config.lora_dropout)
+            self.experts.append(lora)
+            directions.append(first_direction(*lora.factors()))
+        prototypes = torch.stack(directions) if directions else None  # (experts, in)
+        self.register_buffer("prototypes", prototypes, persistent=False)
 
     @classmethod
     def check(cls, config: Any) -> None:
-        how, others = config.arrow_config, [name for name in config.variants() if name != "arrow_config"]
+        arrow = config.arrow_config
+        others = [name for name in config.variants() if name != "arrow_config"]
         if others:
             raise ConfigError(f"arrow_config mixes trained adapters; it has no update of its own for {others[0]}")
-        if not how.task_adapter_names or (how.use_gks and not how.gks_adapter_names):
-            missing = "gks_adapter_names" if how.task_adapter_names else "task_adapter_names"
-            raise ConfigError(f"ArrowConfig.{missing} must name directories of trained LoRA adapters")
-        check_range(how, 1, len(how.task_adapter_names) + 1, "top_k")
+        if not arrow.task_adapter_names:
+            _refuse_missing("task_adapter_names")
+        if arrow.use_gks and not arrow.gks_adapter_names:
+            _refuse_missing("gks_adapter_names")
+        check_range(arrow, 1, len(arrow.task_adapter_names) + 1, "top_k")
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         if self.prototypes is None:
             return y
-        for c, lora in zip(self.route(x).unbind(-1), self.experts, strict=True):
-            y = y + c[..., None] * lora.update(x)  # type: ignore[operator]
+        shares = self.route(x).unbind(-1)
+        for share, lora in zip(shares, self.experts, strict=True):
+            y = y + share[..., None] * lora.update(x)  # type: ignore[operator]
         return y
 
     def route(self, x: Tensor) -> Tensor:
-        """How much of each expert a token gets: (..., experts)."""
+        """The share of each expert for each token: (..., experts)."""
         fit = (x @ self.prototypes.T).abs()
-        best = fit.topk(min(self.how.top_k, fit.shape[-1]), dim=-1)
+        arrow = self.config.arrow_config
+        best = fit.topk(min(arrow.top_k, fit.shape[-1]), dim=-1)
         chosen = torch.full_like(fit, -math.inf).scatter(-1, best.indices, best.values)
-        return (chosen / self.how.router_temperature).softmax(-1)
+        return (chosen / arrow.router_temperature).softmax(-1)
 
     def describe(self) -> str:
         return f"{len(self.experts)} experts"
+
+
+def _refuse_missing(name: str) -> NoReturn:
+    raise ConfigError(f"ArrowConfig.{name} must name directories of trained LoRA adapters")
 
 
 @dataclass(kw_only=True)
@@ -115,6 +135,6 @@ class ArrowLoraConfig(LoraConfig):
     adapter = Composition(Arrow)  # type: ignore[assignment]
 
     def fill_targets(self, model: nn.Module) -> None:
-        how: Any = self.arrow_config
-        common_targets(model, how.general)
-        self.target_modules = common_targets(model, how.experts)
+        arrow: Any = self.arrow_config
+        common_targets(model, arrow.general)  # raises unless they fit the model
+        self.target_modules = common_targets(model, arrow.experts)

@@ -4,13 +4,15 @@
 
 AdapterHub's `Average` (Poth et al., 2023, arXiv:2311.11077). With `learned` the weights are trained, one for each
 adapter and module, as in AdaMerging (Yang et al., 2024, arXiv:2310.02575). Trainable: none, or k for each module.
-Mergeable if all it reads are. Not a no-op. The file holds the weights and the adapters' names: load those first.
-Unlike `add_weighted_adapter` it makes no new matrices and takes any method that adapts modules.
+Mergeable if all the adapters it reads are. Does not start as a no-op. The file holds the weights and the adapters'
+names; load those adapters first. Unlike `add_weighted_adapter` it creates no new matrices, and it reads adapters of any
+method that adapts modules.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -21,31 +23,37 @@ from .families.compositions import Weighted, WeightedConfig
 
 class Average(Weighted):
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + sum(
-            w * self.update(name, x, y) for w, name in zip(self.composition_weights, self.names, strict=True)
-        )
+        total: Any = 0
+        for weight, name in zip(self.composition_weights, self.names, strict=True):
+            total = total + weight * self.update(name, x, y)
+        return y + total
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        summed, bias = W, b
-        for w, name in zip(self.composition_weights.detach(), self.names, strict=True):
-            own, b_own = W, b
+        summed_W = W
+        summed_b = b
+        for weight, name in zip(self.composition_weights.detach(), self.names, strict=True):
+            folded_W, folded_b = W, b
             for part in self.sibling(name).parts:
-                own, b_own = part.fold(own, b_own)
-            summed = summed + w * (own - W)
-            if b_own is not None:
-                start = b_own.new_zeros(()) if b is None else b
-                bias = (start if bias is None else bias) + w * (b_own - start)
-        return summed, bias
+                folded_W, folded_b = part.fold(folded_W, folded_b)
+            summed_W = summed_W + weight * (folded_W - W)
+            if folded_b is None:
+                continue
+            base_b = folded_b.new_zeros(()) if b is None else b
+            if summed_b is None:
+                summed_b = base_b
+            summed_b = summed_b + weight * (folded_b - base_b)
+        return summed_W, summed_b
 
 
 @dataclass(kw_only=True)
 class AverageConfig(WeightedConfig):
     weights: list[float] | None = None
-    """How much of each adapter; None: the same of each."""
+    """The weight of each adapter; None: equal weights."""
     normalize_weights: bool = True
     """Divide the weights by their sum."""
 
-    peft_type, adapter = Name("AVERAGE"), Average
+    peft_type = Name("AVERAGE")
+    adapter = Average
     title = "an average"
     example = {"adapter_names": ["one", "two"]}
 
@@ -56,4 +64,7 @@ class AverageConfig(WeightedConfig):
 
     def initial_weights(self) -> list[float]:
         weights = super().initial_weights()
-        return [w / sum(weights) for w in weights] if self.normalize_weights else weights
+        if not self.normalize_weights:
+            return weights
+        total = sum(weights)
+        return [weight / total for weight in weights]

@@ -1,9 +1,9 @@
-"""BD-LoRA: one of the two factors is block-diagonal, so that a model sharded over devices needs no exchange for it.
+"""BD-LoRA: one of the two factors is block-diagonal, so that devices that share the model need not exchange it.
 
     W' = W + s B A,  A = diag(A_1 ... A_n) or B = diag(B_1 ... B_n), by target
 
 Wang et al., 2025, arXiv:2510.23346. Trainable: r (in / n + out) or r (in + out / n) per target. Mergeable. Starts as a
-no-op: B is zero. The file holds the blocks one below the other: lora_A (r, in / n), lora_B (out, r / n).
+no-op: B is zero. The file holds the blocks stacked along the rows: lora_A (r, in / n), lora_B (out, r / n).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from .lora import LoRA, LoraConfig
 @dataclass(kw_only=True)
 class BdLoraConfig(Settings):
     target_modules_bd_a: list[str] | None = None
-    """Parts of the names of targets whose A is block-diagonal (those sharded by rows: o_proj, down_proj)."""
+    """Targets with a block-diagonal A, by parts of their names (row-parallel layers such as o_proj, down_proj)."""
     target_modules_bd_b: list[str] | None = None
-    """The same for B (those sharded by columns: q_proj, up_proj)."""
+    """Targets with a block-diagonal B, likewise (column-parallel layers such as q_proj, up_proj)."""
     nblocks: int = 1
-    """n: blocks, as many as shards."""
+    """n: number of blocks, equal to the number of shards."""
     match_strict: bool = True
-    """Each target must be named by one of the two; otherwise the rest are plain LoRA."""
+    """Require that one of the two lists names each target; False: other targets get plain LoRA."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,16 +42,23 @@ class BdLoraConfig(Settings):
 
     def sides(self, path: str) -> str:
         """Which factor of a target is block-diagonal: "A", "B" or ""."""
-        named = {"A": self.target_modules_bd_a, "B": self.target_modules_bd_b}
-        found = "".join(side for side, names in named.items() if any(name in path for name in names or ()))
-        if len(found) == 2:
+        in_A = _is_named(path, self.target_modules_bd_a)
+        in_B = _is_named(path, self.target_modules_bd_b)
+        if in_A and in_B:
             raise TargetError(f"use_bdlora: {path!r} is named by both target_modules_bd_a and target_modules_bd_b")
-        if not found and self.match_strict:
+        if not (in_A or in_B) and self.match_strict:
             raise TargetError(
                 f"use_bdlora: {path!r} is named by neither target_modules_bd_a nor target_modules_bd_b; name it, or "
                 "set match_strict=False to give it plain LoRA"
             )
-        return found
+        if in_A:
+            return "A"
+        return "B" if in_B else ""
+
+
+def _is_named(path: str, parts: list[str] | None) -> bool:
+    """Whether a path contains one of the parts of names."""
+    return any(part in path for part in parts or ())
 
 
 class BDLoRA(LoRA):
@@ -71,15 +78,19 @@ class BDLoRA(LoRA):
         self.side = self.config.use_bdlora.sides(self.target.path)
         A, B = super().make()
         if self.side == "A":
-            return Matrix(self.r, self.share(A.weight.shape[1])), B
-        return A, Matrix(self.target.out_features, self.share(self.r)) if self.side else B
+            A = Matrix(self.r, self.share(A.weight.shape[1]))
+        elif self.side == "B":
+            B = Matrix(self.target.out_features, self.share(self.r))
+        return A, B
 
     def share(self, size: int) -> int:
+        """The columns of one block. Both dimensions of the factor must be divisible by the number of blocks."""
         n = self.config.use_bdlora.nblocks
-        for whole in (size, self.r if self.side == "A" else self.target.out_features):
-            if whole % n:
+        rows = self.r if self.side == "A" else self.target.out_features
+        for dimension in (size, rows):
+            if dimension % n:
                 raise TargetError(
-                    f"nblocks {n} does not divide {whole}, a size of lora_{self.side} on {self.target.path!r}"
+                    f"nblocks {n} does not divide {dimension}, a size of lora_{self.side} on {self.target.path!r}"
                 )
         return size // n
 
@@ -87,21 +98,27 @@ class BDLoRA(LoRA):
         A, B = super().factors()
         n = self.config.use_bdlora.nblocks
         if self.side == "A":
-            return torch.block_diag(*A.chunk(n)), B
-        return A, torch.block_diag(*B.chunk(n)) if self.side else B
+            A = torch.block_diag(*A.chunk(n))
+        elif self.side == "B":
+            B = torch.block_diag(*B.chunk(n))
+        return A, B
 
     def sizes(self) -> tuple[int, int]:
-        A, B = super().sizes()
+        size_A, size_B = super().sizes()
         n = self.config.use_bdlora.nblocks
-        return A // n if self.side == "A" else A, B // n if self.side == "B" else B
+        if self.side == "A":
+            size_A //= n
+        elif self.side == "B":
+            size_B //= n
+        return size_A, size_B
 
 
 @dataclass(kw_only=True)
 class BlockDiagonalLoraConfig(LoraConfig):
-    """`LoraConfig(use_bdlora=BdLoraConfig(...))` under a name of its own."""
+    """`LoraConfig(use_bdlora=BdLoraConfig(...))` as a config class of its own."""
 
     use_bdlora: Settings | dict[str, Any] | None = field(default_factory=BdLoraConfig)
-    """`BdLoraConfig`: which factor of which target, and in how many blocks."""
+    """`BdLoraConfig`: which factor of each target is block-diagonal, and in how many blocks."""
 
     adapter = Composition(BDLoRA)  # type: ignore[assignment]
     example = {"use_bdlora": {"target_modules_bd_b": ["attn", "attention"], "nblocks": 2}}

@@ -1,6 +1,6 @@
-"""BEFT: learn what to add to the bias of the value projections.
+"""BEFT: learn an offset to the bias of the value projections.
 
-    y' = y + b',  that is  W' = W,  bias + b'
+    y' = y + b',  that is, the weight stays W and the bias becomes bias + b'
 
 Huang et al., 2025, arXiv:2509.15974. Trainable: out per target. Mergeable where the target has a bias. Starts as a
 no-op: b' is zero. Unlike PEFT, GPT-2's Conv1D is a target too.
@@ -23,8 +23,10 @@ class BEFT(Adapter):
     def __init__(self, config: BeftConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
         self.has_fold = target.bias() is not None
-        shape = 1, target.out_features
-        self.beft_bias = nn.Parameter(torch.zeros(shape) if config.init_weights else torch.randn(shape))
+        bias = torch.zeros(1, target.out_features)
+        if not config.init_weights:
+            bias = torch.randn(1, target.out_features)
+        self.beft_bias = nn.Parameter(bias)
 
     @property
     def commutes(self) -> bool:
@@ -35,7 +37,7 @@ class BEFT(Adapter):
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if b is None:
-            raise NotMergeable(f"{self.target.path!r} has no bias that BEFT could be merged into; keep it unmerged")
+            raise NotMergeable(f"{self.target.path!r} has no bias to merge BEFT into; keep the adapter unmerged")
         return W, b + self.beft_bias[0].to(b.dtype)
 
     def expected_parameters(self) -> int:
@@ -48,7 +50,8 @@ class BEFT(Adapter):
 @dataclass(kw_only=True)
 class BeftConfig(LayerConfig):
     init_weights: bool = True
-    """Start at zero, as a no-op; False: normal values (for tests)."""
+    """Start at zero, as a no-op; False: random normal values (for tests)."""
 
-    peft_type, adapter = Name("BEFT"), BEFT
+    peft_type = Name("BEFT")
+    adapter = BEFT
     default_roles = ("attention.v",)

@@ -1,10 +1,10 @@
-"""BitFit: train the biases the model has, and nothing else.
+"""BitFit: train the biases that the model has, and nothing else.
 
     W' = W,  b' learned, starting at b
 
-Ben Zaken et al., 2021, arXiv:2106.10199. Trainable: out per target, by default every module with a bias, norms among
-them. Mergeable. Starts as a no-op. The file holds the trained biases whole, under the names they have in the model.
-PEFT has no such method; its nearest is `bias="all"` beside another.
+Ben Zaken et al., 2021, arXiv:2106.10199. Trainable: out per target; by default every module with a bias is a target,
+norms included. Mergeable. Starts as a no-op. The file holds the whole trained biases, under their names in the model.
+PEFT has no such method; its nearest is `bias="all"` together with another method.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class BitFit(Bias):
     def __init__(self, config: BitFitConfig, target: Target, shared: nn.Module | None = None) -> None:
         if target.bias() is None:
             raise TargetError(
-                f"{target.path!r} has no bias to train; name others in target_modules, or none for all that have one"
+                f"{target.path!r} has no bias to train; "
+                "name others in target_modules, or leave it None for all that have one"
             )
         super().__init__(target, beside=False)
         self.config = config
@@ -44,7 +45,8 @@ class BitFit(Bias):
 
 @dataclass(kw_only=True)
 class BitFitConfig(LayerConfig):
-    peft_type, adapter = Name("BITFIT"), BitFit
+    peft_type = Name("BITFIT")
+    adapter = BitFit
     learning_rate = 1e-3
 
     def __post_init__(self) -> None:
@@ -54,12 +56,25 @@ class BitFitConfig(LayerConfig):
 
     def fill_targets(self, model: nn.Module) -> None:
         saved = saved_modules(model, self)
-        modules = {p: m for p, m in walk(model) if not any(p == s or p.startswith(s + ".") for s in saved)}
-        found = [path for path, module in modules.items() if has_bias(module)]
-        if not found:
+        modules = {}
+        paths = []
+        for path, module in walk(model):
+            if is_within(path, saved):
+                continue
+            modules[path] = module
+            if has_bias(module):
+                paths.append(path)
+        if not paths:
             raise TargetError(f"{type(model).__name__} has no module with a bias for BitFit to train")
-        self.target_modules = endings(found, modules)
+        self.target_modules = endings(paths, modules)
+
+
+def is_within(path: str, parents: list[str]) -> bool:
+    """Whether a path is one of `parents` or below one."""
+    return any(path == parent or path.startswith(parent + ".") for parent in parents)
 
 
 def has_bias(module: nn.Module) -> bool:
-    return module._parameters.get("bias") is not None and kind_of(module).kind in BitFit.kinds
+    if module._parameters.get("bias") is None:
+        return False
+    return kind_of(module).kind in BitFit.kinds

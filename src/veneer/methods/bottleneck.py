@@ -1,11 +1,11 @@
-"""Bottleneck adapters: a small MLP between the layers of a transformer, with a residual around it.
+"""Bottleneck adapters: a small MLP between the layers of a transformer, with a residual connection around it.
 
     y' = y + s up(f(down(y)))     houlsby: after attention and after the MLP; pfeiffer: after the MLP
-    y' = y + s up(f(down(x)))     parallel: beside the MLP, on its input (par_bn.py)
+    y' = y + s up(f(down(x)))     parallel: in parallel to the MLP, on its input (par_bn.py)
 
 Houlsby et al., 2019, arXiv:1902.00751; Pfeiffer et al., 2021, arXiv:2005.00247; parallel: He et al., 2022,
 arXiv:2110.04366. Trainable: m (in + out) + m + out per place, m = width / reduction_factor. Not mergeable: f is not
-linear. Starts as a no-op, `up` is zero; the papers' starts are only near the identity.
+linear. Starts as a no-op: `up` is zero. The papers' starts are only near the identity.
 """
 
 from __future__ import annotations
@@ -31,26 +31,27 @@ class BottleneckConfig(LayerConfig):
     placement: str = "pfeiffer"
     """"houlsby", "pfeiffer" or "parallel"."""
     original_ln_before: bool = False
-    """After the MLP: stand behind the residual sum of the layer (and its norm, where that comes last)."""
+    """For "pfeiffer": act after the layer's residual sum, and after its norm if that comes last."""
     reduction_factor: int | float | None = None
-    """Width of the model over that of the bottleneck; None: 16, for parallel 2."""
+    """Width of the model divided by the width of the bottleneck; None: 16, or 2 for "parallel"."""
     non_linearity: str | None = None
-    """f: "relu", "gelu", "silu", "tanh" or others; None: the paper's."""
+    """The activation function f: "relu", "gelu", "silu", "tanh" and others; None: the paper's."""
     scaling: float | Literal["learned", "channel"] | None = None
-    """s: a number, or one learned for all or each channel; None: 1, for parallel 4."""
+    """s: a number, "learned" for one learned factor, "channel" for one per channel; None: 1, or 4 for "parallel"."""
     ln_before: bool = False
-    """A norm of its own on what it reads."""
+    """Add a trained LayerNorm on the adapter's input."""
     ln_after: bool = False
-    """A norm of its own on what it adds."""
+    """Add a trained LayerNorm on the adapter's output, before it is added."""
     dropout: float = 0.0
     """Dropout before the bottleneck, in training."""
     init_weights: bool | Literal["bert", "mam_adapter", "houlsby"] = True
     """True or "mam_adapter": a no-op; "bert", "houlsby": small random weights; False: larger ones (for tests)."""
 
     input_modules: list[str] | None = None
-    """Of target_modules those that an MLP begins with, for "parallel" where it is no module; None: see the model."""
+    """For "parallel" where the MLP is not a module: the target_modules that it begins with; None: by the model."""
 
-    peft_type, adapter = Name("BOTTLENECK"), Bottleneck
+    peft_type = Name("BOTTLENECK")
+    adapter = Bottleneck
     subsets = ("input_modules",)
 
     def __post_init__(self) -> None:
@@ -75,8 +76,12 @@ class BottleneckConfig(LayerConfig):
     def fill_targets(self, model: nn.Module) -> None:
         roles = PLACEMENTS[self.placement][0]
         if roles == ("mlp",) and "mlp" not in roles_of(model).values():
-            self.input_modules, roles = default_targets(model, ("mlp.in",)), ("mlp.in", "mlp.out")
-        self.target_modules = layers(model) if self.original_ln_before else default_targets(model, roles)
+            self.input_modules = default_targets(model, ("mlp.in",))
+            roles = ("mlp.in", "mlp.out")
+        if self.original_ln_before:
+            self.target_modules = layers(model)
+        else:
+            self.target_modules = default_targets(model, roles)
 
     def build_shared(self, targets: Sequence[Target]) -> nn.Module | None:
         from .families.parallel import Inputs

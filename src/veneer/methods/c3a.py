@@ -3,8 +3,9 @@
     W' = W + C / in,  C a grid of blocks C_mn[l, j] = w_mn[(j - l) mod b]
 
 Chen et al., 2024, arXiv:2407.19342. Trainable: in x out / b per target, for a rank of up to min(in, out). Mergeable.
-Starts as a no-op with `init_weights=True`; PEFT by default starts at random. Acts on activations by the fast Fourier
-transform. Unlike PEFT, a second active adapter reads the layer's input, and the gradient of the input is exact.
+Starts as a no-op with `init_weights=True`; the default, as in PEFT, is a random start. Activations are multiplied by
+the fast Fourier transform. Unlike in PEFT, a second active adapter reads the layer's input, not the first adapter's
+output, and the gradient of the input is exact.
 """
 
 from __future__ import annotations
@@ -27,25 +28,35 @@ STARTS = ("gaussian", "kaiming_uniform", "xavier_uniform")
 class C3A(Additive):
     def __init__(self, config: C3AConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
-        self.block_size = b = at(target.path, config.block_size_pattern, config.block_size)
-        for name, size in (("in", target.in_features), ("out", target.out_features)):
-            if size % b:
-                common = math.gcd(target.in_features, target.out_features)
-                raise ConfigError(
-                    f"block_size {b} on {target.path!r} must divide its {name} = {size}; the divisors of {common} do"
-                )
-        self.c3a_kernel = nn.Parameter(torch.zeros(target.out_features // b, target.in_features // b, b))
+        b = at(target.path, config.block_size_pattern, config.block_size)
+        self.block_size = b
+        self.check_size("in", target.in_features)
+        self.check_size("out", target.out_features)
+        kernels = torch.zeros(target.out_features // b, target.in_features // b, b)
+        self.c3a_kernel = nn.Parameter(kernels)
         if not self.c3a_kernel.is_meta:
             self.initialise(config.init_weights)
 
+    def check_size(self, name: str, size: int) -> None:
+        if size % self.block_size:
+            target = self.target
+            common = math.gcd(target.in_features, target.out_features)
+            raise ConfigError(
+                f"block_size {self.block_size} on {target.path!r} must divide its {name} = {size}; "
+                f"the divisors of {common} do"
+            )
+
     @torch.no_grad()
-    def initialise(self, how: bool | str) -> None:
-        fan_in, fan_out = self.target.in_features, self.target.out_features
-        if how == "gaussian":
+    def initialise(self, start: bool | str) -> None:
+        if start is True:
+            return
+        if start == "gaussian":
             self.c3a_kernel.normal_()
-        elif how is not True:
-            bound = (1 / fan_in) ** 0.5 if how == "kaiming_uniform" else (6 / (fan_in + fan_out)) ** 0.5
-            self.c3a_kernel.uniform_(-bound, bound)
+            return
+        fan_in = self.target.in_features
+        fan_out = self.target.out_features
+        bound = (1 / fan_in) ** 0.5 if start == "kaiming_uniform" else (6 / (fan_in + fan_out)) ** 0.5
+        self.c3a_kernel.uniform_(-bound, bound)
 
     def kernels(self) -> Tensor:
         return self.c3a_kernel / self.target.in_features
@@ -66,13 +77,14 @@ class C3A(Additive):
 @dataclass(kw_only=True)
 class C3AConfig(LayerConfig):
     block_size: int = 256
-    """Size of a block; it divides in and out of every target. Larger means fewer parameters."""
+    """Size b of a block; it must divide in and out of every target. Larger blocks mean fewer parameters."""
     block_size_pattern: dict[str, int] | None = mapping()
-    """Other sizes for some targets, by name ending or regular expression."""
+    """Block sizes of single targets, by name ending or regular expression."""
     init_weights: bool | str = "xavier_uniform"
-    """True: zero, a no-op. "gaussian", "kaiming_uniform", "xavier_uniform" (also False): random."""
+    """True: start at zero, as a no-op. "gaussian", "kaiming_uniform" or "xavier_uniform": random; False is the last."""
 
-    peft_type, adapter = Name("C3A"), C3A
+    peft_type = Name("C3A")
+    adapter = C3A
     patterns = ("block_size_pattern",)
     learning_rate = 1e-1
     recommended = {"init_weights": True, "block_size": 64}

@@ -1,10 +1,11 @@
-"""Cartridge: a trained cache of keys and values that stands for a long text.
+"""Cartridge: a trained cache of keys and values that replaces a long text.
 
     softmax(q [Z_K, K]^T) [Z_V, V],  Z_K, Z_V (n, width) learned in every layer, the first ones frozen
 
-Eyuboglu et al., 2025, arXiv:2506.06266. Trainable: (n - frozen) x layers x 2 x width. Not mergeable: it lives in the
-cache. The frozen positions are attention sinks. The paper starts at the cache of the text's first tokens
-(`initialize_kv_prefix_from_text`) and trains on conversations about it; the start here, as in PEFT, is random.
+Eyuboglu et al., 2025, arXiv:2506.06266. Trainable: (n - frozen) x layers x 2 x width. Not mergeable: the learned
+positions are cache entries. The frozen positions are attention sinks. The paper starts from the cache of the text's
+first tokens (`initialize_kv_prefix_from_text`) and trains on conversations about the text; here, as in PEFT, the start
+is random.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ class Cartridge(Prefix):
     def __init__(self, config: CartridgeConfig, spec: Spec, words: Tensor) -> None:
         super().__init__(config, spec, words)
         rows = torch.randn(self.n, spec.layers * 2 * spec.width)
-        self.register_buffer("frozen_embedding", rows[: config.num_frozen_tokens].clone())
-        self.trainable_embedding = nn.Parameter(rows[config.num_frozen_tokens :].clone())
+        frozen = config.num_frozen_tokens
+        self.register_buffer("frozen_embedding", rows[:frozen].clone())
+        self.trainable_embedding = nn.Parameter(rows[frozen:].clone())
 
     def prefix(self) -> Tensor:
         return torch.cat([self.frozen_embedding, whole(self.trainable_embedding)])
@@ -43,15 +45,20 @@ class Cartridge(Prefix):
     def absorb(self, tensors: Tensors) -> None:
         frozen = self.config.num_frozen_tokens
         for rows in tensors.values():
-            super().absorb({"frozen_embedding": rows[:frozen].clone(), "trainable_embedding": rows[frozen:].clone()})
+            embeddings = {
+                "frozen_embedding": rows[:frozen].clone(),
+                "trainable_embedding": rows[frozen:].clone(),
+            }
+            super().absorb(embeddings)
 
 
 @dataclass(kw_only=True)
 class CartridgeConfig(PromptConfig):
     num_frozen_tokens: int = 1
-    """How many of the first positions are not trained; training them harms the attention sink they are."""
+    """Number of first positions that stay frozen; they act as attention sinks, which training would harm."""
 
-    peft_type, prompt = Name("CARTRIDGE"), Cartridge
+    peft_type = Name("CARTRIDGE")
+    prompt = Cartridge
     fills_cache = True
     learning_rate = 6e-2
 
@@ -67,7 +74,7 @@ class CartridgeConfig(PromptConfig):
 
 
 def compose_cartridge_adapters(adapter_paths: Sequence[str | Path], *, output_path: str | Path) -> None:
-    """Write one cartridge that holds several saved ones, one after the other; the first one's sinks stay frozen.
+    """Join several saved cartridges, one after the other, into one; the frozen positions of the first stay frozen.
 
     Raises:
         ConfigError: fewer than two, another method, or cartridges of different models.
@@ -78,13 +85,21 @@ def compose_cartridge_adapters(adapter_paths: Sequence[str | Path], *, output_pa
     for path, config in zip(adapter_paths, configs, strict=True):
         if not isinstance(config, CartridgeConfig):
             raise ConfigError(f"{str(path)!r} holds {config.peft_type}, not a cartridge")
-        for size in SIZES:
-            if getattr(config, size) != getattr(configs[0], size):
-                raise ConfigError(
-                    f"{str(path)!r} was trained for another model: its {size} is {getattr(config, size)}, that of "
-                    f"{str(adapter_paths[0])!r} {getattr(configs[0], size)}"
-                )
-    read = [checkpoint.read(path) for path in adapter_paths]
-    rows = torch.cat([tensors["prompt_embeddings"] for tensors, _ in read])
-    whole = replace(configs[0], num_virtual_tokens=len(rows))  # type: ignore[call-arg]
-    checkpoint.write(Path(output_path), {"prompt_embeddings": rows}, read[0][1], whole)
+        _check_same_model(path, config, adapter_paths[0], configs[0])
+    files = [checkpoint.read(path) for path in adapter_paths]
+    embeddings = torch.cat([tensors["prompt_embeddings"] for tensors, _ in files])
+    tensors = {"prompt_embeddings": embeddings}
+    joined = replace(configs[0], num_virtual_tokens=len(embeddings))  # type: ignore[call-arg]
+    _, metadata = files[0]
+    checkpoint.write(Path(output_path), tensors, metadata, joined)
+
+
+def _check_same_model(path: str | Path, config: Config, first_path: str | Path, first: Config) -> None:
+    for name in SIZES:
+        size = getattr(config, name)
+        first_size = getattr(first, name)
+        if size != first_size:
+            raise ConfigError(
+                f"{str(path)!r} was trained for another model: its {name} is {size}, that of {str(first_path)!r} "
+                f"{first_size}"
+            )

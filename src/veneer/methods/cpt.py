@@ -3,10 +3,11 @@
     [w_1 + d_1 ... w_n + d_n, E(x_1) ... E(x_T)],  |d_i| <= eps_i,  d_i = 0 at the examples' answers
     loss: the mean over the labels of the input and of the examples, an example k before the last weighing factor^k
 
-Blau et al., 2024, arXiv:2410.17222. Trainable: n x width, of which the answers stay. Not mergeable. Types of tokens:
-4k + 1 an example's input format, + 2 its input, + 3 its output format, + 4 its answer; the input's come with a call as
-`input_type_mask`. PEFT shifts them by the largest of the prompt's, which loses every label unless that is a multiple of
-4 (by default it is not); here by the next multiple. Without examples in the context (`cpt_token_ids`) it gains nothing.
+Blau et al., 2024, arXiv:2410.17222. Trainable: n x width, including the answers, which do not change. Not mergeable.
+Token types are 4k + 1 for the input format of example k, 4k + 2 for its input, 4k + 3 for its output format and 4k + 4
+for its answer. A call gives the types of its own input as `input_type_mask`. PEFT adds the largest type of the prompt
+to them, which loses every label unless that type is a multiple of 4 (by default it is not); here the next multiple of 4
+is added. Without examples in the context (`cpt_token_ids`) the method gains nothing.
 """
 
 from __future__ import annotations
@@ -36,74 +37,95 @@ class CPT(Prompt):
         super().__init__(config, spec, words)
         if spec.submodules > 1 or max(config.cpt_token_ids or ()) >= len(words):
             raise ConfigError(f"CPT needs a decoder, and cpt_token_ids below {len(words)}, its vocabulary's size")
-        # on the words' device by name: these are needed whole where the rest is built without memory
-        types = torch.tensor(config.cpt_tokens_type_mask, device=words.device)
-        near, far = config.opt_projection_format_epsilon, config.opt_projection_epsilon
-        radii = torch.tensor([0.0, near, far, near], device=words.device) * math.sqrt(spec.width / 2048)
-        tokens = torch.tensor(config.cpt_token_ids, device=words.device)
+        # These buffers are needed with values even when the rest is built on the meta device.
+        device = words.device
+        tokens = torch.tensor(config.cpt_token_ids, device=device)
+        types = torch.tensor(config.cpt_tokens_type_mask, device=device)
         self.register_buffer("start", words.detach()[tokens].float(), persistent=False)
         self.register_buffer("types", types, persistent=False)
-        self.register_buffer("radius", radii[types % 4 * (types > 0)], persistent=False)
+        self.register_buffer("radius", self.radii(types), persistent=False)
         self.prompt_embeddings = nn.Parameter(torch.empty(self.n, spec.width))
         if not self.prompt_embeddings.is_meta:
             self.prompt_embeddings.data.copy_(self.start)
 
+    def radii(self, types: Tensor) -> Tensor:
+        """The radius of the ball around each token: 0 for answers, (n,)."""
+        of_format = self.config.opt_projection_format_epsilon
+        of_input = self.config.opt_projection_epsilon
+        by_part = torch.tensor([0.0, of_format, of_input, of_format], device=types.device)
+        by_part = by_part * math.sqrt(self.spec.width / 2048)
+        part = types % 4 * (types > 0)
+        return by_part[part]
+
     def embeds(self, facts: dict[str, Any]) -> Tensor:
-        """Gradients reach what may move."""
-        return torch.where(self.radius[:, None] > 0, self.prompt_embeddings, self.prompt_embeddings.detach())
+        """The embeddings; no gradient reaches those that must not change."""
+        is_learned = self.radius[:, None] > 0
+        return torch.where(is_learned, self.prompt_embeddings, self.prompt_embeddings.detach())
 
     @torch.no_grad()
     def step(self, n: int) -> None:
         """Project each embedding back into its ball."""
-        moved = whole(self.prompt_embeddings) - self.start
-        share = (self.radius / moved.norm(dim=1).clamp_min(1e-12)).clamp_max(1)
-        write_(self.prompt_embeddings, self.start + moved * share[:, None])
+        change = whole(self.prompt_embeddings) - self.start
+        lengths = change.norm(dim=1).clamp_min(1e-12)
+        share = (self.radius / lengths).clamp_max(1)
+        write_(self.prompt_embeddings, self.start + change * share[:, None])
 
     def labels(self, labels: Tensor, facts: dict[str, Any]) -> Tensor:
-        rows, own = len(labels), self.types.to(labels.device)
-        given = facts.get("input_type_mask", torch.full_like(labels, 4)).to(labels)
-        types = torch.cat([own.expand(rows, -1), given + (given > 0) * (own.max() + 3) // 4 * 4], dim=1)
-        tokens = torch.tensor(self.config.cpt_token_ids, device=labels.device).expand(rows, -1)
-        answers = torch.cat([tokens, labels], dim=1).masked_fill(~is_answer(types), -100)
+        rows = len(labels)
+        prompt_types = self.types.to(labels.device)
+        input_types = facts.get("input_type_mask", torch.full_like(labels, 4)).to(labels)
+        shift = (prompt_types.max() + 3) // 4 * 4
+        input_types = input_types + (input_types > 0) * shift
+        types = torch.cat([prompt_types.expand(rows, -1), input_types], dim=1)
+        tokens = torch.tensor(self.config.cpt_token_ids, device=labels.device)
+        tokens = tokens.expand(rows, -1)
+        answers = torch.cat([tokens, labels], dim=1)
+        answers = answers.masked_fill(~is_answer(types), -100)
         facts[self] = answers, types
         return answers
 
     def loss(self, logits: Any, facts: dict[str, Any]) -> Tensor | None:
         if self not in facts:
             return None
-        labels, types = (t[:, 1:].to(logits.device) for t in facts[self])
+        labels, types = facts[self]
+        labels = labels[:, 1:].to(logits.device)
+        types = types[:, 1:].to(logits.device)
         logits = logits[:, -labels.shape[1] - 1 : -1]
-        each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+        losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
         if self.config.opt_weighted_loss_type == "decay":
-            each = each * decay(types, self.config.opt_loss_decay_factor)
-        return each[labels != -100].mean()
+            losses = losses * decay(types, self.config.opt_loss_decay_factor)
+        return losses[labels != -100].mean()
 
 
 @dataclass(kw_only=True)
 class CPTConfig(PromptConfig):
     cpt_token_ids: list[int] | None = None
-    """The tokens of the examples, n of them; None: [0]."""
+    """The n tokens of the examples; None: [0]."""
     cpt_mask: list[int] | None = None
-    """Kept for the file; PEFT does not read it either."""
+    """Ignored, as in PEFT; kept for PEFT compatibility."""
     cpt_tokens_type_mask: list[int] | None = None
-    """What each of them is, as above; None: all format."""
+    """The type of each token: 4k + 1 input format, 4k + 2 input, 4k + 3 output format, 4k + 4 answer of example k;
+    None: input format."""
     opt_weighted_loss_type: Literal["none", "decay"] | None = "none"
-    """"decay" weighs the examples' answers, "none" all the same."""
+    """"decay": weigh the answers of earlier examples by powers of opt_loss_decay_factor; "none": all equally."""
     opt_loss_decay_factor: float = 1.0
-    """The weight of an answer over that of the next one."""
+    """The weight of an answer, relative to that of the next one."""
     opt_projection_epsilon: float = 0.1
-    """How far an input's embedding may move in a model 2048 wide; elsewhere by the root of the width."""
+    """How far an input's embedding may move in a model of width 2048; scaled by sqrt(width / 2048) for others."""
     opt_projection_format_epsilon: float = 0.1
-    """The same for those of the formats."""
+    """How far the embedding of a format token may move, likewise."""
     tokenizer_name_or_path: str | None = None
-    """Whose tokens these are; kept for the file."""
+    """The tokenizer of the tokens; ignored, kept for PEFT compatibility."""
 
-    peft_type, prompt, example = Name("CPT"), CPT, {"cpt_token_ids": [0, 1], "cpt_tokens_type_mask": [1, 4]}
+    peft_type = Name("CPT")
+    prompt = CPT
+    example = {"cpt_token_ids": [0, 1], "cpt_tokens_type_mask": [1, 4]}
     facts = ("input_type_mask",)
     learning_rate = 1e-4
 
     def __post_init__(self) -> None:
-        self.cpt_token_ids = [0] if self.cpt_token_ids is None else self.cpt_token_ids
+        if self.cpt_token_ids is None:
+            self.cpt_token_ids = [0]
         n = len(self.cpt_token_ids)
         self.num_virtual_tokens = self.num_virtual_tokens or n
         self.cpt_mask = self.cpt_mask or [1] * n
@@ -113,8 +135,8 @@ class CPTConfig(PromptConfig):
             raise ConfigError(f"CPT trains CAUSAL_LM alone, not {self.task_type}")
         if not n == self.num_virtual_tokens == len(self.cpt_mask) == len(self.cpt_tokens_type_mask):
             raise ConfigError("cpt_token_ids, cpt_mask and cpt_tokens_type_mask must be num_virtual_tokens long")
-        ranges = "opt_projection_epsilon", "opt_projection_format_epsilon", "opt_loss_decay_factor"
-        check_range(self, 0, math.inf, *ranges)
+        check_range(self, 0, math.inf, "opt_projection_epsilon", "opt_projection_format_epsilon")
+        check_range(self, 0, math.inf, "opt_loss_decay_factor")
 
     def schedule(self, parts: Mapping[str, Any]) -> CPT:
         return parts[""]

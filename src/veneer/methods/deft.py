@@ -1,10 +1,10 @@
-"""DEFT: take a learned subspace of the outputs away from the weight, and put other content in.
+"""DEFT: remove a learned subspace of the outputs from the weight and add new content in its place.
 
     W' = W - Q P'^T W + s Q R,  P (out, r), R (r, in);  "relu": Q = P, P' = relu(P);  "qr": Q = P' = qr(P)
 
 Kumar et al., 2025, arXiv:2509.22793. Trainable: r (in + out) per target. Mergeable. Starts as a no-op: s R = P'^T W,
-which the file keeps. `para` only takes away (PaRa: Chen et al., 2024, arXiv:2406.05641) and trains r out. Two active
-adapters compose; PEFT takes both from the same W.
+which the file keeps. `para` only removes (PaRa: Chen et al., 2024, arXiv:2406.05641) and trains r out. Two active
+adapters compose; in PEFT both remove from the same W.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..targets.target import Target
 
 
 class DEFT(Adapter):
-    reads_weight = True  # what is taken away leaves the bias alone, so `post` must know the bias below
+    reads_weight = True  # `post` must know the bias, from which nothing is removed
 
     def __init__(self, config: DeftConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
@@ -41,57 +41,67 @@ class DEFT(Adapter):
         if self.deft_R is None:
             return
         if config.init_weights:
-            self.deft_R.copy_(self.projection()[1].T @ self.target.weight().to(self.deft_P) / self.scaling)
+            _, P = self.projection()
+            W = self.target.weight().to(self.deft_P)
+            self.deft_R.copy_(P.T @ W / self.scaling)
         else:
             self.deft_R.normal_(std=0.02 * config.init_scale)
 
     def projection(self) -> tuple[Tensor, Tensor]:
-        """Q and P', both (out, r): x is taken away as Q P'^T x."""
+        """Q and P', both (out, r): Q P'^T y is removed from an output y."""
         if self.config.decomposition_method == "qr":
-            Q = torch.linalg.qr(self.deft_P.float())[0].to(self.deft_P.dtype)
+            Q, _ = torch.linalg.qr(self.deft_P.float())
+            Q = Q.to(self.deft_P.dtype)
             return Q, Q
         return self.deft_P, self.deft_P.relu()
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         Q, P = self.projection()
         b = self.target.bias()
-        inside = -(y if b is None else y - b.to(y.dtype)) @ P
+        product = y if b is None else y - b.to(y.dtype)  # W x, without the bias
+        coordinates = -product @ P
         if self.deft_R is not None:
-            inside = inside + F.linear(self.dropout(x), self.deft_R) * self.scaling
-        return y + inside @ Q.T
+            coordinates = coordinates + F.linear(self.dropout(x), self.deft_R) * self.scaling
+        return y + coordinates @ Q.T
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        Q, P = (t.to(W.dtype) for t in self.projection())
-        inside = -P.T @ W
+        Q, P = self.projection()
+        Q = Q.to(W.dtype)
+        P = P.to(W.dtype)
+        coordinates = -P.T @ W
         if self.deft_R is not None:
-            inside = inside + self.deft_R.to(W.dtype) * self.scaling
-        return W + Q @ inside, b
+            coordinates = coordinates + self.deft_R.to(W.dtype) * self.scaling
+        return W + Q @ coordinates, b
 
     def expected_parameters(self) -> int:
-        return self.r * (self.target.out_features + (0 if self.config.para else self.target.in_features))
+        if self.config.para:
+            return self.r * self.target.out_features
+        return self.r * (self.target.in_features + self.target.out_features)
 
     def describe(self) -> str:
-        return f"r={self.r}, {'para' if self.config.para else self.config.decomposition_method}"
+        variant = "para" if self.config.para else self.config.decomposition_method
+        return f"r={self.r}, {variant}"
 
 
 @dataclass(kw_only=True)
 class DeftConfig(LayerConfig):
     r: int = 8
-    """Rank of the subspace, at most out of the target."""
+    """Rank of the subspace, at most the target's out."""
     decomposition_method: str = "relu"
-    """How P spans the subspace: "relu" as it is, or "qr" by an orthonormal basis (a true projection)."""
+    """How P spans the subspace: "relu": as it is; "qr": by an orthonormal basis, which gives a true projection."""
     init_scale: float = 1.0
-    """Size of a random R."""
+    """Scale of R when it starts at random (init_weights=False)."""
     alpha: int | float | None = None
-    """Strength of what is put in: it is scaled by alpha / r; None: not scaled."""
+    """Strength of the added content, which is scaled by alpha / r; None: no scaling."""
     para: bool = False
-    """Put nothing in (PaRa)."""
+    """Add no new content (PaRa)."""
     deft_dropout: float = 0.0
-    """Dropout on the input of what is put in, in training."""
+    """Dropout on the input of the added content, in training."""
     init_weights: bool = True
-    """Start as a no-op; False: R random."""
+    """Start as a no-op; False: R starts at random."""
 
-    peft_type, adapter = Name("DEFT"), DEFT
+    peft_type = Name("DEFT")
+    adapter = DEFT
     learning_rate = 1e-3
 
     def __post_init__(self) -> None:

@@ -1,11 +1,11 @@
-"""DeLoRA: a low-rank update whose directions have length one and whose strength is a learned bound.
+"""DeLoRA: a low-rank update whose directions have unit length and whose strength is a learned bound.
 
-    W' = W + lambda / r B D A diag(n),  D_ii = 1 / (|A_i| |B^i|),  n the lengths of W's columns at the start
+    W' = W + lambda / r B D A diag(n),  D_ii = 1 / (|A_i| |B^i|),  n the norms of W's columns at the start
 
 A_i are the rows of A, B^i the columns of B. Without n, the update's Frobenius norm is at most lambda.
 Bini et al., 2025, arXiv:2503.18225. Trainable: r (in + out) + 1 per target. Mergeable. Starts as a no-op: B is zero.
-As in PEFT, n has one entry per input, lengths below 1e-4 count as 1e-4, and `module_dropout` drops entries of the
-input. Unlike PEFT, GPT-2's Conv1D is a target too.
+As in PEFT, n has one entry per input, norms below 1e-4 count as 1e-4, and `module_dropout` drops entries of the input.
+Unlike in PEFT, GPT-2's Conv1D is a target too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..core.config import LayerConfig, Name, at, check_range, mapping
 from ..targets.target import Target
 
 SHORTEST = 1e-4
-"""What a direction's length is divided by at least."""
+"""Lower bound of the norms that directions are divided by."""
 
 
 class DeLoRA(LowRank):
@@ -32,16 +32,22 @@ class DeLoRA(LowRank):
         self.delora_A = nn.Parameter(torch.empty(self.r, target.in_features))
         self.delora_B = nn.Parameter(torch.zeros(target.out_features, self.r))
         self.delora_lambda = nn.Parameter(torch.full((1,), float(bound)))
-        self.register_buffer("delora_w_norm", target.original_weight().detach().float().norm(dim=0))
+        W = target.original_weight().detach().float()
+        self.register_buffer("delora_w_norm", W.norm(dim=0))
         nn.init.kaiming_uniform_(self.delora_A, a=math.sqrt(5))
         if not config.init_weights:
             nn.init.kaiming_uniform_(self.delora_B, a=math.sqrt(5))
         self.set_dropout(config.module_dropout)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        A, B = self.delora_A, self.delora_B
-        lengths = A.norm(dim=1).clamp_min(SHORTEST) * B.norm(dim=0).clamp_min(SHORTEST)
-        return A * self.delora_w_norm.to(A), B * (self.delora_lambda / self.r / lengths)
+        A = self.delora_A
+        B = self.delora_B
+        lengths_A = A.norm(dim=1).clamp_min(SHORTEST)
+        lengths_B = B.norm(dim=0).clamp_min(SHORTEST)
+        strengths = self.delora_lambda / self.r / (lengths_A * lengths_B)
+        A = A * self.delora_w_norm.to(A)
+        B = B * strengths
+        return A, B
 
     def expected_parameters(self) -> int:
         return self.r * (self.target.in_features + self.target.out_features) + 1
@@ -55,17 +61,18 @@ class DeloraConfig(LayerConfig):
     r: int = 8
     """Rank of the update."""
     delora_lambda: int | float = 15
-    """Start value of the learned bound on the update's size."""
+    """Initial value of lambda, the learned bound on the size of the update."""
     module_dropout: float = 0.0
     """Dropout on the input of the update, in training."""
     init_weights: bool = True
-    """Start as a no-op; False: B random too (for tests)."""
+    """Start as a no-op; False: B starts at random too (for tests)."""
     rank_pattern: dict[str, int] | None = mapping()
-    """Other ranks for some targets, by name ending or regular expression."""
+    """Ranks of single targets, by name ending or regular expression."""
     lambda_pattern: dict[str, int | float] | None = mapping()
-    """Other start values of the bound, likewise."""
+    """Initial values of lambda of single targets, likewise."""
 
-    peft_type, adapter = Name("DELORA"), DeLoRA
+    peft_type = Name("DELORA")
+    adapter = DeLoRA
     patterns = ("rank_pattern", "lambda_pattern")
 
     def __post_init__(self) -> None:

@@ -1,9 +1,9 @@
-"""DiReFT: LoReFT without orthonormal rows and without the difference; about LoRA, on hidden states of the prompt.
+"""DiReFT: LoReFT without orthonormal rows and without subtracting the projection; like LoRA on hidden states.
 
     h' = h + W2^T (W1 h + b)
 
 Wu et al., 2024, arXiv:2404.03592. Trainable and positions: as LoReFT. Not mergeable. Starts as a no-op: W1 = 0, b = 0.
-pyreft's class of this name keeps the rows orthonormal; that is `orthogonality=True`.
+pyreft's class of this name keeps the rows orthonormal; `orthogonality=True` does the same.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ class DiReFT(LoReFT):
 @dataclass(kw_only=True)
 class DiReftConfig(LoReftConfig):
     orthogonality: bool = False
-    """The projection's rows are kept orthonormal."""
+    """Keep the rows of the projection orthonormal."""
     subtract_projection: bool = False
-    """Take the projection of h away."""
+    """Subtract the projection of h."""
 
-    peft_type, adapter = Name("DIREFT"), DiReFT
+    peft_type = Name("DIREFT")
+    adapter = DiReFT

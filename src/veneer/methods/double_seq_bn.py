@@ -1,9 +1,9 @@
-"""Sequential bottleneck adapters, two a layer: AdapterHub's DoubleSeqBnConfig.
+"""Sequential bottleneck adapters, two per layer: AdapterHub's DoubleSeqBnConfig.
 
     y' = y + up(f(down(y))),  y the output of attention, and that of the MLP
 
 Houlsby et al., 2019, arXiv:1902.00751. Trainable: 2 m d + m + d for each, m = d / 16. Not mergeable. Starts as a no-op.
-In an encoder-decoder the attention over the encoder has one too, which AdapterHub calls cross_adapter.
+In an encoder-decoder the cross-attention has an adapter too, which AdapterHub calls cross_adapter.
 """
 
 from __future__ import annotations
@@ -20,4 +20,5 @@ class DoubleSeqBnConfig(BottleneckConfig):
     placement: str = "houlsby"
     """"houlsby": after attention and after the MLP."""
 
-    peft_type, adapter = Name("DOUBLE_SEQ_BN"), Bottleneck
+    peft_type = Name("DOUBLE_SEQ_BN")
+    adapter = Bottleneck

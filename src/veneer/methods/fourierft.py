@@ -3,7 +3,7 @@
     W' = W + alpha Re(ifft2(S)),  S (out, in) zero except n entries at fixed random places
 
 Gao et al., 2024, arXiv:2405.03003. Trainable: n per target. Mergeable. Starts as a no-op with `init_weights=True`; the
-paper, and PEFT by default, start at random.
+default, as in the paper and in PEFT, is a random start.
 """
 
 from __future__ import annotations
@@ -22,24 +22,29 @@ from ..targets.target import Target
 class FourierFT(Additive):
     def __init__(self, config: FourierFTConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
-        self.n_frequency = n = at(target.path, config.n_frequency_pattern, config.n_frequency)
+        n = at(target.path, config.n_frequency_pattern, config.n_frequency)
         size = target.in_features * target.out_features
         if not 1 <= n <= size:
             raise ConfigError(f"n_frequency on {target.path!r} must lie between 1 and in x out = {size}, not {n}")
+        self.n_frequency = n
         self.scaling = config.scaling
-        self.fourierft_spectrum = nn.Parameter(torch.zeros(n) if config.init_weights else torch.randn(n))
+        spectrum = torch.zeros(n) if config.init_weights else torch.randn(n)
+        self.fourierft_spectrum = nn.Parameter(spectrum)
         generator = torch.Generator(device="cpu").manual_seed(config.random_loc_seed)
         places = torch.randperm(size, generator=generator, device="cpu")[:n]
+        entries, spots = hermitian_half(places, target.out_features, target.in_features)
         self.register_buffer("places", places, persistent=False)
-        entries, half = hermitian_half(places, target.out_features, target.in_features)
         self.register_buffer("entries", entries, persistent=False)
-        self.register_buffer("spots", half, persistent=False)
+        self.register_buffer("spots", spots, persistent=False)
 
     def delta(self) -> Tensor:
-        rows, columns = self.target.out_features, self.target.in_features
+        rows = self.target.out_features
+        columns = self.target.in_features
         spectrum = self.fourierft_spectrum.float()
-        S = spectrum.new_zeros(rows * (columns // 2 + 1)).index_add(0, self.spots, spectrum[self.entries] / 2)
-        delta = torch.fft.irfft2(S.view(rows, -1), (rows, columns)) * self.scaling
+        S = spectrum.new_zeros(rows * (columns // 2 + 1))
+        S = S.index_add(0, self.spots, spectrum[self.entries] / 2)
+        delta = torch.fft.irfft2(S.view(rows, -1), (rows, columns))
+        delta = delta * self.scaling
         return delta.to(self.fourierft_spectrum.dtype)
 
     def describe(self) -> str:
@@ -47,32 +52,37 @@ class FourierFT(Additive):
 
 
 def hermitian_half(places: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Where the entries of a real spectrum S (rows, columns) stand in the left half of (S(u, v) + S(-u, -v)) / 2.
+    """Place the entries of a real spectrum S (rows, columns) in the left half of (S(u, v) + S(-u, -v)) / 2.
 
-    The real part of the inverse transform of S is the inverse transform of that, which half of it determines.
-    Returns (number of the entry, its place among rows x (columns // 2 + 1)), one to two for each entry.
+    The inverse transform of that sum is the real part of the inverse transform of S, and half of the sum determines it.
+    Returns (index of the entry, its place among rows x (columns // 2 + 1)), with one or two places for each entry.
     """
-    u, v = places // columns, places % columns
-    u, v = torch.cat((u, -u % rows)), torch.cat((v, -v % columns))
-    kept = v <= columns // 2
+    half = columns // 2 + 1
+    u = places // columns
+    v = places % columns
+    u = torch.cat((u, -u % rows))
+    v = torch.cat((v, -v % columns))
+    is_left = v < half
     entries = torch.arange(len(places), device=places.device).repeat(2)
-    return entries[kept], (u * (columns // 2 + 1) + v)[kept]
+    spots = u * half + v
+    return entries[is_left], spots[is_left]
 
 
 @dataclass(kw_only=True)
 class FourierFTConfig(LayerConfig):
     n_frequency: int = 1000
-    """Learned entries per target, at most in_features x out_features."""
+    """n: number of learned entries per target, at most in_features x out_features."""
     scaling: float = 150.0
-    """alpha: about 100 to 300; larger for smaller n."""
+    """alpha: usually 100 to 300, larger for smaller n."""
     random_loc_seed: int = 777
     """Seed of the entries' places."""
     n_frequency_pattern: dict[str, int] | None = mapping()
-    """Other numbers of entries for some targets, by name ending or regular expression."""
+    """n of single targets, by name ending or regular expression."""
     init_weights: bool = False
-    """Start at zero, as a no-op; False: normal values, as in the paper."""
+    """Start at zero, as a no-op; False: random normal values, as in the paper."""
 
-    peft_type, adapter = Name("FOURIERFT"), FourierFT
+    peft_type = Name("FOURIERFT")
+    adapter = FourierFT
     patterns = ("n_frequency_pattern",)
     learning_rate = 0.1
     recommended = {"init_weights": True}

@@ -2,15 +2,16 @@
 
     y' = y + sum_i a_i V u_i,  a = softmax_i((Q y + q)^T (K u_i + k)),  u_i: what adapter i adds to y
 
-Pfeiffer et al., 2021, arXiv:2005.00247. Trainable: 3 d^2 + 2 d for each place that all the adapters share; these stay
-as they are, and inactive. Not mergeable. Starts with V = I and nearly equal shares, so not as a no-op. The file holds
-Q, K, V and the adapters' names: load those first.
+Pfeiffer et al., 2021, arXiv:2005.00247. Trainable: 3 d^2 + 2 d for each place that all the adapters share. The adapters
+themselves stay frozen and inactive. Not mergeable. Starts with V = I and nearly equal shares, which is not a no-op. The
+file holds Q, K, V and the adapters' names; load those adapters first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ class Fusion(Reader):
         for name in config.adapter_names:
             self.sibling(name)
         d = target.out_features
-        self.fusion_query, self.fusion_key = nn.Linear(d, d), nn.Linear(d, d)
+        self.fusion_query = nn.Linear(d, d)
+        self.fusion_key = nn.Linear(d, d)
         for layer in (self.fusion_query, self.fusion_key):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
@@ -42,17 +44,25 @@ class Fusion(Reader):
 
     def updates(self, x: Tensor, y: Tensor) -> Tensor:
         """u: (..., adapters, width)."""
-        return torch.stack([self.update(name, x, y) for name in self.config.adapter_names], dim=-2)
+        updates = [self.update(name, x, y) for name in self.config.adapter_names]
+        return torch.stack(updates, dim=-2)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         u = self.updates(x, y)
-        scores = (self.fusion_key(u) * self.fusion_query(y).unsqueeze(-2)).sum(-1)
-        mixed = (self.dropout(scores).softmax(-1).unsqueeze(-1) * u).sum(-2)
-        return y + (mixed if self.fusion_value is None else mixed @ self.fusion_value.weight.T)
+        keys = self.fusion_key(u)
+        query = self.fusion_query(y).unsqueeze(-2)
+        scores = (keys * query).sum(-1)
+        shares = self.dropout(scores).softmax(-1)
+        mixed = (shares.unsqueeze(-1) * u).sum(-2)
+        if self.fusion_value is not None:
+            mixed = mixed @ self.fusion_value.weight.T
+        return y + mixed
 
     def expected_parameters(self) -> int:
         d = self.target.out_features
-        return 2 * (d * d + d) + d * d * self.config.value
+        query_and_key = 2 * (d * d + d)
+        value = d * d if self.config.value else 0
+        return query_and_key + value
 
     def describe(self) -> str:
         return " + ".join(self.config.adapter_names)
@@ -61,13 +71,14 @@ class Fusion(Reader):
 @dataclass(kw_only=True)
 class AdapterFusionConfig(ReaderConfig):
     value: bool = True
-    """Learn V; False: V = I."""
+    """Learn V; False: V stays the identity."""
     regularization: bool = True
     """Add |V - I|^2 / 100 to the loss."""
     dropout_prob: float = 0.0
     """Dropout on the scores, in training."""
 
-    peft_type, adapter = Name("FUSION"), Fusion
+    peft_type = Name("FUSION")
+    adapter = Fusion
     title = "a fusion"
     learning_rate = 5e-5
     example = {"adapter_names": ["one", "two"]}
@@ -77,15 +88,28 @@ class AdapterFusionConfig(ReaderConfig):
         check_range(self, 0, 1, "dropout_prob")
 
     def places(self, model: nn.Module) -> list[str]:
-        """Where all of the adapters act."""
-        state, found = state_of(model), super().places(model)
-        shared = [p for p in found if all(n in state.layers[p].adapters for n in self.adapter_names)]  # type: ignore[union-attr]
+        """The modules that all of the adapters adapt."""
+        paths = super().places(model)
+        layers: Any = state_of(model).layers  # type: ignore[union-attr]
+        shared = [path for path in paths if self.are_all_in(layers[path].adapters)]
         if not shared:
             raise TargetError(f"{', '.join(self.adapter_names)} have no module in common that they all adapt")
         return shared
 
+    def are_all_in(self, adapters: Collection[str]) -> bool:
+        return all(name in adapters for name in self.adapter_names)
+
     def loss(self, adapters: Sequence[Adapter]) -> Tensor | None:
         if not self.value or not self.regularization:
             return None
-        values = [p.fusion_value.weight for adapter in adapters for p in adapter.parts if isinstance(p, Fusion)]
-        return 0.01 * torch.stack([V.square().sum() - 2 * V.diagonal().sum() + len(V) for V in values]).sum()
+        penalties = []
+        for adapter in adapters:
+            for part in adapter.parts:
+                if isinstance(part, Fusion):
+                    penalties.append(_distance_from_identity(part.fusion_value.weight))
+        return 0.01 * torch.stack(penalties).sum()
+
+
+def _distance_from_identity(V: Tensor) -> Tensor:
+    """|V - I|^2, without forming the difference."""
+    return V.square().sum() - 2 * V.diagonal().sum() + len(V)
