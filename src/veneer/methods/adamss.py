@@ -4,10 +4,10 @@
 
 V (r, in + 1) is frozen; its last column updates the bias of targets that have one. A_k (r_k, r) starts at the main
 directions of U_k, B_k at zero. With `use_asa` the least important subspaces are frozen during training. Zheng et al.,
-2025, NeurIPS; based on low-rank representation, Liu et al., 2010, arXiv:1010.2955. Trainable: sum_k r_k (r + rows of k)
-per target. Mergeable. Starts as a no-op. The file holds V but not the clusters, which are computed again from the base
-model, on the CPU: a file that PEFT wrote on a GPU may use other clusters. Unlike in PEFT, Conv1D is a target, and
-exactly as many subspaces keep learning as the config asks for.
+2025, NeurIPS, OpenReview:8ZdWmpYxT0. Trainable: sum_k r_k (r + rows of k) per target. Mergeable. Starts as a no-op.
+The file holds V but not the clusters, which are computed again from the base model, on the CPU: a file that PEFT wrote
+on a GPU may use other clusters. Unlike in PEFT, Conv1D is a target, and exactly as many subspaces keep learning as the
+config asks for.
 """
 
 from __future__ import annotations
