@@ -54,12 +54,10 @@ def _show(inspection: Inspection, tensors: bool) -> None:
     for name, value in inspection.settings.items():
         if value not in (None, {}, False):
             settings.append(f"{name}={printable(value)}")
-    lines = {
-        "method": inspection.method,
-        "base": inspection.base or "not named",
-        "settings": ", ".join(settings),
-        "tensors": f"{len(inspection.tensors)}, {inspection.count:,} numbers, file {size(inspection.file_bytes)}",
-    }
+    lines = {"method": inspection.method, "base": inspection.base or "not named"}
+    lines["settings"] = ", ".join(settings)
+    file_size = size(inspection.file_bytes)
+    lines["tensors"] = f"{len(inspection.tensors)}, {inspection.count:,} numbers, file {file_size}"
     for name, text in lines.items():
         console.print(Text(f"{name:<10}{text}"))
     if inspection.layers:

@@ -161,12 +161,11 @@ def _show_memory(console: Console, result: Forecast) -> None:
 
     memory = result.memory
     step = "unknown for this method" if memory.step is None else size(memory.step)
-    lines = {
-        "base weights": size(memory.base),
-        "adapter": size(memory.adapter),
-        "optimizer (AdamW)": size(memory.optimizer),
-        "activations, grads": f"{step}  ({result.batch_size} x {result.length} tokens)",
-    }
+    lines: dict[str, str] = {}
+    lines["base weights"] = size(memory.base)
+    lines["adapter"] = size(memory.adapter)
+    lines["optimizer (AdamW)"] = size(memory.optimizer)
+    lines["activations, grads"] = f"{step}  ({result.batch_size} x {result.length} tokens)"
     where = "of the accelerator"
     if memory.process:
         where = "of the process, on a CPU"

@@ -57,7 +57,7 @@ class Axis:
     end: float
 
     def share(self, value: float) -> float:
-        """Where a value lies between start (0) and end (1)."""
+        """The position of a value between start (0) and end (1)."""
         return (value - self.start) / (self.end - self.start)
 
 

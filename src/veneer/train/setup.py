@@ -87,8 +87,9 @@ def _rank(recipe: Recipe, method: str, field_names: set[str]) -> dict[str, Any]:
         return {"r": recipe.rank}
     if {"init_r", "target_r"} <= field_names:  # AdaLoRA starts with half as many again and prunes to the target
         return {"target_r": recipe.rank, "init_r": math.ceil(recipe.rank * 3 / 2)}
-    known = ", ".join(field.name for field in page(method).fields) or "none of its own"
-    raise ConfigError(f"{method} has no rank; its settings, to be given under options, are {known}")
+    known = [field.name for field in page(method).fields]
+    settings = ", ".join(known) or "none of its own"
+    raise ConfigError(f"{method} has no rank; its settings, to be given under options, are {settings}")
 
 
 def _targets(recipe: Recipe, method: str, field_names: set[str]) -> dict[str, Any]:

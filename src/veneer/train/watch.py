@@ -77,7 +77,10 @@ class Watch(TrainerCallback):
             return
         for name, parameter in waiting.items():
             assert parameter.grad is not None
-            if parameter.numel() and float(_on_cpu(parameter.grad).abs().amax()) > NEGLIGIBLE:
+            if parameter.numel() == 0:
+                continue
+            largest = float(_on_cpu(parameter.grad).abs().amax())
+            if largest > NEGLIGIBLE:
                 self.since[name] = step
 
     def _check_moved(self, model: nn.Module) -> None:
