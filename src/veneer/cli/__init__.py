@@ -22,12 +22,13 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        from veneer import __version__
+def _version(is_set: bool) -> None:
+    if not is_set:
+        return
+    from veneer import __version__
 
-        typer.echo(f"veneer {__version__}")
-        raise typer.Exit
+    typer.echo(f"veneer {__version__}")
+    raise typer.Exit
 
 
 @app.callback()
@@ -46,13 +47,13 @@ for _verb in pkgutil.iter_modules(__path__):
 
 
 def main() -> None:
-    """Run the command line. What the user can mend is one line on stderr and exit status 2, never a traceback."""
-    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # imported where installed, with advice
+    """Run the command line. An error that the user can fix is one line on stderr and exit status 2, no traceback."""
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # these log advice when they are imported
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app(prog_name="veneer")
     except SystemExit as stop:
-        if stop.code == 130:  # typer's translation of KeyboardInterrupt, silent
+        if stop.code == 130:  # typer exits silently with 130 on KeyboardInterrupt
             print("interrupted", file=sys.stderr)
         raise
     except (ValueError, OSError) as error:
@@ -65,8 +66,11 @@ def main() -> None:
 
 
 def _notes(error: Exception) -> list[str]:
-    """What stands beside an error: the notes it carries, else one on untried versions, if there are any."""
+    """Lines to print after an error: its own notes, or a remark on untested library versions."""
     from veneer.upstream.versions import remark
 
+    notes = getattr(error, "__notes__", None)
+    if notes:
+        return notes
     line = remark()
-    return getattr(error, "__notes__", None) or ([line] if line else [])
+    return [line] if line else []

@@ -12,20 +12,22 @@ Column = Annotated[
 
 
 def source(text: str) -> dict[str, Any]:
-    """PATH or PATH*WEIGHT."""
+    """A data source from PATH or PATH*WEIGHT. A * that no number follows belongs to the path."""
     path, star, weight = text.rpartition("*")
+    if not star:
+        return {"path": text}
     try:
-        return {"path": path, "weight": float(weight)} if star else {"path": text}
+        return {"path": path, "weight": float(weight)}
     except ValueError:
         return {"path": text}
 
 
 def pairs(texts: list[str]) -> list[tuple[str, str]]:
     """(name, value) of each NAME=VALUE."""
-    found = []
+    result = []
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise typer.BadParameter(f"{text!r} must be NAME=VALUE")
-        found.append((name.strip().replace("-", "_"), value.strip()))
-    return found
+        result.append((name.strip().replace("-", "_"), value.strip()))
+    return result

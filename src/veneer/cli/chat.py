@@ -73,13 +73,16 @@ def chat(
     quiet()
     console = Console(highlight=False)
     with Console(stderr=True).status("loading the model"):
-        writer = Writer(load(adapter or [], model, dtype=dtype), sampling, template_file=chat_template)
+        loaded = load(adapter or [], model, dtype=dtype)
+        writer = Writer(loaded, sampling, template_file=chat_template)
     if writer.template is None:
         raise ConfigError("the model has no chat template; give one with --chat-template, or use veneer generate")
     talk = _Talk(Conversation(writer, system), console, compare)
     talk.welcome()
-    while (line := talk.listen()) is not None and talk.hear(line.strip()):
-        pass
+    is_open = True
+    while is_open:
+        line = talk.listen()
+        is_open = line is not None and talk.hear(line.strip())
 
 
 chat.__doc__ = (chat.__doc__ or "") + "\n" + EXAMPLES
@@ -89,23 +92,29 @@ class _Talk:
     """A conversation at the keyboard."""
 
     def __init__(self, conversation: Conversation, console: Any, compare: bool) -> None:
-        self.conversation, self.console, self.compare = conversation, console, compare
+        self.conversation = conversation
+        self.console = console
+        self.compare = compare
         self.loaded = conversation.writer.loaded
-        self.name = self.loaded.names[min(1, len(self.loaded.adapters))]
+        self.name = self.loaded.names[min(1, len(self.loaded.adapters))]  # the first adapter, else the base
         self.is_live = sys.stdin.isatty() and console.is_terminal
 
     def welcome(self) -> None:
-        if self.is_live:
-            import readline  # noqa: F401 (line editing and history for input())
+        """Print the models and a hint on the commands, in an interactive session."""
+        if not self.is_live:
+            return
+        import readline  # noqa: F401 (line editing and history for input())
 
-            self.say(f"{self.loaded.base}" + "".join(f" + {name}" for name in self.loaded.adapters), "bold")
-            self.say("/help lists the commands, Ctrl-C ends an answer, Ctrl-D the conversation", "dim")
+        self.say(" + ".join([self.loaded.base, *self.loaded.adapters]), "bold")
+        self.say("/help lists the commands, Ctrl-C ends an answer, Ctrl-D the conversation", "dim")
 
     def listen(self) -> str | None:
-        """The next line; None at the end."""
+        """Read the next line; None at the end of the input."""
+        speaker = "all" if self.compare else self.name
+        prompt = f"\n{speaker}> " if self.is_live else ""
         while True:
             try:
-                return input(f"\n{'all' if self.compare else self.name}> " if self.is_live else "")
+                return input(prompt)
             except EOFError:
                 return None
             except KeyboardInterrupt:
@@ -114,7 +123,7 @@ class _Talk:
                 self.say("\n/quit or Ctrl-D leaves", "dim")
 
     def hear(self, line: str) -> bool:
-        """Do what a line says. False: the conversation is over."""
+        """Answer a line or obey its command. False: the conversation is over."""
         from veneer.errors import VeneerError
 
         if line == "/quit":
@@ -130,9 +139,10 @@ class _Talk:
         return True
 
     def command(self, word: str) -> Callable[[str], None]:
+        """The method for a command such as /adapter."""
         from veneer.errors import ConfigError, nearest
 
-        known = {name.split()[0] for name in COMMANDS}
+        known = {usage.split()[0] for usage in COMMANDS}
         if word not in known:
             raise ConfigError(f"there is no command {word}{nearest(word, known)}; /help lists them")
         return getattr(self, f"on_{word[1:]}")
@@ -141,19 +151,24 @@ class _Talk:
         from veneer.inference.streaming import Interrupt, note, show
 
         names = list(self.loaded.names) if self.compare else [self.name]
-        interrupt, writer = Interrupt(), self.conversation.writer
+        writer = self.conversation.writer
+        interrupt = Interrupt()
         prompts = self.conversation.prompts(names, question)
         with interrupt.listening() as criteria:
             answers = show(writer, prompts, self.console, criteria=criteria, headings=not self.is_live)
         self.conversation.add(question, {name: answer.text for name, answer in answers.items()})
-        for answer in answers.values() if len(answers) == 1 and self.is_live else ():
-            if not answer.ended:
-                self.say(note(answer, writer.sampling.max_new_tokens), "dim")
+        if self.is_live and len(answers) == 1:
+            (only,) = answers.values()
+            if not only.ended:
+                self.say(note(only, writer.sampling.max_new_tokens), "dim")
 
     def on_adapter(self, name: str) -> None:
         if name:
-            self.name, self.compare = self.loaded.known(name), False
-        self.say(", ".join(f"[{n}]" if n == self.name else n for n in self.loaded.names) if not name else "", "dim")
+            self.name = self.loaded.known(name)
+            self.compare = False
+            return
+        names = [f"[{known}]" if known == self.name else known for known in self.loaded.names]
+        self.say(", ".join(names), "dim")
 
     def on_compare(self, _: str) -> None:
         self.compare = not self.compare
@@ -166,8 +181,8 @@ class _Talk:
         self.conversation.reset()
 
     def on_help(self, _: str) -> None:
-        for name, about in COMMANDS.items():
-            self.say(f"  {name:<15}{about}", "dim")
+        for usage, about in COMMANDS.items():
+            self.say(f"  {usage:<15}{about}", "dim")
 
     def say(self, text: str, style: str = "") -> None:
         if text:

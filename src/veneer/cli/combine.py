@@ -43,10 +43,10 @@ def combine(
     if as_json:
         typer.echo(json.dumps(done.as_dict(), indent=2))
         return
-    terms = " + ".join(f"{weight:g} x {adapter}" for weight, adapter in zip(done.weights, done.adapters, strict=True))
-    typer.echo(f"{done.out} = {terms}")
-    how = "with the base's weights" if done.with_base else "from the adapters' files alone"
-    typer.echo(f"{done.modules} modules, rank {done.rank}, by {done.method!r}, {how}")
+    terms = [f"{weight:g} x {adapter}" for weight, adapter in zip(done.weights, done.adapters, strict=True)]
+    typer.echo(f"{done.out} = {' + '.join(terms)}")
+    files = "with the base's weights" if done.with_base else "from the adapters' files alone"
+    typer.echo(f"{done.modules} modules, rank {done.rank}, by {done.method!r}, {files}")
 
 
 combine.__doc__ = (combine.__doc__ or "") + "\n" + EXAMPLES

@@ -30,28 +30,34 @@ def diff(
     """Compare two adapters: settings, tensors, and the direction of their updates."""
     from veneer.report.comparison import diff as compare
 
-    found = compare(first, second)
+    difference = compare(first, second)
     if as_json:
-        typer.echo(json.dumps(found.as_dict(), indent=2, default=str))
+        typer.echo(json.dumps(difference.as_dict(), indent=2, default=str))
     else:
-        _show(found)
-    raise typer.Exit(0 if found.is_none else 1)
+        _show(difference)
+    raise typer.Exit(0 if difference.is_none else 1)
 
 
 diff.__doc__ = (diff.__doc__ or "") + "\n" + EXAMPLES
 
 
-def _show(found: Difference) -> None:
+def _show(difference: Difference) -> None:
     from veneer.report.inspection import printable
 
-    for name, (a, b) in found.fields.items():
+    for name, (a, b) in difference.fields.items():
         typer.echo(f"{name}: {printable(a)} -> {printable(b)}")
-    for sign, keys in (("-", found.only_first), ("+", found.only_second), ("shape", found.other_shape)):
-        for key in keys:
-            typer.echo(f"{sign} {printable(key)}")
-    for t in found.changed:
-        typer.echo(f"~ {printable(t.key)}  differs by {t.relative:.3g}")
-    for angle in found.angles:
+    for key in difference.only_first:
+        typer.echo(f"- {printable(key)}")
+    for key in difference.only_second:
+        typer.echo(f"+ {printable(key)}")
+    for key in difference.other_shape:
+        typer.echo(f"shape {printable(key)}")
+    for tensor in difference.changed:
+        typer.echo(f"~ {printable(tensor.key)}  differs by {tensor.relative:.3g}")
+    for angle in difference.angles:
         a, b = angle.norms
         typer.echo(f"update of {printable(angle.path)}  cosine {angle.cosine:+.3f}  norms {a:.3g}, {b:.3g}")
-    typer.echo("the same" if found.is_none else f"{found.same} tensors are equal, {len(found.changed)} changed")
+    if difference.is_none:
+        typer.echo("the same")
+    else:
+        typer.echo(f"{difference.same} tensors are equal, {len(difference.changed)} changed")

@@ -34,46 +34,62 @@ def doctor(
     if (adapter is None) != (target is None):
         raise typer.BadParameter("give an adapter and --for together, or neither")
     if adapter is None:
-        from veneer.report.environment import environment
-
-        here = environment()
-        typer.echo(json.dumps(here.as_dict(), indent=2)) if as_json else _show_environment(here)
-        raise typer.Exit(1 if here.problems else 0)
-    from veneer.report.deployment import diagnose
-
-    found = diagnose(adapter, str(target))
-    typer.echo(json.dumps(found.as_dict(), indent=2)) if as_json else _show(found)
-    raise typer.Exit(0 if found.runs else 1)
+        _check_environment(as_json)
+    else:
+        _check_adapter(adapter, str(target), as_json)
 
 
 doctor.__doc__ = (doctor.__doc__ or "") + "\n" + EXAMPLES
 
 
-def _show(found: Diagnosis) -> None:
+def _check_environment(as_json: bool) -> None:
+    from veneer.report.environment import environment
+
+    here = environment()
+    if as_json:
+        typer.echo(json.dumps(here.as_dict(), indent=2))
+    else:
+        _show_environment(here)
+    raise typer.Exit(1 if here.problems else 0)
+
+
+def _check_adapter(adapter: Path, target: str, as_json: bool) -> None:
+    from veneer.report.deployment import diagnose
+
+    diagnosis = diagnose(adapter, target)
+    if as_json:
+        typer.echo(json.dumps(diagnosis.as_dict(), indent=2))
+    else:
+        _show_diagnosis(diagnosis)
+    raise typer.Exit(0 if diagnosis.runs else 1)
+
+
+def _show_diagnosis(diagnosis: Diagnosis) -> None:
     from veneer.report.inspection import printable
 
-    for finding in found.findings:
-        typer.echo(f"{'no ' if finding.blocks else 'note'} {printable(finding.what)}")
+    for finding in diagnosis.findings:
+        mark = "no " if finding.blocks else "note"
+        typer.echo(f"{mark} {printable(finding.what)}")
         typer.echo(f"     {printable(finding.fix)}")
-    verdict = "runs" if found.runs else "does not run"
-    typer.echo(
-        f"{printable(found.adapter)} ({found.method}) {verdict} in {found.target}"
-        + (" as it is" if not found.runs else "")
-    )
+    subject = f"{printable(diagnosis.adapter)} ({diagnosis.method})"
+    if diagnosis.runs:
+        typer.echo(f"{subject} runs in {diagnosis.target}")
+    else:
+        typer.echo(f"{subject} does not run in {diagnosis.target} as it is")
 
 
 def _show_environment(here: Environment) -> None:
     from veneer.terminal import size
 
     lines = {"veneer": here.veneer, "python": here.python, "system": here.system}
-    lines |= {name: _version(here, name) for name in here.packages}
-    lines |= {
-        "processors": f"{here.processors}, torch uses {here.torch_threads} threads",
-        "accelerators": ", ".join(here.accelerators) or "none",
-        "memory": f"{size(here.memory_bytes)}, {size(here.free_bytes)} free",
-        "cache": f"{here.cache} ({', '.join(here.models) or 'empty'})",
-        "hub": "offline (HF_HUB_OFFLINE)" if here.offline else "asked when a name is no directory",
-    }
+    for name in here.packages:
+        lines[name] = _version(here, name)
+    models = ", ".join(here.models) or "empty"
+    lines["processors"] = f"{here.processors}, torch uses {here.torch_threads} threads"
+    lines["accelerators"] = ", ".join(here.accelerators) or "none"
+    lines["memory"] = f"{size(here.memory_bytes)}, {size(here.free_bytes)} free"
+    lines["cache"] = f"{here.cache} ({models})"
+    lines["hub"] = "offline (HF_HUB_OFFLINE)" if here.offline else "asked when a name is no directory"
     for name, text in lines.items():
         typer.echo(f"{name:<23}{text}")
     for note in here.untried:
@@ -83,7 +99,7 @@ def _show_environment(here: Environment) -> None:
 
 
 def _version(here: Environment, name: str) -> str:
-    """The installed version of a library, and which were tried."""
+    """The installed version of a library, and the tried ones."""
     version = here.packages[name] or "-"
     tried = here.tried.get(name)
     return version if tried is None else f"{version:<14}tried with {tried}"

@@ -43,7 +43,7 @@ HEADINGS = {
     "unfinished": "unfinished",
 }
 PLAIN = ("loss", "perplexity", "macro_f1")
-"""Measures that are no shares of the rows or tokens."""
+"""Measures that are not shares of the rows or tokens."""
 LESS_IS_BETTER = ("loss", "perplexity", "unfinished")
 Data = Annotated[list[str], typer.Option(help="A file, a directory, or a hub id; repeatable.")]
 Column = Annotated[list[str] | None, typer.Option(help="OURS=THEIRS: a column's other name; repeatable.")]
@@ -84,7 +84,7 @@ def eval(
     loaded = load(adapter or [], model, task=task_of(sources, task), labels=names, dtype=dtype)
     rows = read(loaded, sources, task=task, limit=limit)
     with showing() as progress:
-        found = evaluate(
+        evaluation = evaluate(
             loaded,
             rows,
             exact=exact,
@@ -97,9 +97,12 @@ def eval(
             progress=progress,
         )
     if save is not None:
-        _save(save, found)
-    content = {"model": loaded.base, "data": data, **found.as_dict()}
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False)) if as_json else _show(found)
+        _save(save, evaluation)
+    if as_json:
+        content = {"model": loaded.base, "data": data, **evaluation.as_dict()}
+        typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    else:
+        _show(evaluation)
 
 
 eval.__doc__ = (eval.__doc__ or "") + "\n" + EXAMPLES
@@ -109,38 +112,57 @@ def _sources(data: list[str], columns: list[str], split: str) -> list[Any]:
     from veneer.cli._options import pairs
     from veneer.data.sources import Source
 
-    return [Source(path=path, weight=1.0, columns=dict(pairs(columns)), split=split) for path in data]
+    names = dict(pairs(columns))
+    return [Source(path=path, weight=1.0, columns=names, split=split) for path in data]
 
 
-def _save(path: Path, found: Evaluation) -> None:
+def _save(path: Path, evaluation: Evaluation) -> None:
     from veneer.files.write import write_atomically
 
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.records).encode())
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in evaluation.records]
+    write_atomically(path, "".join(lines).encode())
 
 
-def _show(found: Evaluation) -> None:
-    """A table on a terminal, a line for each model anywhere else."""
+def _show(evaluation: Evaluation) -> None:
+    """Print a table on a terminal, a line for each model anywhere else."""
     from rich.console import Console
 
     console = Console(highlight=False)
-    measures = [name for name in HEADINGS if any(name in own for own in found.results.values())]
-    if not any(own.get("unfinished") for own in found.results.values()):
-        measures = [name for name in measures if name != "unfinished"]
+    measures = _measures(evaluation)
     if console.is_terminal:
-        _table(console, found, measures)
+        _print_table(console, evaluation, measures)
     else:
-        width = max(map(len, found.results))
-        for name, own in found.results.items():
-            cells = [f"{HEADINGS[measure]} {_number(measure, own[measure])}" for measure in measures if measure in own]
-            typer.echo("  ".join([f"{name:<{width}}", *cells]))
-    account = found.account
-    judged = f", {account.supervised_tokens:,} tokens judged" if account.supervised_tokens != found.rows else ""
-    console.print(f"{found.rows:,} rows{judged}", style="dim")
-    for line in _lost(found):
+        _print_lines(evaluation, measures)
+    account = evaluation.account
+    summary = f"{evaluation.rows:,} rows"
+    if account.supervised_tokens != evaluation.rows:
+        summary += f", {account.supervised_tokens:,} tokens judged"
+    console.print(summary, style="dim")
+    for line in _lost_rows(evaluation):
         console.print(line, style="yellow", markup=False)
 
 
-def _table(console: Any, found: Evaluation, measures: list[str]) -> None:
+def _measures(evaluation: Evaluation) -> list[str]:
+    """The measures that some model has; unfinished answers only if there are any."""
+    measures = []
+    for measure in HEADINGS:
+        values = [result[measure] for result in evaluation.results.values() if measure in result]
+        if values and (measure != "unfinished" or any(values)):
+            measures.append(measure)
+    return measures
+
+
+def _print_lines(evaluation: Evaluation, measures: list[str]) -> None:
+    width = max(len(name) for name in evaluation.results)
+    for name, result in evaluation.results.items():
+        cells = [f"{name:<{width}}"]
+        for measure in measures:
+            if measure in result:
+                cells.append(f"{HEADINGS[measure]} {_number(measure, result[measure])}")
+        typer.echo("  ".join(cells))
+
+
+def _print_table(console: Any, evaluation: Evaluation, measures: list[str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -148,33 +170,48 @@ def _table(console: Any, found: Evaluation, measures: list[str]) -> None:
     table.add_column("")
     for measure in measures:
         table.add_column(HEADINGS[measure], justify="right")
-    first = next(iter(found.results.values()))
-    for name, own in found.results.items():
-        cells = [Text("-") if m not in own else _number_and_change(m, own[m], first.get(m, own[m])) for m in measures]
-        table.add_row(Text(name, style="bold cyan"), *cells)
+    first_result = next(iter(evaluation.results.values()))
+    for name, result in evaluation.results.items():
+        cells = [Text(name, style="bold cyan")]
+        for measure in measures:
+            if measure in result:
+                value = result[measure]
+                cells.append(_number_and_change(measure, value, first_result.get(measure, value)))
+            else:
+                cells.append(Text("-"))
+        table.add_row(*cells)
     console.print(table)
 
 
 def _number_and_change(measure: str, value: float, before: float) -> Any:
+    """A value and how far it is from the first model's, green if it is better."""
     from rich.text import Text
 
-    text, change = Text(_number(measure, value)), value - before
+    text = Text(_number(measure, value))
+    change = value - before
     if change:
-        style = "green" if (change < 0) == (measure in LESS_IS_BETTER) else "red"
-        text.append("  " + _number(measure, change, "+"), style)
+        is_better = (change < 0) == (measure in LESS_IS_BETTER)
+        text.append("  " + _number(measure, change, "+"), "green" if is_better else "red")
     return text
 
 
 def _number(measure: str, value: float, sign: str = "") -> str:
+    if measure == "perplexity" and abs(value) >= 100:
+        return f"{value:{sign},.0f}"
     if measure == "perplexity":
-        return f"{value:{sign},.0f}" if abs(value) >= 100 else f"{value:{sign}.2f}"
-    return f"{value:{sign}.4f}" if measure in PLAIN else f"{value:{sign}.1%}"
+        return f"{value:{sign}.2f}"
+    if measure in PLAIN:
+        return f"{value:{sign}.4f}"
+    return f"{value:{sign}.1%}"
 
 
-def _lost(found: Evaluation) -> list[str]:
-    account = found.account
-    where = f" (the first: {account.examples[0]})" if account.examples else ""
-    cut = f"{account.cut_rows} rows were cut to --max-length, {account.cut_tokens:,} tokens lost{where}"
-    return ([cut] if account.cut_rows else []) + (
-        [f"{account.unlearned_rows} rows have no token to judge{where}"] if account.unlearned_rows else []
-    )
+def _lost_rows(evaluation: Evaluation) -> list[str]:
+    """A line for each way in which rows were cut or could not be judged."""
+    account = evaluation.account
+    first = f" (the first: {account.examples[0]})" if account.examples else ""
+    lines = []
+    if account.cut_rows:
+        lines.append(f"{account.cut_rows} rows were cut to --max-length, {account.cut_tokens:,} tokens lost{first}")
+    if account.unlearned_rows:
+        lines.append(f"{account.unlearned_rows} rows have no token to judge{first}")
+    return lines

@@ -74,20 +74,25 @@ def generate(
     quiet()
     loaded = load(adapter or [], model, dtype=dtype)
     writer = Writer(loaded, sampling, template_file=chat_template, raw=raw)
-    said = [{"role": "system", "content": system}] if system else []
-    tokens = writer.tokens([*said, {"role": "user", "content": text}])
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": text})
+    tokens = writer.tokens(messages)
     names = loaded.names if compare or not adapter else loaded.adapters
-    (_print_json if as_json else _show)(writer, text, {name: tokens for name in names})
+    prompts = {name: tokens for name in names}
+    if as_json:
+        _print_json(writer, text, prompts)
+    else:
+        _show(writer, prompts)
 
 
 generate.__doc__ = (generate.__doc__ or "") + "\n" + EXAMPLES
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
-    """The one prompt that was given.
+    """The prompt, from the argument, a file or a pipe.
 
     Raises:
-        ConfigError: there is none, or several.
+        ConfigError: there is none, or more than one, or it is empty.
     """
     from veneer.errors import ConfigError
 
@@ -95,32 +100,43 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         raise ConfigError("there are two prompts, an argument and a file; give one of them")
     if prompt is None and file is None and sys.stdin.isatty():
         raise ConfigError('there is no prompt; give one ("..."), a file (--file), or pipe it in')
-    found = prompt if prompt is not None else file.read_text(encoding="utf-8") if file else sys.stdin.read()
-    if not found.strip():
+    if prompt is not None:
+        text = prompt
+    elif file is not None:
+        text = file.read_text(encoding="utf-8").rstrip("\n")
+    else:
+        text = sys.stdin.read().rstrip("\n")
+    if not text.strip():
         raise ConfigError("the prompt is empty")
-    return found if prompt is not None else found.rstrip("\n")
+    return text
 
 
-def _show(writer: Writer, text: str, prompts: dict[str, list[int]]) -> None:
+def _show(writer: Writer, prompts: dict[str, list[int]]) -> None:
     import time
 
     from rich.console import Console
 
     from veneer.inference.streaming import note, show
 
-    start, screen = time.perf_counter(), Console(stderr=True, highlight=False)
+    screen = Console(stderr=True, highlight=False)
+    start = time.perf_counter()
     answers = show(writer, prompts, Console(highlight=False), headings=False)
     seconds = time.perf_counter() - start
-    if screen.is_terminal:
-        notes = note(next(iter(answers.values())), writer.sampling.max_new_tokens) + ", " if len(answers) == 1 else ""
-        speed = sum(answer.tokens for answer in answers.values()) / seconds
-        screen.print(f"{notes}{speed:.1f} tokens/s", style="dim")
+    if not screen.is_terminal:
+        return
+    speed = sum(answer.tokens for answer in answers.values()) / seconds
+    line = f"{speed:.1f} tokens/s"
+    if len(answers) == 1:
+        (only,) = answers.values()
+        line = f"{note(only, writer.sampling.max_new_tokens)}, {line}"
+    screen.print(line, style="dim")
 
 
 def _print_json(writer: Writer, text: str, prompts: dict[str, list[int]]) -> None:
     answers: dict[str, Answer] = {}
     for names in writer.together(list(prompts)):
-        answers |= dict(zip(names, writer.write(names, [prompts[name] for name in names]), strict=True))
+        written = writer.write(names, [prompts[name] for name in names])
+        answers |= dict(zip(names, written, strict=True))
     content = {
         "prompt": text,
         "model": writer.loaded.base,

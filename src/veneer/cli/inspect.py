@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from veneer.report.inspection import Inspection
 
 EXAMPLES = """
@@ -30,17 +32,17 @@ def inspect(
     """Look into an adapter's files, without its base model and without trusting them."""
     from veneer.report.inspection import inspect as look
 
-    found = look(adapter)
+    inspection = look(adapter)
     if as_json:
-        typer.echo(json.dumps(found.as_dict(), indent=2, default=str))
+        typer.echo(json.dumps(inspection.as_dict(), indent=2, default=str))
     else:
-        _show(found, tensors)
+        _show(inspection, tensors)
 
 
 inspect.__doc__ = (inspect.__doc__ or "") + "\n" + EXAMPLES
 
 
-def _show(found: Inspection, tensors: bool) -> None:
+def _show(inspection: Inspection, tensors: bool) -> None:
     from rich.console import Console
     from rich.text import Text
 
@@ -48,36 +50,42 @@ def _show(found: Inspection, tensors: bool) -> None:
     from veneer.terminal import size
 
     console = Console(highlight=False)
-    settings = {name: value for name, value in found.settings.items() if value not in (None, {}, False)}
-    lines = {
-        "method": found.method,
-        "base": found.base or "not named",
-        "settings": ", ".join(f"{name}={printable(value)}" for name, value in settings.items()),
-        "tensors": f"{len(found.tensors)}, {found.count:,} numbers, file {size(found.file_bytes)}",
-    }
+    settings = []
+    for name, value in inspection.settings.items():
+        if value not in (None, {}, False):
+            settings.append(f"{name}={printable(value)}")
+    lines = {"method": inspection.method, "base": inspection.base or "not named"}
+    lines["settings"] = ", ".join(settings)
+    file_size = size(inspection.file_bytes)
+    lines["tensors"] = f"{len(inspection.tensors)}, {inspection.count:,} numbers, file {file_size}"
     for name, text in lines.items():
         console.print(Text(f"{name:<10}{text}"))
-    if found.layers:
-        _show_layers(console, found)
-    for t in found.tensors if tensors else ():
-        console.print(Text(f"{t.key}  {list(t.shape)} {t.dtype}  norm {t.norm:.4g}"))
-    for problem in found.problems:
+    if inspection.layers:
+        _show_layers(console, inspection)
+    if tensors:
+        for t in inspection.tensors:
+            console.print(Text(f"{t.key}  {list(t.shape)} {t.dtype}  norm {t.norm:.4g}"))
+    for problem in inspection.problems:
         console.print(Text(f"problem: {problem}", style="red"))
-    if not found.problems:
+    if not inspection.problems:
         console.print(Text("no problems found", style="green"))
 
 
-def _show_layers(console: object, found: Inspection) -> None:
+def _show_layers(console: Console, inspection: Inspection) -> None:
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("module", "parts", "numbers", "rank", "effective", "update norm"):
-        table.add_column(name, justify="left" if name in ("module", "parts") else "right", overflow="fold")
-    for layer in found.layers:
-        facts = [f"{layer.count:,}", _number(layer.rank), _number(layer.effective_rank), _number(layer.norm)]
-        table.add_row(Text(layer.path or "-"), Text(", ".join(layer.parts)), *facts)
-    console.print(table)  # type: ignore[attr-defined]
+    for name in ("module", "parts"):
+        table.add_column(name, justify="left", overflow="fold")
+    for name in ("numbers", "rank", "effective", "update norm"):
+        table.add_column(name, justify="right", overflow="fold")
+    for layer in inspection.layers:
+        path = Text(layer.path or "-")
+        parts = Text(", ".join(layer.parts))
+        ranks = (_number(layer.rank), _number(layer.effective_rank))
+        table.add_row(path, parts, f"{layer.count:,}", *ranks, _number(layer.norm))
+    console.print(table)
 
 
 def _number(value: float | None) -> str:

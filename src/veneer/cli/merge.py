@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from veneer.merging.merge import MergeReport
+    from veneer.merging.merger import Rounded
 
 EXAMPLES = """
 The base is read and the result written a module at a time, so that a model larger than memory merges. Sums are in fp32
@@ -61,21 +64,32 @@ merge.__doc__ = (merge.__doc__ or "") + "\n" + EXAMPLES
 
 def _show(report: MergeReport, layers: bool) -> None:
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     console = Console(highlight=False)
-    worst = sorted(report.tensors, key=lambda t: t.lost, reverse=True)
-    shown = report.tensors if layers else [t for t in worst[:5] if t.lost > 0]
-    if shown:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("tensor" if layers else "most lost to rounding", "dtype", "norm of dW", "lost", "unmoved"):
-            table.add_column(name, justify="right" if name in ("norm of dW", "lost", "unmoved") else "left")
-        for t in shown:
-            back = f"{t.unmoved / t.moved:.1%}" if t.moved else "-"
-            table.add_row(Text(t.name), t.dtype, f"{t.change:.3g}", f"{t.lost:.2%}", back)
-        console.print(table)
+    if layers:
+        _print_table(console, "tensor", report.tensors)
+    else:
+        worst = sorted(report.tensors, key=lambda t: t.lost, reverse=True)
+        _print_table(console, "most lost to rounding", [t for t in worst[:5] if t.lost > 0])
     console.print(f"merged    {len(report.tensors)} tensors of {report.base} into {report.out}")
     console.print(f"rounding  {report.lost:.2%} of the change lost; {report.unmoved:.1%} of its numbers did not move")
     if report.untied:
         console.print("untied    the base's tied weights have values of their own now, and the config says so")
+
+
+def _print_table(console: Console, heading: str, tensors: list[Rounded]) -> None:
+    """Print what merging did to each tensor; nothing if there are none."""
+    from rich.table import Table
+    from rich.text import Text
+
+    if not tensors:
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in (heading, "dtype"):
+        table.add_column(name, justify="left")
+    for name in ("norm of dW", "lost", "unmoved"):
+        table.add_column(name, justify="right")
+    for t in tensors:
+        unmoved = f"{t.unmoved / t.moved:.1%}" if t.moved else "-"
+        table.add_row(Text(t.name), t.dtype, f"{t.change:.3g}", f"{t.lost:.2%}", unmoved)
+    console.print(table)

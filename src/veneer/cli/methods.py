@@ -37,7 +37,7 @@ def methods(
     shown = [page(name)] if name else list(pages().values())
     counts = _counts(shown, model, model_type)
     if as_json:
-        rows = [p.as_dict() | {"trainable": counts[p.name]} if counts else p.as_dict() for p in shown]
+        rows = [_as_dict(p, counts) for p in shown]
         typer.echo(json.dumps(rows[0] if name else rows, indent=2, default=str))
     elif name:
         _show_page(shown[0], counts)
@@ -48,7 +48,15 @@ def methods(
 methods.__doc__ = (methods.__doc__ or "") + "\n" + EXAMPLES
 
 
+def _as_dict(p: Page, counts: dict[str, int | None]) -> dict[str, Any]:
+    content = p.as_dict()
+    if counts:
+        content["trainable"] = counts[p.name]
+    return content
+
+
 def _counts(shown: list[Page], model: str | None, model_type: str | None) -> dict[str, int | None]:
+    """Trainable parameters of each method on a model; empty if no model was named."""
     if model is None and model_type is None:
         return {}
     from veneer.files.skeleton import skeleton
@@ -59,28 +67,32 @@ def _counts(shown: list[Page], model: str | None, model_type: str | None) -> dic
 
 
 def _show_table(shown: list[Page], counts: dict[str, int | None]) -> None:
-    """Two or three lines a method: its facts, what it does, its formula."""
+    """Print three lines for each method: its facts, its claim, its formula."""
     from rich.console import Console
     from rich.padding import Padding
     from rich.text import Text
 
     console = Console()
-    facts = "{:<18} {:>11}  {:<6} {:<4} {:>6}  {:<17} {}"
-    head = ("method", "trainable" if counts else "", "merges", "rank", "rate", "paper", "adapts")
-    console.print(Text(facts.format(*head), style="bold"), overflow="ellipsis", no_wrap=True)
+    columns = "{:<18} {:>11}  {:<6} {:<4} {:>6}  {:<17} {}"
+    heading = columns.format("method", "trainable" if counts else "", "merges", "rank", "rate", "paper", "adapts")
+    console.print(Text(heading, style="bold"), overflow="ellipsis", no_wrap=True)
+    indent = (0, 0, 0, 4)
     for p in shown:
         count = _number(counts[p.name]) if counts else ""
-        cells = ("yes" if p.mergeable else "-", "low" if p.low_rank else "-", f"{p.learning_rate:g}", p.paper)
-        line = Text(facts.format(p.name, count, *cells, ", ".join(p.kinds)))
+        merges = "yes" if p.mergeable else "-"
+        rank = "low" if p.low_rank else "-"
+        kinds = ", ".join(p.kinds)
+        line = Text(columns.format(p.name, count, merges, rank, f"{p.learning_rate:g}", p.paper, kinds))
         line.stylize("bold cyan", 0, len(p.name))
         console.print(line, overflow="ellipsis", no_wrap=True)
-        console.print(Padding(Text(_claim(p.claim)), (0, 0, 0, 4)))
-        console.print(Padding(Text(p.formula.split("\n")[0], style="dim"), (0, 0, 0, 4)))
+        console.print(Padding(Text(_claim(p.claim)), indent))
+        formula = p.formula.partition("\n")[0]
+        console.print(Padding(Text(formula, style="dim"), indent))
     console.print(f"{len(shown)} methods. `veneer methods NAME` shows one.", highlight=False)
 
 
 def _claim(claim: str) -> str:
-    """Without the method's name in front."""
+    """The claim without the method's name in front."""
     return claim.partition(": ")[2] or claim
 
 

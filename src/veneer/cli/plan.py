@@ -12,6 +12,7 @@ import typer
 from veneer.cli._options import Column, pairs, source
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from veneer.report.epoch import Epoch
@@ -59,17 +60,23 @@ def plan(
     from veneer.terminal import quiet
 
     quiet()
-    given = settings_of(all_methods()[page(method).name], rank, targets, settings or [])
-    sources = [source(text) | {"columns": dict(pairs(column or []))} for text in data or []]
-    epoch = _epoch(model, method, sources, batch_size, accumulate, max_length, packing) if sources else None
-    length = math.ceil(epoch.largest_batch / batch_size) if epoch else max_length
+    fields = settings_of(all_methods()[page(method).name], rank, targets, settings or [])
+    epoch = None
+    length = max_length
+    if data:
+        columns = dict(pairs(column or []))
+        sources = [source(text) | {"columns": columns} for text in data]
+        epoch = _epoch(model, method, sources, batch_size, accumulate, max_length, packing)
+        length = math.ceil(epoch.largest_batch / batch_size)
     base = skeleton(model, model_type)
-    found = forecast(base, config_for(method, **given), batch_size, length, gradient_checkpointing)
+    result = forecast(base, config_for(method, **fields), batch_size, length, gradient_checkpointing)
     if as_json:
-        content = found.as_dict() | ({"data": epoch.as_dict()} if epoch else {})
+        content = result.as_dict()
+        if epoch:
+            content["data"] = epoch.as_dict()
         typer.echo(json.dumps(content, indent=2, default=str))
         return
-    _show(found, layers)
+    _show(result, layers)
     if epoch:
         _show_epoch(epoch, max_length)
 
@@ -85,8 +92,17 @@ def _epoch(
 
     if model is None:
         raise typer.BadParameter("--data needs --model: its tokenizer says what a token is")
-    batches = {"batch_size": batch_size, "accumulate": accumulate, "max_length": max_length, "packing": packing}
-    return epoch_of(make({"model": model, "method": method, "data": data, "output": "-", **batches}))
+    recipe = {
+        "model": model,
+        "method": method,
+        "data": data,
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "max_length": max_length,
+        "packing": packing,
+        "output": "-",
+    }
+    return epoch_of(make(recipe))
 
 
 def _show_epoch(epoch: Epoch, max_length: int) -> None:
@@ -97,77 +113,85 @@ def _show_epoch(epoch: Epoch, max_length: int) -> None:
     console.print(f"\n{'rows':<20}{epoch.kept:,} of {epoch.rows:,}")
     console.print(f"{'tokens':<20}{epoch.tokens:,}, {epoch.supervised_tokens:,} of them learned ({share:.0%})")
     console.print(f"{'longest row':<20}{epoch.longest:,} tokens (the limit is {max_length:,})")
-    lost = {
-        f"{epoch.cut_rows:,} rows cut, {epoch.cut_tokens:,} tokens lost": epoch.cut_rows,
-        f"{epoch.unlearned_rows:,} rows dropped without a token to learn": epoch.unlearned_rows,
-    }
-    for line in [line for line, count in lost.items() if count]:
-        console.print(f"{'':<20}{line}", style="yellow")
+    if epoch.cut_rows:
+        cut = f"{epoch.cut_rows:,} rows cut, {epoch.cut_tokens:,} tokens lost"
+        console.print(f"{'':<20}{cut}", style="yellow")
+    if epoch.unlearned_rows:
+        dropped = f"{epoch.unlearned_rows:,} rows dropped without a token to learn"
+        console.print(f"{'':<20}{dropped}", style="yellow")
     console.print(f"{'an epoch':<20}{epoch.sequences:,} sequences, {epoch.steps:,} steps")
     console.print(_bars(epoch))
 
 
 def _bars(epoch: Epoch) -> Table:
-    table, most = _table("length", "rows", ""), max(count for *_, count in epoch.lengths)
+    """A histogram of the rows' lengths."""
+    table = _table("length", "rows", "")
+    most = max(count for *_, count in epoch.lengths)
     for first, last, count in epoch.lengths:
-        table.add_row(f"{first:,}-{last:,}", f"{count:,}", "\u2588" * math.ceil(30 * count / most))
+        blocks = math.ceil(30 * count / most)
+        table.add_row(f"{first:,}-{last:,}", f"{count:,}", "\u2588" * blocks)
     return table
 
 
-def _show(found: Forecast, layers: bool) -> None:
+def _show(result: Forecast, layers: bool) -> None:
     from rich.console import Console
 
     from veneer.terminal import size
 
     console = Console(highlight=False)
-    shown = ", ".join(f"{name}={value}" for name, value in found.settings.items())
-    console.print(f"[bold]{found.method}[/bold] on {found.model}" + (f": {shown}" if shown else ""))
-    if found.hits:
-        console.print(_hits(found))
+    title = f"[bold]{result.method}[/bold] on {result.model}"
+    settings = [f"{name}={value}" for name, value in result.settings.items()]
+    if settings:
+        title += f": {', '.join(settings)}"
+    console.print(title)
+    if result.hits:
+        console.print(_hits(result))
     if layers:
-        console.print(_rows(found))
-    if found.outside:
-        console.print(f"outside the layers  {found.outside:,}")
-    share = found.trainable / found.total
-    console.print(f"trainable           {found.trainable:,} of {found.total:,} ({share:.4%})")
-    console.print(f"adapter file        {size(found.file_bytes)}")
-    _show_memory(console, found)
+        console.print(_rows(result))
+    if result.outside:
+        console.print(f"outside the layers  {result.outside:,}")
+    share = result.trainable / result.total
+    console.print(f"trainable           {result.trainable:,} of {result.total:,} ({share:.4%})")
+    console.print(f"adapter file        {size(result.file_bytes)}")
+    _show_memory(console, result)
 
 
-def _show_memory(console: object, found: Forecast) -> None:
+def _show_memory(console: Console, result: Forecast) -> None:
     from veneer.terminal import size
 
-    memory = found.memory
+    memory = result.memory
     step = "unknown for this method" if memory.step is None else size(memory.step)
-    lines = {
-        "base weights": size(memory.base),
-        "adapter": size(memory.adapter),
-        "optimizer (AdamW)": size(memory.optimizer),
-        "activations, grads": f"{step}  ({found.batch_size} x {found.length} tokens)",
-    }
-    where = "  (of the process, on a CPU)" if memory.process else "  (of the accelerator)"
+    lines: dict[str, str] = {}
+    lines["base weights"] = size(memory.base)
+    lines["adapter"] = size(memory.adapter)
+    lines["optimizer (AdamW)"] = size(memory.optimizer)
+    lines["activations, grads"] = f"{step}  ({result.batch_size} x {result.length} tokens)"
+    where = "of the accelerator"
     if memory.process:
+        where = "of the process, on a CPU"
         lines["Python, libraries"] = size(memory.process)
         lines["holes in the heap"] = "unknown" if memory.heap is None else size(memory.heap)
-    lines |= {
-        "memory in all": "unknown" if memory.total is None else size(memory.total) + where,
-    }
+    lines["memory in all"] = "unknown" if memory.total is None else f"{size(memory.total)}  ({where})"
     for name, text in lines.items():
-        console.print(f"{name:<20}{text}")  # type: ignore[attr-defined]
+        console.print(f"{name:<20}{text}")
 
 
-def _hits(found: Forecast) -> Table:
+def _hits(result: Forecast) -> Table:
+    """The modules that each entry of the targets matches."""
     table = _table("target", "modules", "trainable", "where")
-    for hit in found.hits:
-        table.add_row(hit.entry, str(len(hit.paths)), f"{hit.parameters:,}", "\n".join(folded(hit.paths)))
+    for hit in result.hits:
+        places = "\n".join(folded(hit.paths))
+        table.add_row(hit.entry, str(len(hit.paths)), f"{hit.parameters:,}", places)
     return table
 
 
-def _rows(found: Forecast) -> Table:
+def _rows(result: Forecast) -> Table:
+    """Every adapted module, with its sizes."""
     table = _table("module", "in", "out", "trainable")
-    for row in found.rows:
-        sizes = [str(n) if n else "-" for n in (row.in_features, row.out_features)]
-        table.add_row(row.path, *sizes, f"{row.added:,}")
+    for row in result.rows:
+        in_features = str(row.in_features or "-")
+        out_features = str(row.out_features or "-")
+        table.add_row(row.path, in_features, out_features, f"{row.added:,}")
     return table
 
 
@@ -182,17 +206,23 @@ def _table(*columns: str) -> Table:
 
 
 def folded(paths: tuple[str, ...]) -> list[str]:
-    """Paths that differ in their first index only, as one: model.layers.{0-29}.self_attn.q_proj."""
+    """Paths that differ only in their first index, as one: model.layers.{0-29}.self_attn.q_proj."""
     groups: dict[tuple[str, str], list[int]] = {}
     for path in paths:
-        parts = re.match(r"(.*?\.)(\d+)(\..*)", path)
-        place = (parts[1], parts[3]) if parts else (path, "")
-        groups.setdefault(place, []).extend([int(parts[2])] if parts else [])
+        match = re.match(r"(.*?\.)(\d+)(\..*)", path)
+        if match is None:
+            groups[path, ""] = []
+        else:
+            groups.setdefault((match[1], match[3]), []).append(int(match[2]))
     return [f"{before}{_range(numbers)}{after}" for (before, after), numbers in groups.items()]
 
 
 def _range(numbers: list[int]) -> str:
+    """{0-29} or {0,2,5}; a single number as it is, nothing for none."""
+    listed = ",".join(str(number) for number in numbers)
     if len(numbers) < 2:
-        return "".join(map(str, numbers))
-    whole = numbers == list(range(numbers[0], numbers[-1] + 1))
-    return f"{{{numbers[0]}-{numbers[-1]}}}" if whole else f"{{{','.join(map(str, numbers))}}}"
+        return listed
+    first = numbers[0]
+    last = numbers[-1]
+    is_whole = numbers == list(range(first, last + 1))
+    return f"{{{first}-{last}}}" if is_whole else f"{{{listed}}}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -74,64 +76,87 @@ def train(
     flags = {name: value for name, value in locals().items() if name not in NOT_KEYS and value is not None}
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite exclude each other")
-    wanted = _recipe(recipe, flags, option or [], column or [], split, set_ or [], resume)
-    from veneer.train.run import train as run
+    for name in ("data", "eval_data"):
+        if name in flags:
+            flags[name] = [source(text) for text in flags[name]]
+    content = _content(recipe, flags, resume)
+    content |= flags
+    for key, text in pairs(set_ or []):
+        content[key] = _value(text)
+    _add_options(content, option or [])
+    _add_columns(content, dict(pairs(column or [])), split)
 
-    report = run(wanted, resume=resume, overwrite=overwrite)
-    if _is_main_process():
-        typer.echo(json.dumps(report, indent=2)) if as_json else _summary(wanted.output, report)
+    from veneer.train.recipe import make
+
+    checked = make(content)
+
+    from veneer.train.run import train as run  # imports torch; a wrong recipe is refused before that
+
+    report = run(checked, resume=resume, overwrite=overwrite)
+    if not _is_main_process():
+        return
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        _summary(checked.output, report)
 
 
 train.__doc__ = (train.__doc__ or "") + "\n" + EXAMPLES
 NOT_KEYS = ("recipe", "option", "column", "split", "set_", "resume", "overwrite", "as_json")
+"""Parameters of `train` that are not keys of a recipe."""
 
 
-def _recipe(
-    path: str | None,
-    flags: dict[str, Any],
-    options: list[str],
-    columns: list[str],
-    split: str | None,
-    others: list[str],
-    resume: bool,
-) -> Any:
-    """The recipe that a file, the flags, or the run to resume says."""
-    from pathlib import Path
-
+def _content(path: str | None, flags: dict[str, Any], resume: bool) -> dict[str, Any]:
+    """The recipe's keys from its file, or from the file of the run to resume; empty if there is neither."""
     from veneer.errors import ConfigError
     from veneer.files.recipe import RECIPE_NAME, read
-    from veneer.train.recipe import make
 
     saved = Path(flags.get("output", "")) / RECIPE_NAME
-    content = read(path) if path else read(saved) if resume and flags.get("output") and saved.is_file() else {}
+    if path:
+        content = read(path)
+    elif resume and flags.get("output") and saved.is_file():
+        content = read(saved)
+    else:
+        content = {}
     if resume and not content and "data" not in flags:
         raise ConfigError(f"there is no run to resume: {str(saved)!r} is not there; give --output of one that began")
-    for name in ("data", "eval_data"):
-        if name in flags:
-            flags[name] = [source(value) for value in flags[name]]
-    content |= flags | {key: _value(text) for key, text in pairs(others)}
-    if options:
-        content["options"] = {**(content.get("options") or {}), **{k: _value(text) for k, text in pairs(options)}}
-    _name_columns(content, dict(pairs(columns)), split)
-    return make(content)
+    return content
 
 
-def _name_columns(content: dict[str, Any], columns: dict[str, str], split: str | None) -> None:
-    """Column names and the split go to every source."""
-    for name in ("data", "eval_data") if columns or split else ():
-        items = content.get(name) or []
-        items = [
-            {"path": i} if isinstance(i, str) else dict(i) for i in (items if isinstance(items, list) else [items])
-        ]
-        for item in items:
-            item["columns"] = {**item.get("columns", {}), **columns}
-            if split and name == "data":
-                item["split"] = split
-        content[name] = items
+def _add_options(content: dict[str, Any], texts: list[str]) -> None:
+    """Add NAME=VALUE fields of the method's config to the recipe's options."""
+    if not texts:
+        return
+    options = dict(content.get("options") or {})
+    for name, text in pairs(texts):
+        options[name] = _value(text)
+    content["options"] = options
+
+
+def _add_columns(content: dict[str, Any], columns: dict[str, str], split: str | None) -> None:
+    """Add column names to every source of data, and the split to those of training data."""
+    if not columns and not split:
+        return
+    for key in ("data", "eval_data"):
+        sources = []
+        for item in _listed(content.get(key)):
+            keys: dict[str, Any] = {"path": item} if isinstance(item, str) else dict(item)
+            keys["columns"] = {**keys.get("columns", {}), **columns}
+            if split and key == "data":
+                keys["split"] = split
+            sources.append(keys)
+        content[key] = sources
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list as it is, one source as a list of one, nothing as an empty list."""
+    if not value:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def _value(text: str) -> Any:
-    """As YAML reads it: numbers, true, null, [lists]."""
+    """The value that YAML reads from a text, such as a number, true, null or a [list]; else the text."""
     import yaml
 
     try:
@@ -141,30 +166,22 @@ def _value(text: str) -> Any:
 
 
 def _is_main_process() -> bool:
-    import os
-
     return os.environ.get("RANK", "0") == "0"
 
 
 def _summary(output: str, report: dict[str, Any]) -> None:
-    evaluation, lines = report["eval"], []
-    lines.append(f"adapter    {output}  ({report['trainable_parameters']:,} parameters, {_steps(report['steps'])})")
+    """Print the main facts of a run."""
+    evaluation = report["eval"]
+    steps = report["steps"]
+    plural = "" if steps == 1 else "s"
+    typer.echo(f"adapter    {output}  ({report['trainable_parameters']:,} parameters, {steps:,} step{plural})")
     if evaluation:
         before = f"{evaluation['before']['loss']:.4f} -> " if evaluation["before"] else ""
-        accuracy = f", accuracy {evaluation['accuracy']:.1%}"
-        lines.append(f"evaluation loss {before}{evaluation['loss']:.4f}{accuracy}, of step {evaluation['step']}")
-    lines.append(
-        f"speed      {report['tokens_per_second'] or 0:,.0f} tokens/s, {report['train_seconds']:.0f} s of training, "
-        f"{report['peak_rss_bytes'] / 1e9:.1f} GB"
-    )
-    lines.append(f"verified   {_checks(report['verification'])}")
-    lines.append(f"report     {output}/report.html")
-    typer.echo("\n".join(lines))
-
-
-def _steps(count: int) -> str:
-    return f"{count:,} step{'s' * (count != 1)}"
-
-
-def _checks(checks: list[dict[str, Any]]) -> str:
-    return ", ".join(check["name"] for check in checks if check["passed"])
+        loss = f"{before}{evaluation['loss']:.4f}"
+        typer.echo(f"evaluation loss {loss}, accuracy {evaluation['accuracy']:.1%}, of step {evaluation['step']}")
+    speed = f"{report['tokens_per_second'] or 0:,.0f} tokens/s"
+    memory = f"{report['peak_rss_bytes'] / 1e9:.1f} GB"
+    typer.echo(f"speed      {speed}, {report['train_seconds']:.0f} s of training, {memory}")
+    passed = [check["name"] for check in report["verification"] if check["passed"]]
+    typer.echo(f"verified   {', '.join(passed)}")
+    typer.echo(f"report     {output}/report.html")

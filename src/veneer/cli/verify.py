@@ -34,14 +34,15 @@ def verify(
     from veneer.terminal import quiet
 
     quiet()
-    found = check(adapter, load_base(adapter, model, task=TaskType.CAUSAL_LM), follow_paths=follow_paths)
+    base = load_base(adapter, model, task=TaskType.CAUSAL_LM)
+    verification = check(adapter, base, follow_paths=follow_paths)
     if as_json:
-        typer.echo(json.dumps(found.as_dict(), indent=2))
+        typer.echo(json.dumps(verification.as_dict(), indent=2))
     else:
-        for one in found.checks:
-            mark = {True: "ok", False: "FAILED", None: "-"}[one.passed]
-            typer.echo(f"{mark:<7}{one.name:<14}{one.detail}")
-    found.check()
+        marks = {True: "ok", False: "FAILED", None: "-"}
+        for item in verification.checks:
+            typer.echo(f"{marks[item.passed]:<7}{item.name:<14}{item.detail}")
+    verification.check()
 
 
 verify.__doc__ = (verify.__doc__ or "") + "\n" + EXAMPLES

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one live line on a terminal, plain lines anywhere else."""
+"""Progress of a run: one live line on a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from ..terminal import clock
 from .meter import Meter, rss
 
 LINES = 20
-"""Plain lines in a run."""
+"""Number of plain lines in a run."""
 
 
 class Display(TrainerCallback):
-    """Progress with loss, tokens a second, time left and memory."""
+    """Shows progress with loss, tokens per second, memory and time left."""
 
     def __init__(self, meter: Meter, console: Console) -> None:
-        self.meter, self.console = meter, console
+        self.meter = meter
+        self.console = console
         self.progress: Progress | None = None
         self.loss: float | None = None
         self.task: Any = None
@@ -42,34 +43,42 @@ class Display(TrainerCallback):
             return
         if "loss" in logs:
             self.loss = logs["loss"]
-            self._step(state)
+            self._show_step(state)
         elif "eval_loss" in logs:
-            self._evaluated(state, logs)
+            self._show_evaluation(state, logs)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.close()
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Stop the live line and leave the terminal as it was."""
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
 
     def facts(self, state: Any) -> str:
+        """Loss, speed, memory and time left, in one line."""
+        seconds = self.meter.seconds
         loss = "" if self.loss is None else f"loss {self.loss:.4f}  "
-        speed = self.meter.real_tokens / self.meter.seconds if self.meter.seconds else 0.0
-        left = (state.max_steps - state.global_step) * self.meter.seconds / max(1, state.global_step)
-        return f"{loss}{speed:,.0f} tokens/s  {rss() / 1e9:.1f} GB  {clock(left)} left"
+        speed = self.meter.real_tokens / seconds if seconds else 0.0
+        steps_left = state.max_steps - state.global_step
+        seconds_left = steps_left * seconds / max(1, state.global_step)
+        return f"{loss}{speed:,.0f} tokens/s  {rss() / 1e9:.1f} GB  {clock(seconds_left)} left"
 
-    def _step(self, state: Any) -> None:
+    def _show_step(self, state: Any) -> None:
+        step = state.global_step
         if self.progress is not None:
-            self.progress.update(self.task, completed=state.global_step, facts=self.facts(state))
-        elif state.global_step % max(1, state.max_steps // LINES) == 0 or state.global_step in (1, state.max_steps):
-            self._say(f"step {state.global_step}/{state.max_steps}  {self.facts(state)}")
+            self.progress.update(self.task, completed=step, facts=self.facts(state))
+            return
+        interval = max(1, state.max_steps // LINES)
+        if step % interval == 0 or step in (1, state.max_steps):
+            self._print(f"step {step}/{state.max_steps}  {self.facts(state)}")
 
-    def _evaluated(self, state: Any, logs: Any) -> None:
-        accuracy = f"  accuracy {logs['eval_accuracy']:.1%}" if "eval_accuracy" in logs else ""
-        self._say(f"step {state.global_step}/{state.max_steps}  evaluation loss {logs['eval_loss']:.4f}{accuracy}")
+    def _show_evaluation(self, state: Any, logs: Any) -> None:
+        line = f"step {state.global_step}/{state.max_steps}  evaluation loss {logs['eval_loss']:.4f}"
+        if "eval_accuracy" in logs:
+            line += f"  accuracy {logs['eval_accuracy']:.1%}"
+        self._print(line)
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         self.console.print(line, highlight=False)

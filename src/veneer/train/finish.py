@@ -1,7 +1,7 @@
-"""The end of a run: the adapter is saved, loaded again onto a fresh base, held against what training saw, and shown.
+"""The end of a run: save the adapter, verify it on a fresh base model, and write the report.
 
-All of it happens in a hidden folder of the output directory. Its files move to their places when everything is right;
-otherwise they go, and the error says why.
+All files are first written to a hidden folder in the output directory. They move to their places once every check has
+passed; otherwise they are deleted, and the error says why.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from .trained import layers, outside
 from .watch import Watch
 
 STAGING = ".unfinished-"
+"""Prefix of the hidden folder's name."""
 LAST = (PAGE_NAME, REPORT_NAME)
-"""Files that are put in place last: where they are, everything else is."""
+"""Files that move last: if they are in the output directory, so is everything else."""
 
 
 @dataclass(frozen=True)
@@ -46,94 +47,108 @@ class Run:
     data: Data
     tokenizer: Any
     pad: int
-    started: dict[str, str]
+    initial_digests: dict[str, str]
     """`veneer.model.verify.digests` of the adapter before training."""
     watch: Watch
+
+    @property
+    def output(self) -> Path:
+        return Path(self.recipe.output)
 
 
 def finish(run: Run) -> dict[str, Any]:
     """Save, verify and report; returns the content of report.json. Every process must take part.
 
     Raises:
-        TrainingError: the adapter does not work. Then nothing of it is left in the output directory.
+        TrainingError: the adapter does not work. Its files are then removed from the output directory.
     """
-    is_main, output = run.trainer.is_world_process_zero(), Path(run.recipe.output)
+    is_main = run.trainer.is_world_process_zero()
     content = contents(run.recipe, run.trainer, run.meter, run.data)
-    with _staging(output, is_main) as folder:
-        with writing("the adapter", output):
+    with _staging(run.output, is_main) as folder:
+        with writing("the adapter", run.output):
             run.trainer.save_model(str(folder))
-        still = unmoved(folder, run.started) if is_main else []
-        _record(run, folder, still, is_main)
+        unchanged = unmoved(folder, run.initial_digests) if is_main else []
+        _record_outputs(run, folder, unchanged, is_main)
         if is_main:
-            content |= {"unchanged_tensors": still} | _examined(run, folder)
-            with writing("the report", output):
+            content["unchanged_tensors"] = unchanged
+            content |= _verified_facts(run, folder)
+            with writing("the report", run.output):
                 write_report(folder, content)
                 write_card(folder, Config.from_pretrained(folder), in_words(content))
                 (folder / PAGE_NAME).write_text(render(content), encoding="utf-8")
-                _publish(folder, output)
+                _publish(folder, run.output)
     return content
 
 
 @contextmanager
 def _staging(output: Path, is_main: bool) -> Iterator[Path]:
-    """A folder beside the result, gone afterwards; only the main process writes into it."""
-    for left in output.glob(f"{STAGING}*") if is_main else ():  # by a run that was killed here
-        shutil.rmtree(left)
-    folder = Path(tempfile.mkdtemp(dir=output, prefix=STAGING)) if is_main else output
+    """A hidden folder in the output directory, removed on exit. Only the main process makes one and writes."""
+    if not is_main:
+        yield output
+        return
+    for leftover in output.glob(f"{STAGING}*"):  # of a run that was killed in this function
+        shutil.rmtree(leftover)
+    folder = Path(tempfile.mkdtemp(dir=output, prefix=STAGING))
     try:
         yield folder
     finally:
-        if is_main:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _record(run: Run, folder: Path, still: list[str], is_main: bool) -> None:
-    """Outputs of the trained model, and the starts of those tensors that must have moved: a gradient reached them."""
+def _record_outputs(run: Run, folder: Path, unchanged: list[str], is_main: bool) -> None:
+    """Record the trained model's outputs, and the initial digests of the tensors that must have changed.
+
+    Excused are unchanged tensors that no gradient had reached by the step that is the result.
+    """
     state = run.trainer.state
     step = state.best_global_step if state.best_model_checkpoint else state.global_step
-    excused = run.watch.unreached(step) & set(still)
-    started = {key: digest for key, digest in run.started.items() if key not in excused}
+    excused = run.watch.unreached(step) & set(unchanged)
+    must_change = {key: digest for key, digest in run.initial_digests.items() if key not in excused}
     model = run.trainer.accelerator.unwrap_model(run.trainer.model, keep_torch_compile=False)
-    with writing("the adapter", Path(run.recipe.output)):
-        record(model, folder, probe(run.data, run.pad), started, is_main_process=is_main)
+    with writing("the adapter", run.output):
+        record(model, folder, probe(run.data, run.pad), must_change, is_main_process=is_main)
 
 
-def _examined(run: Run, folder: Path) -> dict[str, Any]:
-    """What is found of the adapter once it is loaded from disk onto a fresh base."""
+def _verified_facts(run: Run, folder: Path) -> dict[str, Any]:
+    """The part of the report that needs the adapter loaded from disk onto a fresh base model."""
     device = run.trainer.args.device
     _release(run.trainer)
     base = load_base(run.recipe, run.data.labels, run.pad).to(device)
-    found = verify(folder, base)
-    _check(found)
-    assert found.model is not None
+    verification = verify(folder, base)
+    _check(verification)
+    model = verification.model
+    assert model is not None
     return {
-        "verified": found.passed,
-        "verification": [vars(check) for check in found.checks],
-        "samples": samples(found.model, run.tokenizer, run.data, run.recipe.samples, run.pad),
-        "layers": layers(found.model),
-        "outside": outside(found.model),
+        "verified": verification.passed,
+        "verification": [vars(check) for check in verification.checks],
+        "samples": samples(model, run.tokenizer, run.data, run.recipe.samples, run.pad),
+        "layers": layers(model),
+        "outside": outside(model),
         "adapter_bytes": sum(file.stat().st_size for file in folder.glob("adapter_*")),
     }
 
 
 def _release(trainer: Any) -> None:
-    """Give the trained model's memory back: a second base is about to be loaded."""
+    """Free the memory of the trained model and its optimizer: a second base model is about to be loaded."""
     trainer.accelerator.free_memory()
-    trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
-    trainer.callback_handler.model = trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
+    trainer.model_wrapped = None
+    for holder in (trainer, trainer.callback_handler):
+        holder.model = None
+        holder.optimizer = None
+        holder.lr_scheduler = None
     gc.collect()
 
 
-def _check(found: Verification) -> None:
-    failed = [f"{check.name}: {check.detail}" for check in found.checks if check.passed is False]
-    if failed:
+def _check(verification: Verification) -> None:
+    failures = [f"{check.name}: {check.detail}" for check in verification.checks if check.passed is False]
+    if failures:
         raise TrainingError(
-            f"the trained adapter does not work, and was not kept ({'; '.join(failed)}); the checkpoints are there"
+            f"the trained adapter does not work, and was not kept ({'; '.join(failures)}); the checkpoints are there"
         )
 
 
 def _publish(folder: Path, output: Path) -> None:
-    """Move the files to their places; all of them, or none."""
+    """Move the files to their places: all of them, or none."""
     names = [file.name for file in folder.iterdir() if file.name not in LAST]
     moved: list[Path] = []
     try:

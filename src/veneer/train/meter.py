@@ -1,4 +1,4 @@
-"""What a run costs: tokens, seconds and memory, counted on through checkpoints."""
+"""The cost of a run in tokens, seconds and memory, kept across checkpoints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 
 
 class Meter(TrainerCallback, ExportableState):
-    """Counts over all processes. Saved in every checkpoint, so that a resumed run goes on counting."""
+    """Counts tokens, seconds and memory. Every checkpoint holds the counts, so that a resumed run continues them."""
 
     def __init__(
         self,
@@ -22,54 +22,72 @@ class Meter(TrainerCallback, ExportableState):
         data: str | None = None,
         batch: int | None = None,
     ) -> None:
-        self.real_tokens, self.supervised_tokens = real_tokens, supervised_tokens
-        self.seconds, self.peak = seconds, peak
-        self.data, self.batch = data, batch
-        self._started: float | None = None
-        self._last = (self.real_tokens, self.seconds)
+        """Start from the counts of a checkpoint, or from zero.
+
+        Args:
+            real_tokens: tokens without padding, over all processes.
+            supervised_tokens: tokens that count in the loss, over all processes.
+            seconds: time spent in training steps.
+            peak: the most memory of this process, in bytes.
+            data: fingerprint of the training data; a run must be resumed with the same.
+            batch: sequences per optimizer step; a run must be resumed with the same.
+        """
+        self.real_tokens = real_tokens
+        self.supervised_tokens = supervised_tokens
+        self.seconds = seconds
+        self.peak = peak
+        self.data = data
+        self.batch = batch
+        self._step_start: float | None = None
+        self._last_tokens = real_tokens
+        self._last_seconds = seconds
 
     def state(self) -> dict[str, Any]:
+        """What a checkpoint stores: the arguments that make this meter again."""
         names = ("real_tokens", "supervised_tokens", "seconds", "peak", "data", "batch")
         return {"args": {name: getattr(self, name) for name in names}, "attributes": {}}
 
     def add(self, real: int, supervised: int) -> None:
-        """Count the tokens of one optimizer step; padding is not real."""
+        """Count the tokens of one optimizer step; `real` excludes padding."""
         self.real_tokens += real
         self.supervised_tokens += supervised
 
     def start(self) -> None:
-        """The clock of training runs from the first batch of a step to its end: without evaluation and saving."""
-        self._started = time.perf_counter()
+        """Start the clock of a step. It runs until the step's end, so that evaluation and saving do not count."""
+        self._step_start = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        if self._started is not None:
-            self.seconds += time.perf_counter() - self._started
-            self._started = None
+        if self._step_start is not None:
+            self.seconds += time.perf_counter() - self._step_start
+            self._step_start = None
         self.peak = max(self.peak, peak_rss())
 
     def speed(self) -> float:
-        """Real tokens a second since the last call."""
-        tokens, seconds = self.real_tokens - self._last[0], self.seconds - self._last[1]
-        self._last = (self.real_tokens, self.seconds)
+        """Tokens per second, without padding, since the last call."""
+        tokens = self.real_tokens - self._last_tokens
+        seconds = self.seconds - self._last_seconds
+        self._last_tokens = self.real_tokens
+        self._last_seconds = self.seconds
         return tokens / seconds if seconds > 0 else 0.0
 
 
 def rss() -> int:
-    """Memory of this process now, in bytes."""
+    """Current memory of this process in bytes."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_rss() -> int:
-    """The most memory this process has had, in bytes."""
+    """Peak memory of this process in bytes; on Windows the current memory."""
     if sys.platform == "win32":
         return rss()
     status = Path("/proc/self/status")
-    if status.is_file():  # what getrusage says outlives an exec: it may be of the program that began this one
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
+    if status.is_file():  # preferred: getrusage's peak survives exec, and may be that of the program before
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
     import resource
 
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,10 +1,10 @@
-"""report.html: report.json as one page that needs nothing else."""
+"""report.html: the facts of report.json as one self-contained page."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,22 @@ from ..terminal import duration, size
 
 PAGE_NAME = "report.html"
 MOST_POINTS = 400
-"""Of a curve; longer ones are averaged down."""
+"""Maximum number of points of a curve; longer curves are averaged down."""
 MOST_BARS = 32
+"""Maximum number of bars of a histogram."""
 MARGIN = 0.06
-"""Room above and below the values, as a share of their range."""
+"""Room above and below the values of a curve, as a share of their range."""
 SMOOTHING = 0.9
-"""How much of the running mean stays at each step."""
+"""Decay of the running mean."""
 
-Points = Sequence[tuple[float, float]]
+Point = tuple[float, float]
+Points = Sequence[Point]
+Tick = tuple[float, str]
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A point with a name of its own, in percent of the plot."""
+    """A labelled point, in percent of the plot."""
 
     x: float
     y: float
@@ -41,15 +44,29 @@ class Curve:
     title: str
     lines: tuple[tuple[str, str], ...]
     """(class, path)."""
-    x_ticks: tuple[tuple[float, str], ...]
-    y_ticks: tuple[tuple[float, str], ...]
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
     marks: tuple[Mark, ...] = ()
 
 
 @dataclass(frozen=True)
+class Axis:
+    """The range of values along one axis."""
+
+    start: float
+    end: float
+
+    def share(self, value: float) -> float:
+        """The position of a value between start (0) and end (1)."""
+        return (value - self.start) / (self.end - self.start)
+
+
+@dataclass(frozen=True)
 class Cell:
+    """One layer in a map of layers."""
+
     share: float
-    """Of the largest value, 0 to 1; what its colour says."""
+    """Share of the largest value, 0 to 1; it decides the colour."""
     text: str
 
 
@@ -63,7 +80,7 @@ class Heat:
 
 
 def render(content: dict[str, Any]) -> str:
-    """The page of a report, from the content of report.json. Every value is escaped."""
+    """The page as HTML, from the content of report.json. Every value is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -74,157 +91,195 @@ def render(content: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"count": _count, "size": size, "clock": duration, "share": _share, "short": _short}
-    view = {
-        "name": content["model"].rstrip("/").rpartition("/")[2],
-        "curves": curves(content),
-        "heats": heats(content["layers"]),
-        "bars": bars(content["data"]["lengths"], content["recipe"]["max_length"]),
-        "recipe_text": yaml.safe_dump(content["recipe"], sort_keys=False, allow_unicode=True),
-        "output_text": repr(content["recipe"]["output"]),
-    }
-    return environment.get_template(f"{PAGE_NAME}.j2").render(r=content, **view)
+    recipe = content["recipe"]
+    template = environment.get_template(f"{PAGE_NAME}.j2")
+    return template.render(
+        r=content,
+        name=content["model"].rstrip("/").rpartition("/")[2],
+        curves=curves(content),
+        heats=heats(content["layers"]),
+        bars=bars(content["data"]["lengths"], recipe["max_length"]),
+        recipe_text=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
+        output_text=repr(recipe["output"]),
+    )
 
 
 # Curves
 
 
 def curves(content: dict[str, Any]) -> list[Curve]:
-    """Loss, learning rate, speed and memory, over the steps."""
+    """Charts of loss, learning rate, speed and memory over the steps."""
     history = content["history"]
-
-    def series(name: str, scale: float = 1.0) -> list[tuple[float, float]]:
-        return [(entry["step"], entry[name] * scale) for entry in history if entry.get(name) is not None]
-
-    loss, held = series("loss"), (content["eval"] or {}).get("history", [])
-    points = [(entry["step"], entry["loss"]) for entry in held]
-    found = [curve("Loss", [("raw", loss), ("main", smooth(loss))], points)]
-    for title, name, scale in (
-        ("Learning rate", "learning_rate", 1.0),
-        ("Tokens per second", "tokens_per_second", 1.0),
-        ("Memory, GB", "rss_bytes", 1e-9),
-    ):
-        values = series(name, scale)
-        found.append(curve(title, [("main", values)], floor=0.0))
-    return found
+    evaluations = (content["eval"] or {}).get("history", [])
+    loss = _series(history, "loss")
+    loss_lines = [("raw", loss), ("main", smooth(loss))]
+    rate = _series(history, "learning_rate")
+    speed = _series(history, "tokens_per_second")
+    memory = _series(history, "rss_bytes", 1e-9)
+    return [
+        curve("Loss", loss_lines, _series(evaluations, "loss")),
+        curve("Learning rate", [("main", rate)], floor=0.0),
+        curve("Tokens per second", [("main", speed)], floor=0.0),
+        curve("Memory, GB", [("main", memory)], floor=0.0),
+    ]
 
 
-def curve(
-    title: str, lines: list[tuple[str, list[tuple[float, float]]]], marks: Points = (), floor: float | None = None
-) -> Curve:
-    """A chart of some lines over the same steps, and marked points.
+def _series(history: list[dict[str, Any]], name: str, scale: float = 1.0) -> list[Point]:
+    """(step, value) of each entry that has the value."""
+    return [(entry["step"], entry[name] * scale) for entry in history if entry.get(name) is not None]
+
+
+def curve(title: str, lines: list[tuple[str, list[Point]]], marks: Points = (), floor: float | None = None) -> Curve:
+    """A chart of several lines over the same steps, with marked points.
 
     Args:
-        floor: what the vertical axis starts at; None: near the lowest value.
+        floor: start of the vertical axis; None: near the lowest value.
     """
-    every = [point for _, line in lines for point in line] + list(marks)
-    if not every:
+    points = list(marks)
+    for _, line in lines:
+        points.extend(line)
+    if not points:
         return Curve(title, (), (), ())
-    (left, right), (low, high) = _span([x for x, _ in every], 0), _span([y for _, y in every], MARGIN, floor)
+    x_axis = _axis([x for x, _ in points], margin=0)
+    y_axis = _axis([y for _, y in points], MARGIN, floor)
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (x - left) / (right - left), 1 - (y - low) / (high - low)
+    paths = []
+    for css_class, line in lines:
+        path = _path([(x_axis.share(x), 1 - y_axis.share(y)) for x, y in thinned(line)])
+        paths.append((css_class, path))
+    x_ticks = [(_percent(x_axis.share(x)), text) for x, text in _ticks(x_axis, 6, whole=True)]
+    y_ticks = [(_percent(1 - y_axis.share(y)), text) for y, text in _ticks(y_axis, 7 if floor is None else 4)]
+    labelled = []
+    for x, y in marks:
+        text = f"step {x:g}: evaluation loss {y:.4f}"
+        labelled.append(Mark(_percent(x_axis.share(x)), _percent(1 - y_axis.share(y)), text))
+    return Curve(title, tuple(paths), tuple(x_ticks), tuple(y_ticks), tuple(labelled))
 
-    return Curve(
-        title,
-        tuple((kind, _path([place(*p) for p in thinned(line)])) for kind, line in lines),
-        tuple((_percent(place(v, low))[0], text) for v, text in _axis(left, right, 6, whole=True)),
-        tuple((_percent(place(left, v))[1], text) for v, text in _axis(low, high, 4 if floor is not None else 7)),
-        tuple(Mark(*_percent(place(x, y)), f"step {x:g}: evaluation loss {y:.4f}") for x, y in marks),
-    )
 
-
-def _span(values: Sequence[float], margin: float, floor: float | None = None) -> tuple[float, float]:
-    """(start, end) of an axis."""
-    low, high = min(values) if floor is None else floor, max(values)
-    if high <= low:
-        low, high = (low - 0.5 * abs(low), high + 0.5 * abs(high)) if low else (0.0, 1.0)
+def _axis(values: Sequence[float], margin: float, floor: float | None = None) -> Axis:
+    """The axis for some values, with a margin; never empty, also for equal values."""
+    low = min(values) if floor is None else floor
+    high = max(values)
+    if high <= low and low == 0:
+        high = 1.0
+    elif high <= low:
+        low -= 0.5 * abs(low)
+        high += 0.5 * abs(high)
     room = margin * (high - low)
-    return low if floor is not None else low - room, high + room
+    return Axis(low if floor is not None else low - room, high + room)
 
 
-def smooth(line: Points) -> list[tuple[float, float]]:
-    """Running means, of fewer values at the start."""
-    found, mean, weight = [], 0.0, 0.0
+def smooth(line: Points) -> list[Point]:
+    """Running means; those at the start are over fewer values."""
+    means = []
+    mean = 0.0
+    weight = 0.0
     for x, y in line:
-        mean, weight = SMOOTHING * mean + (1 - SMOOTHING) * y, SMOOTHING * weight + 1 - SMOOTHING
-        found.append((x, mean / weight))
-    return found
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * y
+        weight = SMOOTHING * weight + 1 - SMOOTHING
+        means.append((x, mean / weight))
+    return means
 
 
-def thinned(line: Points) -> list[tuple[float, float]]:
-    """At most MOST_POINTS, each the mean of its neighbours."""
-    size = math.ceil(len(line) / MOST_POINTS)
-    groups = [line[i : i + size] for i in range(0, len(line), size)] if size > 1 else [[point] for point in line]
-    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+def thinned(line: Points) -> list[Point]:
+    """At most MOST_POINTS points, each the mean of several neighbours."""
+    group_size = math.ceil(len(line) / MOST_POINTS)
+    if group_size <= 1:
+        return list(line)
+    means = []
+    for start in range(0, len(line), group_size):
+        group = line[start : start + group_size]
+        x_sum = sum(x for x, _ in group)
+        y_sum = sum(y for _, y in group)
+        means.append((x_sum / len(group), y_sum / len(group)))
+    return means
 
 
 def _path(points: Points) -> str:
-    if len(points) == 1:  # a step alone: a line across, since a point has no length
+    """An SVG path through points of the unit square."""
+    if len(points) == 1:  # a point has no length; draw a line across
         return f"M0 {1000 * points[0][1]:.1f}H1000"
     return "M" + "L".join(f"{1000 * x:.1f} {1000 * y:.1f}" for x, y in points)
 
 
-def _percent(place: tuple[float, float]) -> tuple[float, float]:
-    return round(100 * place[0], 2), round(100 * place[1], 2)
+def _percent(share: float) -> float:
+    return round(100 * share, 2)
 
 
-def _axis(low: float, high: float, ticks: int, whole: bool = False) -> list[tuple[float, str]]:
-    """Round numbers between two values, and how they are written."""
+def _ticks(axis: Axis, count: int, whole: bool = False) -> list[Tick]:
+    """Round numbers along an axis, with their texts."""
     from matplotlib.ticker import MaxNLocator
 
-    least = 1 if whole else 2  # of ticks, before matplotlib gives up on whole numbers
-    locator = MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=least)
-    values = [float(v) for v in locator.tick_values(low, high)]
+    fewest = 1 if whole else 2  # matplotlib gives up on whole numbers rather than show fewer ticks
+    locator = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=fewest)
+    values = [float(value) for value in locator.tick_values(axis.start, axis.end)]
     step = values[1] - values[0]
-    digits = max(0, -math.floor(math.log10(step) + 1e-9)) + f"{step:e}".startswith("2.5")
-    small = max(map(abs, values)) < 1e-3
-    texts = [f"{v:.1e}" if small and v else f"{v:,.{digits if v else 0}f}" for v in values]
-    return [(v, text) for v, text in zip(values, texts, strict=True) if low <= v <= high]
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    if f"{step:e}".startswith("2.5"):
+        digits += 1
+    largest = max(abs(value) for value in values)
+    ticks = []
+    for value in values:
+        if axis.start <= value <= axis.end:
+            ticks.append((value, _tick_text(value, digits, scientific=largest < 1e-3)))
+    return ticks
+
+
+def _tick_text(value: float, digits: int, scientific: bool) -> str:
+    if value == 0:
+        return "0"
+    return f"{value:.1e}" if scientific else f"{value:,.{digits}f}"
 
 
 # Layers
 
 
 def heats(layers: list[dict[str, Any]]) -> list[Heat]:
-    """Maps of how far each layer moved, and in how many directions."""
+    """Maps of how far each layer's weight moved, and in how many directions."""
     if not layers:
         return []
-    relative = all(layer["relative_norm"] is not None for layer in layers)
-    name = "relative_norm" if relative else "norm"
-    title = "How far each weight moved: |ΔW| / |W|" if relative else "Size of each adapter's own numbers"
-    found = [_heat(title, layers, name, _portion if relative else _short)]
+    if all(layer["relative_norm"] is not None for layer in layers):
+        maps = [_heat("How far each weight moved: |ΔW| / |W|", layers, "relative_norm", _portion)]
+    else:
+        maps = [_heat("Size of each adapter's own numbers", layers, "norm", _short)]
     if all(layer["effective_rank"] is not None for layer in layers):
-        most = {layer["rank"] for layer in layers}
-        of = f" (of {most.pop()})" if len(most) == 1 else ""
-        found.append(
-            _heat(f"In how many directions: effective rank{of}", layers, "effective_rank", lambda v: f"{v:.1f}")
-        )
-    return found
+        ranks = {layer["rank"] for layer in layers}
+        limit = f" (of {ranks.pop()})" if len(ranks) == 1 else ""
+        title = f"In how many directions: effective rank{limit}"
+        maps.append(_heat(title, layers, "effective_rank", _one_digit))
+    return maps
 
 
-def _heat(title: str, layers: list[dict[str, Any]], name: str, spell: Any) -> Heat:
-    most = max(layer[name] for layer in layers)
-    heat, places = Heat(title, spell(most)), [_place(layer["path"]) for layer in layers]
-    depths = sorted({depth for _, depth in places if depth is not None})
+def _heat(title: str, layers: list[dict[str, Any]], measure: str, spell: Callable[[float], str]) -> Heat:
+    """The map of one measure, whose values `spell` turns into text."""
+    most = max(layer[measure] for layer in layers)
     rows: dict[str, dict[int | None, Cell]] = {}
-    for layer, (kind, depth) in zip(layers, places, strict=True):
-        text = f"{layer['path']}: {spell(layer[name])}, {layer['parameters']:,} parameters"
-        rows.setdefault(kind, {})[depth] = Cell(round(layer[name] / most, 3) if most else 0.0, text)
+    depths: set[int] = set()
+    for layer in layers:
+        kind, depth = _place(layer["path"])
+        if depth is not None:
+            depths.add(depth)
+        share = round(layer[measure] / most, 3) if most else 0.0
+        text = f"{layer['path']}: {spell(layer[measure])}, {layer['parameters']:,} parameters"
+        rows.setdefault(kind, {})[depth] = Cell(share, text)
     names = _shortest(list(rows))
+    heat = Heat(title, spell(most))
     for kind, cells in rows.items():
-        across: list[int | None] = [None] if None in cells else list(depths)
-        heat.rows.append((names[kind], [cells.get(depth) for depth in across]))
+        columns: list[int | None] = [None] if None in cells else [*sorted(depths)]
+        heat.rows.append((names[kind], [cells.get(depth) for depth in columns]))
     return heat
 
 
 def _place(path: str) -> tuple[str, int | None]:
     """(kind of module, depth): model.layers.3.mlp.up_proj is (mlp.up_proj, 3)."""
-    found = re.match(r"(?:.*?\.)??(\d+)(?:\.(.+))?$", path)
-    return (path, None) if found is None else (found[2] or "block", int(found[1]))
+    match = re.match(r"(?:.*?\.)??(\d+)(?:\.(.+))?$", path)
+    if match is None:
+        return path, None
+    return match[2] or "block", int(match[1])
 
 
 def _shortest(kinds: list[str]) -> dict[str, str]:
-    """The last part of each name, where that tells them apart."""
+    """The last part of each name, or the whole name if several end the same."""
     ends = [kind.rpartition(".")[2] for kind in kinds]
     return {kind: end if ends.count(end) == 1 else kind for kind, end in zip(kinds, ends, strict=True)}
 
@@ -233,34 +288,35 @@ def _shortest(kinds: list[str]) -> dict[str, str]:
 
 
 def bars(lengths: dict[str, int], limit: int) -> dict[str, Any]:
-    """A histogram of row lengths in tokens: heights in percent of the tallest, and which lie above the limit."""
+    """A histogram of row lengths in tokens: heights in percent of the tallest, and which bars exceed the limit."""
     counts = {int(length): count for length, count in lengths.items()}
     if not counts:
         return {"bars": [], "low": 0, "high": 0}
-    low, high = min(counts), max(counts)
+    low = min(counts)
+    high = max(counts)
     width = max(1, math.ceil((high - low + 1) / MOST_BARS))
-    sums = [0] * ((high - low) // width + 1)
+    totals = [0] * ((high - low) // width + 1)
     for length, count in counts.items():
-        sums[(length - low) // width] += count
-    found = [
-        {
-            "height": round(100 * total / max(sums), 1),
-            "text": f"{low + i * width} to {low + (i + 1) * width - 1} tokens: {total:,} rows",
-            "over": low + i * width > limit,
-        }
-        for i, total in enumerate(sums)
-    ]
-    return {"bars": found, "low": low, "high": low + len(sums) * width - 1}
+        totals[(length - low) // width] += count
+    tallest = max(totals)
+    histogram = []
+    for i, total in enumerate(totals):
+        first = low + i * width
+        last = first + width - 1
+        text = f"{first} to {last} tokens: {total:,} rows"
+        histogram.append({"height": round(100 * total / tallest, 1), "text": text, "over": first > limit})
+    return {"bars": histogram, "low": low, "high": low + len(totals) * width - 1}
 
 
 # Words
 
 
 def _count(value: int) -> str:
-    """12,345 up to a hundred thousand, then 1.23 M."""
-    for scale, unit in ((1e9, " B"), (1e6, " M")):
-        if value >= scale:
-            return f"{value / scale:.3g}{unit}"
+    """12,345 up to a million, then 1.23 M."""
+    if value >= 1e9:
+        return f"{value / 1e9:.3g} B"
+    if value >= 1e6:
+        return f"{value / 1e6:.3g} M"
     return f"{value:,}"
 
 
@@ -272,7 +328,12 @@ def _portion(value: float) -> str:
     return f"{value:.2%}" if value < 1 else _short(value)
 
 
+def _one_digit(value: float) -> str:
+    return f"{value:.1f}"
+
+
 def _short(value: float | None) -> str:
+    """Three digits, or a whole number from 100 on; empty for None."""
     if value is None:
         return ""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -1,6 +1,6 @@
-"""The recipe: everything that decides a training run, as YAML, as flags, or both.
+"""The recipe: all settings of a training run, from a YAML file, from flags, or from both.
 
-The resolved recipe, with every default filled in, is saved beside the adapter and runs it again.
+The resolved recipe, with every default filled in, is saved next to the adapter. Running it repeats the run.
 """
 
 from __future__ import annotations
@@ -27,67 +27,67 @@ class Recipe(Strict):
     model: str
     """The base model: a directory, a name that `veneer pull` knows, or a hub id."""
     revision: str | None = None
-    """The revision of the base model on the hub."""
+    """Revision of the base model on the hub."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the base is held in; auto: bfloat16 where the accelerator computes in it, else float32."""
+    """Dtype of the base model; auto: bfloat16 where the accelerator computes in it, else float32."""
 
     method: str = "lora"
-    """The method; `veneer methods` lists all."""
+    """The method; `veneer methods` lists all of them."""
     rank: int | None = Field(None, ge=1)
-    """The method's rank, whatever it calls it."""
+    """The rank, under whatever name the method has for it; None: the method's default."""
     targets: str | list[str] | None = None
-    """Modules to adapt: "all-linear", name endings, or a regular expression for whole paths. None: the method's own."""
+    """Modules to adapt: "all-linear", name endings, or a regular expression for whole paths; None: the default."""
     options: dict[str, Any] = {}
-    """Further settings of the method's config, under its own names."""
+    """Further fields of the method's config."""
 
     data: list[Source]
-    """What to train on."""
+    """Data to train on."""
     eval_data: list[Source] = []
-    """What to evaluate on."""
+    """Data to evaluate on."""
     eval_split: float | None = Field(None, gt=0)
-    """Rows taken from the data for evaluation instead: a share below 1, or a number of rows."""
+    """Rows held out from the training data for evaluation: a share below 1, or a number of rows."""
     task: Literal["auto", "text", "classification"] = "auto"
-    """What to learn; auto: classification when the data has a label, else text."""
+    """What the model learns; auto: classification if the data has a label column, else text."""
     labels: list[str] | None = None
-    """Names of the classes in order; None: those in the data."""
+    """Names of the classes, in order; None: those found in the data."""
     loss_on: Literal["assistant", "all"] = "assistant"
-    """Which tokens are learned: the assistant's answers and their ends, or all."""
+    """Which tokens are learned: the assistant's answers with their end tokens, or all tokens."""
     chat_template: str | None = None
-    """A file with a chat template in place of the tokenizer's."""
+    """A file with a chat template that replaces the tokenizer's."""
     max_length: int = Field(1024, ge=2)
-    """Longest sequence in tokens."""
+    """Maximum length of a sequence in tokens."""
     long_rows: Literal["cut", "drop"] = "cut"
-    """What happens to rows that are longer."""
+    """What happens to rows longer than max_length."""
     packing: bool = False
-    """Put several rows into one sequence of up to max_length tokens; none sees another."""
+    """Put several rows into one sequence of up to max_length tokens; rows do not attend to each other."""
     streaming: bool = False
-    """Read the data as it is used: for data larger than memory. Needs max_steps."""
+    """Read the data while training, for data larger than memory. Needs max_steps."""
 
     epochs: float = Field(1.0, gt=0)
     """Passes over the data."""
     max_steps: int | None = Field(None, ge=1)
-    """Optimizer steps, instead of epochs."""
+    """Number of optimizer steps; overrides epochs."""
     batch_size: int = Field(8, ge=1)
-    """Sequences of one forward pass, on each process."""
+    """Sequences per forward pass, on each process."""
     accumulate: int = Field(1, ge=1)
-    """Forward passes of one optimizer step."""
+    """Forward passes per optimizer step."""
     eval_batch_size: int | None = Field(None, ge=1)
-    """Sequences of one forward pass in evaluation; None: batch_size."""
+    """Sequences per forward pass in evaluation; None: batch_size."""
     learning_rate: float | None = Field(None, gt=0)
-    """Peak learning rate; None: the method's own."""
+    """Peak learning rate; None: the one recommended for the method."""
     schedule: Literal["linear", "cosine", "constant", "polynomial", "inverse_sqrt"] = "cosine"
-    """What the learning rate does after the warm-up."""
+    """How the learning rate changes after the warm-up."""
     warmup: float = Field(0.03, ge=0)
-    """Warm-up: a share of all steps below 1, or a number of steps."""
+    """Length of the warm-up: a share of all steps if below 1, else a number of steps."""
     optimizer: str = "adamw_torch"
-    """An optimizer of transformers' TrainingArguments."""
+    """An optimizer name of transformers' TrainingArguments."""
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0)
-    """Gradients are clipped to this norm; 0: not at all."""
+    """Gradients are clipped to this norm; 0: no clipping."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     fast: bool = True
-    """Take the fast paths, which change no result beyond rounding."""
+    """Use the fast paths; results change by rounding only."""
     seed: int = 0
 
     eval_every: int | None = Field(None, ge=1)
@@ -95,31 +95,31 @@ class Recipe(Strict):
     save_every: int | None = Field(None, ge=1)
     """Steps between checkpoints; None: with each evaluation, and otherwise every 100 steps or once an epoch."""
     keep: int = Field(2, ge=2)
-    """Checkpoints to keep; two, so that one is whole whenever the run is killed."""
+    """Number of checkpoints to keep. At least two, so that one is complete even if the run is killed while saving."""
     best: bool = True
-    """Of the checkpoints, the adapter with the lowest evaluation loss is the result (where there is an evaluation)."""
+    """Return the checkpoint with the lowest evaluation loss (if there is an evaluation), not the last one."""
     early_stopping: int | None = Field(None, ge=1)
-    """Stop after so many evaluations without a lower loss."""
+    """Stop after this many evaluations without a lower loss."""
     log_every: int = Field(1, ge=1)
     """Steps between logged losses."""
     samples: int = Field(4, ge=0)
-    """Held-out rows to which the report shows the model's answers, before and after."""
+    """Number of held-out rows for which the report shows the answers before and after training."""
     wandb: bool = False
     """Also log to Weights & Biases."""
     output: str
-    """The directory of the result: the adapter, recipe.yaml, report.html, report.json, checkpoints, logs."""
+    """The output directory: adapter, recipe.yaml, report.html, report.json, checkpoints, logs."""
 
     @field_validator("data", "eval_data", mode="before")
     @classmethod
     def _sources(cls, value: Any) -> Any:
-        """A path, a mapping, or a list of either."""
+        """Accept a path, a mapping, or a list of either."""
         items = value if isinstance(value, list) else [value]
         return [{"path": item} if isinstance(item, str) else item for item in items]
 
     @field_validator("targets")
     @classmethod
     def _name_endings(cls, value: Any) -> Any:
-        """A plain name, or several with commas, are name endings; any other string is a regular expression."""
+        """Turn "q_proj,v_proj" into a list of name endings; any other string is a regular expression."""
         if isinstance(value, str) and value != "all-linear" and PLAIN_NAME.fullmatch(value):
             return [name.strip() for name in value.split(",")]
         return value
@@ -145,31 +145,35 @@ class Recipe(Strict):
         write_atomically(directory / RECIPE_NAME, text.encode())
 
     def changed(self, **values: Any) -> Recipe:
-        """The same recipe with other values, checked."""
+        """A copy of the recipe with other values, validated."""
         return make(self.model_dump() | values)
 
 
 def make(content: Mapping[str, Any]) -> Recipe:
-    """A recipe from its keys.
+    """Validate a recipe given as a mapping.
 
     Raises:
-        ConfigError: a key is unknown (the nearest right one is named), missing, or has a wrong value.
+        ConfigError: a key is unknown (the message names the nearest known one), missing, or has a wrong value.
     """
     try:
         return Recipe.model_validate(dict(content))
     except ValidationError as error:
-        raise ConfigError("; ".join(_spell(e) for e in error.errors()[:3])) from None
+        messages = [_message(problem) for problem in error.errors()[:3]]
+        raise ConfigError("; ".join(messages)) from None
 
 
-def _spell(error: Any) -> str:
-    """One of pydantic's errors in our words."""
-    place = [str(part) for part in error["loc"]]
-    where = ".".join(part for part in place if part not in ("str", "list[str]"))
+def _message(error: Any) -> str:
+    """The message for one of pydantic's errors."""
+    path = [str(part) for part in error["loc"]]
+    key = ".".join(part for part in path if part not in ("str", "list[str]"))
+    is_nested = len(path) > 1
     if error["type"] == "extra_forbidden":
-        known = (Source if len(place) > 1 else Recipe).model_fields
-        return f"a recipe has no key {where!r}{nearest(place[-1], known)}"
+        known_keys = Source.model_fields if is_nested else Recipe.model_fields
+        return f"a recipe has no key {key!r}{nearest(path[-1], known_keys)}"
     if error["type"] == "missing":
-        flag = " (--" + where.replace("_", "-") + ")" if len(place) == 1 else ""
-        return f"the recipe lacks {where!r}{flag}"
+        flag = "" if is_nested else f" (--{key.replace('_', '-')})"
+        return f"the recipe lacks {key!r}{flag}"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{where} = {error['input']!r}: {message}" if where else message
+    if not key:
+        return message
+    return f"{key} = {error['input']!r}: {message}"

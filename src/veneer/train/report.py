@@ -1,4 +1,4 @@
-"""report.json: what a run did, for scripts, and for the page that people look at."""
+"""report.json: the facts of a run, for scripts and for the page report.html."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ from .recipe import Recipe
 REPORT_NAME = "report.json"
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "safetensors")
 CPU_NAMES = Path("/proc/cpuinfo")
+EVALUATED = ("eval_loss", "eval_perplexity", "eval_accuracy")
+"""Measures in the log entry of an evaluation."""
 
 
 def contents(recipe: Recipe, trainer: Any, meter: Meter, data: Data) -> dict[str, Any]:
-    """What training says of itself; `veneer.train.finish` adds what was found of the adapter on disk."""
-    log, (learned, total) = trainer.state.log_history, trainer.model.get_nb_trainable_parameters()
+    """The facts known after training; `veneer.train.finish` adds those of the adapter on disk."""
+    trainable, total = trainer.model.get_nb_trainable_parameters()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
     seconds = meter.seconds
     return {
         "model": recipe.model,
         "method": recipe.method,
         "verified": False,
-        "trainable_parameters": learned,
+        "trainable_parameters": trainable,
         "total_parameters": total,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
-        "losses": [entry["loss"] for entry in log if "loss" in entry],
+        "losses": [entry["loss"] for entry in history],
         "eval": _evaluation(trainer.state),
         "real_tokens": meter.real_tokens,
         "supervised_tokens": meter.supervised_tokens,
@@ -40,7 +43,7 @@ def contents(recipe: Recipe, trainer: Any, meter: Meter, data: Data) -> dict[str
         "tokens_per_second": meter.real_tokens / seconds if seconds else None,
         "peak_rss_bytes": meter.peak,
         "processes": trainer.args.world_size,
-        "history": [entry for entry in log if "loss" in entry],
+        "history": history,
         "data": data.account.as_dict(),
         "eval_data": data.eval_account and data.eval_account.as_dict(),
         "rows_held_out": None if data.evaluation is None else len(data.evaluation),
@@ -52,31 +55,43 @@ def contents(recipe: Recipe, trainer: Any, meter: Meter, data: Data) -> dict[str
 
 
 def in_words(content: dict[str, Any]) -> str:
-    """The main facts of a report as Markdown, for the adapter's card."""
-    after, learned = content["eval"] or {}, content["trainable_parameters"]
-    before = f" (before: {after['before']['loss']:.4f})" if after.get("before") else ""
+    """The main facts of a report as a Markdown list, for the adapter's card."""
+    trainable = content["trainable_parameters"]
     facts = {
         "base model": Path(content["model"]).name,
-        "trained": f"{learned:,} of {content['total_parameters']:,} parameters",
+        "trained": f"{trainable:,} of {content['total_parameters']:,} parameters",
         "data": f"{content['data']['kept']:,} rows, {content['supervised_tokens']:,} tokens learned",
         "steps": f"{content['steps']:,}",
-        "evaluation loss": f"{after['loss']:.4f}{before}" if after else "not evaluated",
+        "evaluation loss": _loss_in_words(content["eval"]),
         "made with": f"veneer {content['environment']['veneer']}",
     }
-    return "\n".join(f"- {name}: {fact}" for name, fact in facts.items()) + "\n\n"
+    lines = [f"- {name}: {fact}" for name, fact in facts.items()]
+    return "\n".join(lines) + "\n\n"
+
+
+def _loss_in_words(evaluation: dict[str, Any] | None) -> str:
+    if not evaluation:
+        return "not evaluated"
+    loss = f"{evaluation['loss']:.4f}"
+    before = evaluation["before"]
+    return f"{loss} (before: {before['loss']:.4f})" if before else loss
 
 
 def write_report(folder: Path, content: dict[str, Any]) -> None:
-    write_atomically(folder / REPORT_NAME, (json.dumps(content, indent=2) + "\n").encode())
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(folder / REPORT_NAME, text.encode())
 
 
 def environment(device: Any) -> dict[str, str]:
-    """Where the numbers come from: libraries and machine."""
+    """Versions of the libraries and facts of the machine."""
     from .. import __version__
 
-    known = {name: version(name) for name in LIBRARIES}
-    machine = {"python": platform.python_version(), "platform": platform.platform(), "device": _device(device)}
-    return {"veneer": __version__, **known, **machine}
+    facts = {"veneer": __version__}
+    facts |= {name: version(name) for name in LIBRARIES}
+    facts["python"] = platform.python_version()
+    facts["platform"] = platform.platform()
+    facts["device"] = _device(device)
+    return facts
 
 
 def _device(device: Any) -> str:
@@ -84,26 +99,31 @@ def _device(device: Any) -> str:
 
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return (
-        f"{_cpu() if device.type == 'cpu' else device.type}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    )
+    name = _cpu() if device.type == "cpu" else device.type
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def _cpu() -> str:
-    names = CPU_NAMES.read_text(encoding="utf-8").splitlines() if CPU_NAMES.is_file() else []
-    found = next((line.partition(":")[2].strip() for line in names if line.startswith("model name")), "")
-    return found or platform.processor() or platform.machine()
+    """The processor's model name, as well as the platform tells it."""
+    if CPU_NAMES.is_file():
+        for line in CPU_NAMES.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip() or platform.processor() or platform.machine()
+    return platform.processor() or platform.machine()
 
 
 def _evaluation(state: Any) -> dict[str, Any] | None:
-    """Before training, all along, and of the adapter that was kept: the best one, or else the last."""
-    found = [
-        {"step": entry["step"]} | {name[5:]: entry[name] for name in ("eval_loss", "eval_perplexity", "eval_accuracy")}
-        for entry in state.log_history
-        if "eval_loss" in entry
-    ]
-    if not found:
+    """The measures of the result (the best checkpoint, else the last), those before training, and all of them."""
+    history = []
+    for entry in state.log_history:
+        if "eval_loss" in entry:
+            measures = {name.removeprefix("eval_"): entry[name] for name in EVALUATED}
+            history.append({"step": entry["step"]} | measures)
+    if not history:
         return None
-    best = [entry for entry in found if state.best_model_checkpoint and entry["step"] == state.best_global_step]
-    before = [entry for entry in found if entry["step"] == 0]
-    return {"before": before[0] if before else None, **(best or found)[-1], "history": found}
+    before = next((entry for entry in history if entry["step"] == 0), None)
+    result = history[-1]
+    if state.best_model_checkpoint:
+        best = [entry for entry in history if entry["step"] == state.best_global_step]
+        result = (best or history)[-1]
+    return {"before": before, **result, "history": history}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -35,59 +36,79 @@ from .trainer import ExactTrainer, arguments, last_checkpoint, metrics
 from .watch import Watch
 
 OURS = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, PROBE_NAME, RECIPE_NAME, REPORT_NAME, PAGE_NAME, "checkpoints", "logs")
-"""What a run writes into its output directory."""
-FREE = {"output", "batch_size", "accumulate", "eval_batch_size", "keep", "log_every", "save_every", "samples", "wandb"}
-"""Keys that may differ when a run is resumed; of the batch, the global size must stay."""
+"""Everything that a run writes into its output directory."""
+MAY_CHANGE = {
+    "output",
+    "batch_size",
+    "accumulate",
+    "eval_batch_size",
+    "keep",
+    "log_every",
+    "save_every",
+    "samples",
+    "wandb",
+}
+"""Recipe keys that may differ when a run is resumed. The sequences per optimizer step may not."""
 
 
 def train(
     recipe: Recipe, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
 ) -> dict[str, Any]:
-    """Run a recipe; returns the content of report.json.
+    """Run a recipe and return the content of report.json.
 
     Args:
-        resume: go on from the last checkpoint in the output directory, if there is one.
-        overwrite: throw away what an earlier run left there.
+        resume: continue from the last checkpoint in the output directory, if there is one.
+        overwrite: delete the results of an earlier run in the output directory.
 
     Raises:
-        VeneerError: the recipe cannot be run, or its result cannot be trusted; says why.
+        VeneerError: the recipe cannot be run, or its result cannot be trusted; the message says why.
     """
     console = console or Console(stderr=True, highlight=False)
-    _quiet()
+    output = Path(recipe.output)
+    _silence_libraries()
     if recipe.wandb:
         _check_wandb()
-    output = Path(recipe.output)
     _check_output(output, resume, overwrite)
+
     tokenizer = load_tokenizer(recipe)
     data = prepare(recipe, tokenizer, facts_of(recipe))
     recipe, steps = _resolved(recipe, data)
-    _check_resumed(output, recipe, resume)
-    trainer, meter = _build(recipe, tokenizer, data, steps, output)
-    started, watch = _start(trainer.model)
+    if resume:
+        _check_recipe_unchanged(output, recipe)
+
+    pad = pad_of(tokenizer)
+    meter = Meter(data=data.fingerprint, batch=_sequences_per_step(recipe))
+    trainer = _build_trainer(recipe, data, pad, steps, meter)
+    initial_digests = digests(trainer.model)
+    watch = Watch(trainer.model)
     if recipe.best and data.evaluation is not None:
-        _check_returns(recipe, trainer.model)
-    _announce(console, recipe, trainer, data, steps)
-    if trainer.is_world_process_zero():
+        _check_reloadable(recipe, trainer.model)
+
+    is_main = trainer.is_world_process_zero()
+    if is_main:
+        _announce(console, recipe, trainer.model, data, steps)
         if overwrite and not resume:
-            _clear(output)
+            _remove_earlier_run(output)
         trainer.add_callback(_tensorboard(output))
         with writing("the recipe", output):
             recipe.save(output)
+
     display = Display(meter, console)
-    for callback in (watch, display):
-        trainer.add_callback(callback)
+    trainer.add_callback(watch)
+    trainer.add_callback(display)
     try:
-        _run(trainer, meter, output, resume)
+        _train_or_resume(trainer, meter, output, resume)
     finally:
         display.close()
-        last_checkpoint(output)  # removes what was left half-written
-    if trainer.is_world_process_zero():
+        last_checkpoint(output)  # removes half-written checkpoints
+
+    if is_main:
         console.print("verifying: the adapter is loaded from disk onto a fresh base model")
-    return finish(Run(recipe, trainer, meter, data, tokenizer, pad_of(tokenizer), started, watch))
+    return finish(Run(recipe, trainer, meter, data, tokenizer, pad, initial_digests, watch))
 
 
-def _quiet() -> None:
-    """The display speaks; the libraries keep quiet, also about what they lack for hardware that is not here."""
+def _silence_libraries() -> None:
+    """Turn off the progress bars and warnings of the libraries, so that only our display speaks."""
     import datasets
 
     quiet()
@@ -96,7 +117,7 @@ def _quiet() -> None:
 
 
 def _check_wandb() -> None:
-    """Before anything is read: Trainer would end in the middle of its start."""
+    """Fail before anything is loaded if wandb is missing; Trainer would only fail once it starts."""
     from transformers.integrations import integration_utils
 
     try:
@@ -106,7 +127,7 @@ def _check_wandb() -> None:
 
 
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
-    """Nothing of an earlier run is lost unless that is asked for."""
+    """Create the output directory; refuse one with an earlier run unless `resume` or `overwrite` is set."""
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output {str(output)!r} is a file; give a directory")
     present = [name for name in OURS if (output / name).exists()]
@@ -119,37 +140,48 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
         output.mkdir(parents=True, exist_ok=True)
 
 
-def _clear(output: Path) -> None:
-    """Throw away what an earlier run left; only once the new one has its data and its model."""
-    for path in [output / name for name in OURS if (output / name).exists()]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _remove_earlier_run(output: Path) -> None:
+    """Delete the results of an earlier run. Called only once the new run has its data and its model."""
+    for name in OURS:
+        path = output / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.exists():
+            path.unlink()
 
 
-def _check_resumed(output: Path, recipe: Recipe, resume: bool) -> None:
-    """A run goes on as it began, or not at all."""
-    if not resume or not (output / RECIPE_NAME).is_file():
+def _check_recipe_unchanged(output: Path, recipe: Recipe) -> None:
+    """Refuse to resume a run with other settings than it was started with."""
+    path = output / RECIPE_NAME
+    if not path.is_file():
         return
-    before, now = make(read(output / RECIPE_NAME)).model_dump(), recipe.model_dump()
-    other = [f"{k}: {before[k]!r}, now {now[k]!r}" for k in now if k not in FREE and before[k] != now[k]]
-    if other:
-        raise ConfigError(f"cannot resume with another recipe than {output / RECIPE_NAME}:{listing(other)}")
+    before = make(read(path)).model_dump()
+    now = recipe.model_dump()
+    changed = [key for key in now if key not in MAY_CHANGE and before[key] != now[key]]
+    if changed:
+        changes = [f"{key}: {before[key]!r}, now {now[key]!r}" for key in changed]
+        raise ConfigError(f"cannot resume with another recipe than {path}:{listing(changes)}")
 
 
 def _resolved(recipe: Recipe, data: Data) -> tuple[Recipe, int]:
     """The recipe with every default filled in, and the number of optimizer steps."""
     from ..model.catalogue import page
 
-    batch = recipe.batch_size * recipe.accumulate * _processes()
-    an_epoch = None if recipe.streaming else math.ceil(len(data.train) / batch)
-    steps = recipe.max_steps or math.ceil(recipe.epochs * (an_epoch or 0))
-    evaluates = data.evaluation is not None
-    eval_every = (recipe.eval_every or min(an_epoch or steps, steps)) if evaluates else None
-    save_every = recipe.save_every or eval_every or min(100, an_epoch or steps, steps)
-    if evaluates and recipe.best and save_every % (eval_every or 1):
+    epoch_steps = None
+    if not recipe.streaming:
+        epoch_steps = math.ceil(len(data.train) / _sequences_per_step(recipe))
+    steps = recipe.max_steps or math.ceil(recipe.epochs * (epoch_steps or 0))
+
+    eval_every = None
+    if data.evaluation is not None:
+        eval_every = recipe.eval_every or min(epoch_steps or steps, steps)
+    save_every = recipe.save_every or eval_every or min(100, epoch_steps or steps, steps)
+    if eval_every and recipe.best and save_every % eval_every:
         raise ConfigError(
             f"save_every = {save_every} must be a multiple of eval_every = {eval_every}: the best checkpoint is one "
             "that was evaluated (or set best: false)"
         )
+
     filled = recipe.changed(
         learning_rate=recipe.learning_rate or page(recipe.method).learning_rate,
         task="text" if data.labels is None else "classification",
@@ -164,18 +196,23 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _build(recipe: Recipe, tokenizer: Any, data: Data, steps: int, output: Path) -> tuple[ExactTrainer, Meter]:
-    """Model, adapter and trainer, the same for the same seed."""
+def _sequences_per_step(recipe: Recipe) -> int:
+    """Sequences of one optimizer step, over all processes."""
+    return recipe.batch_size * recipe.accumulate * _processes()
+
+
+def _build_trainer(recipe: Recipe, data: Data, pad: int, steps: int, meter: Meter) -> ExactTrainer:
+    """Build the model, its adapter and the trainer. The same seed gives the same result."""
     from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
 
-    warmup = round(recipe.warmup * steps) if recipe.warmup < 1 else int(recipe.warmup)
-    settings = arguments(recipe, output, steps, warmup, recipe.eval_every, recipe.save_every or steps)
-    pad = pad_of(tokenizer)
+    settings = arguments(recipe, steps)
     set_seed(recipe.seed)
     base = load_base(recipe, data.labels, pad)
-    model = adapt(base, recipe, TaskType.CAUSAL_LM if data.labels is None else TaskType.SEQ_CLS, steps)
-    flat = _flat(recipe, model, data, pad)
-    meter = Meter(data=data.fingerprint, batch=recipe.batch_size * recipe.accumulate * _processes())
+    task = TaskType.CAUSAL_LM if data.labels is None else TaskType.SEQ_CLS
+    model = adapt(base, recipe, task, steps)
+    sampler = None
+    if not recipe.streaming:
+        sampler = Shuffled(len(data.train), recipe.seed, recipe.batch_size * _processes())
     trainer = ExactTrainer(
         model,
         settings,
@@ -184,42 +221,39 @@ def _build(recipe: Recipe, tokenizer: Any, data: Data, steps: int, output: Path)
         data_collator=Collator(pad),
         compute_metrics=metrics,
         preprocess_logits_for_metrics=token_sums,
-        sampler=None if recipe.streaming else Shuffled(len(data.train), recipe.seed, recipe.batch_size * _processes()),
+        sampler=sampler,
         meter=meter,
-        flat=flat,
+        flat=_flat_collator(recipe, model, data, pad),
         fast=recipe.fast,
     )
     trainer.remove_callback(PrinterCallback)
     if recipe.early_stopping is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping))
-    return trainer, meter
+    return trainer
 
 
-def _start(model: Any) -> tuple[dict[str, str], Watch]:
-    """How the adapter begins: for the files, and for the steps."""
-    return digests(model), Watch(model)
-
-
-def _check_returns(recipe: Recipe, model: Any) -> None:
-    """The best checkpoint can only come back if the method can go on from its file."""
-    try:
-        checkpoint.absorb(model._state, "default", checkpoint.slots(model._state, "default"))
-    except CheckpointError:
-        raise ConfigError(
-            f"{recipe.method} cannot go on from its file, so that no best checkpoint can come back; set best: false"
-        ) from None
-
-
-def _flat(recipe: Recipe, model: Any, data: Data, pad: int) -> Collator | None:
-    """What lays training rows end to end, where the model and the method allow it; packed ones are already.
+def _flat_collator(recipe: Recipe, model: Any, data: Data, pad: int) -> Collator | None:
+    """The collator that joins training rows without padding, or None if the rows, the model or the method forbid it.
 
     Raises:
         TrainingError: packed rows would see each other.
     """
     if recipe.packing:
         check_packing(model, data.train)
-    apart = recipe.fast and not recipe.streaming and goes_by_sequence(model, data.train)
-    return Collator(pad, flat=True) if apart else None
+    if recipe.fast and not recipe.streaming and goes_by_sequence(model, data.train):
+        return Collator(pad, flat=True)
+    return None
+
+
+def _check_reloadable(recipe: Recipe, model: Any) -> None:
+    """Refuse a method whose adapter cannot be loaded back in training, as the best checkpoint is at the end."""
+    try:
+        tensors = checkpoint.slots(model._state, "default")
+        checkpoint.absorb(model._state, "default", tensors)
+    except CheckpointError:
+        raise ConfigError(
+            f"{recipe.method} cannot go on from its file, so that no best checkpoint can come back; set best: false"
+        ) from None
 
 
 def _tensorboard(output: Path) -> Any:
@@ -229,52 +263,55 @@ def _tensorboard(output: Path) -> Any:
     return TensorBoardCallback(SummaryWriter(str(output / "logs")))
 
 
-def _announce(console: Console, recipe: Recipe, trainer: ExactTrainer, data: Data, steps: int) -> None:
-    if not trainer.is_world_process_zero():
-        return
-    learned, total = trainer.model.get_nb_trainable_parameters()
-    console.print(f"{recipe.method} on {recipe.model}: {learned:,} of {total:,} parameters learn")
-    account = data.account
+def _announce(console: Console, recipe: Recipe, model: Any, data: Data, steps: int) -> None:
+    """Print what will be trained, on how much data, and what was lost of it."""
+    trainable, total = model.get_nb_trainable_parameters()
+    console.print(f"{recipe.method} on {recipe.model}: {trainable:,} of {total:,} parameters learn")
     if not recipe.streaming:
+        account = data.account
         share = account.supervised_tokens / account.tokens
-        count = f"{steps:,} step{'s' * (steps != 1)}"
-        console.print(f"{_rows(account.kept)}, {account.tokens:,} tokens, {share:.0%} of them learned; {count}")
-    for line in _losses_of_data(recipe, data):
+        tokens = f"{account.tokens:,} tokens, {share:.0%} of them learned"
+        console.print(f"{_counted(account.kept, 'row')}, {tokens}; {_counted(steps, 'step')}")
+    for line in _lost_rows(recipe, data):
         console.print(line, style="yellow")
 
 
-def _losses_of_data(recipe: Recipe, data: Data) -> list[str]:
-    """What was cut and dropped, in words."""
-    account, lines = data.account, []
-    where = f" (the first: {account.examples[0]})" if account.examples else ""
+def _lost_rows(recipe: Recipe, data: Data) -> list[str]:
+    """A line for each way in which rows were cut or dropped."""
+    account = data.account
+    first = f" (the first: {account.examples[0]})" if account.examples else ""
+    lines = []
     if account.cut_rows:
-        lines.append(
-            f"{_rows(account.cut_rows)} cut to {recipe.max_length} tokens, {account.cut_tokens} tokens lost{where}"
-        )
+        cut = _counted(account.cut_rows, "row")
+        lines.append(f"{cut} cut to {recipe.max_length} tokens, {account.cut_tokens} tokens lost{first}")
     if account.too_long_rows:
-        lines.append(f"{_rows(account.too_long_rows)} dropped, longer than {recipe.max_length} tokens{where}")
+        too_long = _counted(account.too_long_rows, "row")
+        lines.append(f"{too_long} dropped, longer than {recipe.max_length} tokens{first}")
     if account.unlearned_rows:
-        lines.append(f"{_rows(account.unlearned_rows)} dropped without a token to learn{where}")
+        unlearned = _counted(account.unlearned_rows, "row")
+        lines.append(f"{unlearned} dropped without a token to learn{first}")
     return lines
 
 
-def _rows(count: int) -> str:
-    return f"{count:,} row{'s' * (count != 1)}"
+def _counted(count: int, noun: str) -> str:
+    """A number and its noun: 1 row, 1,200 rows."""
+    plural = "" if count == 1 else "s"
+    return f"{count:,} {noun}{plural}"
 
 
-def _run(trainer: ExactTrainer, meter: Meter, output: Path, resume: bool) -> None:
+def _train_or_resume(trainer: ExactTrainer, meter: Meter, output: Path, resume: bool) -> None:
     last = last_checkpoint(output) if resume else None
     trainer.accelerator.wait_for_everyone()
-    if last is not None:
-        _check_same(last, meter)
-        trainer.args.eval_on_start = False
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    if last is None:
+        trainer.train()
+        return
+    _check_same_batches(last, meter)
+    trainer.args.eval_on_start = False
+    trainer.train(resume_from_checkpoint=str(last))
 
 
-def _check_same(folder: Path, meter: Meter) -> None:
-    """A run goes on with the data and the batches that it began with; on how many processes is free."""
-    import json
-
+def _check_same_batches(folder: Path, meter: Meter) -> None:
+    """Refuse a checkpoint of other data or other batch sizes. The number of processes may differ."""
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     before = state["stateful_callbacks"]["Meter"]["args"]
     if before["data"] != meter.data:

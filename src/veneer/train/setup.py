@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..model.peft_model import PeftModel, get_peft_model
 from .recipe import Recipe
 
 ASSUMED = ("num_virtual_tokens",)
-"""Settings that a method cannot do without, for which its example is a fair choice."""
+"""Required settings of a method that take the value of its example, as no default exists."""
 
 
 def load_tokenizer(recipe: Recipe) -> Any:
@@ -21,27 +22,32 @@ def load_tokenizer(recipe: Recipe) -> Any:
 
 
 def load_base(recipe: Recipe, labels: list[str] | None, pad: int) -> Any:
-    """The base model, with a head for the classes if there are any.
+    """Load the base model, with a classification head if there are labels.
 
     Raises:
-        ConfigError: the model generates no text from text.
+        ConfigError: the model is an encoder-decoder and the task is text.
     """
     task = TaskType.CAUSAL_LM if labels is None else TaskType.SEQ_CLS
-    settings: dict[str, Any] = {"classes": labels, "pad": pad, "dtype": loading.dtype_of(recipe.dtype)}
-    revision = recipe.revision or "main"
-    base, _ = loading.load_model(recipe.model, loading.AUTO_CLASSES[task], revision=revision, **settings)
+    base, _ = loading.load_model(
+        recipe.model,
+        loading.AUTO_CLASSES[task],
+        revision=recipe.revision or "main",
+        classes=labels,
+        pad=pad,
+        dtype=loading.dtype_of(recipe.dtype),
+    )
     if base.config.is_encoder_decoder and labels is None:
         raise ConfigError(f"{recipe.model!r} is an encoder-decoder; veneer train takes causal language models")
     return base
 
 
 def adapt(model: Any, recipe: Recipe, task: TaskType, steps: int) -> PeftModel:
-    """Put the recipe's adapter on."""
+    """Attach the recipe's adapter to a base model."""
     return get_peft_model(model, method_config(recipe, task, steps))
 
 
 def method_config(recipe: Recipe, task: TaskType, steps: int) -> Config:
-    """The config of the recipe's method: its recommended settings, and those given.
+    """The config of the recipe's method: the recommended settings, overridden by the recipe's own.
 
     Args:
         steps: optimizer steps of the run, for methods with a schedule.
@@ -50,37 +56,46 @@ def method_config(recipe: Recipe, task: TaskType, steps: int) -> Config:
         ConfigError: the method has no such setting.
     """
     method = page(recipe.method).name
-    kind = all_methods()[method]
-    names = {f.name for f in fields(kind)}
-    settings = {**{name: kind.example[name] for name in ASSUMED if name in kind.example}, **kind.recommended}
-    given = {**_rank(recipe, method, names), **_targets(recipe, method, names)}
-    both = given.keys() & recipe.options.keys()
-    if both:
-        raise ConfigError(f"options set {', '.join(sorted(both))}, and so does rank or targets; give one of them")
-    if "total_step" in names:
+    config_class = all_methods()[method]
+    field_names = {field.name for field in fields(config_class)}
+
+    settings: dict[str, Any] = {"task_type": task}
+    for name in ASSUMED:
+        if name in config_class.example:
+            settings[name] = config_class.example[name]
+    settings |= config_class.recommended
+    if "total_step" in field_names:
         settings["total_step"] = steps
-    return kind(**{"task_type": task, **settings, **given, **recipe.options})
+
+    from_keys = _rank(recipe, method, field_names) | _targets(recipe, method, field_names)
+    twice = from_keys.keys() & recipe.options.keys()
+    if twice:
+        raise ConfigError(f"options set {', '.join(sorted(twice))}, and so does rank or targets; give one of them")
+    return config_class(**(settings | from_keys | recipe.options))
 
 
 def facts_of(recipe: Recipe) -> tuple[str, ...]:
-    """What the method wants to know of each row."""
+    """Names of the columns that the method needs of each row, as Poly needs `task_ids`."""
     return all_methods()[page(recipe.method).name].facts
 
 
-def _rank(recipe: Recipe, method: str, names: set[str]) -> dict[str, Any]:
+def _rank(recipe: Recipe, method: str, field_names: set[str]) -> dict[str, Any]:
+    """The recipe's rank as the method's own fields."""
     if recipe.rank is None:
         return {}
-    if "r" in names:
+    if "r" in field_names:
         return {"r": recipe.rank}
-    if {"init_r", "target_r"} <= names:  # starts with more, and keeps this many on average
-        return {"target_r": recipe.rank, "init_r": -(-recipe.rank * 3 // 2)}
-    own = ", ".join(f.name for f in page(method).fields) or "none of its own"
-    raise ConfigError(f"{method} has no rank; its settings, to be given under options, are {own}")
+    if {"init_r", "target_r"} <= field_names:  # AdaLoRA starts with half as many again and prunes to the target
+        return {"target_r": recipe.rank, "init_r": math.ceil(recipe.rank * 3 / 2)}
+    known = [field.name for field in page(method).fields]
+    settings = ", ".join(known) or "none of its own"
+    raise ConfigError(f"{method} has no rank; its settings, to be given under options, are {settings}")
 
 
-def _targets(recipe: Recipe, method: str, names: set[str]) -> dict[str, Any]:
+def _targets(recipe: Recipe, method: str, field_names: set[str]) -> dict[str, Any]:
+    """The recipe's targets as the method's own field."""
     if recipe.targets is None:
         return {}
-    if "target_modules" not in names:
+    if "target_modules" not in field_names:
         raise ConfigError(f"{method} learns a prompt and has no targets; leave them out")
     return {"target_modules": recipe.targets}

@@ -1,4 +1,4 @@
-"""Parameters that FSDP2 has sharded: read whole, and written whole, so that files know nothing of processes."""
+"""Optimizer state of parameters that FSDP2 shards: files hold whole tensors, whatever the number of processes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ..errors import ConfigError
 
 
 def shards(accelerator: Any) -> bool:
-    """Whether `accelerator` shards the model, which means FSDP2.
+    """Whether `accelerator` shards the model, with FSDP2.
 
-    Asked for FSDP on a CPU, accelerate would fall back to DDP in silence; here it shards there too.
+    On a CPU, accelerate silently replaces FSDP by DDP; this function sets it back to FSDP.
 
     Raises:
-        ConfigError: it was launched with FSDP1.
+        ConfigError: the run was launched with FSDP1.
     """
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     state = accelerator.state
-    wanted = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    if wanted and state.distributed_type is DistributedType.MULTI_CPU:
+    asks_for_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if asks_for_fsdp and state.distributed_type is DistributedType.MULTI_CPU:
         state.distributed_type = DistributedType.FSDP
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
     if state.distributed_type is not DistributedType.FSDP:
@@ -36,27 +36,29 @@ def shards(accelerator: Any) -> bool:
 
 
 def gathered(optimizer: Any) -> dict[str, Any]:
-    """An optimizer's state, whole. Every process must take part."""
-    found: dict[str, Any] = tree_map_only(Tensor, whole, optimizer.state_dict())
-    return found
+    """The state dict of an optimizer, with whole tensors. Every process must take part."""
+    state: dict[str, Any] = tree_map_only(Tensor, whole, optimizer.state_dict())
+    return state
 
 
 def take_shares_(optimizer: torch.optim.Optimizer) -> None:
-    """Make a sharded optimizer load a whole state: of each moment every process keeps its own part."""
-    optimizer.register_load_state_dict_pre_hook(_shared_out)
+    """Make a sharded optimizer load whole tensors: each process keeps its own shard of them."""
+    optimizer.register_load_state_dict_pre_hook(_with_shards)
 
 
-def _shared_out(optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> dict[str, Any]:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {
-        number: {name: _share(value, parameters[number]) for name, value in own.items()}
-        for number, own in content["state"].items()
-    }
+def _with_shards(optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> dict[str, Any]:
+    """A state dict whose whole tensors are replaced by this process's shards."""
+    parameters: list[Tensor] = []
+    for group in optimizer.param_groups:
+        parameters.extend(group["params"])
+    state = {}
+    for number, values in content["state"].items():
+        state[number] = {name: _share(value, parameters[number]) for name, value in values.items()}
     return content | {"state": state}
 
 
 def plain_as_shares() -> Any:
-    """A context in which plain tensors can be copied into sharded parameters."""
+    """A context manager in which whole tensors can be copied into sharded parameters."""
     from torch.distributed.tensor.experimental import implicit_replication
 
     return implicit_replication()

@@ -14,74 +14,95 @@ from ..maths.low_rank import effective_rank, singular_values
 from ..model.peft_model import PeftModel
 
 MOST_DENSE = 1024
-"""Above this size the singular values of an update that is given as a whole matrix take too long."""
+"""Largest side of a dense update whose singular values are computed; beyond it they take too long."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """One adapted module."""
+    """What training did to one adapted module."""
 
     path: str
     parameters: int
     norm: float
-    """Of the update of its weight; of the adapter's own numbers where it has no form as a weight."""
+    """Frobenius norm of the update of the weight; of the adapter's parameters if it cannot be merged."""
     relative_norm: float | None = None
-    """Of the update, divided by that of the pretrained weight."""
+    """Norm of the update divided by that of the pretrained weight."""
     rank: int | None = None
-    """The most that the update can have."""
+    """Largest rank that the update can have."""
     effective_rank: float | None = None
     """exp of the entropy of the update's normalised singular values."""
 
 
 @torch.no_grad()
 def layers(model: PeftModel, adapter_name: str = "default") -> list[dict[str, Any]]:
-    """Of each adapted module, in the model's order."""
-    return [asdict(_trained(path, adapter)) for path, adapter in model._state.adapters(adapter_name).items()]
+    """The facts of each adapted module, in the model's order."""
+    adapters = model._state.adapters(adapter_name)
+    return [asdict(_trained(path, adapter)) for path, adapter in adapters.items()]
 
 
 @torch.no_grad()
 def outside(model: PeftModel, adapter_name: str = "default") -> list[dict[str, Any]]:
-    """Of each tensor that belongs to no layer: a prompt, a gate, shared parts."""
+    """Name, shape and norm of each parameter outside the layers: of a prompt, a gate, or shared modules."""
     state = model._state
-    parts = [part for part in (state.shared.get(adapter_name), state.prompts.get(adapter_name)) if part is not None]
-    tensors = [(name, t) for part in parts for name, t in part.named_parameters()]
-    return [{"name": name, "shape": list(t.shape), "norm": float(t.float().norm())} for name, t in tensors]
+    facts = []
+    for module in (state.shared.get(adapter_name), state.prompts.get(adapter_name)):
+        if module is None:
+            continue
+        for name, parameter in module.named_parameters():
+            norm = float(parameter.float().norm())
+            facts.append({"name": name, "shape": list(parameter.shape), "norm": norm})
+    return facts
 
 
 def _trained(path: str, adapter: Adapter) -> Trained:
-    count = sum(p.numel() for p in adapter.parameters())
+    parameters = sum(p.numel() for p in adapter.parameters())
     try:
-        norm, relative, rank, effective = _update(adapter)
+        W = adapter.target.original_weight()
+        pair = _factors(adapter)
+        if pair is not None:
+            return _trained_low_rank(path, parameters, pair, W)
+        dW = _folded(adapter, W) - W.float()
     except NotMergeable:
-        return Trained(path, count, float(sum(p.double().square().sum() for p in adapter.parameters()) ** 0.5))
-    return Trained(path, count, norm, relative, rank, effective)
+        squares = sum(p.double().square().sum() for p in adapter.parameters())
+        return Trained(path, parameters, float(squares**0.5))
+    return _trained_dense(path, parameters, dW, W)
 
 
-def _update(adapter: Adapter) -> tuple[float, float, int | None, float | None]:
-    """(norm, relative norm, rank, effective rank) of what an adapter adds to its weight."""
-    W = adapter.target.original_weight()
-    whole = float(W.float().norm()) or 1.0
-    pair = _pair(adapter)
-    if pair is not None:
-        S = singular_values(pair)
-        return float(S.norm()), float(S.norm()) / whole, len(S), effective_rank(S)
-    D = _folded(adapter, W) - W.float()
-    norm = float(D.norm())
-    if D.dim() != 2 or max(D.shape) > MOST_DENSE:
-        return norm, norm / whole, None, None
-    return norm, norm / whole, min(D.shape), effective_rank(torch.linalg.svdvals(D))
+def _trained_low_rank(path: str, parameters: int, pair: tuple[Tensor, Tensor], W: Tensor) -> Trained:
+    """The facts of an update B A, from its singular values."""
+    S = singular_values(pair)
+    norm = float(S.norm())
+    return Trained(path, parameters, norm, norm / _norm(W), len(S), effective_rank(S))
 
 
-def _pair(adapter: Adapter) -> tuple[Tensor, Tensor] | None:
-    """A (r, in) and B (out, r) of a plain low-rank update."""
+def _trained_dense(path: str, parameters: int, dW: Tensor, W: Tensor) -> Trained:
+    """The facts of an update that is given as a whole matrix."""
+    norm = float(dW.norm())
+    if dW.dim() != 2 or max(dW.shape) > MOST_DENSE:
+        return Trained(path, parameters, norm, norm / _norm(W))
+    S = torch.linalg.svdvals(dW)
+    return Trained(path, parameters, norm, norm / _norm(W), min(dW.shape), effective_rank(S))
+
+
+def _norm(W: Tensor) -> float:
+    """The norm of a pretrained weight; 1 if the weight is zero, since it divides."""
+    return float(W.float().norm()) or 1.0
+
+
+def _factors(adapter: Adapter) -> tuple[Tensor, Tensor] | None:
+    """A (r, in) and B (out, r) of a plain low-rank update; None for any other update."""
     if not isinstance(adapter, LowRank) or type(adapter).fold is not LowRank.fold:
         return None
     A, B = adapter.factors()
-    return (A.double(), B.double()) if A.dim() == B.dim() == 2 and A.numel() else None
+    if A.dim() != 2 or B.dim() != 2 or A.numel() == 0:
+        return None
+    return A.double(), B.double()
 
 
 def _folded(adapter: Adapter, W: Tensor) -> Tensor:
-    W, b = W.float(), adapter.target.original_bias()
+    """The weight with the adapter folded in, in fp32."""
+    W = W.float()
+    b = adapter.target.original_bias()
     for part in adapter.parts:
         W, b = part.fold(W, b)
     return W

@@ -1,4 +1,4 @@
-"""transformers' Trainer, made exact: one loss whatever the layout of the batch, counted tokens, whole checkpoints."""
+"""transformers' Trainer, made exact: a loss independent of the batch layout, counted tokens, whole checkpoints."""
 
 from __future__ import annotations
 
@@ -28,24 +28,32 @@ from .meter import Meter, rss
 from .recipe import Recipe
 
 WHOLE = "complete"
-"""A file that a checkpoint gets when everything else of it is written."""
+"""Name of the empty file that marks a checkpoint as completely written."""
 
 
 class ExactTrainer(Trainer):
-    """Trains on the mean over all learned tokens of an optimizer step, over all its batches and processes."""
+    """Trains on the mean loss over all learned tokens of an optimizer step, across its batches and processes."""
+
+    model: Any
+    """The PeftModel, or what accelerate wraps around it."""
 
     def __init__(
         self, *args: Any, sampler: Shuffled | None, meter: Meter, flat: Any = None, fast: bool = True, **kwargs: Any
     ) -> None:
-        """Args beyond those of Trainer.
+        """Take Trainer's arguments and our own.
 
-        flat: the collator of training batches that lays rows end to end; None: they are padded, as in evaluation.
-        fast: take the fast paths.
+        Args:
+            sampler: the order of the training rows; None: the order of the data set.
+            meter: counts tokens, seconds and memory.
+            flat: collator that joins training rows without padding; None: they are padded, as in evaluation.
+            fast: use the fast paths.
         """
         super().__init__(*args, **kwargs)
-        self.flat, self.fast = flat, fast
-        self.model_accepts_loss_kwargs = True  # learned tokens are counted; `compute_loss` does the rest itself
-        self.sampler, self.meter = sampler, meter
+        self.flat = flat
+        self.fast = fast
+        self.model_accepts_loss_kwargs = True  # makes Trainer count learned tokens; `compute_loss` does the rest
+        self.sampler = sampler
+        self.meter = meter
         self.add_callback(meter)
         self.add_callback(_Epochs(sampler))
 
@@ -53,16 +61,17 @@ class ExactTrainer(Trainer):
         return self.sampler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing, where a run that is resumed had come to its end; Trainer would take one step too many."""
+        """Run an epoch, unless the resumed run is already finished: Trainer would take one step too many."""
         if self._is_over():
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
     def _is_over(self) -> bool:
+        if self.state.global_step >= self.state.max_steps:
+            return True
         stoppers = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
-        stopped = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in stoppers)
-        return stopped or self.state.global_step >= self.state.max_steps
+        return any(stopper.early_stopping_patience_counter >= stopper.early_stopping_patience for stopper in stoppers)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with nullcontext() if self.fast else ops.plain():
@@ -70,13 +79,15 @@ class ExactTrainer(Trainer):
             return super().train(*args, **kwargs)
 
     def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> Any:  # type: ignore[override]
-        """One flat buffer for AdamW; sharded parameters stay what they are."""
-        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        is_flat = kind is torch.optim.AdamW and ops.is_fast("optimizer") and not self.is_sharded
-        return (FlatAdamW if is_flat else kind), settings
+        """Replace AdamW by our AdamW over one flat buffer, except for sharded parameters."""
+        optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if optimizer_class is torch.optim.AdamW and ops.is_fast("optimizer") and not self.is_sharded:
+            optimizer_class = FlatAdamW
+        return optimizer_class, settings
 
     def get_train_dataloader(self) -> Any:
-        padded, self.data_collator = self.data_collator, self.flat or self.data_collator
+        padded = self.data_collator
+        self.data_collator = self.flat or padded
         try:
             return super().get_train_dataloader()
         finally:
@@ -88,70 +99,76 @@ class ExactTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         self.meter.start()
-        batches, learned = super().get_batch_samples(epoch_iterator, num_batches, device)
-        real = torch.tensor(sum(_real_tokens(batch) for batch in batches), device=self.args.device)
+        batches, learned_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = sum(_real_tokens(batch) for batch in batches)
+        real_tokens = torch.tensor(count, device=self.args.device)
         if self.args.world_size > 1:
-            real = self.accelerator.reduce(real, "sum")
-        self.meter.add(int(real), int(learned or 0))
-        return batches, learned
+            real_tokens = self.accelerator.reduce(real_tokens, "sum")
+        self.meter.add(int(real_tokens), int(learned_tokens or 0))
+        return batches, learned_tokens
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's own mean, weighed by its share of the learned tokens of the step (all of them, in evaluation)."""
-        own = _learned(inputs["labels"])
-        outputs = model(**inputs) if own else model(**{k: v for k, v in inputs.items() if k != "labels"})
-        if own == 0:  # a batch of blanks: its mean would be nan
+        """The batch's mean loss, weighted by its share of the learned tokens of the step; unweighted in evaluation."""
+        learned_tokens = _learned_tokens(inputs["labels"])
+        if learned_tokens == 0:  # the mean over no tokens would be nan
+            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
             loss = outputs.logits.sum() * 0.0
-        elif num_items_in_batch is None:
-            loss = outputs.loss
-        else:
-            loss = outputs.loss * (own / num_items_in_batch * self.accelerator.num_processes)
+            return (loss, outputs) if return_outputs else loss
+        outputs = model(**inputs)
+        loss = outputs.loss
+        if num_items_in_batch is not None:
+            loss = loss * (learned_tokens / num_items_in_batch * self.accelerator.num_processes)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        bad = [name for name in ("loss", "grad_norm", "eval_loss") if not math.isfinite(logs.get(name, 0.0))]
-        if bad:
-            raise TrainingError(
-                f"{bad[0]} is {logs[bad[0]]} at step {self.state.global_step}: the run cannot go on. Try a lower "
-                f"learning_rate (now {self.args.learning_rate:g}), more warmup, or dtype: float32, and look at the data"
-            )
+        """Log as Trainer does, with speed and memory; raise TrainingError if the loss or gradient is not finite."""
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise TrainingError(
+                    f"{name} is {logs[name]} at step {self.state.global_step}: the run cannot go on. Try a lower "
+                    f"learning_rate (now {self.args.learning_rate:g}), more warmup, or dtype: float32, and look at "
+                    "the data"
+                )
         if "loss" in logs:
             logs = logs | {"tokens_per_second": self.meter.speed(), "rss_bytes": rss()}
         super().log(logs, start_time)
 
     def _load_callback_state(self) -> None:
-        """Trainer puts a new Meter in the place of ours; ours, which others hold too, takes its counts over."""
+        """Restore our own Meter in place: Trainer replaces it by a new one, but the display holds ours."""
         super()._load_callback_state()
-        handler = self.callback_handler
-        for restored in [callback for callback in handler.callbacks if isinstance(callback, Meter)]:
-            self.meter.__dict__.update(restored.__dict__)
-            handler.callbacks[handler.callbacks.index(restored)] = self.meter
+        callbacks = self.callback_handler.callbacks
+        for position, callback in enumerate(callbacks):
+            if isinstance(callback, Meter):
+                self.meter.__dict__.update(callback.__dict__)
+                callbacks[position] = self.meter
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate; the loss is the mean over all tokens, where Trainer's is a mean over batches."""
         output = super().evaluation_loop(*args, **kwargs)
-        exact = output.metrics.pop("eval_exact_loss", None)
-        if exact is not None:  # of all tokens alike, where Trainer's is a mean of batches
-            output.metrics["eval_loss"] = exact
+        exact_loss = output.metrics.pop("eval_exact_loss", None)
+        if exact_loss is not None:
+            output.metrics["eval_loss"] = exact_loss
         return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter alone, whole and written once; every process takes part, as sharded tensors need."""
-        inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        inner.save_pretrained(output_dir or str(self.args.output_dir), is_main_process=self.args.should_save)
+        """Save the adapter alone. The main process writes; all take part, to gather sharded tensors."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model.save_pretrained(output_dir or str(self.args.output_dir), is_main_process=self.args.should_save)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         self.is_sharded = sharded.shards(self.accelerator)
-        self.is_fsdp_enabled = False  # Trainer would save the whole base with each checkpoint, in FSDP's own layout
+        self.is_fsdp_enabled = False  # else Trainer saves the whole base with each checkpoint, in FSDP's own layout
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = sharded.gathered(self.optimizer)
+        optimizer_state = sharded.gathered(self.optimizer)
         if self.args.should_save:
-            torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
+            torch.save(optimizer_state, os.path.join(output_dir, OPTIMIZER_NAME))
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -164,8 +181,10 @@ class ExactTrainer(Trainer):
             super()._load_best_model()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        with writing(f"the checkpoint of step {self.state.global_step}", folder, RuntimeError):
+        """Save a checkpoint, and mark it as whole once every process has written its part."""
+        step = self.state.global_step
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
+        with writing(f"the checkpoint of step {step}", folder, RuntimeError):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -173,7 +192,7 @@ class ExactTrainer(Trainer):
 
 
 class _Epochs(TrainerCallback):
-    """Tells the sampler which epoch it is, also after a resume."""
+    """Tells the sampler the number of the epoch, also after a resume."""
 
     def __init__(self, sampler: Shuffled | None) -> None:
         self.sampler = sampler
@@ -185,18 +204,22 @@ class _Epochs(TrainerCallback):
 
 def metrics(prediction: Any) -> dict[str, float]:
     """Loss, perplexity and accuracy over all learned tokens."""
-    total, count, hits = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
-    loss = float(total / count)
-    return {"exact_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": float(hits / count)}
+    sums = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
+    total_loss, tokens, hits = sums
+    loss = float(total_loss / tokens)
+    perplexity = math.exp(min(loss, 700.0))  # exp overflows a float64 above 709
+    return {"exact_loss": loss, "perplexity": perplexity, "accuracy": float(hits / tokens)}
 
 
-def arguments(recipe: Recipe, output: Path, steps: int, warmup: int, eval_every: int | None, save_every: int) -> Any:
-    """The recipe in Trainer's words."""
-    on_cpu = not torch.accelerator.is_available()
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+def arguments(recipe: Recipe, steps: int) -> Any:
+    """The TrainingArguments of a resolved recipe that runs for so many optimizer steps."""
     assert recipe.learning_rate is not None, "the recipe is resolved"
+    evaluates = bool(recipe.eval_every)
+    on_cpu = not torch.accelerator.is_available()
+    several_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    warmup = round(recipe.warmup * steps) if recipe.warmup < 1 else int(recipe.warmup)
     return TrainingArguments(
-        output_dir=str(output / "checkpoints"),
+        output_dir=str(Path(recipe.output) / "checkpoints"),
         max_steps=steps,
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=recipe.eval_batch_size or recipe.batch_size,
@@ -211,20 +234,20 @@ def arguments(recipe: Recipe, output: Path, steps: int, warmup: int, eval_every:
         seed=recipe.seed,
         logging_steps=recipe.log_every,
         logging_nan_inf_filter=False,
-        eval_strategy="steps" if eval_every else "no",
-        eval_steps=eval_every,
-        eval_on_start=eval_every is not None,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=recipe.eval_every,
+        eval_on_start=evaluates,
         save_strategy="steps",
-        save_steps=save_every,
+        save_steps=recipe.save_every or steps,
         save_total_limit=recipe.keep,
-        load_best_model_at_end=bool(eval_every) and recipe.best,
-        metric_for_best_model="loss" if eval_every else None,
-        greater_is_better=False if eval_every else None,
+        load_best_model_at_end=evaluates and recipe.best,
+        metric_for_best_model="loss" if evaluates else None,
+        greater_is_better=False if evaluates else None,
         remove_unused_columns=False,
-        accelerator_config={"dispatch_batches": False},  # rows of several lengths do not fit in one batch to share out
+        accelerator_config={"dispatch_batches": False},  # rows of several lengths cannot be dispatched as one tensor
         dataloader_pin_memory=not on_cpu,
         ddp_find_unused_parameters=False,
-        ddp_backend="gloo" if on_cpu and several else None,
+        ddp_backend="gloo" if on_cpu and several_processes else None,
         use_cpu=on_cpu,
         restore_callback_states_from_checkpoint=True,
         report_to=["wandb"] if recipe.wandb else [],
@@ -233,20 +256,30 @@ def arguments(recipe: Recipe, output: Path, steps: int, warmup: int, eval_every:
 
 
 def last_checkpoint(output: Path) -> Path | None:
-    """The newest whole checkpoint; what a killed run left half-written is removed."""
-    whole: list[tuple[int, Path]] = []
+    """The newest complete checkpoint. Half-written ones, of a killed run, are removed."""
+    newest = None
+    newest_step = -1
     for folder in (output / "checkpoints").glob("checkpoint-*"):
         if (folder / WHOLE).is_file():
-            whole.append((int(folder.name.rpartition("-")[2]), folder))
+            step = int(folder.name.rpartition("-")[2])
+            if step > newest_step:
+                newest = folder
+                newest_step = step
         elif int(os.environ.get("RANK", "0")) == 0:
             shutil.rmtree(folder)
-    return max(whole)[1] if whole else None
+    return newest
 
 
 def _real_tokens(batch: dict[str, Tensor]) -> int:
+    """Tokens of a batch that are no padding."""
     mask = batch.get("attention_mask")
-    return int(batch["input_ids"].numel() if mask is None else mask.sum())
+    if mask is None:
+        return batch["input_ids"].numel()
+    return int(mask.sum())
 
 
-def _learned(labels: Tensor) -> int:
-    return int((labels[..., 1:] if labels.dim() > 1 else labels).ne(IGNORED).sum())
+def _learned_tokens(labels: Tensor) -> int:
+    """Labels that count in the loss. The first of a sequence is never predicted; classes have one label per row."""
+    if labels.dim() > 1:
+        labels = labels[..., 1:]
+    return int(labels.ne(IGNORED).sum())

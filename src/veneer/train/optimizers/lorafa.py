@@ -1,10 +1,10 @@
-"""LoRA-FA: A stays as it is, and B's gradient makes up for that.
+"""LoRA-FA: A is frozen, and B's gradient is corrected for it.
 
     g_B <- g_B (A A^T)^-1 / s^2
 
-the step of B that comes nearest to the full gradient, where the update is s B A. Zhang et al., 2023, arXiv:2308.03303.
-A needs no gradient, so the layers' inputs need not be kept for it. AdamW follows: torch's own, where PEFT's adds
-epsilon before the bias correction and decays weights after the step, and rounds the product to bf16.
+This step of B changes the update s B A as closely as possible to the full gradient. Zhang et al., 2023,
+arXiv:2308.03303. A needs no gradient, so the layers need not keep their inputs. torch's AdamW then takes the step;
+PEFT's own adds epsilon before the bias correction, decays weights after the step, and rounds the product to bf16.
 """
 
 from __future__ import annotations
@@ -29,32 +29,33 @@ def create_lorafa_optimizer(
     weight_decay: float = 0.0,
     use_rslora: bool | None = None,
 ) -> Optimizer:
-    """AdamW for a LoRA whose A is frozen from now on.
+    """Freeze A of every active LoRA layer and return AdamW for B.
 
     Args:
-        r, lora_alpha, use_rslora: what the adapter's config says; the layers know their own scaling.
+        r, lora_alpha, use_rslora: accepted as in PEFT and only compared with the adapter's config.
 
     Raises:
-        ConfigError: the config says something else.
-        TargetError: some A is zero (on embeddings it starts so), and frozen it would never learn.
+        ConfigError: one of them differs from the adapter's config.
+        TargetError: some A is zero, as on embeddings at the start, so that its layer would never learn.
     """
-    found = pairs(model)
-    _check(found, {"r": r, "lora_alpha": lora_alpha, "use_rslora": use_rslora})
-    for A, _, lora in found:
+    layers = pairs(model)
+    _check(layers, {"r": r, "lora_alpha": lora_alpha, "use_rslora": use_rslora})
+    for A, _, lora in layers:
         lora.holds_A = True
         A.requires_grad_(False)
         A.grad = None
     optimizer = AdamW(learning(model), lr=lr, eps=1e-6, weight_decay=weight_decay)
-    optimizer.register_step_pre_hook(Projection([pair for pair in found if pair.B.requires_grad]))
+    trained = [layer for layer in layers if layer.B.requires_grad]
+    optimizer.register_step_pre_hook(Projection(trained))
     return optimizer
 
 
-def _check(found: Sequence[Pair], given: dict[str, Any]) -> None:
-    for A, _, lora in found:
-        for field, value in given.items():
-            real = getattr(lora.config, field)
-            if value is not None and value != real:
-                raise ConfigError(f"create_lorafa_optimizer was given {field} = {value}, the adapter has {real}")
+def _check(layers: Sequence[Pair], settings: dict[str, Any]) -> None:
+    for A, _, lora in layers:
+        for name, value in settings.items():
+            actual = getattr(lora.config, name)
+            if value is not None and value != actual:
+                raise ConfigError(f"create_lorafa_optimizer was given {name} = {value}, the adapter has {actual}")
         if not A.any():
             raise TargetError(f"A is zero on {lora.target.path!r}; LoRA-FA freezes it, so nothing there would learn")
         if lora.target.groups > 1:
@@ -62,14 +63,16 @@ def _check(found: Sequence[Pair], given: dict[str, Any]) -> None:
 
 
 class Projection:
-    """A hook before each step."""
+    """A hook that corrects the gradients of B before each step."""
 
-    def __init__(self, found: Sequence[Pair]) -> None:
-        self.pairs = found
+    def __init__(self, layers: Sequence[Pair]) -> None:
+        self.layers = layers
 
     @torch.no_grad()
     def __call__(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for A, B, lora in self.pairs:
-            if B.grad is not None:
-                a = A.flatten(1)
-                replace_(B.grad, B.grad.flatten(1).to(wide(a)) @ inverse(a, 1e-8) / lora.scaling**2)
+        for A, B, lora in self.layers:
+            if B.grad is None:
+                continue
+            a = A.flatten(1)  # (r, in)
+            g = B.grad.flatten(1).to(wide(a))  # (out, r)
+            replace_(B.grad, g @ inverse(a, 1e-8) / lora.scaling**2)

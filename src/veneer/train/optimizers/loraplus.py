@@ -2,7 +2,7 @@
 
     A <- A - lr g_A,  B <- B - ratio lr g_B
 
-Hayou et al., 2024, arXiv:2402.12354: in wide models one rate for both is never efficient; a ratio of about 16 is.
+Hayou et al., 2024, arXiv:2402.12354: in wide models a single rate is never efficient; a ratio of about 16 is.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .pairs import pairs
 def create_loraplus_optimizer(
     model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
 ) -> Optimizer:
-    """An optimizer of any kind with LoRA+'s rates.
+    """An optimizer of the given class with LoRA+'s learning rates.
 
     Args:
-        lr: the rate of A, and of what else is trained.
-        loraplus_lr_ratio: how many times that B learns with (and vectors: biases, DoRA's magnitudes).
-        kwargs: for the optimizer, and `loraplus_weight_decay` (0; biases and norms have none) and
-            `loraplus_lr_embedding` (1e-6), the rate of A and B on embeddings.
+        lr: learning rate of A and of all other trained parameters.
+        loraplus_lr_ratio: B, and vectors such as biases and DoRA's magnitudes, learn at this multiple of `lr`.
+        kwargs: passed to the optimizer, except `loraplus_weight_decay` (0; biases and norms are never decayed) and
+            `loraplus_lr_embedding` (1e-6), the learning rate of A and B on embeddings.
 
     Raises:
         VeneerError: the model has no active LoRA adapter, or the ratio is not positive.
@@ -34,29 +34,38 @@ def create_loraplus_optimizer(
     if not loraplus_lr_ratio > 0:
         raise ConfigError(f"loraplus_lr_ratio must be above 0, not {loraplus_lr_ratio}")
     decay = kwargs.pop("loraplus_weight_decay", 0.0)
-    fast = lr * loraplus_lr_ratio
-    rates = {"A": (lr, decay), "embedding": (kwargs.pop("loraplus_lr_embedding", 1e-6), decay)}
-    rates |= {"B": (fast, decay), "undecayed": (fast, 0.0)}
-    groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
-    for kind, parameter in _sorted(model):
-        groups[kind].append(parameter)
-    settings = [{"params": groups[kind], "lr": r, "weight_decay": d} for kind, (r, d) in rates.items()]
-    return optimizer_cls(settings, lr=lr, **kwargs)  # type: ignore[call-arg]
+    embedding_lr = kwargs.pop("loraplus_lr_embedding", 1e-6)
+    fast_lr = lr * loraplus_lr_ratio
+    groups: dict[str, dict[str, Any]] = {
+        "A": {"params": [], "lr": lr, "weight_decay": decay},
+        "embedding": {"params": [], "lr": embedding_lr, "weight_decay": decay},
+        "B": {"params": [], "lr": fast_lr, "weight_decay": decay},
+        "undecayed": {"params": [], "lr": fast_lr, "weight_decay": 0.0},
+    }
+    for group, parameter in _grouped(model):
+        groups[group]["params"].append(parameter)
+    return optimizer_cls(list(groups.values()), lr=lr, **kwargs)  # type: ignore[call-arg]
 
 
-def _sorted(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(group, parameter) of all that is trained."""
-    found = pairs(model)
-    embeddings = {id(p) for pair in found if pair.lora.target.kind == "embedding" for p in pair[:2]}
-    B = {id(pair.B) for pair in found}
+def _grouped(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(group, parameter) for each trained parameter."""
+    B_ids = set()
+    embedding_ids = set()
+    for A, B, lora in pairs(model):
+        B_ids.add(id(B))
+        if lora.target.kind == "embedding":
+            embedding_ids |= {id(A), id(B)}
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        owner = type(modules[name.rpartition(".")[0]]).__name__
-        if id(parameter) in embeddings:
+        module = modules[name.rpartition(".")[0]]
+        is_norm = "norm" in type(module).__name__.lower()
+        if id(parameter) in embedding_ids:
             yield "embedding", parameter
-        elif id(parameter) in B or parameter.dim() == 1:
-            yield ("undecayed" if name.endswith("bias") or "norm" in owner.lower() else "B"), parameter
-        else:
+        elif id(parameter) not in B_ids and parameter.dim() != 1:
             yield "A", parameter
+        elif is_norm or name.endswith("bias"):
+            yield "undecayed", parameter
+        else:
+            yield "B", parameter

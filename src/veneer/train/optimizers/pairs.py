@@ -1,8 +1,7 @@
-"""What LoRA's optimizers work on: the factors A and B of each layer's update, as parameters."""
+"""The parameters A and B of each LoRA layer, on which LoRA's optimizers work."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -20,33 +19,35 @@ class Pair(NamedTuple):
     lora: Any
 
 
-def pairs(model: nn.Module) -> list[Pair]:
-    """Those of the active LoRA adapters.
+def pairs(model: Any) -> list[Pair]:
+    """A and B of every layer with an active LoRA adapter.
 
     Raises:
         VeneerError: there are none.
     """
-    found = list(_pairs(model))
-    if not found:
-        raise VeneerError("the model has no active LoRA adapter, whose A and B this optimizer is made for")
-    return found
-
-
-def _pairs(model: Any) -> Iterator[Pair]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     state = state_of(base)
-    for name in () if state is None else state.active:
-        for adapter in state.adapters(name).values():
-            for lora in (part for part in adapter.parts if isinstance(part, Started)):
-                if lora.target.kind == "embedding":
-                    yield Pair(lora.lora_embedding_A, lora.lora_embedding_B, lora)
-                else:
-                    yield Pair(lora.lora_A.weight, lora.lora_B.weight, lora)
+    result: list[Pair] = []
+    if state is not None:
+        for name in state.active:
+            for adapter in state.adapters(name).values():
+                result.extend(_pair(part) for part in adapter.parts if isinstance(part, Started))
+    if not result:
+        raise VeneerError("the model has no active LoRA adapter, whose A and B this optimizer is made for")
+    return result
+
+
+def _pair(lora: Any) -> Pair:
+    if lora.target.kind == "embedding":
+        return Pair(lora.lora_embedding_A, lora.lora_embedding_B, lora)
+    return Pair(lora.lora_A.weight, lora.lora_B.weight, lora)
 
 
 def learning(model: nn.Module) -> list[nn.Parameter]:
+    """The model's trainable parameters."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
 def replace_(gradient: Tensor, new: Tensor) -> None:
+    """Overwrite a gradient in place."""
     gradient.copy_(new.view(gradient.shape))
