@@ -50,11 +50,12 @@ class Plan:
         return sum(row.added for row in self.rows) + self.other
 
     def __str__(self) -> str:
-        path_width = max([len(row.path) for row in self.rows], default=10)
-        method_width = max([len(row.method) for row in self.rows], default=4)
+        path_width = max((len(row.path) for row in self.rows), default=10)
+        method_width = max((len(row.method) for row in self.rows), default=4)
 
         def line(path: str, method: str, formula: str, count: int) -> str:
-            return f"{path:<{path_width}}  {method:<{method_width}}  {formula:>22}  {count:>12,}"
+            module = f"{path:<{path_width}}  {method:<{method_width}}"
+            return f"{module}  {formula:>22}  {count:>12,}"
 
         lines = [line(row.path, row.method, row.formula, row.added) for row in self.rows]
         if self.other:
