@@ -56,7 +56,7 @@ class DetachedShadowModel(PreTrainedModel, GenerationMixin):
             self.generation_config = GenerationConfig.from_model_config(self.config)
 
     def can_generate(self) -> bool:  # type: ignore[override]
-        # PreTrainedModel.__init__ asks before the attributes are set.
+        # PreTrainedModel.__init__ calls this before the attributes are set.
         has_head = getattr(self, "head", None) is not None
         return has_head and not getattr(self, "is_classification", False)
 
