@@ -1,5 +1,5 @@
-"""Files of all kinds: found, read with limits, written atomically, pulled from the package index.
+"""Finding files, reading them within limits, writing them atomically, and pulling models from the package index.
 
-Everything that comes from outside passes through here, and nothing here trusts it. Imports `upstream`, `maths` and
-`errors` alone. Start with `read.py` and `write.py`; `limits.py`, `confine.py` and `regex.py` are the guards.
+Everything that comes from outside passes through here, and nothing here trusts it. Imports only `upstream`, `maths`
+and `errors`. Start with `read.py` and `write.py`; `limits.py`, `confine.py` and `regex.py` guard against hostile files.
 """

@@ -1,11 +1,11 @@
-"""Dataclasses whose fields are checked, and which a file's mapping brings back."""
+"""Dataclasses that check the names and types of their fields, and that can be restored from a file's mapping."""
 
 from __future__ import annotations
 
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import fields
 from functools import cache
 from typing import Any, ClassVar
@@ -14,55 +14,81 @@ from ..errors import ConfigError, nearest, printable
 
 
 class Checked:
-    """A dataclass whose fields are checked: unknown names and wrong types are errors that say what would be right."""
+    """Base of dataclasses that check their fields; errors for unknown names and wrong types say what is expected."""
 
     path_fields: ClassVar[tuple[str, ...]] = ()
     """Fields that hold paths of other adapters."""
 
-    def __new__(cls, *args: Any, **given: Any) -> Any:
-        _check_names(cls, given)
+    def __new__(cls, *args: Any, **values: Any) -> Any:
+        _check_names(cls, values)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]
-            value = _revived(getattr(self, name), hint)
+            value = _restored(getattr(self, name), hint)
             if not _is_a(value, hint):
-                raise ConfigError(f"{type(self).__name__}.{name} must be {_spell(hint)}, not {printable(repr(value))}")
+                field = f"{type(self).__name__}.{name}"
+                raise ConfigError(f"{field} must be {_spell(hint)}, not {printable(repr(value))}")
             setattr(self, name, value)
 
 
 class Settings(Checked):
-    """A dataclass that is a field of a config (`eva_config`); in a file it is a mapping."""
+    """Base of dataclasses that are fields of a config, such as `eva_config`; in a file they are mappings."""
 
 
 @cache
 def _hints(cls: Any) -> dict[str, Any]:
-    """The types of a config's fields (not of its class variables, which name classes imported for checkers only)."""
-    found = {}
+    """The types of a dataclass's fields, by name.
+
+    Class variables are left out: their annotations name classes that are imported for type checkers only.
+    """
+    hints = {}
     for f in fields(cls):
-        owner = next(base for base in cls.__mro__ if f.name in base.__dict__.get("__annotations__", {}))
-        found[f.name] = eval(str(f.type), vars(sys.modules[owner.__module__]))
-    return found
+        module = sys.modules[_owner(cls, f.name).__module__]
+        hints[f.name] = eval(str(f.type), vars(module))
+    return hints
 
 
-def _check_names(cls: Any, given: Mapping[str, Any]) -> None:
+def _owner(cls: type, field: str) -> type:
+    """The class whose body annotates a field."""
+    for base in cls.__mro__:
+        if field in base.__dict__.get("__annotations__", {}):
+            return base
+    raise AssertionError(f"{field} is no field of {cls.__name__}")
+
+
+def _check_names(cls: Any, names: Iterable[str]) -> None:
     known = [f.name for f in fields(cls)]
-    for name in given:
+    for name in names:
         if name not in known:
             raise ConfigError(f"{cls.__name__} has no field {name!r}{nearest(name, known)}")
 
 
-def _revived(value: Any, hint: Any) -> Any:
-    """The `Settings` that a file's mapping stands for, where the field holds some."""
-    kinds = [kind for kind in typing.get_args(hint) or (hint,) if isinstance(kind, type) and issubclass(kind, Settings)]
-    if not kinds or not isinstance(value, dict):
+def _restored(value: Any, hint: Any) -> Any:
+    """The value of a field; a mapping from a file becomes the `Settings` that the field holds."""
+    cls = _settings_class(hint)
+    if cls is None or not isinstance(value, dict):
         return value
-    _check_names(kinds[0], value)
-    return kinds[0](**{f.name: value[f.name] for f in fields(kinds[0]) if f.init and f.name in value})  # type: ignore[arg-type]
+    _check_names(cls, value)
+    arguments = {}
+    for f in fields(cls):
+        if f.init and f.name in value:
+            arguments[f.name] = value[f.name]
+    return cls(**arguments)
+
+
+def _settings_class(hint: Any) -> Any:
+    """The subclass of `Settings` in a type, or None."""
+    for alternative in typing.get_args(hint) or (hint,):
+        if isinstance(alternative, type) and issubclass(alternative, Settings):
+            return alternative
+    return None
 
 
 def _is_a(value: Any, hint: Any) -> bool:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    """Whether a value has a type; ints count as floats, and tuples as lists."""
+    origin = typing.get_origin(hint)
+    args = typing.get_args(hint)
     if hint is Any:
         return True
     if origin in (typing.Union, types.UnionType):
@@ -70,9 +96,14 @@ def _is_a(value: Any, hint: Any) -> bool:
     if origin is typing.Literal:
         return value in args
     if origin is list:
-        return isinstance(value, (list, tuple)) and all(_is_a(item, args[0]) for item in value)
+        if not isinstance(value, (list, tuple)):
+            return False
+        return all(_is_a(item, args[0]) for item in value)
     if origin is dict:
-        return isinstance(value, dict) and all(_is_a(k, args[0]) and _is_a(v, args[1]) for k, v in value.items())
+        if not isinstance(value, dict):
+            return False
+        key_hint, item_hint = args
+        return all(_is_a(key, key_hint) and _is_a(item, item_hint) for key, item in value.items())
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
@@ -81,4 +112,5 @@ def _is_a(value: Any, hint: Any) -> bool:
 
 
 def _spell(hint: Any) -> str:
+    """A type as it is written in code."""
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

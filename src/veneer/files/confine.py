@@ -1,4 +1,4 @@
-"""Paths that stand in configs: those of a file may not lead out of its directory, for anybody may have written it."""
+"""Paths in configs: a file comes from an unknown author, so its paths may not lead out of its directory."""
 
 from __future__ import annotations
 
@@ -11,35 +11,42 @@ from .checked import Checked
 
 
 def confine(config: Checked, home: Path, follow: bool) -> None:
-    """Make the paths in a file's config absolute.
+    """Make the paths in a config that was read from a file absolute, in place.
 
     Args:
-        config: its fields are changed.
-        home: the directory of the file, against which relative paths count.
-        follow: paths may lead out of it.
+        config: the config.
+        home: the directory of the file; relative paths start here.
+        follow: allow paths that lead out of `home`.
 
     Raises:
-        ConfigError: one leads out of `home`, by itself or through a link.
+        ConfigError: a path leads out of `home`, directly or through a link.
     """
     for f in fields(config):  # type: ignore[arg-type]
         value = getattr(config, f.name)
         if f.name in config.path_fields:
             setattr(config, f.name, _confined(value, home, follow, f.name))
-        for inner in value if isinstance(value, list) else (value,):
-            if isinstance(inner, Checked) and is_dataclass(inner):
+        for inner in _configs_in(value):
+            if is_dataclass(inner):
                 confine(inner, home, follow)
 
 
+def _configs_in(value: Any) -> list[Checked]:
+    """The configs in a field's value: itself, or the items of a list."""
+    items = value if isinstance(value, list) else [value]
+    return [item for item in items if isinstance(item, Checked)]
+
+
 def _confined(value: Any, home: Path, follow: bool, field: str) -> Any:
+    """The value of a path field, with the paths that lie inside `home` made absolute."""
     if isinstance(value, dict):
         return {name: _confined(path, home, follow, field) for name, path in value.items()}
     if isinstance(value, list):
         return [_confined(path, home, follow, field) for path in value]
     if not isinstance(value, str):
         return value
-    inside, here = (home / value).resolve(), home.resolve()
-    if here in inside.parents and inside.exists():
-        return str(inside)
+    path = (home / value).resolve()
+    if home.resolve() in path.parents and path.exists():
+        return str(path)
     if not follow:
         raise ConfigError(
             f"{field} names {value!r}, which is not inside {str(home)!r}, where its config was read; "
@@ -49,14 +56,18 @@ def _confined(value: Any, home: Path, follow: bool, field: str) -> Any:
 
 
 def names_of_paths(config: Checked) -> frozenset[str]:
-    """The fields that hold paths, of a config and of what it holds."""
-    values = (getattr(config, f.name) for f in fields(config))  # type: ignore[arg-type]
-    inner = [i for v in values for i in (v if isinstance(v, list) else (v,)) if isinstance(i, Checked)]
-    return frozenset(config.path_fields).union(*map(names_of_paths, inner))
+    """Names of the fields that hold paths, in a config and in the configs inside it."""
+    names = frozenset(config.path_fields)
+    for f in fields(config):  # type: ignore[arg-type]
+        for inner in _configs_in(getattr(config, f.name)):
+            names |= names_of_paths(inner)
+    return names
 
 
 def without_paths(content: Any, names: frozenset[str]) -> Any:
-    """A config file's content without the fields that hold paths: where things lie is not what they mean."""
+    """The content of a config file without path fields: the meaning of a config does not depend on locations."""
     if isinstance(content, dict):
         return {name: without_paths(value, names) for name, value in content.items() if name not in names}
-    return [without_paths(value, names) for value in content] if isinstance(content, list) else content
+    if isinstance(content, list):
+        return [without_paths(value, names) for value in content]
+    return content

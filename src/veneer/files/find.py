@@ -1,4 +1,4 @@
-"""An adapter's files, in a directory or on the hub."""
+"""Finding the files of an adapter, in a local directory or on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -19,33 +19,44 @@ HUB_ARGUMENTS = (
     "proxies",
     "repo_type",
 )
-"""What a download from the hub can be told."""
+"""Arguments that a download from the hub accepts."""
 
 
-def check_hub_arguments(given: Iterable[str]) -> None:
-    for name in given:
+def check_hub_arguments(names: Iterable[str]) -> None:
+    """Raise VeneerError for a name that is not an argument of a download."""
+    for name in names:
         if name not in HUB_ARGUMENTS:
             raise VeneerError(f"unknown argument {name!r}{nearest(name, HUB_ARGUMENTS)}")
 
 
 def find_file(source: str | Path, name: str, **hub: Any) -> Path:
-    """A file of a local directory or, when there is no such directory, of a hub repository."""
-    directory = Path(source) / (hub.pop("subfolder", None) or "")
-    if (directory / name).is_file():
-        return directory / name
-    if Path(source).exists() or Path(source).is_absolute() or str(source).startswith("."):
+    """Find a file in a local directory or, if there is no such directory, in a hub repository.
+
+    Raises:
+        CheckpointError: the file is in neither.
+    """
+    root = Path(source)
+    subfolder = hub.pop("subfolder", None) or ""
+    directory = root / subfolder
+    file = directory / name
+    if file.is_file():
+        return file
+    is_local = root.exists() or root.is_absolute() or str(source).startswith(".")
+    if is_local:
         raise CheckpointError(f"{str(directory)!r} holds no {name}: {_contents(directory)}")
-    return _download(str(source), name, subfolder=str(directory.relative_to(source)), **hub)
+    relative = directory.relative_to(root)
+    return _download(str(source), name, subfolder=str(relative), **hub)
 
 
 def find_weights(source: str | Path, *, allow_pickle: bool = False, **hub: Any) -> Path:
-    """The tensor file of an adapter. Where there is only a pickle, it is that or an error, as `allow_pickle` says."""
+    """Find the tensor file of an adapter; a pickle only if there is nothing else and `allow_pickle` is true."""
     try:
         return find_file(source, WEIGHTS_NAME, **hub)
     except CheckpointError:
         if allow_pickle:
             return find_file(source, PICKLE_NAME, **hub)
-        pickle = Path(source) / (hub.get("subfolder") or "") / PICKLE_NAME
+        subfolder = hub.get("subfolder") or ""
+        pickle = Path(source) / subfolder / PICKLE_NAME
         if pickle.is_file():
             raise CheckpointError(
                 f"{str(pickle)!r} is a pickle, which can run code when it is loaded; get the adapter as "
@@ -55,20 +66,23 @@ def find_weights(source: str | Path, *, allow_pickle: bool = False, **hub: Any) 
 
 
 def _contents(directory: Path) -> str:
+    """What a directory holds, in words for an error message."""
     if not directory.is_dir():
         return "there is no such directory"
-    names = sorted(printable(p.name, 80) for p in directory.iterdir())
-    return f"it holds {', '.join(names[:20]) or 'nothing'}" + (
-        f" and {len(names) - 20} more" if len(names) > 20 else ""
-    )
+    names = sorted(printable(path.name, 80) for path in directory.iterdir())
+    shown = ", ".join(names[:20]) or "nothing"
+    if len(names) > 20:
+        shown += f" and {len(names) - 20} more"
+    return f"it holds {shown}"
 
 
 def _download(repository: str, name: str, *, subfolder: str, **hub: Any) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    folder = None if subfolder == "." else subfolder
     try:
-        return Path(hf_hub_download(repository, name, subfolder=None if subfolder == "." else subfolder, **hub))
+        return Path(hf_hub_download(repository, name, subfolder=folder, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = first_line(error)
         raise CheckpointError(

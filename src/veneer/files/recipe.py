@@ -1,4 +1,4 @@
-"""The recipe that a run leaves beside its adapter, as keys and values."""
+"""The recipe that a run saves with its adapter, as a mapping."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ RECIPE_NAME = "recipe.yaml"
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The keys of a YAML file.
+    """Read the mapping in a YAML file.
 
     Raises:
-        ConfigError: it is missing, or no YAML mapping.
+        ConfigError: the file is missing, or does not hold a mapping.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
     except FileNotFoundError:
         raise ConfigError(f"there is no recipe {str(path)!r}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{str(path)!r} is not a YAML recipe: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{str(path)!r} is not a YAML recipe: {reason}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{str(path)!r} holds no keys of a recipe (`key: value` lines)")
     return content

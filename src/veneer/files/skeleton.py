@@ -1,4 +1,4 @@
-"""A model's shape without its weights: built from its config on the meta device, which takes no memory."""
+"""Models without weights: built from a config on the meta device, whose tensors take no memory."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from ..upstream.auto import default_config, makes
 from .pull import resolve
 
 TASKS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
-"""What a config may be the config of, tried in order."""
+"""The transformers classes to try, in order."""
 
 
 def skeleton(model: str | None = None, model_type: str | None = None) -> Any:
-    """A model on the meta device.
+    """Build a model on the meta device.
 
     Args:
-        model: a directory, a name `veneer pull` knows, or a hub id, of which only the config is read.
-        model_type: an architecture of transformers ("gpt2", "llama") at its default sizes, instead.
+        model: a directory, a name that `veneer pull` knows, or a hub id; only the config is read.
+        model_type: instead of `model`: an architecture of transformers ("gpt2", "llama") at its default sizes.
 
     Raises:
         ConfigError: neither or both are given, or transformers has no such architecture.
     """
     if (model is None) == (model_type is None):
         raise ConfigError("give either a model or a model type")
-    config = default_config(str(model_type)) if model is None else _of_model(model)
+    config = _config_of(model) if model is not None else default_config(str(model_type))
     for task in TASKS:
         auto = makes(task, config)
         if auto is not None:
@@ -35,7 +35,8 @@ def skeleton(model: str | None = None, model_type: str | None = None) -> Any:
     raise ConfigError(f"transformers builds no model from a {type(config).__name__}")
 
 
-def _of_model(model: str) -> Any:
+def _config_of(model: str) -> Any:
+    """The config of a model, from a local directory or the hub."""
     from transformers import AutoConfig
 
     try:

@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old content or the new, never a part."""
+"""Atomic writing of files and directories: a crash leaves the old content or the new, never a part."""
 
 from __future__ import annotations
 
@@ -18,30 +18,32 @@ if TYPE_CHECKING:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file: the same bytes for the same content, where safetensors orders metadata at random."""
+    """Write a safetensors file with sorted metadata, which safetensors orders at random: equal content, equal bytes."""
     from safetensors.torch import save_file
 
     save_file(tensors, path, metadata)
     with path.open("rb+") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        metadata_items = header["__metadata__"].items()
+        header["__metadata__"] = dict(sorted(metadata_items))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
         file.seek(8)
-        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+        file.write(text.encode().ljust(size))
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """A crash leaves either the old file or the new one, whole."""
+    """Write a file; a crash leaves either the old file or the new one, complete."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new file to write beside `path`, which takes its place once it is whole and on the disk."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """A temporary file that replaces `path` after the block, once its content is on the disk."""
+    handle, temporary_name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
-    temporary = Path(name)
+    temporary = Path(temporary_name)
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -55,13 +57,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def identity(path: Path) -> tuple[int, int]:
-    """What is another when another file has taken this place."""
-    found = path.stat()
-    return found.st_ino, found.st_mtime_ns
+    """A value that changes if the file at `path` is replaced by another."""
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
 
 
 def _settle(directory: Path) -> None:
-    """The rename itself reaches the disk, where directories can be synchronised (not on Windows)."""
+    """Flush a rename to the disk, if the system can synchronise directories (Windows cannot)."""
     try:
         handle = os.open(directory, os.O_RDONLY)
     except OSError:
@@ -73,15 +75,24 @@ def _settle(directory: Path) -> None:
 
 
 def check_free(out: Path) -> None:
-    """Raise VeneerError where writing a directory would overwrite something."""
-    if out.is_file() or out.is_dir() and any(out.iterdir()):
-        what = "is a file" if out.is_file() else f"holds {', '.join(sorted(p.name for p in out.iterdir())[:3])}"
-        raise VeneerError(f"{str(out)!r} {what}; give a new directory, nothing is overwritten")
+    """Raise VeneerError if writing the directory `out` would overwrite something."""
+    if out.is_file():
+        raise VeneerError(f"{str(out)!r} is a file; give a new directory, nothing is overwritten")
+    if not out.is_dir():
+        return
+    names = sorted(path.name for path in out.iterdir())
+    if names:
+        first_names = ", ".join(names[:3])
+        raise VeneerError(f"{str(out)!r} holds {first_names}; give a new directory, nothing is overwritten")
 
 
 @contextmanager
 def appearing(out: Path, size: int = 0) -> Iterator[Path]:
-    """A temporary directory that becomes `out`, new or empty, at the end; after an error nothing is left of it.
+    """A temporary directory that becomes `out` after the block; it is deleted if the block raises.
+
+    Args:
+        out: the directory; it must be missing or empty.
+        size: bytes that will be written.
 
     Raises:
         VeneerError: something would be overwritten, or fewer than `size` bytes are free.
@@ -103,6 +114,7 @@ def appearing(out: Path, size: int = 0) -> Iterator[Path]:
 
 
 def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -110,20 +122,25 @@ def _umask() -> int:
 
 @contextmanager
 def writing(what: str, folder: Path, *errors: type[Exception]) -> Iterator[None]:
-    """Turn a failure to write into one error.
+    """Turn a failure to write into a TrainingError.
 
     Args:
-        errors: what else than OSError is such a failure; torch.save raises RuntimeError, and does not say why.
+        what: what is written, for the message.
+        folder: the folder that is written to.
+        errors: exceptions besides OSError that mean such a failure; torch.save raises RuntimeError without a reason.
 
     Raises:
-        TrainingError: it could not be written; names the folder and the room that is left there.
+        TrainingError: writing failed; the message gives the folder and the free space.
     """
     failures: tuple[type[Exception], ...] = (OSError, *errors)
     try:
         yield
     except failures as error:
-        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-        reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        reason = first_line(error)
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
         raise TrainingError(
             f"{what} could not be written into {str(folder)!r}: {reason} ({free:,} bytes are free there); make room, "
             "and go on with --resume"

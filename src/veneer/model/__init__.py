@@ -1,4 +1,4 @@
-"""`PeftModel`, and what is done to one: loading, verifying, combining, converting to LoRA, hot swapping.
+"""`PeftModel` and the operations on it: loading, verifying, combining, converting to LoRA, hot swapping.
 
-Start with `peft_model.py`; `loading.py` builds a base and its adapters from names, `guard.py` watches training.
+Start with `peft_model.py`; `loading.py` loads a base model and its adapters by name, `guard.py` watches training.
 """

@@ -1,4 +1,4 @@
-"""`Adapted`, what `PeftModel.base_model` is, and how attributes that a wrapper lacks are looked up in what it wraps."""
+"""`Adapted`, the type of `PeftModel.base_model`, and the attribute lookup that wrappers of a model share."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Adapted(nn.Module):
 
 @contextmanager
 def _flags_kept_on_error(model: nn.Module) -> Iterator[None]:
-    """What freezes a model gives its requires_grad flags back when it fails."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    """Restore the requires_grad flags of all parameters if the block raises."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
@@ -53,6 +53,11 @@ def _flags_kept_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def _state(model: nn.Module) -> State:
+    """The adapter state of a model.
+
+    Raises:
+        VeneerError: the model has no adapters.
+    """
     state = state_of(model)
     if state is None:
         raise VeneerError("the model has no adapters (they were merged or unloaded)")
@@ -60,10 +65,12 @@ def _state(model: nn.Module) -> State:
 
 
 def _fall_through(module: nn.Module, name: str, inner: str) -> Any:
+    """Look up an attribute in a module, then in its submodule called `inner`."""
     try:
         return nn.Module.__getattr__(module, name)
     except AttributeError:
-        held = module.__dict__.get("_modules", {}).get(inner)
-        if held is None or name == inner:
+        submodules = module.__dict__.get("_modules", {})  # missing until nn.Module.__init__ has run
+        wrapped = submodules.get(inner)
+        if wrapped is None or name == inner:
             raise
-        return getattr(held, name)
+        return getattr(wrapped, name)

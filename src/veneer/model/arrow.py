@@ -1,4 +1,4 @@
-"""PEFT's way to an Arrow model."""
+"""`create_arrow_model`, PEFT's constructor of an Arrow model."""
 
 from __future__ import annotations
 
@@ -21,11 +21,27 @@ def create_arrow_model(
     general_adapter_paths: Sequence[str] | None = None,
     **hub: Any,
 ) -> PeftModel:
-    """A model with one adapter, "arrow_router", that holds trained LoRA adapters and routes each token among them."""
+    """Create a model whose one adapter, "arrow_router", holds trained LoRA adapters and routes each token among them.
+
+    Args:
+        base_model: the model that the LoRA adapters were trained on.
+        task_specific_adapter_paths: directories or hub ids of the adapters to route among.
+        arrow_config: settings of the router; its adapter lists are set here.
+        general_adapter_paths: directories or hub ids of adapters that hold general knowledge.
+        hub: `subfolder`, `revision`, `token`, `cache_dir` and the like.
+    """
     check_hub_arguments(hub)
-    tasks, general = (
-        [str(find_file(source, CONFIG_NAME, **hub).parent) for source in sources or ()]
-        for sources in (task_specific_adapter_paths, general_adapter_paths)
-    )
-    how = replace(arrow_config, task_adapter_names=tasks, gks_adapter_names=general)
-    return get_peft_model(base_model, ArrowLoraConfig(arrow_config=how, inference_mode=True), "arrow_router").eval()
+    tasks = _local_directories(task_specific_adapter_paths, hub)
+    general = _local_directories(general_adapter_paths, hub)
+    router = replace(arrow_config, task_adapter_names=tasks, gks_adapter_names=general)
+    config = ArrowLoraConfig(arrow_config=router, inference_mode=True)
+    return get_peft_model(base_model, config, "arrow_router").eval()
+
+
+def _local_directories(sources: Sequence[str] | None, hub: dict[str, Any]) -> list[str]:
+    """Local directories of adapters, downloaded from the hub where necessary."""
+    directories = []
+    for source in sources or ():
+        config_file = find_file(source, CONFIG_NAME, **hub)
+        directories.append(str(config_file.parent))
+    return directories

@@ -13,9 +13,10 @@ from .peft_model import PeftModel
 
 
 class AutoPeftModel:
-    """Loads the base model that an adapter's config names, by the config's task, and the adapter onto it."""
+    """Loads an adapter together with the base model that its config names."""
 
     auto_class: ClassVar[str | None] = None
+    """Name of the transformers class for the base model; None: chosen by the config's task."""
     peft_model: ClassVar[type[PeftModel]] = PeftModel
     config_class: ClassVar[type[Config]] = Config
 
@@ -35,19 +36,28 @@ class AutoPeftModel:
         follow_paths: bool = False,
         **kwargs: Any,
     ) -> PeftModel:
-        """Load base and adapter.
+        """Load a base model and put an adapter on it.
 
         Args:
-            adapter: a directory, or a hub id.
+            adapter: a directory or a hub id.
+            adapter_name: the name that the adapter gets on the model.
+            is_trainable: load the adapter for further training.
+            config: used in place of the adapter's saved config.
+            check_base: refuse a base model other than the one the adapter was trained on.
+            allow_pickle: read tensors from a pickle if there is no safetensors file.
+            follow_paths: allow paths in the config that lead out of the adapter's directory.
             kwargs: `subfolder`, `revision` and the like for the adapter; the rest goes to the base model's
                 `from_pretrained` (`dtype`, `device_map`, ...).
 
         Raises:
-            ConfigError: the adapter does not say which base model it is for.
+            ConfigError: the adapter's config names no base model.
         """
-        hub = {name: kwargs.pop(name) for name in list(kwargs) if name in HUB_ARGUMENTS}
-        named = config or cls.config_class.from_pretrained(adapter, **hub)
-        base = load_base(adapter, config=named, auto_class=cls.auto_class, hub=hub, **kwargs)
+        hub = {}
+        for name in HUB_ARGUMENTS:
+            if name in kwargs:
+                hub[name] = kwargs.pop(name)
+        base_config = config or cls.config_class.from_pretrained(adapter, **hub)
+        base = load_base(adapter, config=base_config, auto_class=cls.auto_class, hub=hub, **kwargs)
         return cls.peft_model.from_pretrained(
             base,
             adapter,
@@ -85,10 +95,12 @@ class AutoPeftModelForFeatureExtraction(AutoPeftModel):
     auto_class = "AutoModel"
 
 
-PeftModelForCausalLM = PeftModelForSeq2SeqLM = PeftModelForSequenceClassification = PeftModel
-
-
-PeftModelForTokenClassification = PeftModelForQuestionAnswering = PeftModelForFeatureExtraction = PeftModel
+PeftModelForCausalLM = PeftModel
+PeftModelForSeq2SeqLM = PeftModel
+PeftModelForSequenceClassification = PeftModel
+PeftModelForTokenClassification = PeftModel
+PeftModelForQuestionAnswering = PeftModel
+PeftModelForFeatureExtraction = PeftModel
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""An adapter for others: the card that says what it is, and the upload to the Hugging Face hub."""
+"""Publishing an adapter: its model card, and the upload to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -25,42 +25,58 @@ PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "
 
 
 def write_card(directory: Path, config: Config, facts: str = "") -> None:
-    """README.md with what the hub reads of an adapter, and how to load it. The name of a local base is not told.
+    """Write README.md with the metadata that the hub reads and instructions to load the adapter.
+
+    A local base model is left out: its path means nothing to others.
 
     Args:
-        facts: more to say, as Markdown.
+        directory: the adapter's directory.
+        config: the adapter's config.
+        facts: further Markdown, placed before the instructions.
     """
     from huggingface_hub import ModelCardData
 
-    kind, method = config.task_type, config.peft_type.lower()
-    name = config.base_model_name_or_path
-    base = name if name and not Path(name).exists() else None
-    data = ModelCardData(
-        base_model=base,
-        library_name="peft",
-        pipeline_tag=PIPELINES.get(kind or ""),
-        tags=[method, "veneer", *([f"base_model:adapter:{base}"] if base else [])],
-    )
-    auto = AUTO_CLASSES.get(kind or "", "AutoModel")
-    use = USE.format(auto=auto, base=base or "the base model")
-    of = f" for {base}" if base else ""
-    text = f"---\n{data.to_yaml()}\n---\n\n# A {method} adapter{of}\n\n{facts}{use}"
+    task = config.task_type or ""
+    method = config.peft_type.lower()
+    base = _public_base(config)
+    title = f"A {method} adapter"
+    tags = [method, "veneer"]
+    if base:
+        title += f" for {base}"
+        tags.append(f"base_model:adapter:{base}")
+    data = ModelCardData(base_model=base, library_name="peft", pipeline_tag=PIPELINES.get(task), tags=tags)
+    auto = AUTO_CLASSES.get(task, "AutoModel")
+    usage = USE.format(auto=auto, base=base or "the base model")
+    text = f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{facts}{usage}"
     write_atomically(directory / CARD_NAME, text.encode())
 
 
+def _public_base(config: Config) -> str | None:
+    """The hub id of the base model; None if it is unknown or a local path."""
+    name = config.base_model_name_or_path
+    if not name or Path(name).exists():
+        return None
+    return name
+
+
 def push(saves: Any, repo_id: str, **settings: Any) -> Any:
-    """Save a model or a config into a folder of its own, with a card, and upload that.
+    """Save a model or a config into a temporary folder, add a card, and upload the folder.
 
     Args:
-        settings: `private`, `token`, `revision`, `create_pr`, `commit_message`, `commit_description`; others that
-            transformers' `push_to_hub` knows are passed over.
+        saves: a model or a config; anything with `save_pretrained`.
+        repo_id: the repository to upload to.
+        settings: `private`, `token`, `revision`, `create_pr`, `commit_message`, `commit_description`; other
+            arguments of transformers' `push_to_hub` are ignored.
     """
     with tempfile.TemporaryDirectory() as folder:
-        own = {"safe_serialization": settings["safe_serialization"]} if "safe_serialization" in settings else {}
-        saves.save_pretrained(folder, **own)
+        save_settings = {}
+        if "safe_serialization" in settings:
+            save_settings["safe_serialization"] = settings["safe_serialization"]
+        saves.save_pretrained(folder, **save_settings)
         configs = getattr(saves, "peft_config", None)
         if configs and not (Path(folder) / CARD_NAME).exists():
-            write_card(Path(folder), next(iter(configs.values())))
+            first_config = next(iter(configs.values()))
+            write_card(Path(folder), first_config)
         return push_folder(folder, repo_id=repo_id, **settings)
 
 
@@ -76,12 +92,13 @@ def push_folder(
     commit_description: str | None = None,
     **ignored: Any,
 ) -> Any:
-    """Upload a saved adapter; the repository is made where there is none."""
+    """Upload a saved adapter; the repository is created if it does not exist."""
     from huggingface_hub import create_repo, upload_folder
 
     url = create_repo(repo_id or Path(folder).name, token=token, private=private, exist_ok=True)
+    full_id = getattr(url, "repo_id", repo_id)
     return upload_folder(
-        repo_id=str(getattr(url, "repo_id", repo_id)),
+        repo_id=str(full_id),
         folder_path=str(folder),
         commit_message=commit_message or "Upload model",
         commit_description=commit_description,

@@ -1,4 +1,4 @@
-"""What there is to choose from: for every method its page, read off its file, and its size on a model."""
+"""The catalogue of methods: a page for each, built from its source file, and its parameter count on a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAPER = re.compile(r"arXiv:\d{4}\.\d{4,5}|doi:\S+[\w)]|OpenReview(?: \w+)?")
 
 @dataclass(frozen=True)
 class Field:
-    """One setting of a method's own."""
+    """A config field that belongs to one method."""
 
     name: str
     default: Any
@@ -28,7 +28,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Page:
-    """What a method is."""
+    """The description of a method."""
 
     name: str
     config: str
@@ -36,14 +36,14 @@ class Page:
     formula: str
     paper: str
     text: str
-    """The whole page."""
+    """The module docstring, whole."""
     mergeable: bool
     low_rank: bool
     kinds: tuple[str, ...]
-    """What it adapts: linear, conv, embedding, norm, block; or prompt."""
+    """Kinds of module it adapts: linear, conv, embedding, norm, block; or prompt."""
     learning_rate: float
     recommended: dict[str, Any]
-    """Settings to train with when none are given."""
+    """Settings that `veneer train` uses by default."""
     fields: tuple[Field, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -69,21 +69,26 @@ def page(name: str) -> Page:
 
 
 def config_for(name: str, **settings: Any) -> Config:
-    """A method's config: its recommended settings, those given, and examples of what it cannot do without."""
-    found = all_methods()[page(name).name]
-    return found(**{**found.example, **found.recommended, **settings})
+    """A method's config with its recommended settings, `settings`, and example values for other required settings."""
+    config_class = all_methods()[page(name).name]
+    combined = {**config_class.example, **config_class.recommended, **settings}
+    return config_class(**combined)
 
 
 def trainable(name: str, model: Any, **settings: Any) -> int | None:
-    """How many parameters a method trains on a model (left as it is); None where it needs settings of its own."""
+    """Number of parameters that a method trains on a model; None if it needs settings of its own.
+
+    The model is left unchanged.
+    """
     from .peft_model import get_peft_model
 
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        adapted = get_peft_model(model, config_for(name, **settings), low_cpu_mem_usage=True)
-        count = adapted.get_nb_trainable_parameters()[0]
+        config = config_for(name, **settings)
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+        count, _ = adapted.get_nb_trainable_parameters()
         adapted.unload()
-    except (VeneerError, NotImplementedError):  # the second is torch's, where a method looks at values on meta
+    except (VeneerError, NotImplementedError):  # torch raises the second if a method reads values on meta
         return None
     finally:
         for parameter, flag in flags:
@@ -94,45 +99,53 @@ def trainable(name: str, model: Any, **settings: Any) -> int | None:
 @cache
 def _page(name: str) -> Page:
     config = all_methods()[name]
-    text = inspect.cleandoc(sys.modules[config.__module__].__doc__ or "")
+    docstring = sys.modules[config.__module__].__doc__
+    text = inspect.cleandoc(docstring or "")
     claim, _, rest = text.partition("\n\n")
-    claim = " ".join(claim.split())
-    formula = re.findall(r"^ {4}\S.*(?:\n {4,}.*)*", rest, re.MULTILINE)
     paper = PAPER.search(text)
     adapter: type[Adapter] | None = getattr(config, "adapter", None)
+    kinds = ["prompt"] if adapter is None else sorted(adapter.kinds)
     return Page(
         name=name,
         config=config.__name__,
-        claim=claim,
-        formula=inspect.cleandoc("\n" + formula[0]) if formula else "",
+        claim=" ".join(claim.split()),
+        formula=_first_formula(rest),
         paper=paper.group() if paper else "",
         text=text,
         mergeable=adapter is not None and adapter.has_fold,
         low_rank=adapter is not None and issubclass(adapter, LowRank),
-        kinds=("prompt",) if adapter is None else tuple(sorted(adapter.kinds)),
+        kinds=tuple(kinds),
         learning_rate=config.learning_rate,
         recommended=dict(config.recommended),
         fields=tuple(_fields(config)),
     )
 
 
+def _first_formula(text: str) -> str:
+    """The first block of indented lines, dedented."""
+    block = re.search(r"^ {4}\S.*(?:\n {4,}.*)*", text, re.MULTILINE)
+    if block is None:
+        return ""
+    return inspect.cleandoc("\n" + block.group())
+
+
 def _fields(config: type[Config]) -> list[Field]:
-    about = _field_docs(config)
-    return [Field(f.name, default_of(f), about.get(f.name, "")) for f in fields(config) if f.name not in COMMON]
+    docs = _field_docs(config)
+    own_fields = [f for f in fields(config) if f.name not in COMMON]
+    return [Field(f.name, default_of(f), docs.get(f.name, "")) for f in own_fields]
 
 
 def _field_docs(config: type[Config]) -> dict[str, str]:
-    """The string below each field of a config and its method's bases."""
-    found: dict[str, str] = {}
+    """The string below each field in the source of a config and its base classes."""
+    docs: dict[str, str] = {}
     for cls in reversed(config.__mro__):
         if not cls.__module__.startswith("veneer."):
             continue
-        body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
+        source = ast.parse(inspect.getsource(cls))
+        body = source.body[0].body  # type: ignore[attr-defined]
         for field, after in zip(body, body[1:], strict=False):
-            if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(after, ast.Expr)
-                and isinstance(after.value, ast.Constant)
-            ):
-                found[field.target.id] = " ".join(str(after.value.value).split())  # type: ignore[union-attr]
-    return found
+            is_field = isinstance(field, ast.AnnAssign)
+            if is_field and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                doc = str(after.value.value)
+                docs[field.target.id] = " ".join(doc.split())
+    return docs

@@ -1,4 +1,4 @@
-"""Counting: what an adapter adds, layer by layer, and what of a model is trained."""
+"""Parameter counts: of an adapter, layer by layer, and of a whole model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..core.state import State
 
 @dataclass(frozen=True)
 class Row:
-    """What one adapter adds to one module."""
+    """The parameters that one adapter adds to one module."""
 
     path: str
     method: str
@@ -22,10 +22,11 @@ class Row:
     expected: int
     """Trainable parameters by the method's formula: r x (in + out) for LoRA."""
     added: int
-    """Parameters really there."""
+    """Parameters counted in the tensors."""
 
     @property
     def formula(self) -> str:
+        """The count of a LoRA written out; empty for methods that count otherwise."""
         if self.r is not None and self.expected == self.r * (self.in_features + self.out_features):
             return f"{self.r} x ({self.in_features:,} + {self.out_features:,})"
         return ""
@@ -33,7 +34,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """The rows of an adapter and their sums; prints as a table."""
+    """Parameter counts of an adapter by module, and their sums; prints as a table."""
 
     adapter: str
     rows: tuple[Row, ...]
@@ -49,38 +50,59 @@ class Plan:
         return sum(row.added for row in self.rows) + self.other
 
     def __str__(self) -> str:
-        width = max([len(row.path) for row in self.rows], default=10)
-        kind = max([len(row.method) for row in self.rows], default=4)
-        lines = [f"{r.path:<{width}}  {r.method:<{kind}}  {r.formula:>22}  {r.added:>12,}" for r in self.rows]
+        path_width = max((len(row.path) for row in self.rows), default=10)
+        method_width = max((len(row.method) for row in self.rows), default=4)
+
+        def line(path: str, method: str, formula: str, count: int) -> str:
+            module = f"{path:<{path_width}}  {method:<{method_width}}"
+            return f"{module}  {formula:>22}  {count:>12,}"
+
+        lines = [line(row.path, row.method, row.formula, row.added) for row in self.rows]
         if self.other:
-            lines.append(f"{'outside the layers':<{width}}  {'':<{kind}}  {'':>22}  {self.other:>12,}")
-        lines.append(f"{'sum':<{width}}  {'':<{kind}}  {'':>22}  {self.total:>12,}")
+            lines.append(line("outside the layers", "", "", self.other))
+        lines.append(line("sum", "", "", self.total))
         return "\n".join(lines)
 
 
 def plan(state: State, name: str) -> Plan:
     """Count an adapter's parameters from its formula and from its tensors."""
-    rows = tuple(_row(path, part) for path, adapter in state.adapters(name).items() for part in adapter.parts)
-    rest = [m for m in (state.shared.get(name), state.prompts.get(name)) if m is not None]
-    return Plan(name, rows, sum(p.numel() for module in rest for p in module.parameters()))
+    rows = []
+    for path, adapter in state.adapters(name).items():
+        rows += [_row(path, part) for part in adapter.parts]
+    other = 0
+    for module in (state.shared.get(name), state.prompts.get(name)):
+        if module is not None:
+            other += _size(module)
+    return Plan(name, tuple(rows), other)
 
 
 def _row(path: str, part: Any) -> Row:
     target = part.target
-    sizes = (target.in_features, target.out_features) if target.kind != "block" else (0, 0)
-    added = sum(p.numel() for p in part.parameters())
-    r, expected = getattr(part, "r", None), part.expected_parameters()
-    path = target.path if target.kind == "param" else path
-    return Row(path, type(part).__name__, r, sizes[0], sizes[1], expected, added)
+    has_features = target.kind != "block"
+    return Row(
+        path=target.path if target.kind == "param" else path,
+        method=type(part).__name__,
+        r=getattr(part, "r", None),
+        in_features=target.in_features if has_features else 0,
+        out_features=target.out_features if has_features else 0,
+        expected=part.expected_parameters(),
+        added=_size(part),
+    )
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def count(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; of 4-bit weights the numbers they hold, not the bytes."""
-    trainable = total = 0
+    """Numbers of (trainable, all) parameters; packed 4-bit weights count as the values they hold, not as bytes."""
+    trainable = 0
+    total = 0
     for parameter in model.parameters():
         size = parameter.numel()
         if type(parameter).__name__ == "Params4bit":
             size *= 2 * parameter.element_size()
         total += size
-        trainable += size if parameter.requires_grad else 0
+        if parameter.requires_grad:
+            trainable += size
     return trainable, total

@@ -1,10 +1,10 @@
-"""A shadow on its own: the small network that `ShadowConfig` trained beside a model, as a model that runs without it.
+"""A detached shadow: the small network that `ShadowConfig` trains next to a model, as a model of its own.
 
     small = veneer.unload_shadow(model)     # shares its modules with `model`
     small.generate(**batch)
-    veneer.unload_shadow(model, copy=True).state_dict()  # whole, with embeddings and head
+    veneer.unload_shadow(model, copy=True).state_dict()  # complete, with embeddings and head
 
-It gives head(P shadow(x)); the corrections of the model's blocks are not part of it. Li et al., 2026, arXiv:2604.19254.
+It computes head(P shadow(x)), without the corrections of the model's blocks. Li et al., 2026, arXiv:2604.19254.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ if TYPE_CHECKING:
 
 
 class DetachedShadowModel(PreTrainedModel, GenerationMixin):
-    """Backbone, projection and head; with a classifier's head it classifies, else it generates."""
+    """Backbone, projection and head of a shadow; classifies if the head is a classifier's, generates otherwise."""
 
     main_input_name = "input_ids"
     _supports_cache_class = True
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
 
     def __init__(
         self,
@@ -47,16 +50,21 @@ class DetachedShadowModel(PreTrainedModel, GenerationMixin):
         self.shadow_hidden_projection: Any = projection
         self.head: Any = head
         self.is_classification = is_classification
-        self.__dict__["reads"] = input_embeddings  # of the large model, and no part of this one's checkpoint
+        # The large model's embeddings are not registered as a submodule: they stay out of this model's checkpoint.
+        self.__dict__["large_embeddings"] = input_embeddings
         if self.can_generate():
             self.generation_config = GenerationConfig.from_model_config(self.config)
 
     def can_generate(self) -> bool:  # type: ignore[override]
-        return getattr(self, "head", None) is not None and not getattr(self, "is_classification", False)
+        # PreTrainedModel.__init__ calls this before the attributes are set.
+        has_head = getattr(self, "head", None) is not None
+        return has_head and not getattr(self, "is_classification", False)
 
     def get_input_embeddings(self) -> nn.Module:
-        found = self.__dict__.get("reads")
-        return self.backbone.get_input_embeddings() if found is None else found
+        large_embeddings = self.__dict__.get("large_embeddings")
+        if large_embeddings is not None:
+            return large_embeddings
+        return self.backbone.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module | None:
         return None if self.is_classification else self.head
@@ -69,32 +77,34 @@ class DetachedShadowModel(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Logits, and with labels the loss: of the next tokens, or of the classes."""
+        """Compute the logits and, if labels are given, the loss over next tokens or classes."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        kept = {k: v for k, v in kwargs.items() if k in ("use_cache", "position_ids")}
+        arguments = {name: value for name, value in kwargs.items() if name in ("use_cache", "position_ids")}
         cache = caches.of_call(kwargs)
         if cache is not None:
-            kept = caches.with_cache(kept, caches.argument(self.backbone), cache)
-        out = self.backbone(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kept)
+            arguments = caches.with_cache(arguments, caches.argument(self.backbone), cache)
+        out = self.backbone(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **arguments)
         states = self.shadow_hidden_projection(out.last_hidden_state)
         if self.is_classification:
             logits = self.head(last_position(states, attention_mask))
-            return SequenceClassifierOutput(None if labels is None else classification_loss(logits, labels), logits)
+            loss = None if labels is None else classification_loss(logits, labels)
+            return SequenceClassifierOutput(loss, logits)
         logits = states if self.head is None else self.head(states)
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
         return CausalLMOutputWithPast(loss, logits, caches.of_output(out))
 
 
 def unload_shadow(model: PeftModel, adapter_name: str | None = None, copy: bool = False) -> DetachedShadowModel:
-    """The shadow of an adapter as a model of its own; the large model stays as it is.
+    """Detach the shadow of an adapter as a model of its own; the large model is unchanged.
 
     Args:
-        adapter_name: None: the active adapter.
-        copy: with modules of its own, so that it can be saved whole.
+        model: the large model with a shadow adapter.
+        adapter_name: which adapter; None: the active one.
+        copy: copy the modules instead of sharing them, so that the shadow can be saved with embeddings and head.
 
     Raises:
-        VeneerError: the adapter is no shadow.
+        VeneerError: the adapter is not a shadow.
     """
     state: Any = model._state
     name = adapter_name or next(iter(state.active), "")
@@ -102,25 +112,34 @@ def unload_shadow(model: PeftModel, adapter_name: str | None = None, copy: bool 
     if not hasattr(network, "shadow_backbone"):
         raise VeneerError(f"No shadow backbone found for adapter {name!r}.")
     base: Any = model.get_base_model()
-    own = [network.shadow_backbone["default"], network.shadow_projection["default"], head_of(network, base)]
-    reads = base.get_input_embeddings() if network.reads_embeddings else None
-    backbone, projection, head = (independent(module) for module in own) if copy else own
-    if copy and reads is not None:
-        backbone.embed_tokens, reads = independent(reads), None
+    backbone = network.shadow_backbone["default"]
+    projection = network.shadow_projection["default"]
+    head = head_of(network, base)
+    input_embeddings = base.get_input_embeddings() if network.reads_embeddings else None
+    if copy:
+        backbone = independent(backbone)
+        projection = independent(projection)
+        head = independent(head)
+        if input_embeddings is not None:
+            backbone.embed_tokens = independent(input_embeddings)
+            input_embeddings = None
     is_classification = state.configs[name].task_type == TaskType.SEQ_CLS
-    return DetachedShadowModel(backbone, projection, head, is_classification, reads)
+    return DetachedShadowModel(backbone, projection, head, is_classification, input_embeddings)
 
 
 def head_of(network: Any, base: Any) -> nn.Module | None:
-    """The shadow's own head, or the model's."""
-    return network.shadow_head["default"] if hasattr(network, "shadow_head") else base.get_output_embeddings()
+    """The shadow's own head if it has one, else the large model's."""
+    if hasattr(network, "shadow_head"):
+        return network.shadow_head["default"]
+    return base.get_output_embeddings()
 
 
 def independent(module: nn.Module | None) -> Any:
-    """A copy that shares no memory; of an adapted module with the active adapters folded in."""
+    """A copy that shares no memory; the active adapters of an adapted module are folded into it."""
     if not isinstance(module, AdapterLayer):
         return copies.deepcopy(module)
     plain = copies.deepcopy(bare(module))
     stack = module.stack(module.state.live())
-    plain.load_state_dict(plain.state_dict() | (module.folded(stack) if stack else {}))
+    if stack:
+        plain.load_state_dict(plain.state_dict() | module.folded(stack))
     return plain

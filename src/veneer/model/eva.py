@@ -1,4 +1,4 @@
-"""Starting the LoRA of a model from data by EVA: its layers get other ranks, so the adapter is built anew."""
+"""EVA on a model: initialise a LoRA from data. EVA redistributes the ranks, so the adapter is rebuilt."""
 
 from __future__ import annotations
 
@@ -38,16 +38,17 @@ def initialize_lora_eva_weights(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> None:
-    """Start a LoRA with `init_lora_weights="eva"` from data. Call it before an optimizer is made.
+    """Initialise a LoRA that has `init_lora_weights="eva"` from data. Call it before creating an optimizer.
 
-    The adapter is built anew with the ranks that EVA gives; layers other than linear ones start as usual.
+    The adapter is rebuilt with the ranks that EVA chooses; layers other than linear ones keep the usual initialisation.
 
     Args:
-        dataloader: batches to run; or
-        eva_state_dict: what `get_eva_state_dict` found. The other arguments are those of that function.
+        model: the model with the adapter.
+        dataloader: batches to run; required unless `eva_state_dict` is given.
+        eva_state_dict: the result of `get_eva_state_dict`. The other arguments are those of that function.
 
     Raises:
-        VeneerError: neither is given, or the second does not fit the adapter.
+        VeneerError: neither is given, or `eva_state_dict` does not fit the adapter.
     """
     config = model.peft_config[adapter_name]
     if getattr(config, "init_lora_weights", None) != "eva":
@@ -55,26 +56,49 @@ def initialize_lora_eva_weights(
     if eva_state_dict is None:
         if dataloader is None:
             raise ConfigError("EVA starts from data: give a dataloader, or an eva_state_dict from before")
-        how = (forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn, adapter_name)
-        eva_state_dict = get_eva_state_dict(model, dataloader, None, *how, gather_distributed_inputs, show_progress_bar)
-    found = {name.removeprefix(PREFIX): A for name, A in eva_state_dict.items()}
-    here = [name.removeprefix(PREFIX) for name in linear_layers(model, adapter_name)]
-    if set(found) != set(here):
-        raise VeneerError(f"eva_state_dict and the adapter differ in:{listing(sorted(set(found) ^ set(here)))}")
-    rebuild(model, adapter_name, found)
+        eva_state_dict = get_eva_state_dict(
+            model,
+            dataloader,
+            None,
+            forward_fn,
+            prepare_model_inputs_fn,
+            prepare_layer_inputs_fn,
+            adapter_name,
+            gather_distributed_inputs,
+            show_progress_bar,
+        )
+    starts = {name.removeprefix(PREFIX): A for name, A in eva_state_dict.items()}
+    expected = {name.removeprefix(PREFIX) for name in linear_layers(model, adapter_name)}
+    difference = expected.symmetric_difference(starts)
+    if difference:
+        raise VeneerError(f"eva_state_dict and the adapter differ in:{listing(sorted(difference))}")
+    rebuild(model, adapter_name, starts)
 
 
-def rebuild(model: PeftModel, name: str, found: Mapping[str, Tensor]) -> None:
-    """The adapter again, with a rank of len(A) on each target of `found`, and none where that is 0."""
+def rebuild(model: PeftModel, name: str, starts: Mapping[str, Tensor]) -> None:
+    """Replace an adapter by one of other ranks.
+
+    Args:
+        model: the model with the adapter.
+        name: which adapter.
+        starts: the initial A by path; its number of rows is the new rank, and targets of rank 0 are dropped.
+    """
     base = model.get_base_model()
     state = model._state
-    active, trainable, adapters = state.active, name in state.trainable, state.adapters(name)
-    half = next(adapters[path] for path in found).dtype in HALF
-    loras = {path: lora for path, a in adapters.items() if (lora := lora_of(a)) is not None}
-    config = with_ranks(state.configs[name], loras, found)
+    active = state.active
+    is_trainable = name in state.trainable
+    adapters = state.adapters(name)
+    first_path = next(iter(starts))
+    is_half = adapters[first_path].dtype in HALF
+    loras = {}
+    for path, adapter in adapters.items():
+        lora = lora_of(adapter)
+        if lora is not None:
+            loras[path] = lora
+    config = with_ranks(state.configs[name], loras, starts)
     detach(base, name, state)
-    state = attach(base, config, name, trainable=trainable, lift=not half)
+    state = attach(base, config, name, trainable=is_trainable, lift=not is_half)
     state.activate(active)
     for path, adapter in state.adapters(name).items():
-        if path in found:
-            lora_of(adapter).lora_A.weight.copy_(found[path])
+        if path in starts:
+            lora_of(adapter).lora_A.weight.copy_(starts[path])

@@ -1,12 +1,12 @@
-"""Put another saved adapter into the place of one, in memory that stays: also under `torch.compile`, no recompiling.
+"""Hot swapping: overwrite an adapter with a saved one, in place, so that compiled models need not be recompiled.
 
     model = PeftModel.from_pretrained(base, "first")
-    prepare_model_for_compiled_hotswap(model, target_rank=16)  # where the others' ranks are higher
+    prepare_model_for_compiled_hotswap(model, target_rank=16)  # if the ranks of later adapters are higher
     model = torch.compile(model)
     hotswap_adapter(model, "second")
 
-Parameters are overwritten, never replaced, and compiled code holds on to them. Another scaling is folded into B, a
-lower rank filled up with zeros.
+Parameters are overwritten, never replaced, because compiled code holds references to them. A different scaling is
+folded into B; lower ranks are padded with zeros.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..methods.lora import LoRA, LoraConfig
 from .to_lora import adapter_state
 
 FREE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights")
-"""Fields in which a LoRA that is swapped in may differ."""
+"""Config fields in which the new LoRA may differ from the old one."""
 
 
 @torch.no_grad()
@@ -47,28 +47,28 @@ def hotswap_adapter(
 
     Args:
         model: an adapted model, compiled or not.
-        model_name_or_path: a directory, or a hub id.
-        adapter_name: which adapter gives way; its name stays.
-        torch_device: PEFT's; values go where the adapter is.
+        model_name_or_path: a directory or a hub id.
+        adapter_name: which adapter to overwrite; it keeps its name.
+        torch_device: ignored; kept for PEFT compatibility. The values go to the adapter's device.
         check_base: refuse an adapter that was trained on another base model.
         hub: `subfolder`, `revision`, `token`, `cache_dir` and the like.
 
     Raises:
-        CheckpointError: the file does not fit; nothing is changed. Modules the file lacks are set to no update, those
-            only the file has are an error, as is a rank above the one in memory.
-        VeneerError: no such adapter, or it is merged.
+        CheckpointError: the file does not fit; nothing is changed. Modules that only the file has are an error, as is
+            a rank above the one in memory; modules that the file lacks are set to a zero update.
+        VeneerError: there is no such adapter, or it is merged.
     """
     inner = _uncompiled(model)
     state = _swappable(inner, adapter_name)
-    config, tensors, notes = checkpoint.load(model_name_or_path, **hub)
+    config, tensors, provenance = checkpoint.load(model_name_or_path, **hub)
     fitted = _fitted(state, adapter_name, config, tensors)
-    checkpoint.check_fit(inner.get_base_model(), state, adapter_name, fitted, notes, check_base)
+    checkpoint.check_fit(inner.get_base_model(), state, adapter_name, fitted, provenance, check_base)
     checkpoint.absorb(state, adapter_name, fitted)
 
 
 @torch.no_grad()
 def hotswap_tensors(model: nn.Module, adapter_name: str, config: Config, tensors: Tensors) -> None:
-    """The same with the tensors of a file, by their keys there, that are in memory; raises the same."""
+    """Overwrite an adapter with tensors in memory, by their keys in a file; raises as `hotswap_adapter` does."""
     state = _swappable(_uncompiled(model), adapter_name)
     fitted = _fitted(state, adapter_name, config, tensors)
     checkpoint.check(state, adapter_name, fitted)
@@ -76,6 +76,7 @@ def hotswap_tensors(model: nn.Module, adapter_name: str, config: Config, tensors
 
 
 def _swappable(model: Any, name: str) -> State:
+    """The state of a model whose adapter `name` exists and is not merged."""
     state = adapter_state(model, name)
     if any(name in layer.merged_adapters for layer in state.layers.values()):
         raise VeneerError(f"{name!r} is merged into the weights; call unmerge_adapter() before swapping it")
@@ -86,51 +87,64 @@ def _swappable(model: Any, name: str) -> State:
 def prepare_model_for_compiled_hotswap(
     model: nn.Module, *, target_rank: int | None = None, config: Any = None, check_compiled: str = "error"
 ) -> None:
-    """Give every LoRA on a model the rank of the largest one that will be swapped in, before it is compiled.
+    """Pad every LoRA on a model to the highest rank that will be swapped in, before the model is compiled.
 
-    The outputs stay as they are: the new rows and columns are zero, and the configs' r and alpha follow.
+    The outputs do not change: the new rows and columns are zero, and r and alpha in the configs are updated.
 
     Args:
-        target_rank: the highest rank to come; None: only check.
-        config: PEFT's; the configs on the model follow by themselves.
-        check_compiled: "error", "warn" or "ignore" when the model is compiled already, and would be compiled anew.
+        model: an adapted model.
+        target_rank: the highest rank that will be swapped in; None: only check the model.
+        config: ignored; kept for PEFT compatibility. The configs on the model are updated.
+        check_compiled: "error", "warn" or "ignore": what to do if the model is compiled already, since it would be
+            compiled again.
 
     Raises:
-        VeneerError: there is no LoRA, one has a higher rank, or the model is compiled.
+        VeneerError: the model has no LoRA, one has a higher rank, or the model is compiled.
     """
     if check_compiled not in ("error", "warn", "ignore"):
         raise VeneerError(f"check_compiled must be 'error', 'warn' or 'ignore', not {check_compiled!r}")
-    if _is_compiled(model) and check_compiled == "error":
+    is_compiled = _is_compiled(model)
+    if is_compiled and check_compiled == "error":
         raise VeneerError("call prepare_model_for_compiled_hotswap before compiling the model")
-    if _is_compiled(model) and check_compiled == "warn":
+    if is_compiled and check_compiled == "warn":
         warnings.warn(
             "prepare_model_for_compiled_hotswap was called with a model that is already compiled; it will be compiled "
             "again",
             stacklevel=2,
         )
     inner = _uncompiled(model)
-    names = [n for n, c in getattr(inner, "peft_config", {}).items() if isinstance(c, LoraConfig)]
+    configs = getattr(inner, "peft_config", {})
+    names = [name for name, config in configs.items() if isinstance(config, LoraConfig)]
     if not names:
         raise VeneerError("the model has no LoRA adapter; load the first one before preparing to swap it")
-    for name in names if target_rank is not None else ():
-        _widen(adapter_state(inner, name), name, target_rank or 0)
+    if target_rank is None:
+        return
+    for name in names:
+        _widen(adapter_state(inner, name), name, target_rank)
 
 
 def make_room(model: nn.Module, adapter_name: str, config: Config) -> None:
-    """Give a LoRA the highest rank of one that is to take its place, unless compiled code holds on to its tensors."""
+    """Widen a LoRA to the highest rank in the config of its successor, unless the model is compiled."""
     state = adapter_state(_uncompiled(model), adapter_name)
     present = state.configs[adapter_name]
     if not (isinstance(present, LoraConfig) and isinstance(config, LoraConfig)):
         return
     if _is_compiled(model) or _keeps_rank(present, config):
         return
-    rank = max([config.r, *config.rank_pattern.values()])
-    if any(part.r < rank for _, part in checkpoint.parts(state, adapter_name) if isinstance(part, LoRA)):
-        _widen(state, adapter_name, max([rank, present.r, *present.rank_pattern.values()]))
+    rank = _highest_rank(config)
+    loras = [part for _, part in checkpoint.parts(state, adapter_name) if isinstance(part, LoRA)]
+    if any(lora.r < rank for lora in loras):
+        _widen(state, adapter_name, max(rank, _highest_rank(present)))
+
+
+def _highest_rank(config: LoraConfig) -> int:
+    return max([config.r, *config.rank_pattern.values()])
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    return hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules())
+    if hasattr(model, "_orig_mod"):
+        return True
+    return any(module._compiled_call_impl is not None for module in model.modules())
 
 
 def _uncompiled(model: nn.Module) -> Any:
@@ -138,41 +152,60 @@ def _uncompiled(model: nn.Module) -> Any:
 
 
 def check_settings(present: Config, new: Config, name: str) -> None:
-    """Raise unless the two differ in nothing but what can be fitted."""
+    """Raise CheckpointError if two configs differ in a field that hot swapping cannot adapt."""
     if present.peft_type != new.peft_type:
         raise CheckpointError(f"adapter {name!r} is {present.peft_type}, the file {new.peft_type}")
-    free = FREE if isinstance(present, LoraConfig) and not _keeps_rank(present, new) else ()
-    pairs = {f: (getattr(present, f), getattr(new, f)) for f in present.semantic_fields() if f not in free}
-    other = [f"{field} = {a!r}, in the file {b!r}" for field, (a, b) in pairs.items() if a != b]
-    if other:
-        raise CheckpointError(f"the file's settings cannot take the place of adapter {name!r}'s:{listing(other)}")
+    can_adapt = isinstance(present, LoraConfig) and not _keeps_rank(present, new)
+    differences = []
+    for field in present.semantic_fields():
+        if can_adapt and field in FREE:
+            continue
+        old_value = getattr(present, field)
+        new_value = getattr(new, field)
+        if old_value != new_value:
+            differences.append(f"{field} = {old_value!r}, in the file {new_value!r}")
+    if differences:
+        raise CheckpointError(f"the file's settings cannot take the place of adapter {name!r}'s:{listing(differences)}")
 
 
 def _keeps_rank(*configs: Any) -> bool:
-    """A start that is subtracted again (PiSSA) belongs to one rank and one scaling, as some variants do."""
-    moved = any(str(c.init_lora_weights) not in ("True", "False", "gaussian", "orthogonal") for c in configs)
-    return moved or any(not variant.pads for c in configs for variant in c.classes())
+    """Whether any of the configs ties its LoRA to one rank and one scaling.
+
+    An initialisation that is subtracted again (PiSSA) does, and so do some variants.
+    """
+    for config in configs:
+        is_subtracted = str(config.init_lora_weights) not in ("True", "False", "gaussian", "orthogonal")
+        if is_subtracted or not all(variant.pads for variant in config.classes()):
+            return True
+    return False
 
 
 def _fitted(state: State, name: str, config: Config, tensors: Tensors) -> Tensors:
     """The file's tensors in the shapes and the scaling of the adapter in memory."""
-    check_settings(state.configs[name], config, name)
+    present: Any = state.configs[name]
+    check_settings(present, config, name)
     if not isinstance(config, LoraConfig):
         return tensors
-    found = {k: t for k, t in tensors.items() if k not in checkpoint.slots(state, name)}
+    slots = checkpoint.slots(state, name)
+    fitted = {key: t for key, t in tensors.items() if key not in slots}  # left to the caller's check
     for prefix, part in checkpoint.parts(state, name):
-        own = part.export()  # type: ignore[operator]
-        given = {key: tensors[prefix + key] for key in own if prefix + key in tensors}
-        if not given and isinstance(part, LoRA) and not state.configs[name].variants():  # type: ignore[attr-defined]
-            found |= {prefix + key: t.new_zeros(t.shape) if "lora_" in key else t for key, t in own.items()}
-        elif isinstance(part, LoRA):
-            found |= {prefix + key: t for key, t in _fit(part, config, given, own).items()}
-        else:
-            found |= {prefix + key: t for key, t in given.items()}
-    return found
+        old = part.export()  # type: ignore[operator]
+        new = {key: tensors[prefix + key] for key in old if prefix + key in tensors}
+        if isinstance(part, LoRA):
+            is_missing = not new and not present.variants()
+            new = _zero_update(old) if is_missing else _fit(part, config, new, old)
+        for key, t in new.items():
+            fitted[prefix + key] = t
+    return fitted
 
 
-def _fit(part: LoRA, config: LoraConfig, given: Tensors, own: Tensors) -> Tensors:
+def _zero_update(old: Tensors) -> Tensors:
+    """The tensors of a LoRA whose factors are zero."""
+    return {key: t.new_zeros(t.shape) if "lora_" in key else t for key, t in old.items()}
+
+
+def _fit(part: LoRA, config: LoraConfig, tensors: Tensors, old: Tensors) -> Tensors:
+    """A LoRA's tensors from the file, padded and scaled for the LoRA in memory, whose own tensors are `old`."""
     with torch.device("meta"):
         new = config.build(part.target)
     if new.r > part.r:
@@ -180,49 +213,76 @@ def _fit(part: LoRA, config: LoraConfig, given: Tensors, own: Tensors) -> Tensor
             f"the file has rank {new.r} on {part.target.path!r}, the adapter in memory {part.r}; call "
             f"prepare_model_for_compiled_hotswap(model, target_rank={new.r}) before the model is compiled"
         )
-    factor, groups = new.scaling / part.scaling, part.target.groups
-    return {key: _padded(t * factor if "_B" in key else t, own[key].shape, groups) for key, t in given.items()}
+    factor = new.scaling / part.scaling
+    fitted = {}
+    for key, t in tensors.items():
+        scaled = t * factor if "_B" in key else t
+        fitted[key] = _padded(scaled, old[key].shape, part.target.groups)
+    return fitted
 
 
 def _padded(t: Tensor, shape: torch.Size, groups: int = 1) -> Tensor:
-    """Filled up with zeros; of a grouped convolution each group's share of the rows."""
+    """A tensor padded with zeros to a shape; in a grouped convolution the rows of each group are padded separately."""
     if t.dim() != len(shape):
         return t
     if groups > 1 and t.shape[0] % groups == 0 == shape[0] % groups:
         share = torch.Size((shape[0] // groups, *shape[1:]))
-        return torch.cat([_padded(part, share) for part in t.chunk(groups)])
-    more = [amount for have, want in zip(t.shape, shape, strict=True) for amount in (max(0, want - have), 0)]
-    return F.pad(t, more[::-1])
+        return torch.cat([_padded(group, share) for group in t.chunk(groups)])
+    padding = []  # (before, after) of each dimension, the last dimension first
+    for size, wanted in zip(reversed(t.shape), reversed(shape), strict=True):
+        padding += [0, max(0, wanted - size)]
+    return F.pad(t, padding)
 
 
 def _widen(state: State, name: str, rank: int) -> None:
+    """Pad a LoRA to a rank on all of its layers, and update its config."""
     config: Any = state.configs[name]
-    layers = {path: state.layers[path] for path in state.adapters(name)}
-    parts = {
-        path: part for path, layer in layers.items() for part in layer.adapters[name].parts if isinstance(part, LoRA)
-    }
-    too_high = [f"{path}: r={part.r}" for path, part in parts.items() if part.r > rank]
-    if too_high or _keeps_rank(config):
-        kind = f"init_lora_weights={config.init_lora_weights!r} and variants {config.variants()}"
-        why = f"ranks above it:{listing(too_high)}" if too_high else kind
-        raise VeneerError(f"target_rank = {rank} cannot be given to adapter {name!r}, which has {why}")
-    full = math.sqrt(rank) if config.use_rslora else rank
+    parts = {}
+    for path in state.adapters(name):
+        for part in state.layers[path].adapters[name].parts:
+            if isinstance(part, LoRA):
+                parts[path] = part
+    _check_can_widen(config, parts, name, rank)
+    divisor = math.sqrt(rank) if config.use_rslora else rank
     for path, part in parts.items():
-        _widen_part(layers[path], part, rank, part.scaling * full)
+        _widen_part(state.layers[path], part, rank, part.scaling * divisor)
     alphas = {path: part.lora_alpha for path, part in parts.items()}
-    first = next(iter(alphas.values()))
-    config.r, config.rank_pattern, config.lora_alpha = rank, dict.fromkeys(config.rank_pattern, rank), first
-    config.alpha_pattern = {path: alpha for path, alpha in alphas.items() if alpha != first}
+    first_alpha = next(iter(alphas.values()))
+    config.r = rank
+    config.rank_pattern = dict.fromkeys(config.rank_pattern, rank)
+    config.lora_alpha = first_alpha
+    config.alpha_pattern = {path: alpha for path, alpha in alphas.items() if alpha != first_alpha}
+
+
+def _check_can_widen(config: Any, parts: dict[str, LoRA], name: str, rank: int) -> None:
+    too_high = [f"{path}: r={part.r}" for path, part in parts.items() if part.r > rank]
+    if too_high:
+        reason = f"ranks above it:{listing(too_high)}"
+    elif _keeps_rank(config):
+        reason = f"init_lora_weights={config.init_lora_weights!r} and variants {config.variants()}"
+    else:
+        return
+    raise VeneerError(f"target_rank = {rank} cannot be given to adapter {name!r}, which has {reason}")
 
 
 def _widen_part(layer: AdapterLayer, part: LoRA, rank: int, alpha: float) -> None:
-    own = {key: t for key, t in part.state_dict().items() if "lora_" in key and key.split(".")[0][-2:] in ("_A", "_B")}
+    """Pad the factors of one LoRA to a rank, and set its r and alpha."""
     with torch.device("meta"):
         A, B = layer.target.factors(rank)
-    for key, t in own.items():
-        like = (A if "_A" in key else B).weight.shape
-        shape = like if t.dim() == len(like) else t.shape
-        holder: Any = part.get_submodule(key.rpartition(".")[0])
-        name = key.rpartition(".")[2]
-        setattr(holder, name, nn.Parameter(_padded(t, shape, part.target.groups), getattr(holder, name).requires_grad))
-    part.r, part.lora_alpha = rank, int(alpha) if float(alpha).is_integer() else alpha
+    for key, t in part.state_dict().items():
+        attribute = key.split(".")[0]
+        if "lora_" not in key or not attribute.endswith(("_A", "_B")):
+            continue
+        factor = A if "_A" in key else B
+        shape = factor.weight.shape if t.dim() == factor.weight.dim() else t.shape
+        _replace_parameter(part, key, _padded(t, shape, part.target.groups))
+    part.r = rank
+    part.lora_alpha = int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _replace_parameter(module: nn.Module, key: str, value: Tensor) -> None:
+    """Bind a new parameter at a key of the state dict; requires_grad is kept."""
+    path, _, name = key.rpartition(".")
+    owner = module.get_submodule(path)
+    old = getattr(owner, name)
+    setattr(owner, name, nn.Parameter(value, old.requires_grad))

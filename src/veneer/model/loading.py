@@ -1,4 +1,4 @@
-"""Base models, and adapters on one base: what every verb that runs a model begins with."""
+"""Loading base models, and several adapters onto one base; the verbs that run a model start here."""
 
 from __future__ import annotations
 
@@ -16,51 +16,53 @@ from ..upstream.auto import AUTO_CLASSES, makes
 from .peft_model import PeftModel
 
 BASE = "base"
-"""What the base model is called beside the adapters."""
+"""The base model's name in the list of what can be run."""
 HEADS = ("score", "classifier")
-"""What transformers calls the head of a classifier."""
+"""The names that transformers uses for a classifier's head."""
 
 
 @dataclass
 class Loaded:
-    """A base model with any number of adapters on it, one of which runs at a time."""
+    """A base model with any number of adapters, of which one runs at a time."""
 
     model: Any
-    """A PeftModel; the bare model where there is no adapter."""
+    """A PeftModel, or the base model itself if there is no adapter."""
     tokenizer: Any
     base: str
-    """Where the base model came from."""
+    """The directory or hub id of the base model."""
     adapters: tuple[str, ...]
     task: TaskType
     labels: list[str] | None
-    """The classes in order, for a classifier whose classes have names."""
+    """The class names in order; None if the classes have no names, or the model is not a classifier."""
     base_is_whole: bool
-    """False where the base has no head of its own for the task, so that only its adapters can be judged."""
+    """False if the base model has no trained head for the task, so that only its adapters can be evaluated."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All that can be run: the base, then the adapters."""
+        """Everything that can be run: the base, then the adapters."""
         return (BASE, *self.adapters)
 
     @property
     def facts(self) -> set[str]:
-        """Columns of the data that the adapters' methods want to know of each row."""
-        return self.model._state.fact_names() - {"adapter_names"} if self.adapters else set()
+        """Columns of the data that the adapters' methods read for each row."""
+        if not self.adapters:
+            return set()
+        return self.model._state.fact_names() - {"adapter_names"}
 
     def known(self, name: str) -> str:
-        """The name, if there is one such.
+        """Return the name if it can be run.
 
         Raises:
-            ConfigError: there is none; names the nearest.
+            ConfigError: there is no such name; the message gives the nearest.
         """
         if name not in self.names:
-            there = f"there is {', '.join(self.names)}{nearest(name, self.names)}"
-            raise ConfigError(f"nothing is called {name!r}; {there}")
+            choices = f"there is {', '.join(self.names)}{nearest(name, self.names)}"
+            raise ConfigError(f"nothing is called {name!r}; {choices}")
         return name
 
     @contextmanager
     def running(self, name: str) -> Iterator[None]:
-        """Inside, the model computes what one adapter makes of it, or what the base does."""
+        """Run the block with one adapter active, or with none if the name is that of the base."""
         if self.known(name) != BASE:
             self.model.set_adapter(name)
             yield
@@ -82,51 +84,63 @@ def load(
     """Load a base model and put adapters on it.
 
     Args:
-        adapters: directories or hub ids, or NAME=PLACE; an adapter without a name is called as its directory.
-        model: the base model; None: the one that the adapters name.
-        task: what the base is loaded for where there is no adapter to say so.
-        labels: the classes in order; None: those that the training recipe beside an adapter names.
-        dtype: of the base, as in a recipe.
+        adapters: directories or hub ids, or NAME=PLACE; the default name is that of the directory.
+        model: the base model; None: the one that the adapters' configs name.
+        task: the task to load the base model for if no adapter states one.
+        labels: the class names in order; None: read from the training recipe next to an adapter.
+        dtype: the base model's dtype, as in a recipe.
 
     Raises:
-        VeneerError: nothing names a base, the adapters differ in it or in their task, or a file is damaged.
+        VeneerError: no base model is named, the adapters differ in base model or task, or a file is damaged.
     """
     places = named(adapters)
     configs = {name: Config.from_pretrained(place) for name, place in places.items()}
-    base, task = _one_base(configs, model), _one_task(configs, task)
+    base = _one_base(configs, model)
+    task = _one_task(configs, task)
+    is_classifier = task is TaskType.SEQ_CLS
     tokenizer = load_tokenizer(base)
-    counts = {name: count_classes(place) for name, place in places.items()} if task is TaskType.SEQ_CLS else {}
-    settings: dict[str, Any] = {"pad": pad_of(tokenizer), "dtype": dtype_of(dtype)}
-    bare, missing = load_model(base, AUTO_CLASSES[task], classes=_one_count(counts), **settings)
-    if bare.config.is_encoder_decoder:
+    classes = _one_count(places) if is_classifier else None
+    base_model, missing = load_model(
+        base, AUTO_CLASSES[task], classes=classes, pad=pad_of(tokenizer), dtype=dtype_of(dtype)
+    )
+    if base_model.config.is_encoder_decoder:
         raise ConfigError(f"{base!r} is an encoder-decoder; this takes causal language models and classifiers")
-    names = _labels(places, bare.config, labels) if task is TaskType.SEQ_CLS else None
-    return Loaded(_adapted(bare, places), tokenizer, base, tuple(places), task, names, not missing)
+    class_names = _labels(places, base_model.config, labels) if is_classifier else None
+    return Loaded(
+        model=_adapted(base_model, places),
+        tokenizer=tokenizer,
+        base=base,
+        adapters=tuple(places),
+        task=task,
+        labels=class_names,
+        base_is_whole=not missing,
+    )
 
 
 def named(adapters: Sequence[str]) -> dict[str, str]:
-    """Places of adapters by name.
+    """Directories or hub ids of adapters by name, from arguments of the form PLACE or NAME=PLACE.
 
     Raises:
-        ConfigError: two have one name.
+        ConfigError: two adapters have the same name, or one has the base model's.
     """
-    found: dict[str, str] = {}
+    places: dict[str, str] = {}
     for text in adapters:
         name, equals, place = text.partition("=")
         if not equals or Path(text).exists():
-            name, place = Path(text).resolve().name, text
-        if name in found or name == BASE:
-            other = "the base model" if name == BASE else f"{found[name]!r}"
+            name = Path(text).resolve().name
+            place = text
+        if name in places or name == BASE:
+            other = "the base model" if name == BASE else f"{places[name]!r}"
             raise ConfigError(f"{place!r} would be called {name!r}, as is {other}; give it another name, NAME={place}")
-        found[name] = place
-    return found
+        places[name] = place
+    return places
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> Any:
-    """The tokenizer of a base model.
+    """Load the tokenizer of a base model.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -137,39 +151,45 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
 
 
 def pad_of(tokenizer: Any) -> int:
-    """The token to fill batches with."""
-    return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    """The id of the padding token: the tokenizer's own, else its end of sequence, else 0."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return token_id
+    return 0
 
 
 def dtype_of(name: str) -> Any:
-    """What a base is held in; auto: bfloat16 where the accelerator computes in it, else float32."""
+    """The torch dtype for a name; "auto" is bfloat16 if the accelerator supports it, else float32."""
     import torch
 
     if name not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"dtype {name!r} must be auto, float32 or bfloat16{nearest(name, ('float32', 'bfloat16'))}")
     if name != "auto":
         return getattr(torch, name)
-    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
 
 
 def load_model(
     model: str, auto_class: str, *, classes: int | list[str] | None = None, pad: int | None = None, **kwargs: Any
 ) -> tuple[Any, set[str]]:
-    """A base model, and the names of its parameters that the file does not hold.
+    """Load a base model; returns it with the names of its parameters that the checkpoint lacks.
 
     Args:
         model: a directory, a name that `veneer pull` knows, or a hub id.
-        auto_class: which of transformers' classes.
-        classes: how many classes there are, or their names, for a classifier.
-        pad: the padding token where the config has none.
-        kwargs: `dtype`, `revision` and others of `from_pretrained`.
+        auto_class: name of the transformers class.
+        classes: the number of classes or their names, for a classifier.
+        pad: the padding token if the config has none.
+        kwargs: `dtype`, `revision` and other arguments of `from_pretrained`.
 
     Raises:
         ConfigError: there is no such model.
     """
     import transformers
 
-    hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
+    hub_names = ("revision", "token", "cache_dir", "local_files_only")
+    hub = {name: value for name, value in kwargs.items() if name in hub_names}
     try:
         config = transformers.AutoConfig.from_pretrained(resolve(model), **hub)
         if classes is not None or pad is not None:
@@ -177,11 +197,11 @@ def load_model(
         auto = makes(auto_class, config)
         if auto is None:
             raise ConfigError(f"{model!r} is a {config.model_type}, of which transformers has no {auto_class}")
-        found, about = auto.from_pretrained(resolve(model), output_loading_info=True, **kwargs)
+        loaded, info = auto.from_pretrained(resolve(model), output_loading_info=True, **kwargs)
     except OSError as error:
         reason = first_line(error)
         raise ConfigError(f"the base model {model!r} cannot be loaded; say where it is with model: {reason}") from None
-    return found, set(about["missing_keys"])
+    return loaded, set(info["missing_keys"])
 
 
 def load_base(
@@ -194,16 +214,19 @@ def load_base(
     hub: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The base model of an adapter, without it; on request from another place than the one its config names.
+    """Load the base model of an adapter, without the adapter.
 
     Args:
-        auto_class: which of transformers' classes; None: that of the adapter's task.
-        task: what an adapter is for that does not say so.
-        hub: how to download the adapter.
+        adapter: a directory or a hub id.
+        model: the base model; None: the one that the adapter's config names.
+        config: the adapter's config; None: read from `adapter`.
+        auto_class: name of the transformers class; None: chosen by the adapter's task.
+        task: the task if the adapter's config states none.
+        hub: arguments for the download of the adapter.
         kwargs: for the base model's `from_pretrained`.
 
     Raises:
-        ConfigError: neither names a base model, or the adapter does not say what it is for.
+        ConfigError: no base model is named, or the task is unknown.
     """
     hub = hub or {}
     config = config or Config.from_pretrained(adapter, **hub)
@@ -211,35 +234,46 @@ def load_base(
     if not name:
         raise ConfigError(f"{str(adapter)!r} does not name its base model; say which with model, or load it yourself")
     if auto_class is None:
-        task = config.task_type if isinstance(config.task_type, TaskType) else task
+        if isinstance(config.task_type, TaskType):
+            task = config.task_type
         if task is None:
             raise ConfigError(f"{str(adapter)!r} states no task_type; use the AutoPeftModelFor... class of its task")
         auto_class = AUTO_CLASSES[task]
-    classes = count_classes(adapter, **hub) if auto_class == AUTO_CLASSES[TaskType.SEQ_CLS] else None
-    kwargs = {**({} if classes is None else {"num_labels": classes}), **kwargs}
-    shared = {key: hub[key] for key in ("token", "cache_dir", "local_files_only") if key in hub}
-    return load_model(name, auto_class, revision="main" if model else config.revision or "main", **shared, **kwargs)[0]
+    if auto_class == AUTO_CLASSES[TaskType.SEQ_CLS]:
+        classes = count_classes(adapter, **hub)
+        if classes is not None:
+            kwargs.setdefault("num_labels", classes)
+    shared = {key: value for key, value in hub.items() if key in ("token", "cache_dir", "local_files_only")}
+    revision = "main" if model else config.revision or "main"
+    base_model, _ = load_model(name, auto_class, revision=revision, **shared, **kwargs)
+    return base_model
 
 
 def count_classes(adapter: str | Path, **hub: Any) -> int | None:
-    """Classes of the classifier that an adapter's file holds; None: it holds none."""
+    """Number of classes of the classification head in an adapter's file; None if there is no such head."""
     from safetensors import SafetensorError, safe_open
 
     path = find_weights(adapter, **hub)
     try:
         with safe_open(path, framework="pt") as file:
-            heads = [k for k in file.keys() if k.endswith(".weight") and set(HEADS) & set(k.split("."))]  # noqa: SIM118
-            return min((file.get_slice(key).get_shape()[0] for key in heads), default=None)
+            keys = [key for key in file.keys() if _is_head_weight(key)]  # noqa: SIM118 (not a dict)
+            rows = [file.get_slice(key).get_shape()[0] for key in keys]
+            return min(rows, default=None)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{str(path)!r} is damaged: {error}") from None
 
 
+def _is_head_weight(key: str) -> bool:
+    return key.endswith(".weight") and not set(HEADS).isdisjoint(key.split("."))
+
+
 def _described(config: Any, classes: int | list[str] | None, pad: int | None) -> Any:
-    """A base model's config that knows what is asked of the model."""
+    """A base model's config, with the classes and the padding token filled in."""
     if isinstance(classes, int):
         config.num_labels = classes
     elif classes is not None:
-        config.num_labels, config.id2label = len(classes), dict(enumerate(classes))
+        config.num_labels = len(classes)
+        config.id2label = dict(enumerate(classes))
         config.label2id = {label: number for number, label in enumerate(classes)}
     if pad is not None and config.get_text_config().pad_token_id is None:
         config.get_text_config().pad_token_id = pad
@@ -247,20 +281,24 @@ def _described(config: Any, classes: int | list[str] | None, pad: int | None) ->
 
 
 def _one_base(configs: dict[str, Config], model: str | None) -> str:
+    """The base model: as given, else the one that all adapters name."""
     if model is not None:
         return model
     bases = {name: config.base_model_name_or_path for name, config in configs.items()}
-    found = {resolve(base) for base in bases.values() if base}
-    if not found:
-        which = f"{', '.join(map(repr, configs))} names no base model" if configs else "there is no adapter to name one"
-        raise ConfigError(f"which base model? {which}; give it with model")
-    if len(found) > 1:
+    resolved = {resolve(base) for base in bases.values() if base}
+    if not resolved and not configs:
+        raise ConfigError("which base model? there is no adapter to name one; give it with model")
+    if not resolved:
+        names = ", ".join(map(repr, configs))
+        raise ConfigError(f"which base model? {names} names no base model; give it with model")
+    if len(resolved) > 1:
         spelled = ", ".join(f"{name} on {base}" for name, base in bases.items())
         raise ConfigError(f"adapters run side by side on one base model, and these have several: {spelled}")
-    return found.pop()
+    return resolved.pop()
 
 
 def _one_task(configs: dict[str, Config], otherwise: TaskType) -> TaskType:
+    """The task that all adapters state."""
     tasks = {name: TaskType(config.task_type or otherwise) for name, config in configs.items()}
     if len(set(tasks.values())) > 1:
         spelled = ", ".join(f"{name} is for {task}" for name, task in tasks.items())
@@ -268,7 +306,9 @@ def _one_task(configs: dict[str, Config], otherwise: TaskType) -> TaskType:
     return next(iter(tasks.values()), otherwise)
 
 
-def _one_count(counts: dict[str, int | None]) -> int | None:
+def _one_count(places: dict[str, str]) -> int | None:
+    """The number of classes that all adapters' heads have."""
+    counts = {name: count_classes(place) for name, place in places.items()}
     if len(set(counts.values())) > 1:
         spelled = ", ".join(f"{name} has {count}" for name, count in counts.items())
         raise ConfigError(f"adapters run side by side need classifiers with the same number of classes: {spelled}")
@@ -276,36 +316,50 @@ def _one_count(counts: dict[str, int | None]) -> int | None:
 
 
 def _labels(places: dict[str, str], config: Any, given: list[str] | None) -> list[str] | None:
-    """The classes by name: as given, as the training recipes say, or as the base model's config does."""
-    trained = {name: labels for name, place in places.items() if (labels := _trained_classes(place))}
-    if given is None and len(set(map(tuple, trained.values()))) > 1:
+    """The class names: as given, else from the training recipes, else from the base model's config."""
+    trained = {}
+    for name, place in places.items():
+        labels = _trained_classes(place)
+        if labels:
+            trained[name] = labels
+    distinct = {tuple(labels) for labels in trained.values()}
+    if given is None and len(distinct) > 1:
         spelled = "; ".join(f"{name} {', '.join(labels)}" for name, labels in trained.items())
         raise ConfigError(f"the adapters were trained on different classes, or in another order: {spelled}")
-    own = [config.id2label[i] for i in range(config.num_labels)]
-    found = given or next(iter(trained.values()), None) or (None if own[0] == "LABEL_0" else own)
-    if found and len(found) != config.num_labels:
-        raise ConfigError(f"{len(found)} classes are named ({', '.join(found)}), the model has {config.num_labels}")
-    return found
+    names = given or next(iter(trained.values()), None) or _classes_of(config)
+    if names and len(names) != config.num_labels:
+        raise ConfigError(f"{len(names)} classes are named ({', '.join(names)}), the model has {config.num_labels}")
+    return names
+
+
+def _classes_of(config: Any) -> list[str] | None:
+    """The class names in a model's config; None if they are transformers' defaults."""
+    names = [config.id2label[i] for i in range(config.num_labels)]
+    return None if names[0] == "LABEL_0" else names
 
 
 def _trained_classes(place: str) -> list[str] | None:
-    """The classes that the recipe beside an adapter names."""
+    """The class names in the training recipe next to an adapter, if there is one."""
     from ..files.recipe import RECIPE_NAME, read
 
     recipe = Path(place) / RECIPE_NAME
-    labels = read(recipe).get("labels") if recipe.is_file() else None
+    if not recipe.is_file():
+        return None
+    labels = read(recipe).get("labels")
     return [str(label) for label in labels] if labels else None
 
 
-def _adapted(bare: Any, places: dict[str, str]) -> Any:
-    """All adapters on one base, where the accelerator is."""
+def _adapted(base_model: Any, places: dict[str, str]) -> Any:
+    """The base model with all adapters, in evaluation mode, on the accelerator if there is one."""
     import torch
 
-    model = bare
-    for number, (name, place) in enumerate(places.items()):
-        if number:
-            model.load_adapter(place, name)
+    model = base_model
+    for name, place in places.items():
+        if model is base_model:
+            model = PeftModel.from_pretrained(base_model, place, name)
         else:
-            model = PeftModel.from_pretrained(bare, place, name)
+            model.load_adapter(place, name)
     model = model.eval()
-    return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
+    if torch.accelerator.is_available():
+        model = model.to(torch.accelerator.current_accelerator())
+    return model

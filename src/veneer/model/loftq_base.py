@@ -1,10 +1,10 @@
-"""LoRA on a quantised base: simulated from the whole one ("loftq"), or fitted to one that is quantised already."""
+"""LoftQ on the base model: store the simulated quantised weights, or initialise a LoRA on a base that is quantised."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,23 +25,27 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def quantise_base_(model: PeftModel, adapter_name: str = "default") -> None:
-    """Give the base the quantised weights that a LoftQ adapter stands on; the adapter becomes plain LoRA on that base.
+    """Replace the base's weights by the quantised weights of a LoftQ adapter, which becomes a plain LoRA.
 
-    For bases that are to be saved, or quantised for real, as they are. Other adapters stand on the new base too.
+    Use it to save the base, or to quantise it in another library. Other adapters then run on the new base too.
 
     Raises:
-        VeneerError: the adapter is not LoftQ's, or something is merged.
+        VeneerError: the adapter was not made by LoftQ, or an adapter is merged.
     """
     state = model._state
-    adapters = [part for a in state.adapters(adapter_name).values() for part in a.parts if isinstance(part, LoftQ)]
-    if not any(part.error is not None for part in adapters) or model._merged():
+    loras: list[LoftQ] = []
+    for adapter in state.adapters(adapter_name).values():
+        loras += [part for part in adapter.parts if isinstance(part, LoftQ)]
+    if not any(lora.error is not None for lora in loras) or model._merged():
         raise VeneerError(f'{adapter_name!r} must be a LoRA made with init_lora_weights="loftq", and nothing merged')
-    for part in adapters:
-        W = part.target.weight()
-        part.target.replace(part.target.tensors((W + part.error).to(W.dtype), None))
-        part.error = None  # type: ignore[assignment]
+    for lora in loras:
+        W = lora.target.weight()
+        quantised = (W + lora.error).to(W.dtype)
+        lora.target.replace(lora.target.tensors(quantised, None))
+        lora.error = None  # type: ignore[assignment]
     config: Any = copy.copy(state.configs[adapter_name])
-    config.init_lora_weights, config.loftq_config = True, None
+    config.init_lora_weights = True
+    config.loftq_config = None
     state.configs[adapter_name] = config
 
 
@@ -52,59 +56,70 @@ def replace_lora_weights_loftq(
     adapter_name: str = "default",
     callback: Callable[[PeftModel, str], bool] | None = None,
 ) -> None:
-    """Start a LoRA on a quantised base at what the quantisation lost.
+    """Initialise a LoRA on a quantised base with the best low-rank fit of the quantisation error.
 
     Args:
         peft_model: the quantised base with its adapter.
-        model_path: directory of the base's own safetensors; None: where the base came from.
-        callback: called after each layer with the model and the layer's path; false takes that layer's start back.
+        model_path: directory of the original safetensors; None: where the base was loaded from.
+        adapter_name: which adapter.
+        callback: called after each layer with the model and the layer's path; if it returns false, the layer gets its
+            previous values back.
 
     Raises:
         VeneerError: the base is not quantised: no layer differs from the file.
     """
     state = state_of(peft_model.get_base_model())
-    found = False
+    is_quantised = False
     with ExitStack() as files:
         read = Pretrained(peft_model, model_path, files)
         for path, adapter in state.adapters(adapter_name).items():
-            for lora in (part for part in adapter.parts if isinstance(part, LoRA)):
+            for lora in adapter.parts:
+                if not isinstance(lora, LoRA):
+                    continue
                 W = lora.target.as_matrix(read(f"{path}.weight")).to(lora.target.device)
                 residual = W.float() - lora.target.weight().float()
                 if not residual.any():
                     continue
-                found = True
-                before = [t.clone() for t in lora.matrices()]
-                for mine, start in zip(lora.matrices(), best_fit(residual, lora.r, lora.scaling), strict=True):
-                    mine.copy_(start)
+                is_quantised = True
+                previous = [matrix.clone() for matrix in lora.matrices()]
+                _copy_into(lora, best_fit(residual, lora.r, lora.scaling))
                 if callback is not None and not callback(peft_model, path):
-                    for mine, old in zip(lora.matrices(), before, strict=True):
-                        mine.copy_(old)
-    if not found:
+                    _copy_into(lora, previous)
+    if not is_quantised:
         raise VeneerError("no adapted layer differs from the pretrained file: the base is not quantised")
 
 
+def _copy_into(lora: LoRA, values: Iterable[Tensor]) -> None:
+    for matrix, value in zip(lora.matrices(), values, strict=True):
+        matrix.copy_(value)
+
+
 class Pretrained:
-    """Tensors of a pretrained model's safetensors, whole or in shards, read one at a time."""
+    """Reads single tensors of a pretrained model from its safetensors, one file or shards."""
 
     def __init__(self, model: Any, directory: str | None, files: ExitStack) -> None:
         base = model.get_base_model()
         self.directory = Path(directory or resolve(base.config.name_or_path))
-        self.directory = self.directory.parent if self.directory.suffix == ".safetensors" else self.directory
+        if self.directory.suffix == ".safetensors":
+            self.directory = self.directory.parent
         self.prefix = getattr(base, "base_model_prefix", "") + "."
-        self.files, self.open = files, {}  # type: ignore[var-annotated]
-        self.shards = dict(self._index())
+        self.files = files
+        self.open: dict[Path, Any] = {}
+        self.shards = self._index()
 
-    def _index(self) -> Iterator[tuple[str, Path]]:
+    def _index(self) -> dict[str, Path]:
+        """The file of each tensor, by key."""
         index = self.directory / "model.safetensors.index.json"
+        single = self.directory / "model.safetensors"
         if index.is_file():
-            for name, file in json.loads(index.read_text())["weight_map"].items():
-                yield name, self.directory / file
-        elif (whole := self.directory / "model.safetensors").is_file():
-            yield from ((name, whole) for name in self._file(whole).keys())  # noqa: SIM118 (not a dict)
-        else:
-            raise CheckpointError(f"{str(self.directory)!r} holds no model.safetensors; give model_path")
+            weight_map = json.loads(index.read_text())["weight_map"]
+            return {key: self.directory / file for key, file in weight_map.items()}
+        if single.is_file():
+            return dict.fromkeys(self._file(single).keys(), single)
+        raise CheckpointError(f"{str(self.directory)!r} holds no model.safetensors; give model_path")
 
     def _file(self, path: Path) -> Any:
+        """An open safetensors file; stays open until `files` is closed."""
         from safetensors import safe_open
 
         if path not in self.open:
@@ -112,6 +127,7 @@ class Pretrained:
         return self.open[path]
 
     def __call__(self, name: str) -> Tensor:
+        # A checkpoint of the headless model lacks the prefix, and one of the model with a head has it.
         for key in (name, name.removeprefix(self.prefix), self.prefix + name):
             if key in self.shards:
                 return self._file(self.shards[key]).get_tensor(key)

@@ -1,4 +1,4 @@
-"""What a merge would lose: a half-precision weight cannot hold all of an update."""
+"""The rounding loss of a merge: a half-precision weight cannot hold all of an update."""
 
 from __future__ import annotations
 
@@ -13,68 +13,88 @@ from ..errors import NotMergeable, VeneerError
 
 @dataclass(frozen=True)
 class MergeLoss:
-    """One layer: norms of the update dW and of the part that rounding takes, and the share of weights that move."""
+    """Rounding loss in one layer."""
 
     path: str
     norm: float
+    """Norm of the update dW."""
     lost: float
+    """Norm of the part of dW that is lost to rounding."""
     moved: float
+    """Share of the weights that change."""
 
     @property
     def share(self) -> float:
-        """|lost| / |dW|; 0 where there is no update."""
+        """|lost| / |dW|; 0 if there is no update."""
         return self.lost / self.norm if self.norm else 0.0
 
 
 @dataclass(frozen=True)
 class MergeReport:
+    """Rounding loss of a merge in every layer; prints as a table."""
+
     layers: list[MergeLoss]
 
     @property
     def share(self) -> float:
-        """The share of the whole update that rounding takes: |lost| / |dW| over all layers."""
+        """The share of the whole update that is lost to rounding: |lost| / |dW| over all layers."""
         norm = sum(layer.norm**2 for layer in self.layers) ** 0.5
-        return sum(layer.lost**2 for layer in self.layers) ** 0.5 / norm if norm else 0.0
+        lost = sum(layer.lost**2 for layer in self.layers) ** 0.5
+        return lost / norm if norm else 0.0
 
     def __str__(self) -> str:
-        rows = [
-            f"{e.path:<50} |dW| {e.norm:9.3g}  lost {e.share:7.2%}  weights moved {e.moved:7.2%}" for e in self.layers
-        ]
-        return "\n".join([*rows, f"{'all':<50} lost {self.share:.2%}"])
+        lines = []
+        for layer in self.layers:
+            update = f"|dW| {layer.norm:9.3g}  lost {layer.share:7.2%}"
+            lines.append(f"{layer.path:<50} {update}  weights moved {layer.moved:7.2%}")
+        lines.append(f"{'all':<50} lost {self.share:.2%}")
+        return "\n".join(lines)
 
 
 @torch.no_grad()
 def merge_report(model: Any, adapter_names: list[str] | None = None) -> MergeReport:
-    """How much of the adapters' update a merge into the weights as they are stored would lose; nothing is merged.
+    """Report how much of the adapters' update a merge into the stored weights would lose; nothing is merged.
 
     Args:
         model: an adapted model.
         adapter_names: which adapters; None: the active ones.
 
     Raises:
-        NotMergeable: a method has no form as a weight.
-        VeneerError: no such adapter, or one is merged already.
+        NotMergeable: a method cannot be merged.
+        VeneerError: there is no such adapter, or one is merged already.
     """
-    state = state_of(model.get_base_model() if hasattr(model, "get_base_model") else model)
-    names = tuple(adapter_names or (state.active if state is not None else ()))
+    base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    state = state_of(base_model)
+    active = state.active if state is not None else ()
+    names = tuple(adapter_names or active)
     if state is None or not names or any(name not in state.configs for name in names):
         raise VeneerError(f"merge_report: the model has no adapters {names}")
     if any(layer.merged_adapters for layer in state.layers.values()):
         raise VeneerError("merge_report looks at a merge to come; call unmerge_adapter() first")
-    losses = [_loss(layer, layer.stack(names)) for layer in state.layers.values() if layer.stack(names)]
+    losses = []
+    for layer in state.layers.values():
+        stack = layer.stack(names)
+        if stack:
+            losses.append(_loss(layer, stack))
     return MergeReport(losses)
 
 
 def _loss(layer: Any, stack: list[Any]) -> MergeLoss:
+    """The rounding loss of folding a stack of adapters into a layer's weight."""
     for part in stack:
         if not part.has_fold:
             raise NotMergeable(f"{type(part).__name__} on {layer.path!r} has no form as a weight")
     target = stack[0].target
-    W, b = target.weight(), target.bias()
+    W = target.weight()
+    b = target.bias()
     wide = torch.promote_types(W.dtype, torch.float32)
-    new, bias = W.to(wide), None if b is None else b.to(wide)
+    old = W.to(wide)
+    new = old
+    bias = None if b is None else b.to(wide)
     for part in stack:
         new, bias = part.fold(new, bias)
-    kept = new.to(W.dtype).to(wide)
-    norm, lost = float((new - W.to(wide)).norm()), float((new - kept).norm())
-    return MergeLoss(target.path, norm, lost, float((kept != W.to(wide)).double().mean()))
+    rounded = new.to(W.dtype).to(wide)
+    norm = (new - old).norm()
+    lost = (new - rounded).norm()
+    moved = (rounded != old).double().mean()
+    return MergeLoss(target.path, float(norm), float(lost), float(moved))

@@ -1,6 +1,6 @@
-"""Schedules that follow training without the user calling anything: AdaLoRA's allocation of ranks, for one.
+"""Schedules that run during training without a call by the user, such as AdaLoRA's rank allocation.
 
-torch calls a global hook after every optimizer's step; a schedule runs when that optimizer holds its adapter.
+torch calls a global hook after every optimizer step; a schedule runs if that optimizer updates its adapter.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ class Schedule:
     """One adapter's schedule on one model."""
 
     def __init__(self, state: State, name: str, steps: Any) -> None:
-        self.state, self.name, self.steps = state, name, steps
+        self.state = state
+        self.name = name
+        self.steps = steps
         self.taken = 0
         self.by_hand = False
         _watch(self)
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
-        """A deep copy or an unpickled model follows its own training."""
+        """Restore a copied or unpickled schedule, and register it for the training of its own model."""
         self.__dict__.update(attributes)
         _watch(self)
 
@@ -37,14 +39,17 @@ class Schedule:
         self.steps.step(self.taken)
 
     def belongs_to(self, optimizer: torch.optim.Optimizer) -> bool:
-        own = {id(p) for p in self.state.parameters(self.name)}
-        return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+        """Whether the optimizer holds at least one parameter of the adapter."""
+        own_ids = {id(parameter) for parameter in self.state.parameters(self.name)}
+        return any(not own_ids.isdisjoint(map(id, group["params"])) for group in optimizer.param_groups)
 
 
 def follow(state: State, name: str) -> None:
     """Start an adapter's schedule, if its method has one."""
-    prompt = {"": state.prompts[name]} if name in state.prompts else {}
-    steps = state.configs[name].schedule({**state.adapters(name), **prompt})
+    adapters = {**state.adapters(name)}
+    if name in state.prompts:
+        adapters[""] = state.prompts[name]
+    steps = state.configs[name].schedule(adapters)
     if steps is not None:
         state.schedules[name] = Schedule(state, name, steps)
 
@@ -63,7 +68,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
 
 
 def _steps_of(optimizer: torch.optim.Optimizer) -> int | None:
-    """How many steps the optimizer has made, also after a resume, where its kind counts them."""
+    """Number of steps the optimizer has taken, including those before a resume; None if it does not count them."""
     for state in optimizer.state.values():
         if "step" in state:
             return int(state["step"])

@@ -1,4 +1,4 @@
-"""The state of the adapters, read off the layers."""
+"""Status reports: the adapters of each layer and of the whole model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .counting import count
 
 @dataclass(frozen=True)
 class LayerStatus:
-    """One adapted module."""
+    """The adapters of one adapted module."""
 
     name: str
     module_type: str
@@ -27,7 +27,7 @@ class LayerStatus:
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """The whole model. "irregular" where its layers do not agree."""
+    """The adapters of the whole model; "irregular" means that its layers differ."""
 
     base_model_type: str | None
     adapter_model_type: str
@@ -44,27 +44,40 @@ class ModelStatus:
 
 
 def layer_status(state: State) -> list[LayerStatus]:
+    """The status of every adapted module."""
     return [_layer(path, layer, state) for path, layer in state.layers.items()]
 
 
 def _layer(path: str, layer: Any, state: State) -> LayerStatus:
-    own = {name: list(adapter.parameters()) for name, adapter in layer.adapters.items()}
+    first_adapter = next(iter(layer.adapters.values()))
+    requires_grad = {}
+    devices = {}
+    for name, adapter in layer.adapters.items():
+        parameters = list(adapter.parameters())
+        requires_grad[name] = any(parameter.requires_grad for parameter in parameters)
+        devices[name] = _devices(parameters)
     return LayerStatus(
         name=path,
-        module_type=type(next(iter(layer.adapters.values()))).__name__,
+        module_type=type(first_adapter).__name__,
         enabled=state.enabled,
         active_adapters=[name for name in state.active if name in layer.adapters],
         merged_adapters=list(layer.merged_adapters),
-        requires_grad={name: any(p.requires_grad for p in parameters) for name, parameters in own.items()},
-        available_adapters=sorted(own),
-        devices={name: sorted({str(p.device) for p in parameters}) for name, parameters in own.items()},
+        requires_grad=requires_grad,
+        available_adapters=sorted(layer.adapters.keys()),
+        devices=devices,
     )
 
 
 def model_status(state: State, model: nn.Module) -> ModelStatus:
+    """The status of the whole model."""
     trainable, total = count(model)
     merged = {layer.merged_adapters for layer in state.layers.values()}
-    own = {name: list(state.parameters(name)) for name in state.configs}
+    requires_grad = {}
+    devices = {}
+    for name in state.configs:
+        parameters = list(state.parameters(name))
+        requires_grad[name] = _agreed([parameter.requires_grad for parameter in parameters])
+        devices[name] = _devices(parameters)
     return ModelStatus(
         base_model_type=type(model).__name__,
         adapter_model_type="PeftModel",
@@ -75,11 +88,17 @@ def model_status(state: State, model: nn.Module) -> ModelStatus:
         enabled=state.enabled,
         active_adapters=list(state.active),
         merged_adapters=list(next(iter(merged), ())) if len(merged) < 2 else "irregular",
-        requires_grad={name: _agreed([p.requires_grad for p in parameters]) for name, parameters in own.items()},
+        requires_grad=requires_grad,
         available_adapters=sorted(state.configs),
-        devices={name: sorted({str(p.device) for p in parameters}) for name, parameters in own.items()},
+        devices=devices,
     )
 
 
 def _agreed(flags: list[bool]) -> bool | str:
+    """The common value of the flags, or "irregular"."""
     return "irregular" if len(set(flags)) > 1 else any(flags)
+
+
+def _devices(parameters: list[nn.Parameter]) -> list[str]:
+    """The names of the devices that hold the parameters, sorted."""
+    return sorted({str(parameter.device) for parameter in parameters})

@@ -1,18 +1,19 @@
-"""Does the adapter on disk work? Load it onto a fresh base model and hold it against what training saw.
+"""Verification of a saved adapter: load it onto a fresh base model and compare it with a record from training.
 
 started = digests(model)               # before training
-record(model, "out", batch, started)   # after saving: a few outputs, and how the tensors started
-verify("out", fresh_base).check()      # raises where anything is wrong
+record(model, "out", batch, started)   # after saving: a few outputs, and digests of the initial tensors
+verify("out", fresh_base).check()      # raises if a check fails
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,49 +30,62 @@ from .peft_model import PeftModel
 PROBE_NAME = "probe.safetensors"
 MOST_COLUMNS = 1024
 FLOOR = 16 * torch.finfo(torch.float32).eps
-"""A difference that says nothing, as a share of the outputs: sums in another order."""
+"""Relative difference of outputs that a changed order of summation can cause."""
 ROUNDINGS = 3.0
-"""How far merged may lie from unmerged, in moves of every merged number by one unit in its last place."""
+"""Allowed difference of merged from unmerged outputs, in units of the effect of moving all merged weights by 1 ulp."""
 
 
 @dataclass(frozen=True)
 class Check:
+    """The result of one check."""
+
     name: str
     passed: bool | None
-    """None: there was nothing to hold it against."""
+    """None: there was nothing to compare with."""
     detail: str
 
 
 @dataclass
 class Verification:
+    """The results of all checks of one adapter."""
+
     directory: str
     checks: list[Check] = field(default_factory=list)
     model: PeftModel | None = field(default=None, repr=False)
-    """The reloaded adapter on its base, where it could be loaded."""
+    """The reloaded adapter on its base, if it could be loaded."""
 
     @property
     def passed(self) -> bool:
         return all(check.passed is not False for check in self.checks)
 
     def check(self) -> None:
-        """Raise VeneerError unless everything passed."""
-        failed = [f"{c.name}: {c.detail}" for c in self.checks if c.passed is False]
+        """Raise VeneerError if a check failed."""
+        failed = [check for check in self.checks if check.passed is False]
         if failed:
-            raise VeneerError(f"the adapter in {self.directory!r} failed its verification; {'; '.join(failed)}")
+            reasons = "; ".join(f"{check.name}: {check.detail}" for check in failed)
+            raise VeneerError(f"the adapter in {self.directory!r} failed its verification; {reasons}")
 
     def as_dict(self) -> dict[str, Any]:
         return {"directory": self.directory, "passed": self.passed, "checks": [vars(check) for check in self.checks]}
 
 
-# What training writes
+# The record that training writes
 
 
 def digests(model: PeftModel, adapter_name: str = "default") -> dict[str, str]:
-    """A hash of each tensor that training may change, by its key in the file."""
+    """A digest of each tensor that training may change, by its key in the file."""
     state = model._state
-    learned = {p.data_ptr() for p in state.parameters(adapter_name) if p.requires_grad and p.numel()}
-    tensors = {key: t for key, t in checkpoint.slots(state, adapter_name).items() if t.is_floating_point()}
-    trained = {key: t for key, t in tensors.items() if t.data_ptr() in learned}
+    trainable_addresses = set()
+    for parameter in state.parameters(adapter_name):
+        if parameter.requires_grad and parameter.numel():
+            trainable_addresses.add(parameter.data_ptr())
+    tensors = {}
+    trained = {}
+    for key, t in checkpoint.slots(state, adapter_name).items():
+        if t.is_floating_point():
+            tensors[key] = t
+            if t.data_ptr() in trainable_addresses:
+                trained[key] = t
     return {key: _digest(t) for key, t in (trained or tensors).items()}
 
 
@@ -83,11 +97,14 @@ def record(
     adapter_name: str = "default",
     is_main_process: bool = True,
 ) -> None:
-    """Write a few of the model's outputs beside the adapter, to hold a reloaded one against.
+    """Write some of the model's outputs into the adapter's directory, for comparison after a reload.
 
     Args:
-        batch: arguments of a model call; a row or two of some tokens are enough.
+        model: the trained model.
+        directory: the adapter's directory.
+        batch: arguments of a model call; one or two rows of a few tokens are enough.
         started: `digests` from before training.
+        adapter_name: which adapter.
         is_main_process: false on the processes of a distributed run that must not write.
     """
     from safetensors.torch import save
@@ -96,50 +113,68 @@ def record(
         output = _output(model, batch)
     if not is_main_process:
         return
-    tensors = {f"input.{name}": t.detach().cpu().contiguous() for name, t in batch.items()} | {"output": output}
+    tensors = {}
+    for name, t in batch.items():
+        tensors[f"input.{name}"] = t.detach().cpu().contiguous()
+    tensors["output"] = output
     metadata = {"started": json.dumps(dict(started)), "adapter": adapter_name}
     write_atomically(Path(directory) / PROBE_NAME, save(tensors, metadata))
 
 
 def unmoved(directory: str | Path, started: Mapping[str, str]) -> list[str]:
-    """Keys of the tensors in an adapter's file that are as they started."""
+    """Keys of the tensors in an adapter's file that training did not change."""
     from safetensors import safe_open
 
     with safe_open(find_file(directory, WEIGHTS_NAME), framework="pt") as file:
-        keys = set(file.keys()) & started.keys()
-        return sorted(key for key in keys if _digest(file.get_tensor(key)) == started[key])
+        unchanged = []
+        for key in sorted(file.keys()):
+            if key in started and _digest(file.get_tensor(key)) == started[key]:
+                unchanged.append(key)
+        return unchanged
 
 
 # Verifying
 
 
 def verify(directory: str | Path, base: nn.Module, *, follow_paths: bool = False) -> Verification:
-    """Load the adapter in `directory` onto `base`, a fresh model, and look at everything that can be wrong with it.
+    """Load the adapter in `directory` onto `base`, a fresh model, and run all checks.
 
-    Without a record of outputs (`record`), outputs and starts have nothing to be held against. `base` is used up.
+    Without a record (see `record`), the checks of outputs and of changes have nothing to compare with. The adapter
+    stays on `base`, so use a model that is not needed elsewhere.
     """
-    found = Verification(str(directory))
+    verification = Verification(str(directory))
+    checks = verification.checks
     try:
         probe = _read_probe(Path(directory))
         tensors, _ = checkpoint.read(directory)
-        found.model = PeftModel.from_pretrained(base, directory, follow_paths=follow_paths).eval()
-        model = found.model
+        model = PeftModel.from_pretrained(base, directory, follow_paths=follow_paths).eval()
     except VeneerError as error:
-        found.checks.append(Check("loads", False, " ".join(str(error).split())))
-        return found
-    found.checks.append(Check("loads", True, f"{len(tensors)} tensors, all finite"))
-    started = {} if probe is None else probe[2]
-    found.checks.append(_not_zero(tensors, started))
-    found.checks.append(_changed(tensors, started))
-    batch = _random_batch(base) if probe is None else probe[0]
+        message = " ".join(str(error).split())
+        checks.append(Check("loads", False, message))
+        return verification
+    verification.model = model
+    checks.append(Check("loads", True, f"{len(tensors)} tensors, all finite"))
+    started = probe.started if probe is not None else {}
+    checks.append(_not_zero(tensors, started))
+    checks.append(_changed(tensors, started))
+    batch = probe.batch if probe is not None else _random_batch(base)
+    recorded = probe.output if probe is not None else None
     with torch.no_grad():
-        found.checks.append(_same_outputs(model, batch, None if probe is None else probe[1]))
-        found.checks.append(_merges(model, batch))
-    return found
+        checks.append(_same_outputs(model, batch, recorded))
+        checks.append(_merges(model, batch))
+    return verification
 
 
-def _read_probe(directory: Path) -> tuple[dict[str, Tensor], Tensor, dict[str, str]] | None:
-    """(arguments of the call, outputs, digests at the start), None where training wrote none."""
+class _Probe(NamedTuple):
+    """The record that training wrote."""
+
+    batch: dict[str, Tensor]
+    output: Tensor
+    started: dict[str, str]
+
+
+def _read_probe(directory: Path) -> _Probe | None:
+    """The record in an adapter's directory; None if training wrote none."""
     from safetensors import SafetensorError, safe_open
 
     if not (directory / PROBE_NAME).is_file():
@@ -148,23 +183,35 @@ def _read_probe(directory: Path) -> tuple[dict[str, Tensor], Tensor, dict[str, s
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
-            started = json.loads((file.metadata() or {}).get("started", "{}"))
-        batch = {key.removeprefix("input."): t for key, t in tensors.items() if key.startswith("input.")}
-        return batch, tensors["output"], dict(started)
+            metadata = file.metadata() or {}
+        started = json.loads(metadata.get("started", "{}"))
+        batch = {}
+        for key, t in tensors.items():
+            if key.startswith("input."):
+                batch[key.removeprefix("input.")] = t
+        return _Probe(batch, tensors["output"], dict(started))
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{str(path)!r} is no record of outputs: {error}") from None
 
 
 def _random_batch(model: Any) -> dict[str, Tensor]:
-    size = model.config.get_text_config().vocab_size
-    ids = torch.randint(0, size, (2, 16), generator=torch.Generator().manual_seed(0))
-    more = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
-    return {"input_ids": ids} | more
+    """Two rows of random tokens, the same in every run."""
+    vocab_size = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab_size, (2, 16), generator=generator)
+    batch = {"input_ids": ids}
+    if getattr(model.config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = ids
+    return batch
 
 
 def _not_zero(tensors: Mapping[str, Tensor], started: Mapping[str, str]) -> Check:
     trained = [key for key in tensors if key in started or not started]
-    zero = [k for k in trained if tensors[k].numel() and tensors[k].is_floating_point() and not tensors[k].any()]
+    zero = []
+    for key in trained:
+        t = tensors[key]
+        if t.numel() and t.is_floating_point() and not t.any():
+            zero.append(key)
     if zero:
         return Check("not all zero", False, f"{len(zero)} tensors hold nothing but zeros:{_inline(zero)}")
     return Check("not all zero", True, f"{len(trained)} tensors hold values")
@@ -174,83 +221,106 @@ def _changed(tensors: Mapping[str, Tensor], started: Mapping[str, str]) -> Check
     if not started:
         return Check("changed", None, "the run left no record of how the tensors started")
     missing = [key for key in started if key not in tensors]
-    same = [key for key, digest in started.items() if key in tensors and _digest(tensors[key]) == digest]
-    if missing or same:
-        what = f"{len(missing)} trained tensors are not in the file" if missing else f"{len(same)} are as they started"
-        return Check("changed", False, f"{what}:{_inline(missing or same)}")
+    if missing:
+        detail = f"{len(missing)} trained tensors are not in the file:{_inline(missing)}"
+        return Check("changed", False, detail)
+    unchanged = []
+    for key, digest in started.items():
+        if _digest(tensors[key]) == digest:
+            unchanged.append(key)
+    if unchanged:
+        return Check("changed", False, f"{len(unchanged)} are as they started:{_inline(unchanged)}")
     return Check("changed", True, f"all {len(started)} trained tensors moved from their start")
 
 
 def _same_outputs(model: PeftModel, batch: dict[str, Tensor], recorded: Tensor | None) -> Check:
-    """The reloaded model's outputs are the recorded ones: to rounding, and far closer than the base model's are."""
+    """Check that the reloaded model's outputs match the recorded ones, far better than the base model's do."""
     if recorded is None:
         return Check("same outputs", None, "the run left no record of its outputs")
     active = _output(model, batch)
     if active.shape != recorded.shape:
         return Check("same outputs", False, f"shape {tuple(active.shape)}, recorded {tuple(recorded.shape)}")
     with model.disable_adapter():
-        bare = _output(model, batch)
-    effect = _distance(active[:, -bare.shape[1] :], bare)  # without the positions that a prompt puts in front
-    size, eps, found = float(recorded.double().norm()), _eps(model), _distance(active, recorded)
-    is_near = found <= FLOOR * size or found <= min(eps**0.5 * size, 0.1 * effect)
-    return Check("same outputs", is_near, f"differ by {found / max(size, 1e-30):.2g} of their size from the recorded")
+        base_output = _output(model, batch)
+    without_prompt = active[:, -base_output.shape[1] :]
+    effect = _distance(without_prompt, base_output)
+    size = float(recorded.double().norm())
+    difference = _distance(active, recorded)
+    limit = min(_eps(model) ** 0.5 * size, 0.1 * effect)
+    is_near = difference <= FLOOR * size or difference <= limit
+    relative = difference / max(size, 1e-30)
+    return Check("same outputs", is_near, f"differ by {relative:.2g} of their size from the recorded")
 
 
 def _merges(model: PeftModel, batch: dict[str, Tensor]) -> Check:
-    """Merged lies within rounding of unmerged; how far rounding moves this model is measured on it."""
+    """Check that merged outputs equal unmerged ones to rounding; the effect of rounding is measured on the model."""
     active = _output(model, batch)
     try:
         model.merge_adapter()
     except NotMergeable as error:
-        return Check("merges", None, f"has no form as a weight: {' '.join(str(error).split())}")
+        reason = " ".join(str(error).split())
+        return Check("merges", None, f"has no form as a weight: {reason}")
     merged = _output(model, batch)
     _jitter(model._state)
     rounding = _distance(merged, _output(model, batch))
     model.unmerge_adapter()
-    found, size = _distance(merged, active), max(float(active.double().norm()), 1e-30)
+    difference = _distance(merged, active)
+    size = max(float(active.double().norm()), 1e-30)
     limit = ROUNDINGS * rounding + FLOOR * size
-    detail = f"merged differs by {found / size:.2g} from unmerged; rounding allows {limit / size:.2g}"
-    return Check("merges", found <= limit, detail)
+    detail = f"merged differs by {difference / size:.2g} from unmerged; rounding allows {limit / size:.2g}"
+    return Check("merges", difference <= limit, detail)
 
 
 def _jitter(state: State) -> None:
-    """Move every merged number by up to one unit in its last place."""
+    """Change every merged weight by up to one unit in the last place."""
     generator = torch.Generator().manual_seed(0)
     for layer in state.layers.values():
         for name in layer.kept:
             merged = layer.base_layer._parameters[name]
-            step = torch.rand(merged.shape, generator=generator).to(merged.device) * 2 - 1
+            uniform = torch.rand(merged.shape, generator=generator).to(merged.device)
+            step = uniform * 2 - 1
             wide = merged.to(torch.promote_types(merged.dtype, torch.float32))
-            merged.copy_(wide * (1 + step.to(wide) * torch.finfo(merged.dtype).eps))
+            eps = torch.finfo(merged.dtype).eps
+            merged.copy_(wide * (1 + step.to(wide) * eps))
 
 
-# Small things
+# Helpers
 
 
 @torch.no_grad()
 def _output(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """The model's first output in fp32 on the CPU, of a large vocabulary some columns."""
+    """The model's logits or first output in fp32 on the CPU; evenly spaced columns if there are many."""
     device = next(model.parameters()).device
-    out = model(**{name: t.to(device) for name, t in batch.items()})
-    logits = out.logits if getattr(out, "logits", None) is not None else out[0]
-    stride = -(-logits.shape[-1] // MOST_COLUMNS)
+    arguments = {name: t.to(device) for name, t in batch.items()}
+    out = model(**arguments)
+    logits = getattr(out, "logits", None)
+    if logits is None:
+        logits = out[0]
+    stride = math.ceil(logits.shape[-1] / MOST_COLUMNS)
     return logits[..., ::stride].float().cpu().contiguous()
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """Infinite where values are not finite, so that no comparison passes by NaN."""
-    found = float((a.double() - b.double()).norm())
-    return found if found == found else float("inf")
+    """The Euclidean distance; infinite instead of NaN, so that no limit accepts it."""
+    distance = float((a.double() - b.double()).norm())
+    return math.inf if math.isnan(distance) else distance
 
 
 def _eps(model: PeftModel) -> float:
-    return max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
+    """The machine epsilon of the model's least precise dtype."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
 def _digest(t: Tensor) -> str:
-    data = t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return f"{t.dtype} {tuple(t.shape)} {hashlib.sha256(data.tobytes()).hexdigest()}"
+    """The dtype, the shape and a hash of the values."""
+    values = t.detach().cpu().contiguous().flatten()
+    data = values.view(torch.uint8).numpy().tobytes()
+    digest = hashlib.sha256(data).hexdigest()
+    return f"{t.dtype} {tuple(t.shape)} {digest}"
 
 
 def _inline(keys: list[str]) -> str:
-    return ",".join(listing(keys, 3).split("\n"))[1:]
+    """The first keys on one line."""
+    lines = listing(keys, 3).split("\n")
+    return ",".join(lines).removeprefix(",")
