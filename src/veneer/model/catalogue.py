@@ -14,7 +14,7 @@ from ..core.adapter import Adapter, LowRank
 from ..core.config import COMMON, Config, all_methods, default_of
 from ..errors import ConfigError, VeneerError, nearest
 
-PAPER = re.compile(r"arXiv:\d{4}\.\d{4,5}|doi:\S+[\w)]|OpenReview(?: \w+)?")
+PAPER = re.compile(r"arXiv:\d{4}\.\d{4,5}|doi:\S+[\w)]|OpenReview:\w+")
 
 
 @dataclass(frozen=True)
