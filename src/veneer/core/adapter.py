@@ -179,7 +179,10 @@ class Parts(Adapter):
 
     @property
     def parts(self) -> tuple[Adapter, ...]:
-        return tuple(part for member in self.members for part in member.parts)
+        parts: tuple[Adapter, ...] = ()
+        for member in self.members:
+            parts += member.parts
+        return parts
 
     def forget_dtype(self) -> None:
         for part in self.members:
@@ -196,7 +199,10 @@ class Parts(Adapter):
             part.absorb({key: tensors[key] for key in part.export() if key in tensors})
 
     def learned(self) -> list[nn.Parameter]:
-        return [parameter for part in self.parts for parameter in part.learned()]
+        parameters = []
+        for part in self.parts:
+            parameters += part.learned()
+        return parameters
 
     def describe(self) -> str:
         return ", ".join(filter(None, (part.describe() for part in self.parts)))

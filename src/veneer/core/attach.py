@@ -185,7 +185,10 @@ def _add_member(model: nn.Module, config: Config, member: Config, name: str, lay
             raise VeneerError(f"{name!r} would unite two methods with a shared module or a prompt, the second {kind}")
         if module is not None:
             group[name] = module
-    built = [(layer, adapter) for layer in adapted for adapter in _adapters_on(layer, member, shared)]
+    built = []
+    for layer in adapted:
+        for adapter in _adapters_on(layer, member, shared):
+            built.append((layer, adapter))
     for layer, adapter in built:
         layer.add(name, config.join(adapter))
     for _, adapter in built:
@@ -239,7 +242,9 @@ def _view_of(layer: AdapterLayer, parameter: str, name: str) -> Target:
 
 def _check_keys(state: State, name: str) -> None:
     """Raise unless each tensor has a key of its own in the file."""
-    keys = Counter(prefix + key for prefix, part in checkpoint.parts(state, name) for key in checkpoint.export(part))
+    keys: Counter[str] = Counter()
+    for prefix, part in checkpoint.parts(state, name):
+        keys.update(prefix + key for key in checkpoint.export(part))
     twice = [key for key, count in keys.items() if count > 1]
     if twice:
         raise VeneerError(f"two methods united under {name!r} would save under the same keys:{listing(twice)}")

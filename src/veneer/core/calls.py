@@ -34,4 +34,7 @@ def _repeat(name: str, value: Any, rows: int) -> Any:
     times = rows // len(value)
     if isinstance(value, Tensor):
         return value.repeat_interleave(times, dim=0)
-    return [entry for entry in value for _ in range(times)]
+    repeated = []
+    for entry in value:
+        repeated += [entry] * times
+    return repeated

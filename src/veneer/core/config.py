@@ -319,7 +319,7 @@ class PromptConfig(Config):
         return self.prompt(self, spec, words)
 
 
-COMMON = {f.name for base in (Config, LayerConfig, PromptConfig) for f in fields(base)}
+COMMON = {f.name for f in (*fields(LayerConfig), *fields(PromptConfig))}
 """Fields that are not a method's own."""
 ALWAYS_WRITTEN = {
     *("task_type", "base_model_name_or_path", "revision", "inference_mode", "target_modules"),

@@ -106,7 +106,11 @@ class AdapterLayer(WrapperModule):
     def stack(self, names: Sequence[str]) -> list[Adapter]:
         """The adapters of `names` on this layer that are not merged, innermost first."""
         adapters, merged = self.adapters._modules, self.merged_adapters
-        return [part for name in names if name in adapters and name not in merged for part in adapters[name].parts]
+        stack: list[Adapter] = []
+        for name in names:
+            if name in adapters and name not in merged:
+                stack += adapters[name].parts  # type: ignore[arg-type, union-attr]
+        return stack
 
     def _run(self, stack: Stack, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The base module with one stack of adapters for all rows."""
@@ -285,7 +289,7 @@ class AdapterLayer(WrapperModule):
 
     def _commute(self, *names: str) -> bool:
         """Whether the order of these adapters makes no difference here."""
-        return all(part.commutes for name in names for part in self.adapters[name].parts)
+        return all(all(part.commutes for part in self.adapters[name].parts) for name in names)
 
     def merge(self, names: Sequence[str], safe: bool = False) -> None:
         """Fold adapters into the weight, keeping the Parameters (and a replaced module) for `unmerge`."""

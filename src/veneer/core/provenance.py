@@ -133,8 +133,13 @@ def check_base(weights: Mapping[str, Tensor], notes: Mapping[str, Any], rounded:
     noted = {path: sample for path, sample in notes.get("base", {}).items() if path in weights and _is_sample(sample)}
     if not noted:
         return
-    here = torch.tensor([value for path in noted for value in _sample(weights[path])])
-    there = torch.tensor([value for sample in noted.values() for value in sample])
+    samples: list[float] = []
+    noted_samples: list[float] = []
+    for path, sample in noted.items():
+        samples += _sample(weights[path])
+        noted_samples += sample
+    here = torch.tensor(samples)
+    there = torch.tensor(noted_samples)
     if here.shape != there.shape:
         raise BaseMismatch("the file's notes on its base model do not fit this model's layers")
     distance = float((here - there).norm() / there.norm().clamp_min(1e-12))

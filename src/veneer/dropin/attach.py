@@ -220,7 +220,9 @@ def activate(state: State, names: str | Sequence[str], inference_mode: bool = Fa
         state.trainable = state.trainable - set(active)
     else:
         state.trainable = state.trainable | set(active)
-    flags = [(p, p.requires_grad) for prompt in state.prompts.values() for p in prompt.parameters()]
+    flags = []
+    for prompt in state.prompts.values():
+        flags += [(parameter, parameter.requires_grad) for parameter in prompt.parameters()]
     state.activate(active)
     agree(state)
     for name in state.configs:

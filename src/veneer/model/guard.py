@@ -111,7 +111,10 @@ class Guard:
         waiting = [name for name in self.called if name not in self.changed]
         if not waiting and not self.blind:
             return
-        stepped = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
+        stepped = {}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                stepped[id(parameter)] = parameter
         has_scaler = getattr(optimizer, "found_inf", None) is not None  # which has looked for infinite gradients
         if self.blind and not has_scaler:
             self._check_gradients(stepped)
@@ -124,7 +127,7 @@ class Guard:
             self._check_holds(stepped)
 
     def _check_reached(self, name: str, stepped: dict[int, Any]) -> None:
-        parameters = [p for p in self._own(name) if id(p) in stepped and p.numel()]
+        parameters = [parameter for parameter in self._own(name) if id(parameter) in stepped and parameter.numel()]
         if not parameters:
             return
         if all(parameter.grad is None for parameter in parameters):
@@ -146,8 +149,11 @@ class Guard:
 
     def _check_gradients(self, stepped: dict[int, Any]) -> None:
         for name in self.called:
-            parameters = [stepped[id(p)] for p in self.state.parameters(name) if id(p) in stepped]
-            if not _are_finite([p.grad for p in parameters if p.grad is not None]):
+            gradients = []
+            for parameter in self.state.parameters(name):
+                if id(parameter) in stepped and stepped[id(parameter)].grad is not None:
+                    gradients.append(stepped[id(parameter)].grad)
+            if not _are_finite(gradients):
                 raise TrainingError(
                     f"the gradient of adapter {name!r} is not finite after training call {self.calls}: lower the "
                     "learning rate, or look for values in the loss, the data or the base model that are not finite"
@@ -205,10 +211,14 @@ class Seen:
     def __init__(self, model: nn.Module, state: State) -> None:
         self.model, self.state = model, state
         self.names = state.live()
-        self.layers = {path: layer for path, layer in state.layers.items() if layer.stack(self.names)}
         self.run: set[str] = set()
         self.read: set[str] = set()
-        self.handles = [layer.register_forward_pre_hook(self._run) for layer in self.layers.values()]
+        self.layers: dict[str, Any] = {}
+        self.handles = []
+        for path, layer in state.layers.items():
+            if layer.stack(self.names):
+                self.layers[path] = layer
+                self.handles.append(layer.register_forward_pre_hook(self._run))
         state.watch = self.read
 
     def _run(self, layer: Any, args: Any) -> None:
@@ -222,12 +232,13 @@ class Seen:
     def finish(self) -> None:
         """Raise TargetError where an adapter has no effect although the model uses the weight it is on."""
         self.stop()
-        idle = [path for path in self.layers if path not in self.run]
-        if not idle:
+        if self.run >= self.layers.keys():
             return
         tied = _tied(self.model, self.layers)
         lines = []
-        for path in idle:
+        for path in self.layers:
+            if path in self.run:
+                continue
             if path in tied:
                 lines.append(f"{path} (it is {_listed(tied[path])} that run)")
             elif path in self.read:
@@ -290,9 +301,13 @@ def _check_loss(loss: Any, calls: int) -> None:
 
 def _are_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether all values are finite, with one look at the device."""
-    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
-    finite = [torch.isfinite(t.detach().abs().max()) for t in local if t.numel() and not t.is_sparse and not t.is_meta]
-    return not finite or bool(torch.stack([found.to(finite[0].device) for found in finite]).all())
+    finite: list[Tensor] = []
+    for tensor in tensors:
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        if local.numel() and not local.is_sparse and not local.is_meta:
+            is_finite = torch.isfinite(local.detach().abs().max())
+            finite.append(is_finite.to(finite[0].device) if finite else is_finite)
+    return not finite or bool(torch.stack(finite).all())
 
 
 def _unreached(names: list[str], found: str) -> str:

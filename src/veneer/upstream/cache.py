@@ -33,7 +33,10 @@ def argument(model: nn.Module) -> str | None:
 
 def of_call(kwargs: Mapping[str, Any]) -> Any:
     """The cache that a call brings, under whichever name; None without one."""
-    return next((kwargs[name] for name in NAMES if kwargs.get(name) is not None), None)
+    for name in NAMES:
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+    return None
 
 
 def with_cache(kwargs: Mapping[str, Any], name: str | None, cache: Any) -> dict[str, Any]:
@@ -44,17 +47,22 @@ def with_cache(kwargs: Mapping[str, Any], name: str | None, cache: Any) -> dict[
     """
     if name is None:
         raise VeneerError("the model takes no cache; call it with use_cache=False")
-    others = {key: value for key, value in kwargs.items() if key not in NAMES}
-    return {**others, name: cache}
+    changed = dict(kwargs)
+    for other in NAMES:
+        changed.pop(other, None)
+    changed[name] = cache
+    return changed
 
 
 def of_output(output: Any) -> Any:
     """The cache that a call returned, whole output or tuple; None without one."""
-    if isinstance(output, Mapping):
-        return next((output[name] for name in NAMES if name in output), None)
     if isinstance(output, tuple):
         return next((part for part in output if hasattr(part, "get_seq_length")), None)
-    return next((value for name in NAMES if (value := getattr(output, name, None)) is not None), None)
+    for name in NAMES:
+        cache = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if cache is not None:
+            return cache
+    return None
 
 
 def is_filled(cache: Any) -> bool:
