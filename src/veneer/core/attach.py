@@ -57,15 +57,18 @@ def _put_on(
     model: nn.Module, config: Config, name: str, state: State, *, trainable: bool, on_meta: bool, lift: bool
 ) -> State:
     saved = saved_modules(model, config)
-    places = [(member, *_places(model, member, saved)) for member in config.members()]
+    places = []
+    for member in config.members():
+        paths, bare = _places(model, member, saved)
+        places.append((member, paths, bare))
     state.configs[name] = config
     layers = Wrapper(model, state)
     with torch.device("meta") if on_meta else nullcontext(), Bounded(model) if on_meta else nullcontext():
         for member, paths, bare in places:
             _add_member(model, config, member, name, layers, paths)
             _add_to_parameters(member, name, layers, bare)
-        copies = [(path, Replace(layers.wrap(path).target)) for path in saved]
-        for path, copied in copies:
+        for path in saved:
+            copied = Replace(layers.wrap(path).target)
             layers.wrap(path).add(name, copied)
             if config.ties() and copied.target.kind in ("linear", "embedding"):
                 _add_twins(copied, name, layers, TiedReplace)

@@ -181,12 +181,19 @@ def _of_layers(chosen: list[str], config: LayerConfig) -> list[str]:
     for name in patterns or ():
         if all(_layer_index(path, [name]) is None for path in chosen):
             raise TargetError(_no_match("layers_pattern", name, _path_parts(chosen)))
-    index = {path: _layer_index(path, patterns) for path in chosen}
-    present = sorted({number for number in index.values() if number is not None})
+    inside = []
+    present = set()
+    for path in chosen:
+        index = _layer_index(path, patterns)
+        if index is not None:
+            present.add(index)
+        if index in numbers:
+            inside.append(path)
     for number in numbers:
         if number not in present:
-            raise TargetError(f"layers_to_transform: no target lies in layer {number}; targets lie in layers {present}")
-    return [path for path in chosen if index[path] in numbers]
+            layers = sorted(present)
+            raise TargetError(f"layers_to_transform: no target lies in layer {number}; targets lie in layers {layers}")
+    return inside
 
 
 def _path_parts(paths: Iterable[str]) -> set[str]:

@@ -362,15 +362,22 @@ class Rounded:
 
 def share_lost(tensors: Sequence[Rounded]) -> float:
     """The rounding error of all tensors relative to dW."""
-    change = math.hypot(*(t.change for t in tensors))
-    error = math.hypot(*(t.error for t in tensors))
+    change = 0.0
+    error = 0.0
+    for tensor in tensors:
+        change = math.hypot(change, tensor.change)
+        error = math.hypot(error, tensor.error)
     return error / change if change else 0.0
 
 
 def share_unmoved(tensors: Sequence[Rounded]) -> float:
     """The share of the entries changed by dW that rounding brings back to their old value."""
-    moved = sum(t.moved for t in tensors)
-    return sum(t.unmoved for t in tensors) / max(1, moved)
+    moved = 0
+    unmoved = 0
+    for tensor in tensors:
+        moved += tensor.moved
+        unmoved += tensor.unmoved
+    return unmoved / max(1, moved)
 
 
 def compare(name: str, before: Tensor, exact: Tensor, new: Tensor) -> Rounded:

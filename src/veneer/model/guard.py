@@ -97,7 +97,7 @@ class Guard:
             self.seen.stop()
             self.seen = None
         adapters = (self.state.live(), tuple(self.state.configs), len(self.state.layers))
-        is_partial = any(kwargs.get(name) is not None for name in ("encoder_outputs", "inputs_embeds"))
+        is_partial = kwargs.get("encoder_outputs") is not None or kwargs.get("inputs_embeds") is not None
         is_known = adapters == self.seen_for or not self.state.live()
         if is_partial or is_known or "adapter_names" in kwargs or _is_compiled(model):
             return
@@ -188,11 +188,13 @@ class Guard:
 
     def _count_step(self, name: str, rates: dict[int, Any]) -> None:
         parameters = list(self.state.parameters(name))
-        own_rates = [rates[id(parameter)] for parameter in parameters if id(parameter) in rates]
-        if own_rates:
-            may_change = any(float(rate) for rate in own_rates)
-        else:
-            may_change = any(parameter.grad is not None for parameter in parameters)
+        own_rates = []
+        has_gradients = False
+        for parameter in parameters:
+            has_gradients |= parameter.grad is not None
+            if id(parameter) in rates:
+                own_rates.append(float(rates[id(parameter)]))
+        may_change = any(own_rates) if own_rates else has_gradients
         if not may_change:
             return
         self.steps[name] = self.steps.get(name, 0) + 1

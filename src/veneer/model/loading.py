@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -292,7 +292,7 @@ def _one_base(configs: dict[str, Config], model: str | None) -> str:
         names = ", ".join(map(repr, configs))
         raise ConfigError(f"which base model? {names} names no base model; give it with model")
     if len(resolved) > 1:
-        spelled = ", ".join(f"{name} on {base}" for name, base in bases.items())
+        spelled = _spelled(bases, "on")
         raise ConfigError(f"adapters run side by side on one base model, and these have several: {spelled}")
     return resolved.pop()
 
@@ -301,7 +301,7 @@ def _one_task(configs: dict[str, Config], otherwise: TaskType) -> TaskType:
     """The task that all adapters state."""
     tasks = {name: TaskType(config.task_type or otherwise) for name, config in configs.items()}
     if len(set(tasks.values())) > 1:
-        spelled = ", ".join(f"{name} is for {task}" for name, task in tasks.items())
+        spelled = _spelled(tasks, "is for")
         raise ConfigError(f"adapters run side by side on one task, and these have several: {spelled}")
     return next(iter(tasks.values()), otherwise)
 
@@ -310,9 +310,14 @@ def _one_count(places: dict[str, str]) -> int | None:
     """The number of classes that all adapters' heads have."""
     counts = {name: count_classes(place) for name, place in places.items()}
     if len(set(counts.values())) > 1:
-        spelled = ", ".join(f"{name} has {count}" for name, count in counts.items())
+        spelled = _spelled(counts, "has")
         raise ConfigError(f"adapters run side by side need classifiers with the same number of classes: {spelled}")
     return next(iter(counts.values()), None)
+
+
+def _spelled(values: Mapping[str, Any], verb: str) -> str:
+    """The values of adapters by name, for an error: "a has 2, b has 3"."""
+    return ", ".join(f"{name} {verb} {value}" for name, value in values.items())
 
 
 def _labels(places: dict[str, str], config: Any, given: list[str] | None) -> list[str] | None:
