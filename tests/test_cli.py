@@ -156,3 +156,16 @@ def test_an_unknown_method_or_architecture_names_the_nearest():
     assert done.returncode == 2 and "gpt2" in done.stderr
     done = forked.veneer("methods", "lora", "--model-type", "gpt2", "--model", "x")
     assert done.returncode == 2 and "either" in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+@pytest.mark.parametrize(
+    "words", [("doctor",), ("methods",), ("pull", "\u6a21\u578b\u2713")], ids=lambda words: words[0]
+)
+def test_what_a_terminal_cannot_show_is_replaced(words: tuple[str, ...], encoding: str):
+    """Windows' consoles and pipes have encodings of their own; a verb must not end in an error of the codec."""
+    command = [sys.executable, "-m", "veneer", *words]
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "COLUMNS": "80"}
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=room.SECONDS)
+    assert b"codec" not in done.stderr and b"Traceback" not in done.stderr, done.stderr
+    assert done.returncode == (2 if words[0] == "pull" else 0) and (done.stdout or done.stderr)

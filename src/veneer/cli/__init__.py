@@ -48,6 +48,9 @@ for _verb in pkgutil.iter_modules(__path__):
 
 def main() -> None:
     """Run the command line. An error that the user can fix is one line on stderr and exit status 2, no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal or a pipe may not know every character
+            stream.reconfigure(errors="replace")
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # these log advice when they are imported
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

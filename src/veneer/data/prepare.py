@@ -139,7 +139,7 @@ def _labels(recipe: Request, every: Sequence[Example]) -> list[str] | None:
 
 def _label_order(name: str) -> tuple[bool, int, str]:
     """Sort key of a class: numbers by value, then names by letter."""
-    is_number = name.isdigit()
+    is_number = name.isascii() and name.isdecimal() and len(name) <= 18
     value = int(name) if is_number else 0
     return not is_number, value, name
 

@@ -30,7 +30,25 @@ def rows(source: Source, streaming: bool = False) -> Iterator[tuple[str, Row]]:
         DataError: the data does not exist, or a row cannot be read; names the file and the line.
     """
     for place, row in _raw(source, streaming):
+        _check_text(place, row)
         yield place, _renamed(place, row, source.columns)
+
+
+def _check_text(place: str, value: Any) -> None:
+    """Raise DataError for text that cannot be encoded: half of a surrogate pair, as truncated JSON escapes leave it."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            broken = value[error.start : error.end].encode("unicode_escape").decode()
+            raise DataError(f"{place} holds {broken}, half of a character, which no tokenizer reads") from None
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            _check_text(place, name)
+            _check_text(place, item)
+    elif isinstance(value, list):
+        for item in value:
+            _check_text(place, item)
 
 
 def _raw(source: Source, streaming: bool) -> Iterator[tuple[str, Row]]:
@@ -102,6 +120,8 @@ def _parse(path: Path, number: int, line: str) -> Any:
         return json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path}:{number} is not JSON: {error}") from None
+    except ValueError:  # Python reads no integer of more than some thousand digits
+        raise DataError(f"{path}:{number} holds a number with too many digits to be read") from None
 
 
 def _json(path: Path) -> Iterator[tuple[int, Any]]:
