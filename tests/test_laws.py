@@ -298,6 +298,16 @@ def test_gradient_checkpointing_gives_the_same_gradients(case: Case):
         torch.testing.assert_close(recomputed, plain, **TOLERANCE)
 
 
+def compiles(model, batch) -> bool:
+    try:
+        output(torch.compile(model, backend="aot_eager", fullgraph=True), batch)
+    except torch._dynamo.exc.Unsupported:
+        return False
+    finally:
+        torch._dynamo.reset()
+    return True
+
+
 @every(ONE_EACH)
 def test_compiles_in_one_graph(case: Case):
     if case.method == "xlora":
@@ -305,6 +315,8 @@ def test_compiles_in_one_graph(case: Case):
     model, batch = case.build(), case.inputs()
     expected = output(model, batch)
     torch._dynamo.reset()
+    if case.model == "t5" and not compiles(models.build("t5"), batch):
+        pytest.skip("torch does not trace the base model of this transformers: T5 of 5.20 copies its config in a call")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(output(compiled, batch), expected, **TOLERANCE)
 

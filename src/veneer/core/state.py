@@ -96,6 +96,8 @@ class State:
         """The names of the positional arguments of its encoder's `forward`."""
         self.cache_argument: str | None = None
         """The name of the model's argument that takes the cache."""
+        self.is_sharded = False
+        """The `PeftModel` around the model is sharded by FSDP."""
         self.enabled = True
         self.facts: dict[Any, Any] = {}
         """What the current call tells the adapters. Overwritten by each call, and kept for recomputation."""

@@ -23,6 +23,7 @@ from ..targets.quantised import warn_of_rounding
 from ..terminal import tracked
 from ..upstream import checkpointing
 from ..upstream.models import note_untied, task_of
+from ..upstream.sharding import is_sharded
 from ..upstream.trainer import recognise
 from ..upstream.versions import remarked
 from .adapted import Adapted, _fall_through, _flags_kept_on_error, _state
@@ -135,6 +136,8 @@ class PeftModel(nn.Module):
         if torch.compiler.is_compiling():
             return model(*args, **kwargs)
         state = state_of(model)
+        if state is not None:
+            state.is_sharded = is_sharded(self)
         with nullcontext() if state is None else state.lock, remarked():
             return model(*args, **kwargs)
 

@@ -23,6 +23,9 @@ MARK = "_veneer_fast"
 class Adapters(Protocol):
     """What the fast paths need to know about the adapters on a model."""
 
+    is_sharded: bool
+    """The model is part of one whose outputs FSDP looks at: it registers hooks on them, which need true tensors."""
+
     def are_by_token(self) -> bool:
         """Whether each of them treats every token independently in the current call."""
 
@@ -31,7 +34,7 @@ def begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapt
     """Replace the `forward` of body and head for this training call; `end` undoes it."""
     from . import cross_entropy, padding
 
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not adapters.is_sharded:
         padding.replace_forward(model, args, kwargs, adapters)
         cross_entropy.replace_forward(model, kwargs)
 

@@ -22,6 +22,7 @@ from torch.nn.functional import linear
 from torch.utils._pytree import tree_map_only
 
 from ..errors import VeneerError
+from ..upstream.sharding import is_sharded
 from . import is_autocast, is_fast
 from ._conditions import takes_part
 
@@ -421,8 +422,7 @@ def _is_sharded(model: nn.Module, head: nn.Module, base: nn.Module) -> bool:
     weight = base._parameters.get("weight")
     if type(weight) is not nn.Parameter or hasattr(weight, "ds_id") or hasattr(weight, "_fsdp_flattened"):
         return True
-    kinds = {*type(model).__mro__, *type(head).__mro__, *type(base).__mro__}
-    return any(kind.__name__ == "FSDPModule" for kind in kinds)
+    return is_sharded(model) or is_sharded(head) or is_sharded(base)
 
 
 def _may_change_input(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..upstream import cache as caches
 from ..upstream import checkpointing
 from ..upstream.calls import is_encoder_decoder, parameters
+from ..upstream.sharding import is_sharded
 from . import is_fast
 from ._conditions import takes_part
 from ._patch import Adapters
@@ -146,7 +147,7 @@ def _is_special(module: nn.Module) -> bool:
     Processes with sharded weights synchronise in calls of the whole model only, and libraries may lay out quantised
     weights anew for a call without gradients, such as the trial.
     """
-    if any(kind.__name__ in ("FSDPModule", "FullyShardedDataParallel") for kind in type(module).__mro__):
+    if is_sharded(module):
         return True
     for p in module._parameters.values():
         is_plain = p is None or (type(p) is nn.Parameter and not hasattr(p, "ds_id"))
