@@ -14,6 +14,7 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
+from veneer import LoraConfig, get_peft_model
 from veneer.data.sources import Source
 from veneer.errors import ConfigError, DataError, TrainingError, VeneerError
 from veneer.train import trainer
@@ -140,6 +141,21 @@ def test_packing_learns_the_same_tokens_in_fewer_sequences(base, data, tmp_path)
     whole = run(base, data, tmp_path / "three", packing=True, max_length=200, batch_size=100)
     alone = run(base, data, tmp_path / "four", batch_size=100)
     assert whole["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+
+
+def test_a_trial_of_packing_leaves_the_modes_of_modules(monkeypatch):
+    """A base that takes no concatenated row raises in the trial; and parts may be in another mode than the whole."""
+    from veneer.data.packing import goes_by_sequence
+
+    model = get_peft_model(models.build("llama"), LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1)).train()
+    model.get_base_model().model.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    rows = [{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}] * 2
+    assert goes_by_sequence(model, rows)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    monkeypatch.setattr(model.get_base_model(), "forward", lambda **kwargs: torch.ones(()).view(2))
+    assert not goes_by_sequence(model, rows)
+    assert {name: module.training for name, module in model.named_modules()} == before
 
 
 def test_packing_is_refused_where_rows_would_see_each_other(base, data, tmp_path):

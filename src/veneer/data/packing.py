@@ -11,6 +11,7 @@ import torch
 from ..errors import TrainingError
 from ..ops import is_fast
 from ..ops.attention import by_sequence
+from ..targets.modules import evaluating
 from .encode import IGNORED, Encoded
 
 ONE_ROW = {"input_ids", "labels", "position_ids"}
@@ -98,16 +99,14 @@ def keeps_apart(model: torch.nn.Module, rows: Sequence[Encoded]) -> bool:
     first = _beginning(rows[0])
     second = _beginning(rows[-1])
     both = joined([first, second])
-    was_training = model.training
     device = next(model.parameters()).device
-    model.eval()
     ids = torch.tensor([both["input_ids"]], device=device)  # (1, length of both)
     positions = torch.tensor([both["position_ids"]], device=device)
     second_ids = torch.tensor([second["input_ids"]], device=device)
     length = second_ids.shape[1]
-    packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, -length:]
-    alone = model(input_ids=second_ids, use_cache=False).logits[:, -length:]
-    model.train(was_training)
+    with evaluating(model):
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, -length:]
+        alone = model(input_ids=second_ids, use_cache=False).logits[:, -length:]
     return torch.allclose(packed, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max()))
 
 

@@ -22,6 +22,7 @@ from ..core.adapter import Tensors
 from ..core.config import Name, PromptConfig, check_range
 from ..core.prompt import Prompt, Spec
 from ..errors import CheckpointError, ConfigError
+from ..targets.modules import evaluating
 
 ENCODERS = ("MLP", "LSTM")
 
@@ -72,12 +73,8 @@ class PTuning(Prompt):
 
     @torch.enable_grad()  # an LSTM's kernels with and without gradients differ in the last bits
     def export(self) -> Tensors:
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             return {"prompt_embeddings": self.encoded().detach()}
-        finally:
-            self.train(was_training)
 
     def absorb(self, tensors: Tensors) -> None:
         if self.is_encoded:

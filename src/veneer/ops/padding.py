@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..targets.modules import evaluating
 from ..upstream import cache as caches
 from ..upstream import checkpointing
 from ..upstream.calls import is_encoder_decoder, parameters
@@ -159,19 +160,15 @@ def _is_special(module: nn.Module) -> bool:
 @torch.no_grad()
 def _keeps_apart(model: Any, body: Any) -> bool:
     """Whether the hidden states of a sequence are the same after another sequence as alone."""
-    modes = {module: module.training for module in body.modules()}
     ids = torch.arange(14, device=model.device)[None] * 7 % model.config.get_text_config().vocab_size
     positions = torch.cat([torch.arange(6), torch.arange(8)]).to(ids.device)[None]
     try:
-        body.eval()
-        with by_sequence(model):
-            row = body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-        alone = body(input_ids=ids[:, 6:], use_cache=False).last_hidden_state
+        with evaluating(body):
+            with by_sequence(model):
+                row = body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+            alone = body(input_ids=ids[:, 6:], use_cache=False).last_hidden_state
         tolerance = 1e-4 if alone.dtype == torch.float32 else 1e-2
         largest = float(alone.abs().max())
         return torch.allclose(row[:, 6:], alone, rtol=tolerance, atol=tolerance * largest)
     except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError):  # the model takes no such row
         return False
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

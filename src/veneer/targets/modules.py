@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -56,12 +57,13 @@ class WrapperModule(nn.Module):
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Put modules in evaluation mode inside the block (no dropout), and back into their former mode after it."""
-    modes = [module.training for module in modules]
+    """Put modules in evaluation mode inside the block (no dropout), and each part back into its own mode after it."""
+    parts = chain.from_iterable(module.modules() for module in modules)
+    modes = {part: part.training for part in parts}
     for module in modules:
         module.eval()
     try:
         yield
     finally:
-        for module, was_training in zip(modules, modes, strict=True):
-            module.train(was_training)
+        for part, was_training in modes.items():
+            part.training = was_training

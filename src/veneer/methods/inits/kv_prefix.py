@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...core.state import state_of
 from ...errors import ConfigError
+from ...targets.modules import evaluating
 from ...upstream import cache as caches
 
 
@@ -104,14 +105,9 @@ def _token_ids(tokenizer: Any, text: str, use_chat_template: bool) -> list[int]:
 
 def _cache_of(model: Any, input_ids: Tensor) -> Any:
     """The cache that the base model computes for a sequence, in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        with model.disable_adapter():
-            output = model(input_ids=input_ids, use_cache=True)
-            return caches.of_output(output)
-    finally:
-        model.train(was_training)
+    with evaluating(model), model.disable_adapter():
+        output = model(input_ids=input_ids, use_cache=True)
+        return caches.of_output(output)
 
 
 def _prefix(model: Any, name: str | None) -> Any:
