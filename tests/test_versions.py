@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from packaging.version import Version
 
 import veneer
 from veneer import LoraConfig, get_peft_model
+from veneer.dropin.tables.methods import VERSION
 from veneer.report.environment import environment
-from veneer.upstream import versions
+from veneer.upstream import peft, versions
 from veneer.upstream.versions import TRIED, Range
 
 from . import models
@@ -130,15 +130,11 @@ def test_nothing_is_said_of_versions_that_were_tried():
     assert versions.untried() == [] and versions.remark() is None
 
 
-def test_the_drop_in_and_transformers_agree_on_pefts_version():
-    """transformers may ask for a PEFT that is not out; see `veneer.upstream.peft`."""
-    from types import ModuleType
+@pytest.mark.parametrize(("asked", "left"), [("99.0.0", VERSION), ("0.1.0", "0.1.0")])
+def test_transformers_takes_the_drop_ins_version_of_peft(asked: str, left: str, monkeypatch):
+    """transformers may ask for a PEFT that is not out; the name it asks under must be there, or nothing is lowered."""
+    from transformers.integrations import peft as integration
 
-    from veneer.upstream import peft
-
-    for asked, wanted in (("0.22.0", "0.21.2"), ("0.20.0", "0.20.0")):
-        module = ModuleType("integration")
-        module.MIN_PEFT_VERSION = asked
-        peft._lower("0.21.2", module)
-        assert wanted == module.MIN_PEFT_VERSION
-    assert Version("0.21.2") < Version("0.22.0")
+    monkeypatch.setattr(integration, "MIN_PEFT_VERSION", asked)
+    peft._lower(VERSION, integration)
+    assert left == integration.MIN_PEFT_VERSION
