@@ -32,7 +32,9 @@ def create_lorafa_optimizer(
     """Freeze A of every active LoRA layer and return AdamW for B.
 
     Args:
-        r, lora_alpha, use_rslora: accepted as in PEFT and only compared with the adapter's config.
+        r: accepted as in PEFT and only compared with the adapter's config.
+        lora_alpha: the same.
+        use_rslora: the same.
 
     Raises:
         ConfigError: one of them differs from the adapter's config.
