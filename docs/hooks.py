@@ -14,6 +14,8 @@ from pages import api, command_line, home, methods, project, recipe
 
 LANGUAGES = ("en", "zh")
 PART = re.compile(r"<!-- part: (\w+) -->")
+CHINESE = "[\u3001-\u30ff\u4e00-\u9fff\uff01-\uff5e]"
+CHINESE_LINE_END = re.compile(f"(?<={CHINESE})\\n *(?={CHINESE})")
 
 
 def on_config(config: Any) -> Any:
@@ -55,8 +57,12 @@ def _page(path: str, text: str, config: Any, language: str) -> File:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Put the parts of the home page in the place of their comments."""
+    """Replace the comments of the home page by its parts, and join Chinese lines.
+
+    A browser shows the end of a line as a space, which has no place between Chinese characters.
+    """
     language = config.plugins["i18n"].current_language
+    markdown = CHINESE_LINE_END.sub("", markdown)
     return PART.sub(lambda found: home.PARTS[found[1]](language), markdown)
 
 

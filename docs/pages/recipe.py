@@ -23,6 +23,7 @@ SECTIONS = {
     "eval_every": "Evaluation, checkpoints and output",
 }
 """The title of each section by its first key."""
+HEAD = ("| key | type | default | |", "|---|---|---|---|")
 
 
 def generated() -> dict[str, str]:
@@ -38,24 +39,24 @@ def markdown() -> str:
 
 def tables() -> list[str]:
     """A heading and a table of keys for each section."""
-    flags = train_flags()
     sections: dict[str, list[str]] = {}
     title = ""
     for name, field in Recipe.model_fields.items():
         title = SECTIONS.get(name, title)
-        flag = flags.get(name, f"--set {name}=")
-        sections.setdefault(title, []).append(row(name, field, flag))
-    head = ["| key | type | default | | flag |", "|---|---|---|---|---|"]
-    return ["\n".join([f"## {title}", "", *head, *rows]) for title, rows in sections.items()]
+        sections.setdefault(title, []).append(row(name, field))
+    return ["\n".join([f"## {title}", "", *HEAD, *rows]) for title, rows in sections.items()]
 
 
 def introduction() -> str:
     names = sorted(path.name for path in EXAMPLES.glob("*.yaml"))
     listed = ", ".join(f"`{name}`" for name in names)
+    without_flag = ", ".join(f"`{name}`" for name in Recipe.model_fields if name not in train_flags())
     return (
-        "A recipe is a YAML file for `veneer train`. Its keys and the flags of the command mean the same, and a flag "
-        "overrides the key. Every run saves its whole recipe, with the defaults filled in, as `recipe.yaml` beside the "
-        "adapter. An unknown key is an error that names the nearest known one.\n\n"
+        "A recipe is a YAML file for `veneer train`. A flag of the command overrides the key of its name: "
+        "`--batch-size` is `batch_size`, and `--option NAME=VALUE` adds to `options`. Every run saves its whole "
+        "recipe, with the defaults filled in, as `recipe.yaml` beside the adapter. An unknown key is an error that "
+        "names the nearest known one.\n\n"
+        f"These keys have no flag of their own and are given as `--set KEY=VALUE`: {without_flag}.\n\n"
         f"Recipes in `examples/`: {listed}. The one of `make demo`:"
     )
 
@@ -64,20 +65,19 @@ def sources() -> str:
     """The keys of an entry of `data`."""
     rows = [row(name, field) for name, field in Source.model_fields.items()]
     text = "An entry of `data` or `eval_data` is a path, or a mapping with these keys:"
-    return "\n".join(["## Sources of data", "", text, "", "| key | type | default | |", "|---|---|---|---|", *rows])
+    return "\n".join(["## Sources of data", "", text, "", *HEAD, *rows])
 
 
-def train_flags() -> dict[str, str]:
-    """The flag of `veneer train` for each key that has one."""
+def train_flags() -> set[str]:
+    """The keys that have a flag of `veneer train`."""
     command = typer.main.get_command(app).commands["train"]
-    return {parameter.name: parameter.opts[0] for parameter in command.params if parameter.opts[0].startswith("--")}
+    names = {parameter.name for parameter in command.params}
+    return names | {"options"}  # given as --option NAME=VALUE
 
 
-def row(name: str, field: Any, flag: str = "") -> str:
+def row(name: str, field: Any) -> str:
     default = "required" if field.is_required() else f"`{field.default!r}`"
     cells = [f"`{name}`", f"`{kind(field.annotation)}`", default, _cell(field.description or "")]
-    if flag:
-        cells.append(f"`{flag}`")
     return f"| {' | '.join(cells)} |"
 
 
