@@ -1,7 +1,9 @@
-"""The documentation builds without a warning, and has a page for every method."""
+"""The documentation builds without a warning, in both languages, and holds everything that it should."""
 
 from __future__ import annotations
 
+import html
+import json
 import os
 import re
 import subprocess
@@ -9,24 +11,152 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
+import veneer
 from veneer import all_methods
+from veneer.cli import app
+from veneer.train.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_site_builds_with_a_page_for_every_method(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    )
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The site, built in English and in Chinese; a warning is an error."""
+    place = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(place)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+    return place
+
+
+def read(site: Path, page: str) -> str:
+    return (site / page / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_site_has_a_page_for_every_method(site):
     for name in all_methods():
-        assert (tmp_path / "methods" / name / "index.html").exists(), name
-    page = (tmp_path / "methods" / "vera" / "index.html").read_text()
+        assert (site / "methods" / name / "index.html").exists(), name
+    page = read(site, "methods/vera")
     assert "arXiv:2310.11454" in page and "d_initial" in page
-    fetched = [part for part in page.split('"') if part.startswith("http") and part.endswith((".js", ".css", ".woff2"))]
-    assert not fetched, "the pages need no network"
+
+
+def test_the_pages_need_no_network(site):
+    """No page and no style names a script, a style, a font or a picture of another host."""
+    fetched = re.compile(
+        r"""(?:src|href)="(https?:)?//[^"]*\.(?:js|css|woff2?|png|svg|webp)"|url\(["']?(?:https?:)?//"""
+    )
+    files = [path for kind in ("html", "css", "svg") for path in site.rglob(f"*.{kind}")]
+    assert len(files) > 200
+    for file in files:
+        found = fetched.search(file.read_text(encoding="utf-8"))
+        assert not found, f"{file}: {found[0]}"
+
+
+def test_the_navigation_holds_each_page_once(site):
+    """Each page that is built is linked once from the navigation of its language."""
+    for language in ("", "zh/"):
+        pages = {path.parent.relative_to(site).as_posix() for path in (site / language).rglob("index.html")}
+        pages = {page for page in pages if (page == "zh" or page.startswith("zh/")) == bool(language)}
+        linked = navigation(site, language)
+        assert len(pages) > 100 and sorted(linked) == sorted(pages), set(linked) ^ pages
+
+
+def navigation(site: Path, language: str) -> list[str]:
+    """The pages of the navigation, in order: each links to the next at its foot."""
+    page, order = language.rstrip("/") or ".", []
+    while page is not None:
+        order.append(page)
+        assert len(order) < 1000, "the pages link in a circle"
+        following = re.search(r'<a href="([^"]*)" class="md-footer__link md-footer__link--next"', read(site, page))
+        page = os.path.normpath(os.path.join(page, following[1])) if following else None
+    return order
+
+
+def test_files_that_are_no_page_are_parts_of_one():
+    """A Markdown file that the site leaves out is a table that a benchmark writes."""
+    config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    left_out = re.search(r"exclude_docs: \|\n((?:  .*\n)+)", config)[1].split()
+    markdown = [pattern for pattern in left_out if pattern.endswith(".md")]
+    assert markdown == ["performance-*.md"]
+    written = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "bench").glob("*.py"))
+    assert "performance-" in written
+
+
+def test_the_reference_has_every_public_name(site):
+    pages = "".join(path.read_text(encoding="utf-8") for path in (site / "reference" / "api").rglob("index.html"))
+    documented = set(re.findall(r'id="veneer\.(\w+)"', pages))
+    missing = set(veneer.__all__) - documented
+    assert len(documented) > 130 and not missing
+
+
+def test_the_command_line_page_has_every_verb_and_option(site):
+    page = html.unescape(read(site, "reference/command-line"))
+    group = typer.main.get_command(app)
+    assert len(group.commands) > 10
+    for name, command in group.commands.items():
+        section = re.search(rf'<h2 id="veneer-{name}">.*?(?=<h2|</article>)', page, re.DOTALL)
+        assert section, name
+        for option in command.params:
+            assert all(word in section[0] for word in option.opts), f"{name}: {option.opts}"
+
+
+def test_the_recipe_page_has_every_key(site):
+    page = read(site, "reference/recipe")
+    for name in Recipe.model_fields:
+        assert f"<code>{name}</code>" in page, name
+
+
+@pytest.mark.parametrize("language", ["", "zh"])
+def test_the_speed_on_the_home_page_is_the_benchmarks(site, language):
+    page = read(site, language or ".")
+    cases = json.loads((ROOT / "docs" / "performance-train.json").read_text())["cases"]
+    figures = re.findall(r"<figure>.*?</figure>", page, re.DOTALL)
+    assert len(figures) == 3
+    for name, figure in zip(("drop", "nodrop", "gpt2"), figures, strict=True):
+        for pace in cases[name]["tokens_per_second"]:
+            assert f"<b>{pace['median']:.0f}</b>" in figure, name
+        assert f"{cases[name]['speed']['median']:.1f}" in figure, name
+        for size in cases[name]["peak_bytes"]:
+            assert f"{size / 1e9:.1f} GB" in figure, name
+
+
+@pytest.mark.parametrize("name", ["index.md", "index.zh.md"])
+def test_no_measured_number_is_typed_on_the_home_page(name):
+    source = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    for part in ("speed", "answers", "count"):
+        assert source.count(f"<!-- part: {part} -->") == 1, part
+    assert not re.search(r"\d+ ?(?:GB|tokens|%|×|times|倍|种方法)", source)
+
+
+def test_the_chinese_pages_are_chinese(site):
+    """A page with a Chinese version shows it below zh/, with the same headings, code and pictures."""
+    sources = list((ROOT / "docs").rglob("*.zh.md"))
+    assert {"index.zh.md", "start.zh.md", "tutorial.zh.md", "fine-tune.zh.md"} <= {path.name for path in sources}
+    for source in sources:
+        english = source.with_name(source.name.replace(".zh.md", ".md")).read_text(encoding="utf-8")
+        chinese = source.read_text(encoding="utf-8")
+        assert shape(english) == shape(chinese), source.name
+        page = source.relative_to(ROOT / "docs").as_posix().removesuffix(".zh.md").removesuffix("index")
+        assert len(re.findall("[\u4e00-\u9fff]", read(site, f"zh/{page}"))) > 200, source.name
+
+
+def shape(page: str) -> dict[str, list[str]]:
+    """What a page has in every language: its levels of headings, its code without comments, its pictures."""
+    blocks = re.findall(r"^```(?:python|sh|text)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
+    return {
+        "headings": re.findall(r"^#+ ", prose, re.MULTILINE),
+        "code": [re.sub(r" *# .*", "", block) for block in blocks],
+        "pictures": re.findall(r"!\[.*?\]\((.*?)\)", prose),
+    }
+
+
+def test_the_pictures_are_small():
+    sizes = [path.stat().st_size for path in (ROOT / "docs" / "img").iterdir()]
+    assert len(sizes) > 5 and sum(sizes) < 1_500_000
 
 
 def test_what_the_guides_name_exists():

@@ -1,4 +1,4 @@
-"""Every code block of the READMEs runs, in order, on the real model."""
+"""Every code block of the READMEs and of the tutorial runs, in order, on the real model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .forked import veneer
 
 ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.zh-CN.md"]
+TUTORIAL = "docs/tutorial.md"
 
 
 def blocks(readme: str, language: str) -> list[str]:
@@ -23,7 +24,7 @@ def blocks(readme: str, language: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("readme", READMES)
+@pytest.mark.parametrize("readme", [*READMES, TUTORIAL])
 def test_the_python_runs(readme: str, tmp_path):
     script = tmp_path / "readme.py"
     script.write_text("\n".join(blocks(readme, "python")), encoding="utf-8")
