@@ -48,7 +48,11 @@ EVAL = f"veneer eval --adapter my-adapter --data {HELD_OUT} --exact --max-new-to
 GENERATE = (
     'veneer generate "Remind me to sand the bookshelf on Saturday" --adapter my-adapter --compare --max-new-tokens 48'
 )
-COMBINE = "veneer combine my-adapter other-adapter --weights 0.7,0.3 --out both && veneer inspect both | head -n 10"
+COMBINE = (
+    "veneer combine my-adapter other-adapter --weights 0.7,0.3 --out both && "
+    'veneer generate "Call the optician tomorrow at 10" --adapter my-adapter --adapter both --compare'
+    " --max-new-tokens 40"
+)
 DOCTOR = "veneer doctor other-adapter --for vllm"
 COUNT = """
 from transformers import AutoModelForCausalLM
@@ -94,7 +98,7 @@ SCREENS = {
     "plan": Screen(PLAN, shown=shown(PLAN)),
     "eval": Screen(EVAL, (MY_ADAPTER,), shown=shown(EVAL)),
     "generate": Screen(GENERATE, (MY_ADAPTER,), shown=shown(GENERATE)),
-    "combine": Screen(COMBINE, (MY_ADAPTER, OTHER_ADAPTER), shown=COMBINE.replace(" && ", "\n$ ")),
+    "combine": Screen(COMBINE, (MY_ADAPTER, OTHER_ADAPTER), shown="\n$ ".join(map(shown, COMBINE.split(" && ")))),
     "doctor": Screen(DOCTOR, (MY_ADAPTER, OTHER_ADAPTER)),
 }
 
@@ -139,6 +143,8 @@ def terminal(name: str, screen: Screen, place: Path) -> None:
     if not prompt.startswith(">>>"):
         prompt = f"$ {prompt}"
     lines = [*(Text(line, "bold") for line in prompt.split("\n")), *lines]
+    if any(str(Path.home()) in line.plain for line in lines):
+        raise SystemExit(f"{name}: the picture shows a path of this machine")
     width = max(len(line) for line in lines) + 1
     console = Console(record=True, width=width, file=io.StringIO(), color_system="truecolor", legacy_windows=False)
     for line in lines:
