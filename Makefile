@@ -68,7 +68,7 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The site, in build/site.
+# The site, in build/site. `python docs/pictures.py` makes its pictures from real runs.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

@@ -66,6 +66,14 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return PART.sub(lambda found: home.PARTS[found[1]](language), markdown)
 
 
+def on_page_context(context: Any, page: Any, config: Any, nav: Any) -> Any:
+    """Make the language links of the home page relative: the site may be served from a folder."""
+    for alternate in config.extra.alternate:
+        if alternate["link"].startswith("/"):
+            alternate["link"] = f".{alternate['link']}"
+    return context
+
+
 def on_post_page(output: str, page: Any, config: Any) -> str:
     """Mark the English text of pages that have no Chinese version, so that browsers and readers know it."""
     is_fallback = page.file.locale_alternate_of != page.file.locale

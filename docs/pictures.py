@@ -63,7 +63,7 @@ print(get_peft_model(base, config).parameter_plan())
 """
 
 
-def shown(command: str, most: int = 76) -> str:
+def typed(command: str, most: int = 76) -> str:
     """A command as one types it, on several lines if it is long."""
     lines = [""]
     for part in re.split(r" (?=--)", command):
@@ -80,7 +80,7 @@ class Screen:
     """A picture of a terminal."""
 
     command: str
-    """What is run."""
+    """What is run; each part of A && B has a prompt of its own."""
     after: tuple[str, ...] = ()
     """Runs that it needs, each done once."""
     shown: str | None = None
@@ -91,15 +91,13 @@ class Screen:
 
 
 SCREENS = {
-    "train": Screen(
-        "cat my-adapter.log", (MY_ADAPTER,), shown=shown(MY_ADAPTER.replace(" --set samples=6", "")), last=12
-    ),
+    "train": Screen("cat my-adapter.log", (MY_ADAPTER,), shown=MY_ADAPTER.replace(" --set samples=6", ""), last=12),
     "tutorial": Screen(f"python -c {shlex.quote(COUNT)}", shown=">>> print(model.parameter_plan())", last=8),
-    "plan": Screen(PLAN, shown=shown(PLAN)),
-    "eval": Screen(EVAL, (MY_ADAPTER,), shown=shown(EVAL)),
-    "generate": Screen(GENERATE, (MY_ADAPTER,), shown=shown(GENERATE)),
-    "combine": Screen(COMBINE, (MY_ADAPTER, OTHER_ADAPTER), shown="\n$ ".join(map(shown, COMBINE.split(" && ")))),
-    "doctor": Screen(DOCTOR, (MY_ADAPTER, OTHER_ADAPTER)),
+    "plan": Screen(PLAN),
+    "eval": Screen(EVAL, (MY_ADAPTER,)),
+    "generate": Screen(GENERATE, (MY_ADAPTER,)),
+    "combine": Screen(COMBINE, (MY_ADAPTER, OTHER_ADAPTER)),
+    "doctor": Screen(DOCTOR, (OTHER_ADAPTER,)),
 }
 
 THEME = TerminalTheme(
@@ -136,13 +134,12 @@ def terminal(name: str, screen: Screen, place: Path) -> None:
         need(command, place)
     for result in re.findall(r"--out (\S+)", screen.command):
         shutil.rmtree(place / result, ignore_errors=True)
-    lines = displayed(run(screen.command, place, screen.columns), screen.columns)
-    if screen.last:
-        lines = lines[-screen.last :]
-    prompt = screen.shown or screen.command
-    if not prompt.startswith(">>>"):
-        prompt = f"$ {prompt}"
-    lines = [*(Text(line, "bold") for line in prompt.split("\n")), *lines]
+    lines = []
+    for command in screen.command.split(" && "):
+        printed = displayed(run(command, place, screen.columns), screen.columns)
+        if screen.last:
+            printed = printed[-screen.last :]
+        lines += [*prompt(screen.shown or command), *printed]
     if any(str(Path.home()) in line.plain for line in lines):
         raise SystemExit(f"{name}: the picture shows a path of this machine")
     width = max(len(line) for line in lines) + 1
@@ -152,6 +149,13 @@ def terminal(name: str, screen: Screen, place: Path) -> None:
     svg = console.export_svg(title="", theme=THEME, code_format=svg_format(), unique_id=name)
     (OUT / f"{name}.svg").write_text(small(svg), encoding="utf-8")
     print(f"{name}.svg: {len(lines)} lines")
+
+
+def prompt(command: str) -> list[Text]:
+    """The lines of a command as one types it."""
+    if command.startswith(">>>"):
+        return [Text(command, "bold")]
+    return [Text(line, "bold") for line in f"$ {typed(command)}".split("\n")]
 
 
 def svg_format() -> str:

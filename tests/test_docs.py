@@ -143,6 +143,15 @@ def test_the_chinese_pages_are_chinese(site):
         assert len(re.findall("[\u4e00-\u9fff]", read(site, f"zh/{page}"))) > 200, source.name
 
 
+def test_the_language_switch_leads_to_the_same_page(site):
+    for page in (".", "guides/fine-tune", "methods/lora"):
+        for here, there in ((page, f"zh/{page}"), (f"zh/{page}", page)):
+            links = re.findall(r'<a href="([^"]*)" hreflang="(\w+)"', read(site, here))
+            found = {language: os.path.normpath(os.path.join(here, link)) for link, language in links}
+            wanted = {"zh" if there.startswith("zh") else "en": os.path.normpath(there)}
+            assert found | wanted == found, here
+
+
 def shape(page: str) -> dict[str, list[str]]:
     """What a page has in every language: its levels of headings, its code without comments, its pictures."""
     blocks = re.findall(r"^```(?:python|sh|text)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
