@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class VeneerError(ValueError):
-    """Something the user asked for cannot be done; the message says what was asked, found, and what to do.
-
-    A drop-in for another library may say some of it in that library's words, and be of its class besides.
-    """
-
-    wording: Callable[[str], str] = staticmethod(str)
-    also: Callable[[str], type[Exception] | None] = staticmethod(lambda text: None)
-
-    def __new__(cls, *args: object) -> VeneerError:
-        kind = cls.also(str(args[0])) if args else None
-        if kind is None or issubclass(cls, kind):
-            return super().__new__(cls, *args)
-        return super().__new__(type(cls.__name__, (cls, kind), {"__module__": cls.__module__}), *args)
-
-    def __str__(self) -> str:
-        return self.wording(super().__str__())
+    """Something the user asked for cannot be done; the message says what was asked, found, and what to do."""
 
 
 class ConfigError(VeneerError):
@@ -35,6 +20,18 @@ class TargetError(VeneerError):
 
 class CheckpointError(VeneerError):
     """An adapter on disk is missing, damaged, or does not fit the model."""
+
+
+class NotResumable(CheckpointError):
+    """An adapter's file holds the result of parts that it lacks, so that training cannot be resumed from it."""
+
+    @classmethod
+    def because(cls, held: str, lost: str, instead: str) -> NotResumable:
+        """The error for a file that holds only `held`, without `lost`; training with `instead` avoids it."""
+        return cls(
+            f"the file holds only {held}, from which {lost} cannot be recovered: load it with is_trainable=False, "
+            f"or train with {instead} to be able to resume"
+        )
 
 
 class BaseMismatch(CheckpointError):

@@ -34,6 +34,7 @@ def attach(
     trainable: bool,
     on_meta: bool = False,
     lift: bool = True,
+    layer_class: type[AdapterLayer] = AdapterLayer,
 ) -> State:
     """Put the adapter that `config` describes on `model`, called `name`. An error leaves the model as it was.
 
@@ -41,8 +42,9 @@ def attach(
         trainable: declared trainable; it learns while it is also active.
         on_meta: build without memory, for tensors that are about to be loaded.
         lift: hold adapters of a half-precision base in fp32.
+        layer_class: the class that wraps adapted modules, if `model` has no adapters yet.
     """
-    state = state_of(model) or State()
+    state = state_of(model) or State(layer_class)
     _check_name(name, state)
     reshaped = config.reshape(model)
     state.reshaped += [] if reshaped is None else [reshaped]
@@ -138,7 +140,7 @@ class Wrapper:
     def wrap(self, path: str) -> AdapterLayer:
         if path not in self.state.layers:
             module = self.modules[path]
-            layer = (self.state.layer_class or AdapterLayer)(module, path, self.state)
+            layer = self.state.layer_class(module, path, self.state)
             self._put(module, layer)
             self.state.layers[path] = layer
         return self.state.layers[path]

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from threading import RLock
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -67,10 +67,9 @@ class Layers(MutableMapping[str, "AdapterLayer"]):
 class State:
     """The adapters of one model and the facts of its current call."""
 
-    layer_class: ClassVar[type[AdapterLayer] | None] = None
-    """What wraps a module where it is not a plain `AdapterLayer`: one that shows itself as other code expects."""
-
-    def __init__(self) -> None:
+    def __init__(self, layer_class: type[AdapterLayer]) -> None:
+        self.layer_class = layer_class
+        """The class that wraps an adapted module."""
         self.configs: dict[str, Config] = {}
         """The config of each adapter, by name."""
         self.layers = Layers()

@@ -25,7 +25,7 @@ from ..files.write import write_atomically
 from .strict import is_strict, settle
 from .tables import methods as table
 from .tables.refusals import check_as_peft
-from .tables.words import is_at_once
+from .wording import is_at_once, pefts_words
 
 PeftType = enum.Enum("PeftType", {name: name for name in table.METHODS}, type=str, module=__name__)  # type: ignore[misc]
 
@@ -99,6 +99,7 @@ class PeftConfig(Config, metaclass=Called):
     peft_type: ClassVar[Any] = None
     is_adaption_prompt: ClassVar[bool] = False
 
+    @pefts_words()
     def __post_init__(self) -> None:
         if getattr(self, "loftq_config", None) == {}:
             self.loftq_config = None

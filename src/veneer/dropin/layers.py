@@ -22,6 +22,7 @@ from ..targets.walk import matches
 from .configs import LoraConfig
 from .slots import DropoutSlot, HeldSlot, ModuleSlot, SharedSlot, ShownTokens, TensorSlot, TiedSlot, as_factor
 from .tables import methods as table
+from .wording import pefts_words
 
 SHOWN = {own: shown for shown, own in table.EVERYWHERE.items()}
 """PEFT's names of attributes, by veneer's name."""
@@ -401,6 +402,7 @@ class PeftLayer(AdapterLayer):
 
     # Merging one layer
 
+    @pefts_words()
     def merge(
         self,
         names: Any = None,

@@ -305,7 +305,7 @@ def dequantize_module_weight(module: nn.Module) -> Tensor:
     """A linear module's weight, (out, in), dequantised."""
     if quantised(module) is None:
         return module.weight  # type: ignore[return-value]
-    layer = AdapterLayer(module, "", State())
+    layer = AdapterLayer(module, "", State(AdapterLayer))
     return layer.target.weight()
 
 

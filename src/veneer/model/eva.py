@@ -97,7 +97,7 @@ def rebuild(model: PeftModel, name: str, starts: Mapping[str, Tensor]) -> None:
             loras[path] = lora
     config = with_ranks(state.configs[name], loras, starts)
     detach(base, name, state)
-    state = attach(base, config, name, trainable=is_trainable, lift=not is_half)
+    state = attach(base, config, name, trainable=is_trainable, lift=not is_half, layer_class=state.layer_class)
     state.activate(active)
     for path, adapter in state.adapters(name).items():
         if path in starts:
