@@ -51,6 +51,24 @@ def is_replaceable(model: nn.Module) -> bool:
     return bool(upstream.configs(model, REPLACED))
 
 
+@torch.no_grad()
+def keeps_apart(call: Callable[..., Tensor], first: Tensor, second: Tensor) -> bool:
+    """Try whether a sequence gives the same output behind another one, in one row, as alone.
+
+    Args:
+        call: from input_ids (1, tokens), and position_ids of that shape if given, to the output (1, tokens, width).
+        first: token ids, one-dimensional.
+        second: the token ids of the sequence whose output is compared.
+    """
+    ids = torch.cat([first, second])
+    positions = torch.cat([torch.arange(len(first)), torch.arange(len(second))]).to(ids.device)
+    in_row = call(input_ids=ids[None], position_ids=positions[None])[:, len(first) :]
+    alone = call(input_ids=second[None])
+    tolerance = 1e-4 if alone.dtype == torch.float32 else 1e-2
+    largest = float(alone.abs().max())
+    return torch.allclose(in_row, alone, rtol=tolerance, atol=tolerance * largest)
+
+
 # The mask
 
 

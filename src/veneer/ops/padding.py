@@ -23,7 +23,7 @@ from ..upstream.sharding import is_sharded
 from . import is_fast
 from ._conditions import takes_part
 from ._patch import Adapters
-from .attention import by_sequence, is_replaceable
+from .attention import by_sequence, is_replaceable, keeps_apart
 
 KNOWN = {
     "input_ids",
@@ -138,7 +138,7 @@ def _is_suitable(model: Any, adapters: Adapters) -> bool:
     if any(_is_special(module) for module in model.modules()):
         return False
     if SEEN not in model.__dict__:
-        model.__dict__[SEEN] = _keeps_apart(model, model.base_model)
+        model.__dict__[SEEN] = _keeps_apart(model)
     return bool(model.__dict__[SEEN])
 
 
@@ -157,18 +157,17 @@ def _is_special(module: nn.Module) -> bool:
     return False
 
 
-@torch.no_grad()
-def _keeps_apart(model: Any, body: Any) -> bool:
+def _keeps_apart(model: Any) -> bool:
     """Whether the hidden states of a sequence are the same after another sequence as alone."""
-    ids = torch.arange(14, device=model.device)[None] * 7 % model.config.get_text_config().vocab_size
-    positions = torch.cat([torch.arange(6), torch.arange(8)]).to(ids.device)[None]
+    body = model.base_model
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(14, device=model.device) * 7 % vocabulary
+
+    def hidden_states(**inputs: Tensor) -> Tensor:
+        return body(**inputs, use_cache=False).last_hidden_state
+
     try:
-        with evaluating(body):
-            with by_sequence(model):
-                row = body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-            alone = body(input_ids=ids[:, 6:], use_cache=False).last_hidden_state
-        tolerance = 1e-4 if alone.dtype == torch.float32 else 1e-2
-        largest = float(alone.abs().max())
-        return torch.allclose(row[:, 6:], alone, rtol=tolerance, atol=tolerance * largest)
+        with evaluating(body), by_sequence(model):
+            return keeps_apart(hidden_states, ids[:6], ids[6:])
     except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError):  # the model takes no such row
         return False
