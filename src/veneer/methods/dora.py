@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..maths.precision import without_autocast
 from ..targets.target import Target
 from .families.variants import Composition
 from .lora import LoRA, LoraConfig
@@ -67,6 +68,10 @@ class DoRA(LoRA):
     @torch.no_grad()
     def norm(self) -> Tensor:
         """|W + B A|, (out,), without forming the sum: |W|^2 + 2 <W A^T, B> + <B A A^T, B>."""
+        with without_autocast(self.lora_magnitude_vector):
+            return self._norm()
+
+    def _norm(self) -> Tensor:
         direct = self.target.direct()
         if direct is None or type(self).delta is not LoRA.delta:
             updated = self.target.weight().to(self.dtype) + self.change()
