@@ -72,7 +72,7 @@ class Prompt(nn.Module):
         return self.state_dict()
 
     def absorb(self, tensors: Tensors) -> None:
-        """Take what came from a file; in place where memory exists."""
+        """Load the tensors of a file; in place where memory exists."""
         self.load_state_dict(tensors, strict=False, assign=any(p.is_meta for p in self.parameters()))
 
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ..core.adapter import Tensors
 from ..core.config import Name, PromptConfig, check_range
 from ..core.prompt import Prompt, Spec
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError, NotResumable
+from ..maths.precision import without_autocast
 from ..targets.modules import evaluating
 
 ENCODERS = ("MLP", "LSTM")
@@ -64,9 +65,10 @@ class PTuning(Prompt):
         if not self.is_encoded:
             return self.prompt_embeddings
         e = self.embedding.weight
-        if hasattr(self, "lstm_head"):
-            e, _ = self.lstm_head(e)
-        return self.mlp_head(e)
+        with without_autocast(e):  # not every CPU has an LSTM in half precision
+            if hasattr(self, "lstm_head"):
+                e, _ = self.lstm_head(e)
+            return self.mlp_head(e)
 
     def embeds(self, facts: dict[str, Any]) -> Tensor:
         return self.encoded()[: self.n]
@@ -78,10 +80,7 @@ class PTuning(Prompt):
 
     def absorb(self, tensors: Tensors) -> None:
         if self.is_encoded:
-            raise CheckpointError(
-                "the file holds the encoded prompt, from which the encoder cannot be recovered: load it with "
-                "is_trainable=False, or train with PromptTuningConfig to be able to resume"
-            )
+            raise NotResumable.because("the encoded prompt", "the encoder", "PromptTuningConfig")
         super().absorb(tensors)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core.adapter import Tensors
 from ..core.config import Name, PromptConfig
 from ..core.prompt import Prompt, Spec
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError, NotResumable
 
 
 class Prefix(Prompt):
@@ -74,10 +74,7 @@ class PrefixTuning(Prefix):
 
     def absorb(self, tensors: Tensors) -> None:
         if self.is_projected:
-            raise CheckpointError(
-                "the file holds the projected prefix, from which the projection cannot be recovered: load it with "
-                "is_trainable=False, or train with prefix_projection=False to be able to resume"
-            )
+            raise NotResumable.because("the projected prefix", "the projection", "prefix_projection=False")
         super().absorb(tensors)
 
 

@@ -93,10 +93,7 @@ class VBLoRA(LowRank):
 
     def absorb(self, tensors: Tensors) -> None:
         if self.config.save_only_topk_weights and self.has_logits:
-            raise CheckpointError(
-                "the file holds only the chosen vectors, from which the logits cannot be recovered: load it with "
-                "is_trainable=False, or train with save_only_topk_weights=False to be able to resume"
-            )
+            raise NotResumable.because("the chosen vectors", "the logits", "save_only_topk_weights=False")
         for key, tensor in tensors.items():
             if "indices" in key and not 0 <= tensor.min() <= tensor.max() < self.config.num_vectors:
                 raise CheckpointError(f"{key} on {self.target.path!r} points outside the bank")
