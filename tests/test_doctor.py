@@ -17,8 +17,8 @@ from veneer import (
     all_methods,
     get_peft_model,
 )
-from veneer.merging.combine import combine
 from veneer.dropin.tables.methods import METHODS as PEFT_METHODS
+from veneer.merging.combine import combine
 from veneer.report.deployment import diagnose
 from veneer.report.environment import environment
 

@@ -39,7 +39,6 @@ def is_at_once(error: VeneerError) -> bool:
     return found is not None and found[0] in AT_ONCE
 
 
-@functools.cache
 def _class_of(ours: type[VeneerError], peft: type[Exception] | None) -> type[VeneerError]:
     """A class of errors that is both veneer's and PEFT's."""
     if peft is None or issubclass(ours, peft):

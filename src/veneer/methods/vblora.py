@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import LowRank, Tensors
 from ..core.config import LayerConfig, Name, check_range
-from ..errors import CheckpointError, ConfigError, TargetError
+from ..errors import CheckpointError, ConfigError, NotResumable, TargetError
 from ..targets.target import Target
 
 

@@ -1,7 +1,7 @@
 """Errors in PEFT's words: PEFT's sentence, which programs match on, comes first, and veneer's own follows in brackets.
 
-There is one row per sentence; `dropin/wording.py` applies them. Rows of `AT_ONCE` are for what PEFT refuses when a config is made, those of `LATER` for
-what it refuses when the config is used.
+There is one row per sentence; `dropin/wording.py` applies them. Rows of `AT_ONCE` are for what PEFT refuses when a
+config is made, those of `LATER` for what it refuses when the config is used.
 """
 
 from __future__ import annotations
