@@ -16,7 +16,7 @@ from ..files.read import WEIGHTS_NAME
 from ..targets.target import ParamTarget, Target
 from ..targets.walk import walk
 from . import checkpoint
-from .adapter import Adapter, Bias, Replace, Tensors, TiedReplace
+from .adapter import Adapter, Additive, Bias, Replace, Tensors, TiedReplace
 from .config import CONFIG_NAME, Config, LayerConfig, PromptConfig
 from .hooks import install, uninstall
 from .layer import AdapterLayer
@@ -205,11 +205,28 @@ def _add_member(model: nn.Module, config: Config, member: Config, name: str, lay
 def _adapters_on(layer: AdapterLayer, config: Config, shared: Any) -> list[Adapter]:
     """The adapter of a layer, or one on each parameter that its module reads by itself."""
     if layer.target.kind in config.adapter.kinds:
-        return [config.build(layer.target, shared)]
+        adapter = config.build(layer.target, shared)
+        if layer.target.by_weight:
+            _check_by_weight(adapter)
+        return [adapter]
     built = [config.build(ParamTarget(layer, name), shared) for name in layer.target.inside]
     for adapter, key in zip(built, layer.target.inside.values(), strict=True):
         adapter.key = key
     return built
+
+
+def _check_by_weight(adapter: Adapter) -> None:
+    """Raise where an update of the weight cannot be put into the weight of a module with a forward of its own."""
+    if not isinstance(adapter, Additive):
+        return
+    has_dropout = getattr(adapter, "dropout", None) is not None
+    if has_dropout or not adapter.has_fold:
+        target = adapter.target
+        what = "dropout" if has_dropout else type(adapter).__name__
+        raise TargetError(
+            f"{target.path!r} ({type(target.base).__name__}) has a forward of its own, so an adapter can change only "
+            f"its weight, on which there is no {what}; leave it out with exclude_modules"
+        )
 
 
 def _add_to_parameters(config: Config, name: str, layers: Wrapper, places: Sequence[tuple[str, str]]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import NotMergeable, VeneerError
+from ..errors import NotMergeable, TargetError, VeneerError
 from ..ops import folded_linear as folded
 from ..ops import is_autocast, is_fast
 from ..ops import low_rank_linear as low_rank
@@ -127,7 +127,19 @@ class AdapterLayer(WrapperModule):
         inputs, x = _down(above, x)
         args, kwargs = _with_first(x, args, kwargs)
         out = self._through(below, args, kwargs) if below else self.base_layer(*args, **kwargs)
+        if self.target.by_weight and above:
+            self._check_width(_output(out), above[0])
         return _with_output(out, _up(above, inputs, _output(out)))
+
+    def _check_width(self, y: Tensor, adapter: Adapter) -> None:
+        """Raise if a module with a forward of its own gives activations that a method for its class cannot change."""
+        target = self.target
+        if target.kind == "linear" and y.shape[-1] != target.out_features:
+            raise TargetError(
+                f"{self.path!r} ({type(self.base_layer).__name__}) has a forward of its own, which gives "
+                f"{y.shape[-1]} features instead of {target.out_features}, so {type(adapter).__name__} has no form on "
+                "it; leave it out with exclude_modules"
+            )
 
     def _fused(self, stack: Stack, x: Tensor, base: tuple[Tensor, Tensor | None]) -> Tensor:
         """A stack whose innermost adapter is a low-rank update, computed together with the base."""
@@ -228,7 +240,7 @@ class AdapterLayer(WrapperModule):
             args, kwargs = _with_first(x, args, kwargs)
             out = outermost.run(*args, **kwargs)
             return _with_output(out, _cast(_output(out), self.target.dtype))
-        if any(adapter.target.kind == "param" for adapter in below):
+        if any(adapter.target.kind == "param" or adapter.target.by_weight for adapter in below):
             return functional_call(self.base_layer, self.folded(below), args, kwargs)
         W, b = self.fold(below)
         return self.target.op(_first(args, kwargs), W, b)
@@ -438,12 +450,14 @@ def _runs(names: Sequence[str], adapted: Sequence[str], rows: int) -> list[Run]:
 def _split(stack: Stack) -> tuple[Stack, Stack]:
     """(adapters that must be computed as a weight, those above them).
 
-    An adapter that has only a weight form needs it, and so does one that reads the weight below other adapters; then
-    all below it do too.
+    An adapter that has only a weight form needs it, one that reads the weight below other adapters, and one on a module
+    that computes something else than its class; then all below it do too.
     """
     count = 0
     for place, adapter in enumerate(stack):
-        only_folds = adapter.target.kind == "param" or not (adapter.has_pre or adapter.has_post)
+        target = adapter.target
+        is_update = target.by_weight and adapter.has_fold
+        only_folds = target.kind == "param" or is_update or not (adapter.has_pre or adapter.has_post)
         if only_folds or (adapter.reads_weight and place > 0):
             count = place + 1
     return stack[:count], stack[count:]

@@ -57,11 +57,10 @@ def targets(
         config.fill_targets(model)
     if saved and isinstance(config.target_modules, list):
         _check_not_inside(model, modules, config.target_modules, saved)
-    chosen = _targeted(model, modules, config)
-    chosen = _without_excluded(modules, chosen, config.exclude_modules)
-    chosen = config.choose(_of_layers(chosen, config))
+    chosen = _narrowed(modules, _targeted(model, modules, config), config)
     if not chosen:
         raise TargetError(f"target_modules = {config.target_modules!r}: every match is excluded; nothing is left")
+    _check_nothing_vanished(modules, chosen, config)
     _check_kinds(chosen, modules, config)
     for field in config.subsets:
         _matching(chosen, getattr(config, field), field)
@@ -70,6 +69,48 @@ def targets(
         check_patterns(field, getattr(config, field) or (), adapted)
     config.fan_in_fan_out = any(is_conv1d(modules[path]) for path in chosen)
     return chosen
+
+
+def targeted(model: nn.Module, config: LayerConfig) -> list[str]:
+    """Paths of the modules that the targeting fields leave, in the model's order, without a check of each entry.
+
+    Raises:
+        TargetError: an entry of another field than `target_modules` matches nothing.
+    """
+    modules = _outside(model, ())
+    entries = config.target_modules or ()
+    if isinstance(entries, str):
+        matching = _targeted(model, modules, config)
+    else:
+        matching = [path for path in modules if _matches_any(path, entries)]
+    return _narrowed(modules, matching, config)
+
+
+def _narrowed(modules: Modules, matching: list[str], config: LayerConfig) -> list[str]:
+    """The matching paths that the other targeting fields leave."""
+    included = _without_excluded(modules, matching, config.exclude_modules)
+    return config.choose(_of_layers(included, config))
+
+
+def _check_nothing_vanished(modules: Modules, chosen: Sequence[str], config: LayerConfig) -> None:
+    """Raise where the other targeting fields leave nothing of what an entry of `target_modules` matches."""
+    if not isinstance(config.target_modules, list):
+        return
+    fields = []
+    for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        value = getattr(config, field)
+        if value is not None:
+            fields.append(f"{field} = {value!r}")
+    if not fields:
+        return
+    for entry in config.target_modules:
+        if _any_matches(chosen, entry):
+            continue
+        matching = [path for path in modules if matches(path, entry)]
+        raise TargetError(
+            f"target_modules: {entry!r} adapts nothing, because {' and '.join(fields)} leave none of the modules it "
+            f"matches:{listing(matching)}\nRemove the entry, or change the other fields."
+        )
 
 
 def parameters(model: nn.Module, config: LayerConfig, wanted: Sequence[str]) -> list[tuple[str, str]]:

@@ -34,6 +34,7 @@ class AutoPeftModel:
         check_base: bool = True,
         allow_pickle: bool = False,
         follow_paths: bool = False,
+        allow_absent: bool = False,
         **kwargs: Any,
     ) -> PeftModel:
         """Load a base model and put an adapter on it.
@@ -46,6 +47,7 @@ class AutoPeftModel:
             check_base: refuse a base model other than the one the adapter was trained on.
             allow_pickle: read tensors from a pickle if there is no safetensors file.
             follow_paths: allow paths in the config that lead out of the adapter's directory.
+            allow_absent: pass over tensors for modules that the base model lacks, with a warning.
             kwargs: `subfolder`, `revision` and the like for the adapter; the rest goes to the base model's
                 `from_pretrained` (`dtype`, `device_map`, ...).
 
@@ -67,6 +69,7 @@ class AutoPeftModel:
             check_base=check_base,
             allow_pickle=allow_pickle,
             follow_paths=follow_paths,
+            allow_absent=allow_absent,
             **hub,
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core import checkpoint
+from ..core import absent, checkpoint
 from ..core.attach import attach, detach
 from ..core.config import Config, PromptConfig
 from ..core.layer import AdapterLayer
@@ -420,6 +420,7 @@ class PeftModel(nn.Module):
         check_base: bool = True,
         allow_pickle: bool = False,
         follow_paths: bool = False,
+        allow_absent: bool = False,
         **hub: Any,
     ) -> PeftModel:
         """Put a saved adapter on its base model.
@@ -432,6 +433,7 @@ class PeftModel(nn.Module):
             check_base: refuse a base model other than the adapter's own.
             allow_pickle: where there is no safetensors file, read tensors (and nothing else) from a pickle.
             follow_paths: paths in the file's config (X-LoRA's experts) may lead out of its directory.
+            allow_absent: pass over tensors for modules that the model lacks, with a warning that lists them.
             hub: `subfolder`, `revision`, `token`, `cache_dir` and the like.
 
         Raises:
@@ -439,11 +441,14 @@ class PeftModel(nn.Module):
         """
         check_hub_arguments(hub)
         saved = checkpoint.load(model_id, config, allow_pickle=allow_pickle, follow_paths=follow_paths, **hub)
+        saved = absent.fitted(model, saved, allow_absent)
         saved.config.inference_mode = not is_trainable
         lift = autocast_adapter_dtype
         with _flags_kept_on_error(model):
             adapted = cls(model, saved.config, adapter_name, autocast_adapter_dtype=lift, low_cpu_mem_usage=True)
             try:
+                if allow_absent:
+                    saved = absent.without_absent(model, adapted._state, adapter_name, saved)
                 checkpoint.fill(model, adapted._state, adapter_name, saved, lift=lift, check_base=check_base)
             except BaseException:
                 adapted.unload()
@@ -460,6 +465,7 @@ class PeftModel(nn.Module):
         check_base: bool = True,
         allow_pickle: bool = False,
         follow_paths: bool = False,
+        allow_absent: bool = False,
         **hub: Any,
     ) -> None:
         """Load a further adapter, or new values for one of that name, whose Parameters stay the same objects."""
@@ -468,6 +474,7 @@ class PeftModel(nn.Module):
         follow = follow_paths or is_present  # the paths in a present adapter's config were followed when it was made
         saved = checkpoint.load(model_id, allow_pickle=allow_pickle, follow_paths=follow, **hub)
         model = self.get_base_model()
+        saved = absent.fitted(model, saved, allow_absent)
         lift = autocast_adapter_dtype
         if is_present:
             checkpoint.check_refill(self._state, adapter_name, saved.config)
@@ -476,6 +483,8 @@ class PeftModel(nn.Module):
         saved.config.inference_mode = not is_trainable
         self._attach(adapter_name, saved.config, on_meta=True, lift=lift)
         try:
+            if allow_absent:
+                saved = absent.without_absent(model, self._state, adapter_name, saved)
             checkpoint.fill(model, self._state, adapter_name, saved, lift=lift, check_base=check_base)
         except BaseException:
             detach(model, adapter_name, self._state)

@@ -169,5 +169,5 @@ def _keeps_apart(model: Any) -> bool:
     try:
         with evaluating(body), by_sequence(model):
             return keeps_apart(hidden_states, ids[:6], ids[6:])
-    except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError):  # the model takes no such row
+    except Exception:  # a model fails on such a row in its own way; the plain path is taken then
         return False

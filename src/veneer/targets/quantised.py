@@ -28,6 +28,7 @@ class QuantisedTarget(LinearTarget):
 
     is_quantised = True
     is_readable = False
+    forwards = ()
     rounded: tuple[float, float] | None = None
     """(norm of the update, norm of the rounding error) of the last merge."""
 

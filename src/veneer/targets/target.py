@@ -56,9 +56,13 @@ class Target:
     """The weight is stored quantised."""
     is_readable: ClassVar[bool] = True
     """The weight can be read, dequantised if need be."""
+    forwards: ClassVar[tuple[Any, ...]] = ()
+    """The forward methods whose operation `op` and `low_rank` repeat; () if no other class is taken for this kind."""
 
     def __init__(self, layer: Layer) -> None:
         self._layer = weakref.ref(layer)  # a cycle with the layer would delay the release of the base model's memory
+        self.by_weight = bool(self.forwards) and self._differs(layer.base_layer)
+        """The module computes something else than its class, so updates of its weight must be put into the weight."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_layer": self.layer}
@@ -66,6 +70,10 @@ class Target:
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         self.__dict__.update(attributes)
         self._layer = weakref.ref(attributes["_layer"])
+
+    def _differs(self, module: nn.Module) -> bool:
+        """Whether the module's forward is another than those that this kind repeats."""
+        return _forward_of(module) not in self.forwards
 
     @property
     def layer(self) -> Any:
@@ -259,7 +267,18 @@ class Target:
         return tensors
 
     def replace(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Bind new Parameters and return the old ones. Writing to `.data` would change tied weights elsewhere."""
+        """Bind new Parameters and return the old ones. Writing to `.data` would change tied weights elsewhere.
+
+        Raises:
+            NotMergeable: a tensor is not a Parameter but computed from others.
+        """
+        for name in new:
+            if name not in self.base._parameters:
+                raise NotMergeable(
+                    f"the {name} of {self.path!r} ({type(self.base).__name__}) is not a Parameter but computed from "
+                    f"others; torch.nn.utils.parametrize.remove_parametrizations(module, {name!r}) makes it a tensor, "
+                    "which must then be an nn.Parameter"
+                )
         old = {name: self.base._parameters[name] for name in new}
         for name, tensor in new.items():
             dtype = old[name].dtype
@@ -282,6 +301,7 @@ class LinearTarget(Target):
     """`nn.Linear`."""
 
     kind = "linear"
+    forwards = (nn.Linear.forward,)
 
     @property
     def in_features(self) -> int:
@@ -312,6 +332,8 @@ class LinearTarget(Target):
 class Conv1DTarget(LinearTarget):
     """GPT-2's Conv1D: a linear layer that stores its weight as (in, out)."""
 
+    forwards = ()
+
     @property
     def in_features(self) -> int:
         return self.base.weight.shape[0]
@@ -337,6 +359,11 @@ class ConvTarget(Target):
     """`nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`: W is (out, in / groups * kernel), one row per output channel."""
 
     kind = "conv"
+    forwards = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+    def _differs(self, module: nn.Module) -> bool:
+        classes = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        return super()._differs(module) or type(module)._conv_forward not in [c._conv_forward for c in classes]
 
     @property
     def in_features(self) -> int:
@@ -413,6 +440,11 @@ class EmbeddingTarget(Target):
     """An embedding is a linear layer over one-hot inputs: W is (width, vocabulary), the stored weight transposed."""
 
     kind = "embedding"
+    forwards = (nn.Embedding.forward,)
+
+    def _differs(self, module: nn.Module) -> bool:
+        """A lookup whose rows are scaled is computed as the class does it, which spares the sum of whole tables."""
+        return super()._differs(module) and not _is_scaled_lookup(module)
 
     @property
     def in_features(self) -> int:
@@ -536,6 +568,37 @@ def _parameter(module: nn.Module, path: str) -> Any:
     """The parameter of a module at a path such as `out_proj.weight`."""
     owner, _, name = path.rpartition(".")
     return getattr(module.get_submodule(owner), name)
+
+
+def _forward_of(module: nn.Module) -> Any:
+    """The function that a call of the module runs, without that of accelerate around it."""
+    bound = module.__dict__.get("forward")
+    if bound is None:
+        return type(module).forward
+    if hasattr(module, "_hf_hook"):
+        bound = module._old_forward
+    return getattr(bound, "__func__", bound)
+
+
+@torch.no_grad()
+def _is_scaled_lookup(module: Any) -> bool:
+    """Try whether an embedding with a forward of its own gives the rows of its weight times a number.
+
+    Then a lookup in a product of factors is the product of a lookup in the first factor.
+    """
+    if hasattr(module, "embed_scale"):
+        return True
+    width, r = module.embedding_dim, 3
+    row = torch.linspace(0.5, 1.5, r, device=module.weight.device)
+    B = torch.linspace(-1, 2, width * r, device=row.device).view(width, r)
+    ids = torch.arange(1, device=row.device)[None]
+    shape = (module.num_embeddings, -1)
+    try:
+        of_factor = functional_call(module, {"weight": row.expand(shape)}, (ids,))
+        of_product = functional_call(module, {"weight": (B @ row).expand(shape)}, (ids,))
+        return torch.allclose(F.linear(of_factor, B), of_product, rtol=1e-4, atol=1e-5)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # it takes other arguments than ids
+        return False
 
 
 def adapts(kinds: Collection[str], module: nn.Module) -> bool:
