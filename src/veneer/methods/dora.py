@@ -3,8 +3,9 @@
     W' = m (W + s B A) / |W + s B A|,  the norm over each row, held constant in the backward pass
 
 Liu et al., 2024, arXiv:2402.09353; section 4.3 for the constant norm. Trainable: r (in + out) + out per target.
-Mergeable, except on grouped convolutions, where as in PEFT the norm is that of W and the product of the factors, which
-ignores the groups. Starts as a no-op: m is the norm of W. Unlike in PEFT, dropout applies to the low-rank part only.
+Mergeable, except on grouped convolutions. There, as in PEFT, the norm is that of W plus the product of the factors,
+which ignores the groups. Starts as a no-op: m is the norm of W. Unlike in PEFT, dropout applies to the low-rank part
+only.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class DoRA(LoRA):
         self.lora_magnitude_vector = nn.Parameter(magnitude)
 
     def change(self) -> Tensor:
-        """dW, (out, in). For a grouped convolution, whose update has no weight form, the product of the factors."""
+        """dW, (out, in). For a grouped convolution, whose update has no weight form: the product of the factors."""
         if self.target.groups == 1:
             return self.delta()
         A, B = self.factors()
@@ -53,7 +54,7 @@ class DoRA(LoRA):
 
     @torch.no_grad()
     def squares(self, W: Tensor) -> Tensor:
-        """|W|^2 of each row, (out,). Cached until W is another tensor or has been written to."""
+        """|W|^2 of each row, (out,). Cached until W is replaced or written to."""
         if torch.compiler.is_compiling():
             return self.row_squares(W)
         key = (id(W), W.data_ptr(), W._version)
@@ -106,7 +107,7 @@ class DoRA(LoRA):
 
 @dataclass(kw_only=True)
 class DoraConfig(LoraConfig):
-    """`LoraConfig(use_dora=True)` as a config class of its own."""
+    """Equivalent to `LoraConfig(use_dora=True)`."""
 
     use_dora: bool = True
 
