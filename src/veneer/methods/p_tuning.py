@@ -5,7 +5,7 @@
 Liu et al., 2021, arXiv:2103.10385. Trainable: n x width and the encoder. Not mergeable: it has no weight form. The
 prompt is placed before the input, not between its words as in the paper. The file holds only the encoded prompt, so a
 loaded prompt can be used but its training cannot be resumed. The prompt is encoded for the file with dropout off; PEFT
-leaves dropout on. torch.compile breaks the graph at the LSTM; the MLP is traced without a break.
+leaves dropout on. torch.compile breaks the graph at the LSTM; the MLP is compiled without a graph break.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class PromptEncoderConfig(PromptConfig):
     encoder_num_layers: int = 2
     """Layers of the LSTM. The MLP always has three."""
     encoder_dropout: float = 0.0
-    """Dropout between the layers of the LSTM, in training."""
+    """Dropout between the layers of the LSTM during training."""
 
     peft_type = Name("P_TUNING")
     prompt = PTuning

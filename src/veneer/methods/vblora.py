@@ -50,7 +50,7 @@ class VBLoRA(LowRank):
         self.set_dropout(config.vblora_dropout)
 
     def _add_choice(self, name: str, *shape: int) -> None:
-        """Register what chooses the vectors of one side: logits or, from a file without them, indices and weights."""
+        """Register what chooses the vectors of one side: logits or, for a file without them, indices and weights."""
         if self.has_logits:
             logits = torch.randn(*shape, self.config.num_vectors) * self.config.init_logits_std
             self.register_parameter(name, nn.Parameter(logits))
@@ -115,17 +115,17 @@ class VBLoRAConfig(LayerConfig):
     r: int = 4
     """Rank of the update."""
     num_vectors: int = 256
-    """Number of vectors in the bank; larger models need more."""
+    """Number of vectors in the bank. Larger models need more vectors."""
     vector_length: int = 256
-    """Length of a vector; must divide in and out of every target."""
+    """Length of a vector; must divide the input and output sizes of every target."""
     topk: int = 2
     """k: number of vectors that are mixed for each segment."""
     save_only_topk_weights: bool = False
-    """Write the chosen vectors' indices and weights instead of all logits: small, but training cannot be resumed."""
+    """Write the chosen vectors' indices and weights instead of all logits: smaller, but training cannot be resumed."""
     vblora_dropout: float = 0.0
-    """Dropout on the input of the update, in training."""
+    """Dropout on the input of the update during training."""
     init_vector_bank_bound: float = 0.02
-    """Bound b of the bank's uniform start in [-b, b]. At zero it would never learn."""
+    """Bound b of the bank's uniform start in [-b, b]. With a start at zero, the bank would never learn."""
     init_logits_std: float = 0.1
     """Initial standard deviation of the logits."""
 

@@ -2,8 +2,8 @@
 
     C = E[x x^T] of a layer's inputs,  U S V^T = W C,  A0 = sqrt(S_k / s) V_k^T C^-1,  B0 = U_k sqrt(S_k / s)
 
-k: the first r directions (instruction-previewed mode, "ipm") or the last r (knowledge-preserved mode, "kpm"). Yang et
-al., 2024, arXiv:2406.05223. As in the authors' code, each sequence is first divided by its largest entry, and the
+k: the first r directions (instruction-previewed mode, "ipm") or the last r (knowledge-preserved mode, "kpm"). Yang
+et al., 2024, arXiv:2406.05223. As in the authors' code, each sequence is first divided by its largest entry, and the
 diagonal of C is increased by 1 % of its mean (by more, if the inverse is not accurate otherwise).
 """
 
