@@ -126,7 +126,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         if path.is_dir():
             path = path / WEIGHTS_NAME
         if path.suffix != ".safetensors" or not path.is_file():
-            raise CheckpointError(f"prompt_tuning_init_state_dict_path: {str(path)!r} is not a safetensors file")
+            raise CheckpointError(f"prompt_tuning_init_state_dict_path: {str(path)!r} is no safetensors file")
         return load_file(path)
 
 

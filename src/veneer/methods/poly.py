@@ -28,8 +28,8 @@ def as_tasks(ids: Any) -> Tensor:
     """`task_ids` as a tensor; raises VeneerError if the call has none."""
     if ids is None:
         raise VeneerError(
-            "the adapter needs to know the tasks: pass task_ids to the call (or to generate), a whole number for each "
-            "row; under transformers' Trainer set remove_unused_columns=False, which keeps them"
+            "the adapter needs to know the tasks: give the call (or generate) task_ids, a whole number for each row; "
+            "under transformers' Trainer set remove_unused_columns=False, which keeps them"
         )
     return torch.as_tensor(ids)
 

@@ -69,7 +69,7 @@ def saved(directory: str) -> tuple[Any, nn.Module | None]:
     path = Path(directory)
     config_file = path / "config.json"
     if not config_file.is_file():
-        raise CheckpointError(f"{directory!r} is not the directory of a transformers model; download one first")
+        raise CheckpointError(f"there is no directory {directory!r} with a transformers model; download one first")
     content = json.loads(config_file.read_text(encoding="utf-8"))
     with torch.device("cpu"):
         if content.get("model_type") != PROJECTED:
