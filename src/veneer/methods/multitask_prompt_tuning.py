@@ -115,7 +115,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         actual = () if tensor is None else tuple(tensor.shape)
         if tensor is None or not _fits(actual, shape):
             raise CheckpointError(
-                f"prompt_tuning_init_state_dict_path: {name!r} has shape {actual} in the file, but must have {shape}"
+                f"prompt_tuning_init_state_dict_path: {name!r} is {actual} in the file, but must be {shape} here"
             )
         return tensor.float()
 
