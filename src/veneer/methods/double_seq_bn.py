@@ -1,4 +1,4 @@
-"""Sequential bottleneck adapters, two per layer: AdapterHub's DoubleSeqBnConfig.
+"""DoubleSeqBn: two sequential bottleneck adapters per layer, as in AdapterHub's DoubleSeqBnConfig.
 
     y' = y + up(f(down(y))),  y the output of attention, and that of the MLP
 

@@ -1,4 +1,4 @@
-"""FRoD: decompose the weights of all layers in one basis, and learn their scales and a sparse rotation of them.
+"""FRoD: decompose the weights of all layers in a shared basis, and learn their scales and a sparse rotation of them.
 
     W = U diag(s) V^T,  W' = U (diag(l) + S) V^T,  l learned from s, S sparse at random places, zero at the start
 

@@ -1,4 +1,4 @@
-"""Parallel bottleneck adapters: a small MLP that reads the same input as the model's own MLP.
+"""ParBn: a bottleneck adapter in parallel to the MLP, which reads the same input as the MLP.
 
     y' = y + s up(f(down(x)))
 

@@ -1,4 +1,4 @@
-"""PSOFT: rotate the weight within its principal subspace by a small learned rotation.
+"""PSOFT: apply a small learned rotation to the weight within its principal subspace.
 
     W' = W + U_r S_r (R - I) V_r^T,  R = diag(b) (I + Q) (I - Q)^-1 diag(a),  Q (r, r) skew-symmetric, W = U S V^T
 

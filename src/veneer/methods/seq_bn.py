@@ -1,4 +1,4 @@
-"""Sequential bottleneck adapters, one per layer: AdapterHub's SeqBnConfig.
+"""SeqBn: one sequential bottleneck adapter per layer, as in AdapterHub's SeqBnConfig.
 
     z' = z + up(f(down(z))),  z the output of a layer
 

@@ -1,4 +1,4 @@
-"""Invertible adapters: a coupling layer after the input embedding, its inverse before the head, and SeqBn in between.
+"""SeqBnInv: an invertible coupling layer after the input embedding, its inverse before the head, and SeqBn in between.
 
     NICE: u' = u + F(v), v' = v + G(u');  GLOW: u' = e(s) u + t, (s, t) = F(v), v' likewise by G(u');  (u, v) = halves
     e(s) = exp(c 2 / pi atan(s / c)),  c = 5;  F, G: one hidden layer of width / inv_adapter_reduction_factor

@@ -1,4 +1,4 @@
-"""A union of methods under one name: they are trained, saved, switched and merged as one adapter.
+"""Union: several methods under one name, which are trained, saved, switched and merged as one adapter.
 
     y' = f_k(... f_2(f_1(y))),  f_i: the i-th method
 
