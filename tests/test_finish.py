@@ -117,7 +117,7 @@ def spoil(tensors):
 )
 def test_a_file_that_is_not_the_model_is_not_kept(base, data, tmp_path, monkeypatch, fault, words):  # noqa: F811
     on_write(monkeypatch, fault)
-    fails(f"does not work, and was not kept .*{words}", base, data, tmp_path / "out", max_steps=4)
+    fails(f"does not work and was not kept .*{words}", base, data, tmp_path / "out", max_steps=4)
 
 
 def test_a_head_that_is_not_in_the_file_fails(base, tmp_path, monkeypatch):  # noqa: F811
