@@ -1,4 +1,4 @@
-"""Base model and adapter in one call: `AutoPeftModelForCausalLM.from_pretrained(adapter_dir)`."""
+"""Load a base model and an adapter in one call: `AutoPeftModelForCausalLM.from_pretrained(adapter_dir)`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class AutoPeftModel:
             adapter: a directory or a hub id.
             adapter_name: the name that the adapter gets on the model.
             is_trainable: load the adapter for further training.
-            config: used in place of the adapter's saved config.
+            config: a config to use instead of the adapter's saved one.
             check_base: refuse a base model other than the one the adapter was trained on.
             allow_pickle: read tensors from a pickle if there is no safetensors file.
             follow_paths: allow paths in the config that lead out of the adapter's directory.

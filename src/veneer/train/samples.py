@@ -95,7 +95,7 @@ def _split(row: Encoded) -> Split:
 def _template_lengths(prompts: Sequence[list[int]], special_tokens: Container[int]) -> tuple[int, int]:
     """Lengths of the chat template before and after the text of the prompts, from the tokens that all prompts share.
 
-    The part after the text begins with a special token; shared tokens before it, such as a final "?", belong to the text.
+    The part after the text begins with a special token; shared tokens before it, such as a final "?", are text.
     """
     if len(prompts) < 2:
         return 0, 0

@@ -161,7 +161,7 @@ LATER = (
         "No adapter layers found on the model, make sure that the adapter is loaded first.",
     ),
     Row(
-        r"'.*' is \S+; intruder dimensions are known of LoRA alone",
+        r"'.*' is \S+; intruder dimensions are defined for LoRA only",
         "The provided model is not using LoRA and is therefore not supported.",
     ),
     Row(
