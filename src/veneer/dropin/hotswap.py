@@ -1,4 +1,4 @@
-"""PEFT's hot swapping; unless the model is compiled, the new adapter may also have a higher rank."""
+"""PEFT's hot swapping. Unless the model is compiled, the new adapter may also have a higher rank."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def hotswap_adapter_from_state_dict(
 ) -> None:
     """Overwrite an adapter with tensors in memory.
 
-    Their keys may have or lack the adapter's name and PEFT's prefix (diffusers passes them without).
+    The keys may be with or without the adapter's name and PEFT's prefix (diffusers passes them without).
     """
     hotswap.make_room(model, adapter_name, config)
     tensors = {}
