@@ -196,7 +196,9 @@ def test_classes_without_names_are_asked_for(bases, tmp_path):  # noqa: F811
 def test_rows_that_cannot_be_judged_are_named(bases, data, tmp_path):  # noqa: F811
     loaded = load([adapter(bases, tmp_path / "a")])
     labelled = written(tmp_path / "labelled.jsonl", LABELLED)
-    with pytest.raises(DataError, match="labelled.jsonl:1 has a text and its label, which a does not classify"):
+    with pytest.raises(
+        DataError, match="labelled.jsonl:1 has a text and a label, but a writes text and does not classify"
+    ):
         read(loaded, [labelled])
     texts = read(loaded, [labelled], task="text", limit=4)
     assert len(texts) == 4 and evaluate(loaded, texts).results["a"]["loss"] > 0

@@ -146,7 +146,7 @@ def test_what_is_asked(bases, tmp_path):  # noqa: F811
 
 
 def test_a_classifier_writes_nothing(bases, tmp_path):  # noqa: F811
-    with pytest.raises(ConfigError, match="an adapter for SEQ_CLS writes no text"):
+    with pytest.raises(ConfigError, match="an adapter for SEQ_CLS cannot generate text"):
         Writer(load([adapter(bases, tmp_path / "c", classes=3)]), Sampling())
 
 

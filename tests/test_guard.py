@@ -193,7 +193,7 @@ def test_no_gradient_after_a_detached_loss():
     extra = nn.Parameter(torch.zeros(()))
     logits = model(**batch).logits
     (logits.detach().square().mean() * extra).backward()
-    with pytest.raises(TrainingError, match="no gradient reaches adapter 'default': after a backward pass"):
+    with pytest.raises(TrainingError, match="no gradient reaches adapter 'default': after the backward pass"):
         optimizer.step()
 
 

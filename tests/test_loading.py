@@ -132,5 +132,5 @@ def test_a_classifier_has_as_many_classes_as_its_file(bases, tmp_path):
 def test_an_encoder_decoder_is_refused(tmp_path, bases):
     models.t5().save_pretrained(tmp_path)
     tokenizer(TEMPLATES[0]).save_pretrained(tmp_path)
-    with pytest.raises(VeneerError, match="is a t5, of which transformers has no AutoModelForCausalLM"):
+    with pytest.raises(VeneerError, match="is a t5, for which transformers has no AutoModelForCausalLM"):
         load(model=str(tmp_path))

@@ -361,7 +361,7 @@ def test_every_slip_in_a_key_is_an_error_that_names_the_key():
         ({"targets": "q_prj"}, "q_prj.*q_proj"),
         ({"options": {"lora_alfa": 3}}, "lora_alfa.*lora_alpha"),
         ({"method": "ia3"}, "ia3 has no rank"),
-        ({"options": {"r": 3}}, "options set r, and so does rank"),
+        ({"options": {"r": 3}}, "both options and rank or targets set r"),
         ({"method": "prompt_tuning", "rank": None, "targets": "q_proj"}, "has no target modules"),
         ({"save_every": 3, "eval_every": 2, "eval_split": 2}, "save_every = 3 must be a multiple of eval_every = 2"),
         ({"eval_split": 24}, "both parts need some"),
