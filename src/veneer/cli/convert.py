@@ -11,8 +11,8 @@ import typer
 EXAMPLES = """
 Layouts: peft, adapterhub, mlx, torchtune, loralib, kohya. The parameters
 are copied bit for bit; an adapter that a layout cannot store is refused.
-To convert an adapter of another method, first turn it into a LoRA with
-`veneer combine ADAPTER --weights 1 --out DIR`.
+To convert an adapter of another method, first turn it into a LoRA: exactly
+with veneer.save_as_lora in Python, or at a given rank with `veneer combine`.
 
 Examples:
 

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from veneer.report.forecast import Forecast
 
 EXAMPLES = """
-Reads only the model's config, so it needs neither the weights nor much
-time. Shows which modules are adapted, the number of trainable parameters,
-the size of the adapter file, and the peak memory of a training step. With
+Reads the model's config (with --data also its tokenizer), not its weights.
+Shows which modules are adapted, the number of trainable parameters, the
+size of the adapter file, and the peak memory of a training step. With
 --data it also shows how many tokens and steps an epoch has, how long the
-rows are, and what would be cut.
+rows are, and how many would be cut or dropped.
 
 Examples:
 

