@@ -137,7 +137,7 @@ LATER = (
         "Base layer has no bias, cannot merge bias adapter",
     ),
     Row(
-        r"target_parameters: target_modules has '(.*)', whose weight this is, already",
+        r"target_parameters: the weight of '(.*)' is already adapted by target_modules",
         r"Trying to wrap an `nn.Parameter` of layer '\1', which is not a valid target.",
     ),
     Row(
@@ -165,7 +165,7 @@ LATER = (
         "The provided model is not using LoRA and is therefore not supported.",
     ),
     Row(
-        r"adapter '.*' is PeftType\.(\w+), the file (\w+)",
+        r"adapter '.*' is PeftType\.(\w+), but the file is (\w+)",
         r"Incompatible PEFT types found: \1 and \2",
     ),
 )
