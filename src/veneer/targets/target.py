@@ -40,7 +40,7 @@ class Layer(Protocol):
     kept: dict[str, Tensor]
     """The pretrained tensors by name while adapters are merged."""
     kept_module: Any
-    """The pretrained module if merging replaced it by another."""
+    """The pretrained module, if merging has replaced it."""
 
 
 class Target:
@@ -53,11 +53,11 @@ class Target:
     inside: ClassVar[Mapping[str, str]] = {}
     """Parameters that the module reads without calling the submodules that hold them; the values are key prefixes."""
     is_quantised: ClassVar[bool] = False
-    """The weight is stored quantised."""
+    """Whether the weight is stored quantised."""
     is_readable: ClassVar[bool] = True
-    """The weight can be read, dequantised if need be."""
+    """Whether the weight can be read, after dequantisation if necessary."""
     forwards: ClassVar[tuple[Any, ...]] = ()
-    """The forward methods whose operation `op` and `low_rank` repeat; () if no other class is taken for this kind."""
+    """The forward methods that `op` and `low_rank` repeat; () if the class of the module decides nothing."""
 
     def __init__(self, layer: Layer) -> None:
         self._layer = weakref.ref(layer)  # a cycle with the layer would delay the release of the base model's memory
@@ -216,7 +216,10 @@ class Target:
         """(weight as (out, in), bias) of a module of this kind."""
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor):
-            raise NotMergeable(f"{self.path!r} ({type(module).__name__}) is a block without a weight of its own")
+            raise NotMergeable(
+                f"{self.path!r} ({type(module).__name__}) is a block, which has no weight of its own; keep the adapter "
+                "unmerged"
+            )
         return self.as_matrix(weight), getattr(module, "bias", None)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
@@ -406,7 +409,10 @@ class ConvTarget(Target):
         if r % self.groups:
             raise TargetError(f"rank {r} on {self.path!r} must be a multiple of its {self.groups} groups")
         if self.groups > 1 and self.base.padding_mode != "zeros":
-            raise TargetError(f"{self.path!r} pads a grouped convolution by {self.base.padding_mode}; only zeros work")
+            raise TargetError(
+                f"{self.path!r} is a grouped convolution with padding_mode={self.base.padding_mode!r}; only 'zeros' is "
+                "supported"
+            )
         kernel = self.base.weight.shape[2:]
         ones = (1,) * self.spatial
         A = Matrix(r, self.in_channels, *kernel)
@@ -644,7 +650,7 @@ def _block_width(module: Any) -> int:
             if is_conv1d(child):
                 return child.weight.shape[0]
             return child.in_features
-    raise TargetError(f"cannot tell the width of {type(module).__name__}: it holds no linear layer")
+    raise TargetError(f"the width of {type(module).__name__} is unknown, because it contains no linear layer")
 
 
 def is_bare(module: Any, forward: Any) -> bool:
