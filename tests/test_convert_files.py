@@ -258,7 +258,7 @@ class Exploit:
 def test_a_pickle_that_runs_code_does_not(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "lora.pt").write_bytes(pickle.dumps({"a.lora_A": Exploit()}))
-    refused(tmp_path, "peft", "no pickle of tensors", CheckpointError, "run", allow_pickle=True, alpha=1.0)
+    refused(tmp_path, "peft", "not a pickle of tensors", CheckpointError, "run", allow_pickle=True, alpha=1.0)
 
 
 def test_what_is_no_adapter_and_what_is_no_layout(tmp_path):

@@ -192,7 +192,7 @@ def test_a_full_disk_at_the_end_leaves_nothing(base, data, tmp_path, monkeypatch
 
     for module in (files, checkpoint):
         monkeypatch.setattr(module, "replacing", full)
-    fails("No space left on device .* go on with --resume", base, data, tmp_path / "out", max_steps=2)
+    fails("No space left on device .* continue with --resume", base, data, tmp_path / "out", max_steps=2)
     monkeypatch.undo()
     again = running.train(recipe(base, data, tmp_path / "out", max_steps=2), resume=True, console=Console(quiet=True))
     assert again["verified"] and len(again["losses"]) == 2
