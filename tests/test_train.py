@@ -167,7 +167,7 @@ def test_packing_is_refused_where_rows_would_see_each_other(base, data, tmp_path
     )
     rows = [{"input_ids": list(range(3, 9)), "labels": list(range(3, 9))}] * 2
     check(models.gpt2(), rows)
-    with pytest.raises(TrainingError, match="see each other; set packing off"):
+    with pytest.raises(TrainingError, match="affect each other; set packing off"):
         check(model, rows)
 
 
@@ -364,7 +364,7 @@ def test_every_slip_in_a_key_is_an_error_that_names_the_key():
         ({"options": {"r": 3}}, "both options and rank or targets set r"),
         ({"method": "prompt_tuning", "rank": None, "targets": "q_proj"}, "has no target modules"),
         ({"save_every": 3, "eval_every": 2, "eval_split": 2}, "save_every = 3 must be a multiple of eval_every = 2"),
-        ({"eval_split": 24}, "both parts need some"),
+        ({"eval_split": 24}, "both parts need at least one"),
         ({"packing": True, "method": "prompt_tuning", "rank": None}, "packing off"),
     ],
 )

@@ -19,7 +19,7 @@ ONE_ROW = {"input_ids", "labels", "position_ids"}
 OPEN = 64
 """Maximum number of sequences that are being filled at a time."""
 BEGINNING = 16
-"""Tokens of a row in the trial of whether packed rows see each other."""
+"""The number of tokens of a row in the trial whether packed rows affect each other."""
 
 
 @dataclass(eq=False)
@@ -76,10 +76,12 @@ def check(model: torch.nn.Module, rows: Sequence[Encoded]) -> None:
         rows: some encoded rows; the beginnings of two of them are tried.
 
     Raises:
-        TrainingError: rows see each other.
+        TrainingError: rows affect each other.
     """
     if not _keeps_apart(model, rows):
-        raise TrainingError("with this model and method, rows packed into one sequence see each other; set packing off")
+        raise TrainingError(
+            "with this model and method, rows packed into one sequence affect each other; set packing off"
+        )
 
 
 def goes_by_sequence(model: Any, rows: Sequence[Encoded]) -> bool:
@@ -96,7 +98,7 @@ def goes_by_sequence(model: Any, rows: Sequence[Encoded]) -> bool:
 
 
 def _keeps_apart(model: torch.nn.Module, rows: Sequence[Encoded]) -> bool:
-    """Whether the beginnings of two rows give the same logits in one sequence as alone."""
+    """Whether the beginnings of two rows have the same logits in one sequence as in separate calls."""
     device = next(model.parameters()).device
     first = torch.tensor(rows[0]["input_ids"][:BEGINNING], device=device)
     second = torch.tensor(rows[-1]["input_ids"][:BEGINNING], device=device)
