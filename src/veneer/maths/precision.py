@@ -1,4 +1,4 @@
-"""Computing in the dtype of the operands, also where autocast would choose another one."""
+"""Computing in the dtype of the operands, even if autocast would choose another one."""
 
 from __future__ import annotations
 
