@@ -192,10 +192,18 @@ def untrained(data: Path) -> float:
 
 INTRODUCTION = """# Every method on one small task
 
-SmolLM2-135M, {steps} steps of one short row of GSM8K, the same rows and seed for all; loss on {held} held-out rows,
-{before:.3f} before training. No setting is given but the method's name: rates and settings are the registry's. Step
-times are medians of pairs taken in alternation with LoRA's. Measured: {ours} of veneer's methods, {theirs} of PEFT's
-(`python -m bench.methods`).{below}
+Each method trains SmolLM2-135M for {steps} steps of one short row of GSM8K, with the same rows and seed, and with the
+method's recommended learning rate and settings. The columns:
+
+- **loss** on {held} held-out rows; it was {before:.3f} before training;
+- **of LoRA's gain**: the reduction of the loss, relative to that of LoRA;
+- **trainable**: the number of trained parameters;
+- **step / LoRA**: the time of a step relative to one of LoRA, the median of pairs measured in alternation;
+- **peak GB**: the peak memory of the process;
+- **file MB**: the size of the adapter file;
+- the same for PEFT, for the methods that it has.
+
+`python -m bench.methods` measured {ours} of veneer's methods and {theirs} of PEFT's.{below}
 
 """
 
@@ -205,7 +213,7 @@ def introduction(results: dict[str, Any]) -> str:
     before, done = results["before"], {n: r for n, r in results["veneer"].items() if "after" in r}
     half = (before + done["lora"]["after"]) / 2
     slow = sorted(name for name, result in done.items() if result["after"] > half)
-    below = f" Below half of LoRA's gain: {', '.join(slow)}." if slow else ""
+    below = f" These reach less than half of LoRA's gain: {', '.join(slow)}." if slow else ""
     counts = {"ours": len(results["veneer"]), "theirs": len(results["peft"])}
     return INTRODUCTION.format(steps=STEPS, held=HELD_OUT, before=before, below=below, **counts)
 

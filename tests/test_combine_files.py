@@ -98,8 +98,8 @@ def test_refusals_write_nothing(tmp_path):
         (VeneerError, "is unknown", paths, [1, 1], dict(method="tie")),
         (VeneerError, "needs density", paths, [1, 1], dict(method="ties")),
         (BaseMismatch, "different base models", [paths[0], *other], [1, 1], {}),
-        (NotMergeable, "whole copy", [paths[0], str(tmp_path / "headed")], [1, 1], base),
-        (NotMergeable, "no factors", [paths[0], str(tmp_path / "ia3")], [1, 1], dict(method="cat", **base)),
+        (NotMergeable, "full copy", [paths[0], str(tmp_path / "headed")], [1, 1], base),
+        (NotMergeable, "no low-rank factors", [paths[0], str(tmp_path / "ia3")], [1, 1], dict(method="cat", **base)),
     ]:
         with pytest.raises(error, match=match):
             combine(names, weights, tmp_path / "out", **how)

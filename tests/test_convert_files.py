@@ -184,7 +184,7 @@ def refused(tmp_path, to, match, error=ConfigError, source="adapter", **more):
         (dict(use_dora=True), "use_dora"),
         (dict(bias="lora_only"), "bias="),
         (dict(modules_to_save=["lm_head"]), "modules_to_save"),
-        (dict(init_lora_weights="pissa"), "starts from the base's weights"),
+        (dict(init_lora_weights="pissa"), "was initialised from the base's weights"),
         (dict(trainable_token_indices=[3]), "trainable_token_indices"),
         (dict(target_modules=["embed_tokens"]), "embedding"),
     ],
@@ -203,7 +203,7 @@ def test_several_ranks_are_refused_where_there_is_one(to, tmp_path):
 
 def test_what_adapterhub_adapts_is_fixed(tmp_path):
     adapter(tmp_path, target_modules=["o_proj"])
-    refused(tmp_path, "adapterhub", "puts no LoRA on")
+    refused(tmp_path, "adapterhub", "has no LoRA for")
     adapter(tmp_path, target_modules=r".*0.self_attn.q_proj|.*1.self_attn.v_proj")
     refused(tmp_path, "adapterhub", "same modules in each layer")
 
@@ -222,10 +222,10 @@ def test_damaged_files_are_refused(tmp_path):
     first = next(key for key in tensors if key.endswith("lora_a"))
     half = {key: t for key, t in tensors.items() if key != first}
     for faulty, match in (
-        (half, "other half"),
-        (tensors | {first: tensors[first][:, :2].contiguous()}, "no pair"),
+        (half, "A or B is missing"),
+        (tensors | {first: tensors[first][:, :2].contiguous()}, "do not fit together"),
         (tensors | {first: tensors[first] * torch.nan}, "not finite"),
-        (tensors | {"rope.freqs": torch.ones(2)}, "no part of a LoRA"),
+        (tensors | {"rope.freqs": torch.ones(2)}, "do not belong to a LoRA"),
     ):
         save_file(faulty, file)
         refused(tmp_path, "peft", match, CheckpointError, "mlx")
@@ -258,11 +258,11 @@ class Exploit:
 def test_a_pickle_that_runs_code_does_not(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "lora.pt").write_bytes(pickle.dumps({"a.lora_A": Exploit()}))
-    refused(tmp_path, "peft", "no pickle of tensors", CheckpointError, "run", allow_pickle=True, alpha=1.0)
+    refused(tmp_path, "peft", "not a pickle of tensors", CheckpointError, "run", allow_pickle=True, alpha=1.0)
 
 
 def test_what_is_no_adapter_and_what_is_no_layout(tmp_path):
-    with pytest.raises(CheckpointError, match="is no adapter of"):
+    with pytest.raises(CheckpointError, match="is not an adapter in any known layout"):
         convert(tmp_path, tmp_path / "out", "peft")
     adapter(tmp_path)
     with pytest.raises(ConfigError, match="nearest: torchtune"):

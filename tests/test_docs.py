@@ -186,7 +186,7 @@ def test_the_page_shows_the_order_of_packages():
     layers = next(contract["layers"] for contract in contracts if contract["id"] == "order")
     shown = re.search(r"```text\n(.*?)```", page, re.DOTALL)[1].splitlines()
     assert shown == [layer.replace("veneer.", "") for layer in layers]
-    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", page.split("## A method's words")[0], re.MULTILINE)
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", page.split("## The interface of a method")[0], re.MULTILINE)
     explained = set(re.findall(r"\w+", " ".join(rows)))
     house = ROOT / "src" / "veneer"
     packages = {path.parent.name for path in house.glob("*/__init__.py")}

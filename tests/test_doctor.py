@@ -17,8 +17,9 @@ from veneer import (
     all_methods,
     get_peft_model,
 )
+from veneer.dropin.tables.methods import METHODS as PEFT_METHODS
 from veneer.merging.combine import combine
-from veneer.report.deployment import PEFT_TYPES, diagnose
+from veneer.report.deployment import diagnose
 from veneer.report.environment import environment
 
 from . import models
@@ -104,8 +105,8 @@ def test_the_way_out_leads_out(settings, tmp_path):
 def test_peft_knows_the_methods_it_is_said_to_know():
     from peft.utils.peft_types import PeftType
 
-    assert set(PEFT_TYPES.split()) == {kind.value for kind in PeftType}
-    assert {str(config.peft_type) for config in all_methods().values()} >= set(PEFT_TYPES.split())
+    assert set(PEFT_METHODS) == {kind.value for kind in PeftType}
+    assert {str(config.peft_type) for config in all_methods().values()} >= set(PEFT_METHODS)
 
 
 def test_the_environment():

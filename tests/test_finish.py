@@ -113,11 +113,11 @@ def spoil(tensors):
 
 @pytest.mark.parametrize(
     ("fault", "words"),
-    [(scale, "same outputs"), (lose, "missing"), (blank, "nothing but zeros"), (spoil, "not finite")],
+    [(scale, "same outputs"), (lose, "missing"), (blank, "tensors are all zero"), (spoil, "not finite")],
 )
 def test_a_file_that_is_not_the_model_is_not_kept(base, data, tmp_path, monkeypatch, fault, words):  # noqa: F811
     on_write(monkeypatch, fault)
-    fails(f"does not work, and was not kept .*{words}", base, data, tmp_path / "out", max_steps=4)
+    fails(f"does not work and was not kept .*{words}", base, data, tmp_path / "out", max_steps=4)
 
 
 def test_a_head_that_is_not_in_the_file_fails(base, tmp_path, monkeypatch):  # noqa: F811
@@ -134,7 +134,7 @@ def test_a_tensor_that_stayed_fails(base, data, tmp_path, monkeypatch):  # noqa:
             dict(model.named_parameters())[name].copy_(self.start[name])
 
     monkeypatch.setattr(guards.Watch, "on_train_end", on_train_end)
-    fails("changed: 1 are as they started", base, data, tmp_path / "out", max_steps=5)
+    fails("changed: 1 tensors have their initial values", base, data, tmp_path / "out", max_steps=5)
 
 
 def test_a_tensor_that_no_gradient_has_reached_yet_may_stay(base, data, tmp_path):  # noqa: F811
@@ -154,7 +154,7 @@ def test_an_optimizer_without_the_adapter_ends_early(base, data, tmp_path, monke
         return self.optimizer
 
     monkeypatch.setattr(trainer.ExactTrainer, "create_optimizer", create)
-    fails("none of the optimizers that stepped holds its parameters", base, data, tmp_path / "out", max_steps=40)
+    fails("no optimizer that made a step holds its parameters", base, data, tmp_path / "out", max_steps=40)
     assert len(steps) == guards.PATIENCE
 
 
@@ -192,7 +192,7 @@ def test_a_full_disk_at_the_end_leaves_nothing(base, data, tmp_path, monkeypatch
 
     for module in (files, checkpoint):
         monkeypatch.setattr(module, "replacing", full)
-    fails("No space left on device .* go on with --resume", base, data, tmp_path / "out", max_steps=2)
+    fails("No space left on device .* continue with --resume", base, data, tmp_path / "out", max_steps=2)
     monkeypatch.undo()
     again = running.train(recipe(base, data, tmp_path / "out", max_steps=2), resume=True, console=Console(quiet=True))
     assert again["verified"] and len(again["losses"]) == 2

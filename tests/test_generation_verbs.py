@@ -84,7 +84,7 @@ def test_draws_are_those_of_the_seed_alone(three):
     [
         (dict(temperature=-1.0), "temperature = -1.0 must be 0 or more"),
         (dict(top_p=0.0), "top_p = 0.0 must be above 0"),
-        (dict(top_k=5), "at random, which temperature = 0 does not"),
+        (dict(top_k=5), "top_p and top_k need random sampling"),
         (dict(max_new_tokens=0), "max_new_tokens = 0 must be 1 or more"),
         (dict(repetition_penalty=0.0), "repetition_penalty = 0.0 must be above 0"),
     ],
@@ -138,13 +138,15 @@ def test_what_is_asked(bases, tmp_path):  # noqa: F811
     (tmp_path / "t.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
     own = Writer(loaded, Sampling(), template_file=tmp_path / "t.jinja")
     assert loaded.tokenizer.decode(own.tokens(said)) == "<Be brief.><hello>"
-    with pytest.raises(DataError, match=r"hello: 300 tokens of a prompt and 10 new ones are more than the 256"):
+    with pytest.raises(
+        DataError, match=r"hello: 300 prompt tokens and 10 new tokens exceed the model's maximum of 256"
+    ):
         Writer(loaded, Sampling(max_new_tokens=10)).check_room(300, "hello")
     assert TEMPLATES[0].eos == "<|im_end|>"
 
 
 def test_a_classifier_writes_nothing(bases, tmp_path):  # noqa: F811
-    with pytest.raises(ConfigError, match="an adapter for SEQ_CLS writes no text"):
+    with pytest.raises(ConfigError, match="an adapter for SEQ_CLS cannot generate text"):
         Writer(load([adapter(bases, tmp_path / "c", classes=3)]), Sampling())
 
 
@@ -203,7 +205,7 @@ def test_chat_works_when_piped(three):
     assert done.returncode == 0, done.stderr
     headings = [line for line in done.stdout.splitlines() if line.startswith("== ")]
     assert headings == ["== a ==", "== b ==", "== base ==", "== a ==", "== b =="]
-    assert "nothing is called 'nobody'; there is base, a, b" in done.stdout
+    assert "there is no model or adapter called 'nobody'; there are base, a, b" in done.stdout
     assert "there is no command /nonsense" in done.stdout
 
 
@@ -278,7 +280,7 @@ def test_chat_on_a_terminal_survives_ctrl_c(bases, tmp_path):  # noqa: F811
         terminal.until("> ")
         terminal.edits()
         terminal.type("hello\r")
-        terminal.until("more than the 256")  # no room for so long an answer; the talk goes on
+        terminal.until("maximum of 256")  # no room for so long an answer; the talk goes on
         terminal.until("> ")
         terminal.until("/quit", press="\x03")
         terminal.until("> ")

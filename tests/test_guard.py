@@ -193,7 +193,7 @@ def test_no_gradient_after_a_detached_loss():
     extra = nn.Parameter(torch.zeros(()))
     logits = model(**batch).logits
     (logits.detach().square().mean() * extra).backward()
-    with pytest.raises(TrainingError, match="no gradient reaches adapter 'default': after a backward pass"):
+    with pytest.raises(TrainingError, match="no gradient reaches adapter 'default': after the backward pass"):
         optimizer.step()
 
 
@@ -219,7 +219,7 @@ def test_an_optimizer_of_another_copy():
         model(**batch, labels=batch["input_ids"]).loss.backward()
         if i < PATIENCE - 1:
             optimizer.step()
-    with pytest.raises(TrainingError, match="none of the optimizers that stepped holds its parameters"):
+    with pytest.raises(TrainingError, match="no optimizer that made a step holds its parameters"):
         optimizer.step()
 
 

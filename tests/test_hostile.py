@@ -87,7 +87,7 @@ def test_no_size_in_a_config_takes_memory_or_time(case: Case, size: int, tmp_pat
 def test_a_header_larger_than_its_file_is_refused_before_it_is_read(saved, stated: int):
     content = (saved / WEIGHTS).read_bytes()
     (saved / WEIGHTS).write_bytes(struct.pack("<Q", stated) + content[8:])
-    with memory(1 << 28), pytest.raises(CheckpointError, match=f"states a header of {stated:,}"):
+    with memory(1 << 28), pytest.raises(CheckpointError, match=f"declares a header of {stated:,}"):
         PeftModel.from_pretrained(models.build("llama"), saved)
 
 
@@ -95,18 +95,18 @@ def test_a_header_that_nobody_would_write_is_refused_before_it_is_parsed(saved):
     """Forty megabytes of JSON would take hundreds as objects."""
     head = b'{"__metadata__":{"x":"' + b"x" * 40_000_000 + b'"}}'
     (saved / WEIGHTS).write_bytes(struct.pack("<Q", len(head)) + head)
-    with pytest.raises(CheckpointError, match="states a header of"):
+    with pytest.raises(CheckpointError, match="declares a header of"):
         PeftModel.from_pretrained(models.build("llama"), saved)
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b'{"peft_type": "LORA", "r": 8, "r": 9}', "'r' stands in it twice"),
-        (b'{"peft_type": "LORA", "lora_dropout": NaN}', "NaN is no number"),
-        (b'{"peft_type": "LORA", "lora_dropout": 1e999}', "1e999 is no number"),
+        (b'{"peft_type": "LORA", "r": 8, "r": 9}', "the key 'r' occurs twice"),
+        (b'{"peft_type": "LORA", "lora_dropout": NaN}', "NaN is not a finite number"),
+        (b'{"peft_type": "LORA", "lora_dropout": 1e999}', "1e999 is not a finite number"),
         (b'{"peft_type": "LORA", "r": 1' + b"0" * 5000 + b"}", "not JSON"),
-        (b'{"peft_type": "LORA", "x": "' + b"x" * 11_000_000 + b'"}', "bytes, which no config has"),
+        (b'{"peft_type": "LORA", "x": "' + b"x" * 11_000_000 + b'"}', "bytes, which is too large for a config"),
     ],
     ids=["twice", "nan", "infinite", "digits", "large"],
 )

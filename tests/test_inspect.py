@@ -76,8 +76,8 @@ FAULTS = {
     "all zero": lambda t: t[first(t)].zero_(),
     "other half": lambda t: t.pop(first(t)),
     "rank 1 in the file": lambda t: [t.update({k: v[:1] if "_A" in k else v[:, :1].clone()}) for k, v in t.items()],
-    "keys are not PEFT's": lambda t: t.update({"strange": torch.ones(2)}),
-    "holds nothing for q_proj": lambda t: [t.pop(k) for k in list(t) if "q_proj" in k],
+    "keys are not in PEFT's layout": lambda t: t.update({"strange": torch.ones(2)}),
+    "the file has no tensor for q_proj": lambda t: [t.pop(k) for k in list(t) if "q_proj" in k],
 }
 
 

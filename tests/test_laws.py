@@ -199,8 +199,8 @@ def test_a_mixed_batch_equals_its_rows(case: Case):
         torch.testing.assert_close(mixed[rows], alone, **TOLERANCE)
 
 
-def loss_of(model, case: Case):
-    batch = case.inputs()
+def loss_of(model, case: Case, dtype: torch.dtype = torch.float32):
+    batch = case.inputs(dtype=dtype)
     if "x" in batch:
         return model(batch["x"]).square().mean()
     labels = batch["decoder_input_ids"] if case.model == "t5" else batch["input_ids"]
@@ -235,6 +235,33 @@ def test_a_half_precision_base_keeps_its_dtype(case: Case):
     model.train()
     batch = case.inputs(dtype=torch.bfloat16)
     output(model, batch).float().square().mean().backward()
+
+
+AUTOCAST = {
+    "fp32-to-bf16": (torch.float32, torch.bfloat16),
+    "fp32-to-fp16": (torch.float32, torch.float16),
+    "bf16-to-bf16": (torch.bfloat16, torch.bfloat16),
+}
+"""(dtype of the base, dtype that autocast computes in)."""
+
+
+@pytest.mark.parametrize("dtypes", AUTOCAST)
+@every(CASES)
+def test_trains_under_autocast(case: Case, dtypes: str):
+    """As under `Trainer(bf16=True)`: near the loss without autocast, and every parameter gets a finite gradient."""
+    base, dtype = AUTOCAST[dtypes]
+    model = case.build(dtype=base).train()
+    torch.manual_seed(3)
+    plain = float(loss_of(model, case, base).detach())
+    torch.manual_seed(3)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = loss_of(model, case, base)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(plain, rel=0.05)
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.numel():
+            assert p.grad is not None and p.grad.isfinite().all() and p.grad.dtype == p.dtype, name
+            assert p.grad.abs().sum() > 0, name
 
 
 @every(CASES)

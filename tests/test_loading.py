@@ -71,25 +71,28 @@ def test_adapters_run_one_at_a_time_on_one_base(bases, tmp_path):
         with alone.running(name), torch.no_grad():
             assert torch.equal(alone.model(input_ids=ids).logits, found[name])
     assert not any(torch.allclose(found[a], found[b]) for a in found for b in found if a < b)
-    with pytest.raises(ConfigError, match="nothing is called 'c'; there is base, a, b, p"), loaded.running("c"):
+    with (
+        pytest.raises(ConfigError, match="there is no model or adapter called 'c'; there are base, a, b, p"),
+        loaded.running("c"),
+    ):
         pass
 
 
 def test_names_of_adapters():
     assert named(["x/one", "two/", "three=x/one"]) == {"one": "x/one", "two": "two/", "three": "x/one"}
     for places in (["x/one", "y/one"], ["x/base"], ["a=x", "a=y"]):
-        with pytest.raises(ConfigError, match="give it another name, NAME="):
+        with pytest.raises(ConfigError, match="choose another name with NAME="):
             named(places)
 
 
 def test_what_cannot_be_loaded_is_said(bases, tmp_path):
     one = adapter(bases, tmp_path / "a")
     two = adapter(bases, tmp_path / "b", base="two")
-    with pytest.raises(ConfigError, match="run side by side on one base model, and these have several: a on .*b on "):
+    with pytest.raises(ConfigError, match="loaded together if they have the same base model: a on .*b on "):
         load([one, two])
     with pytest.raises(BaseMismatch):
         load([one, two], model=str(bases / "one"))
-    with pytest.raises(ConfigError, match="which base model"):
+    with pytest.raises(ConfigError, match="no base model is given"):
         load()
     with pytest.raises(ConfigError, match="base model '/no/where' cannot be loaded|tokenizer of '/no/where'"):
         load([one], model="/no/where")
@@ -97,10 +100,10 @@ def test_what_cannot_be_loaded_is_said(bases, tmp_path):
         load([one], dtype="float31")
     nameless = json.loads((tmp_path / "a" / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(nameless))
-    with pytest.raises(ConfigError, match="which base model. 'a' names no base model"):
+    with pytest.raises(ConfigError, match="no base model is given, and 'a' names none"):
         load([one])
     classifier = adapter(bases, tmp_path / "c", classes=3)
-    with pytest.raises(ConfigError, match="on one task, and these have several"):
+    with pytest.raises(ConfigError, match="if they have the same task"):
         load([one, classifier], model=str(bases / "one"))
     with pytest.raises(ConfigError, match="the same number of classes: c has 3, d has 4"):
         load([classifier, adapter(bases, tmp_path / "d", classes=4)])
@@ -116,7 +119,7 @@ def test_a_classifier_has_as_many_classes_as_its_file(bases, tmp_path):
     assert loaded.labels is None and not loaded.base_is_whole
     assert loaded.model.config.pad_token_id is not None
     assert load([place], labels=list("abcde")).labels == list("abcde")
-    with pytest.raises(ConfigError, match="2 classes are named .a, b., the model has 5"):
+    with pytest.raises(ConfigError, match="2 class names are given .a, b., but the model has 5"):
         load([place], labels=["a", "b"])
     (tmp_path / "c" / "recipe.yaml").write_text("labels: [v, w, x, y, z]\n")
     assert load([place]).labels == list("vwxyz")
@@ -129,5 +132,5 @@ def test_a_classifier_has_as_many_classes_as_its_file(bases, tmp_path):
 def test_an_encoder_decoder_is_refused(tmp_path, bases):
     models.t5().save_pretrained(tmp_path)
     tokenizer(TEMPLATES[0]).save_pretrained(tmp_path)
-    with pytest.raises(VeneerError, match="is a t5, of which transformers has no AutoModelForCausalLM"):
+    with pytest.raises(VeneerError, match="is a t5, for which transformers has no AutoModelForCausalLM"):
         load(model=str(tmp_path))

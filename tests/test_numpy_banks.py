@@ -291,7 +291,8 @@ def test_lilys_file_may_repeat_what_is_shared_but_not_change_it(tmp_path):
         found[key.format(1)] = found[key.format(0)] + change
         save_file(found, tmp_path / "adapter_model.safetensors")
         if change:
-            with pytest.raises(CheckpointError, match=r"1 unlike those they should repeat:\s.*layers.1.*q_proj.lily_A"):
+            problem = r"1 different from the tensors they must repeat:\s.*layers.1.*q_proj.lily_A"
+            with pytest.raises(CheckpointError, match=problem):
                 PeftModel.from_pretrained(models.build("llama"), tmp_path)
         else:
             loaded = PeftModel.from_pretrained(models.build("llama"), tmp_path)

@@ -69,7 +69,7 @@ SUBSET = {"xlora"}
 
 
 def test_a_method_that_is_sized_by_values_says_so():
-    with pytest.raises(VeneerError, match="by the values of the base weights"):
+    with pytest.raises(VeneerError, match="depend on the values of the base weights"):
         forecast(llama(), config_for("adamss"), 1, 8)
 
 

@@ -363,7 +363,7 @@ def test_a_missing_directory_or_file_is_refused(saved, tmp_path):
 
 def test_a_name_that_is_neither_here_nor_to_be_had_is_refused():
     model = base()
-    with refused(model, "someone/something", "no local directory", error=CheckpointError):
+    with refused(model, "someone/something", "not a local directory", error=CheckpointError):
         PeftModel.from_pretrained(model, "someone/something", local_files_only=True)
 
 

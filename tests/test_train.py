@@ -167,7 +167,7 @@ def test_packing_is_refused_where_rows_would_see_each_other(base, data, tmp_path
     )
     rows = [{"input_ids": list(range(3, 9)), "labels": list(range(3, 9))}] * 2
     check(models.gpt2(), rows)
-    with pytest.raises(TrainingError, match="see each other; set packing off"):
+    with pytest.raises(TrainingError, match="affect each other; set packing off"):
         check(model, rows)
 
 
@@ -258,7 +258,7 @@ def test_resuming_with_another_recipe_or_other_data_is_refused(base, data, tmp_p
     with pytest.raises(ConfigError, match="learning_rate: 0.01, now 0.5"):
         train(recipe(base, data, tmp_path / "out", max_steps=4, learning_rate=0.5), resume=True)
     Path(data).write_text("".join(json.dumps(row) + "\n" for row in ROWS[1:]))
-    with pytest.raises(ConfigError, match="the data is not what the run began with"):
+    with pytest.raises(ConfigError, match="the data has changed since the run was started"):
         train(recipe(base, data, tmp_path / "out", max_steps=4, save_every=2), resume=True)
 
 
@@ -322,7 +322,7 @@ def test_damaged_rows_are_named(base, tmp_path, content: str, words: str):
         ({"data": {"path": "x", "wieght": 2}}, "no key 'data.0.wieght'; nearest: weight"),
         ({"batch_size": 0}, "batch_size = 0: "),
         ({"epochs": "many"}, "epochs = 'many'"),
-        ({"streaming": True}, "give max_steps"),
+        ({"streaming": True}, "set max_steps"),
         ({"early_stopping": 2}, "give eval_data or eval_split"),
         ({"schedule": "cosin"}, "schedule = 'cosin'"),
     ],
@@ -361,10 +361,10 @@ def test_every_slip_in_a_key_is_an_error_that_names_the_key():
         ({"targets": "q_prj"}, "q_prj.*q_proj"),
         ({"options": {"lora_alfa": 3}}, "lora_alfa.*lora_alpha"),
         ({"method": "ia3"}, "ia3 has no rank"),
-        ({"options": {"r": 3}}, "options set r, and so does rank"),
-        ({"method": "prompt_tuning", "rank": None, "targets": "q_proj"}, "has no targets"),
+        ({"options": {"r": 3}}, "both options and rank or targets set r"),
+        ({"method": "prompt_tuning", "rank": None, "targets": "q_proj"}, "has no target modules"),
         ({"save_every": 3, "eval_every": 2, "eval_split": 2}, "save_every = 3 must be a multiple of eval_every = 2"),
-        ({"eval_split": 24}, "both parts need some"),
+        ({"eval_split": 24}, "both parts need at least one"),
         ({"packing": True, "method": "prompt_tuning", "rank": None}, "packing off"),
     ],
 )

@@ -1,7 +1,6 @@
 """veneer: parameter-efficient fine-tuning of pretrained models.
 
-The public names stand in `__init__.pyi` and are imported when they are first used, so that `import veneer` costs
-next to nothing.
+The public names are listed in `__init__.pyi` and imported on first use, so `import veneer` is fast.
 """
 
 import lazy_loader

@@ -1,28 +1,13 @@
-"""The errors veneer raises for its users. All are `ValueError`s; asserts are for ourselves."""
+"""The errors that veneer raises for invalid requests. All are `ValueError`s."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class VeneerError(ValueError):
-    """Something the user asked for cannot be done; the message says what was asked, found, and what to do.
-
-    A drop-in for another library may say some of it in that library's words, and be of its class besides.
-    """
-
-    wording: Callable[[str], str] = staticmethod(str)
-    also: Callable[[str], type[Exception] | None] = staticmethod(lambda text: None)
-
-    def __new__(cls, *args: object) -> VeneerError:
-        kind = cls.also(str(args[0])) if args else None
-        if kind is None or issubclass(cls, kind):
-            return super().__new__(cls, *args)
-        return super().__new__(type(cls.__name__, (cls, kind), {"__module__": cls.__module__}), *args)
-
-    def __str__(self) -> str:
-        return self.wording(super().__str__())
+    """A request that cannot be carried out; the message says what was asked, what was found and what to do."""
 
 
 class ConfigError(VeneerError):
@@ -30,11 +15,23 @@ class ConfigError(VeneerError):
 
 
 class TargetError(VeneerError):
-    """An entry of a targeting field matches nothing, or something the method cannot adapt."""
+    """An entry of a targeting field matches nothing, or a module that the method cannot adapt."""
 
 
 class CheckpointError(VeneerError):
-    """An adapter on disk is missing, damaged, or does not fit the model."""
+    """A saved adapter is missing, damaged, or does not fit the model."""
+
+
+class NotResumable(CheckpointError):
+    """A saved adapter only holds a result of the trained parameters, so training cannot be resumed from it."""
+
+    @classmethod
+    def because(cls, held: str, lost: str, instead: str) -> NotResumable:
+        """The error for a file that holds only `held`, without `lost`; training with `instead` avoids it."""
+        return cls(
+            f"the file holds only {held}, from which {lost} cannot be recovered: load it with is_trainable=False, "
+            f"or train with {instead} to be able to resume"
+        )
 
 
 class BaseMismatch(CheckpointError):
@@ -42,11 +39,11 @@ class BaseMismatch(CheckpointError):
 
 
 class DataError(VeneerError):
-    """Training data is missing, damaged, or of no shape that can be trained on."""
+    """Training data is missing, damaged, or has no columns that can be trained on."""
 
 
 class TrainingError(VeneerError):
-    """A run cannot start, go on, or be trusted: its loss is not finite, or its adapter did not change."""
+    """A run cannot start or continue, or its result is unusable: a loss is not finite, or the adapter is unchanged."""
 
 
 class RoundingWarning(UserWarning):
@@ -54,26 +51,26 @@ class RoundingWarning(UserWarning):
 
 
 class NotMergeable(VeneerError):
-    """The adapter has no form as a new weight, or merging it would change the result."""
+    """The adapter cannot be expressed as a new weight, or merging it would change the output."""
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> str:
-    """`"; nearest: a, b"`, or nothing when no candidate resembles `name`."""
-    if len(name) > 200:  # no name is as long, and comparing takes the square of the length
+    """The candidates most similar to `name`, as `"; nearest: a, b"`; empty if none is similar."""
+    if len(name) > 200:  # no name is this long, and the time of a comparison grows with the square of the length
         return ""
     close = get_close_matches(name, list(dict.fromkeys(candidates)), n=n, cutoff=0.5)
     return f"; nearest: {', '.join(close)}" if close else ""
 
 
 def listing(items: Iterable[str], most: int = 8) -> str:
-    """Items one to a line, cut after `most`, for the tail of an error message."""
+    """The items, one per line and at most `most` of them, for the end of an error message."""
     items = list(items)
     lines = [f"\n  {printable(item)}" for item in items[:most]]
     return "".join(lines) + (f"\n  ... and {len(items) - most} more" if len(items) > most else "")
 
 
 def printable(text: str, most: int = 300) -> str:
-    """Text from a file, safe for a terminal: control characters escaped, one line, not endless."""
+    """Text from a file made safe for a terminal: control characters are escaped, and it is cut after `most`."""
     escaped = "".join(
         c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text[:most]
     )
@@ -81,5 +78,5 @@ def printable(text: str, most: int = 300) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message: libraries add hints and tracebacks below it."""
+    """The first line of an error's message, without the hints and tracebacks that libraries add."""
     return str(error).strip().partition("\n")[0]

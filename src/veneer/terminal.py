@@ -1,4 +1,4 @@
-"""What a person sees on a terminal: progress, sizes and times; and libraries that are kept quiet meanwhile."""
+"""Terminal output: progress, sizes and durations, and silencing the messages of other libraries."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 LINES = 5
-"""Lines for one task where there is no terminal."""
+"""The number of progress lines per task if stderr is not a terminal."""
 UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 Step = Callable[[str, int, int], None]
-"""Called with the name of a task, how much of it is done, and how much there is."""
+"""Called with the name of a task, the number of finished items, and their total."""
 Item = TypeVar("Item")
 
 
 @contextmanager
 def showing() -> Iterator[Step]:
-    """Inside, the function that this gives shows progress on stderr: bars on a terminal, which vanish at the end, and
-    a few lines elsewhere."""
+    """Yield a function that shows progress on stderr.
+
+    On a terminal it draws bars, which are removed at the end; elsewhere it prints a few lines.
+    """
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
         yield _lines(console)
@@ -39,7 +41,7 @@ def showing() -> Iterator[Step]:
 
 
 def tracked(items: Collection[Item], what: str, shown: bool) -> Iterator[Item]:
-    """The items one by one, with progress if `shown`."""
+    """Yield the items, and show progress if `shown` is true."""
     if not shown:
         yield from items
         return
@@ -51,7 +53,7 @@ def tracked(items: Collection[Item], what: str, shown: bool) -> Iterator[Item]:
 
 
 def size(count: float) -> str:
-    """A number of bytes in decimal units, with three digits: "1.23 GB"."""
+    """Format a number of bytes in decimal units with three digits: "1.23 GB"."""
     for scale, unit in UNITS:
         if count >= 1000 * scale:
             return f"{count / scale:,.0f} {unit}"
@@ -61,14 +63,14 @@ def size(count: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """A duration as minutes and seconds ("3:05"), with hours before them where there are any ("1:03:05")."""
+    """Format a duration as minutes and seconds ("3:05"), with hours if there are any ("1:03:05")."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def duration(seconds: float) -> str:
-    """A duration in words: "42 s", "3 min 05 s", "1 h 03 min"."""
+    """Format a duration with units: "42 s", "3 min 05 s", "1 h 03 min"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -77,7 +79,7 @@ def duration(seconds: float) -> str:
 
 
 def quiet() -> None:
-    """No progress bars and no advice from transformers, and no warnings of the libraries below."""
+    """Turn off transformers' progress bars and advice, and the warnings of torch, transformers and accelerate."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -86,7 +88,7 @@ def quiet() -> None:
 
 
 def _lines(console: Console) -> Step:
-    """Progress in a few lines for each task."""
+    """A function that prints a few progress lines for each task."""
     printed: dict[str, int] = {}
 
     def step(what: str, done: int, of: int) -> None:

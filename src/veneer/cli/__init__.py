@@ -15,7 +15,7 @@ import typer
 
 app = typer.Typer(
     help="Parameter-efficient fine-tuning: LoRA and others, in Hugging Face PEFT's file format.",
-    epilog="VENEER_DEBUG=1 shows the traceback of an error.",
+    epilog="`veneer COMMAND --help` explains a command. With VENEER_DEBUG=1, errors show their traceback.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -47,11 +47,11 @@ for _verb in pkgutil.iter_modules(__path__):
 
 
 def main() -> None:
-    """Run the command line. An error that the user can fix is one line on stderr and exit status 2, no traceback."""
+    """Run the command line. An error that the user can fix gives one line on stderr and exit status 2, no traceback."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal or a pipe may not know every character
+        if hasattr(stream, "reconfigure"):  # a terminal or a pipe may lack some characters
             stream.reconfigure(errors="replace")
-    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # these log advice when they are imported
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # these log advice on import
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app(prog_name="veneer")
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def _notes(error: Exception) -> list[str]:
-    """Lines to print after an error: its own notes, or a remark on untested library versions."""
+    """Lines to print after an error: the error's notes, or a remark on untested library versions."""
     from veneer.upstream.versions import remark
 
     notes = getattr(error, "__notes__", None)

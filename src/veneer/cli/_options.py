@@ -1,4 +1,4 @@
-"""Values of options and of output that several verbs share."""
+"""Options, and parsers of their values, that several verbs share."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from typing import Annotated, Any
 import typer
 
 Column = Annotated[
-    list[str] | None, typer.Option(help="OURS=THEIRS, as in prompt=title: a column's other name; repeatable.")
+    list[str] | None,
+    typer.Option(
+        metavar="OURS=THEIRS",
+        help="Read one of veneer's columns from a column with another name, such as prompt=title. Repeatable.",
+        rich_help_panel="Data",
+    ),
 ]
 
 
 def source(text: str) -> dict[str, Any]:
-    """A data source from PATH or PATH*WEIGHT. A * that no number follows belongs to the path."""
+    """Parse PATH or PATH*WEIGHT as a data source. A `*` without a number after it is part of the path."""
     path, star, weight = text.rpartition("*")
     if not star:
         return {"path": text}
@@ -23,7 +28,7 @@ def source(text: str) -> dict[str, Any]:
 
 
 def pairs(texts: list[str]) -> list[tuple[str, str]]:
-    """(name, value) of each NAME=VALUE."""
+    """Split each NAME=VALUE into (name, value); hyphens in names become underscores."""
     result = []
     for text in texts:
         name, equals, value = text.partition("=")

@@ -1,4 +1,4 @@
-"""`veneer chat`: talk with a model, with and without adapters."""
+"""`veneer chat`: a conversation with a model, with and without adapters."""
 
 from __future__ import annotations
 
@@ -25,25 +25,31 @@ if TYPE_CHECKING:
     from veneer.inference.generation import Conversation
 
 EXAMPLES = """
-The first adapter answers; /adapter NAME lets another one, or the base.
-Ctrl-C ends an answer, Ctrl-D or /quit the conversation. Questions may
-also be piped in, one on each line.
+The first adapter answers, or the base model if there is none; the command
+/adapter NAME switches to another. Answers appear while they are generated,
+and the model sees the whole conversation. /help lists all commands.
+
+Ctrl-C stops an answer; Ctrl-D or /quit ends the conversation. Questions can
+also be piped in, one per line.
 
 Examples:
 
+  # talk to an adapter
   veneer chat --adapter my-adapter
 
-  veneer chat --adapter one --adapter two --compare      base and adapters answer side by side
+  # the base model and two adapters answer side by side
+  veneer chat --adapter one --adapter two --compare
 
-  veneer chat --model smollm2-135m-instruct --system "Answer in one sentence." --temperature 0.7
+  # talk to a model without an adapter
+  veneer chat --model smollm2-135m-instruct --temperature 0.7
 """
 COMMANDS = {
-    "/adapter NAME": "who answers: an adapter, or base; without a name, who there is",
-    "/compare": "all side by side, or one again",
-    "/system TEXT": "other instructions, and a new conversation",
-    "/reset": "a new conversation",
-    "/help": "this list",
-    "/quit": "the end",
+    "/adapter NAME": "let this adapter answer, or the base model (base); without NAME, list them",
+    "/compare": "show all answers side by side; again: only one",
+    "/system TEXT": "set the system message and start a new conversation",
+    "/reset": "start a new conversation",
+    "/help": "show this list",
+    "/quit": "end the conversation",
 }
 
 
@@ -61,7 +67,7 @@ def chat(
     seed: Seed = 0,
     dtype: Dtype = "auto",
 ) -> None:
-    """Talk with a model: streaming, with a memory, adapters switched or side by side."""
+    """Chat with a model and its adapters, one at a time or side by side."""
     from rich.console import Console
 
     from veneer.errors import ConfigError
@@ -76,7 +82,7 @@ def chat(
         loaded = load(adapter or [], model, dtype=dtype)
         writer = Writer(loaded, sampling, template_file=chat_template)
     if writer.template is None:
-        raise ConfigError("the model has no chat template; give one with --chat-template, or use veneer generate")
+        raise ConfigError("the model has no chat template; give one with --chat-template, or use `veneer generate`")
     talk = _Talk(Conversation(writer, system), console, compare)
     talk.welcome()
     is_open = True
@@ -89,7 +95,7 @@ chat.__doc__ = (chat.__doc__ or "") + "\n" + EXAMPLES
 
 
 class _Talk:
-    """A conversation at the keyboard."""
+    """A conversation at the terminal, or with questions from a pipe."""
 
     def __init__(self, conversation: Conversation, console: Any, compare: bool) -> None:
         self.conversation = conversation
@@ -100,13 +106,13 @@ class _Talk:
         self.is_live = sys.stdin.isatty() and console.is_terminal
 
     def welcome(self) -> None:
-        """Print the models and a hint on the commands, in an interactive session."""
+        """In an interactive session, print the models and a hint on the commands."""
         if not self.is_live:
             return
         import readline  # noqa: F401 (line editing and history for input())
 
         self.say(" + ".join([self.loaded.base, *self.loaded.adapters]), "bold")
-        self.say("/help lists the commands, Ctrl-C ends an answer, Ctrl-D the conversation", "dim")
+        self.say("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the conversation", "dim")
 
     def listen(self) -> str | None:
         """Read the next line; None at the end of the input."""
@@ -120,10 +126,10 @@ class _Talk:
             except KeyboardInterrupt:
                 if not self.is_live:
                     raise
-                self.say("\n/quit or Ctrl-D leaves", "dim")
+                self.say("\n/quit or Ctrl-D ends the conversation", "dim")
 
     def hear(self, line: str) -> bool:
-        """Answer a line or obey its command. False: the conversation is over."""
+        """Answer a question or run a command; returns False when the conversation is over."""
         from veneer.errors import VeneerError
 
         if line == "/quit":
@@ -139,7 +145,7 @@ class _Talk:
         return True
 
     def command(self, word: str) -> Callable[[str], None]:
-        """The method for a command such as /adapter."""
+        """The method that runs a command such as /adapter."""
         from veneer.errors import ConfigError, nearest
 
         known = {usage.split()[0] for usage in COMMANDS}

@@ -1,4 +1,4 @@
-"""`veneer convert`: a LoRA adapter in another project's layout."""
+"""`veneer convert`: write a LoRA adapter in another project's file layout."""
 
 from __future__ import annotations
 
@@ -9,36 +9,61 @@ from typing import Annotated
 import typer
 
 EXAMPLES = """
-Layouts: peft, adapterhub, mlx, torchtune, loralib, kohya. Numbers are kept bit for bit; what a layout cannot hold is
-refused. Adapters of other methods become LoRAs first: veneer.save_as_lora.
+Layouts: peft, adapterhub, mlx, torchtune, loralib, kohya. The parameters
+are copied bit for bit; an adapter that a layout cannot store is refused.
+To convert an adapter of another method, first turn it into a LoRA: exactly
+with veneer.save_as_lora in Python, or at a given rank with `veneer combine`.
 
 Examples:
 
+  # from PEFT's layout, which is also veneer's, to that of mlx-lm
   veneer convert my-adapter for-mac --to mlx
 
-  veneer convert for-mac back --to peft              the layout of the source is found
+  # and back; the layout of the source is detected
+  veneer convert for-mac back --to peft
 
-  veneer convert run out --to peft --allow-pickle    a .pt or .bin that you trust; only tensors are taken
+  # read a .pt or .bin file that you trust
+  veneer convert run out --to peft --allow-pickle
 
-  veneer convert loralib-run out --to peft --alpha 16 --enabled true,false,true
+  # loralib stores neither alpha nor the parts of a fused projection
+  veneer convert run out --to peft --alpha 16 --enabled true,false,true
 """
 
 
 def convert(
     source: Annotated[Path, typer.Argument(help="The adapter's directory.")],
-    out: Annotated[Path, typer.Argument(help="A new directory.")],
-    to: Annotated[str, typer.Option(help="The layout to write.")],
-    from_: Annotated[str | None, typer.Option("--from", help="The layout of the source; else it is found.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="The base model, where a layout depends on it (config only).")
+    out: Annotated[Path, typer.Argument(help="Directory for the result; it must be empty or not exist.")],
+    to: Annotated[str, typer.Option(metavar="LAYOUT", help="The layout to write; see above.")],
+    from_: Annotated[
+        str | None,
+        typer.Option("--from", metavar="LAYOUT", help="The layout of the source.", show_default="detected"),
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help="alpha, where the source does not say it (loralib).")] = None,
-    enabled: Annotated[str | None, typer.Option(help="loralib's enable_lora of fused projections.")] = None,
-    prefix: Annotated[str | None, typer.Option(help="What kohya's keys begin with (lora_unet, lora_te).")] = None,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read .pt and .bin, tensors only.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The base model, for layouts that depend on it; only its config is read.",
+            show_default="the model that the adapter names",
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="lora_alpha, if the files do not record it (loralib's do not).")
+    ] = None,
+    enabled: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BOOLS",
+            help="loralib's enable_lora: which parts of a fused projection are adapted, such as true,false,true.",
+        ),
+    ] = None,
+    prefix: Annotated[
+        str | None, typer.Option(help="Start of the keys in kohya's layout, such as lora_unet or lora_te.")
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Also read .pt and .bin files; only their tensors are loaded.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
 ) -> None:
-    """Convert a LoRA adapter between the layouts of PEFT, AdapterHub, mlx-lm, torchtune, loralib and kohya."""
+    """Convert a LoRA adapter to or from another project's file layout."""
     from veneer.formats.conversion import convert as run
     from veneer.formats.lora import Hints
 
@@ -48,7 +73,7 @@ def convert(
         typer.echo(json.dumps(done.as_dict(), indent=2))
     else:
         typer.echo(f"{done.source} ({done.layout}) -> {done.out} ({done.wanted})")
-        typer.echo(f"{done.modules} modules, {done.parameters:,} numbers, bit for bit")
+        typer.echo(f"{done.modules} modules, {done.parameters:,} parameters, bit for bit")
 
 
 convert.__doc__ = (convert.__doc__ or "") + "\n" + EXAMPLES
@@ -59,5 +84,5 @@ def _booleans(text: str | None) -> list[bool] | None:
         return None
     words = [word.strip().lower() for word in text.split(",")]
     if not set(words) <= {"true", "false"}:
-        raise typer.BadParameter(f"--enabled {text!r} must be true and false, separated by commas")
+        raise typer.BadParameter(f"--enabled {text!r} must be a list of true and false, separated by commas")
     return [word == "true" for word in words]

@@ -1,4 +1,4 @@
-"""`veneer diff`: two adapters side by side."""
+"""`veneer diff`: compare two adapters."""
 
 from __future__ import annotations
 
@@ -12,22 +12,26 @@ if TYPE_CHECKING:
     from veneer.report.comparison import Difference
 
 EXAMPLES = """
-Exit status 0: the same in every setting and every bit; 1: they differ.
+Lists the settings that differ, the tensors that only one adapter has or
+whose values differ, and for each adapted layer the cosine and the norms of
+the two updates.
+
+Exit status 0: both are equal in every setting and bit; 1: they differ.
 
 Examples:
 
-  veneer diff run-1 run-2            settings, tensors, angle between the updates
+  veneer diff run-1 run-2
 
   veneer diff run-1 run-2 --json
 """
 
 
 def diff(
-    first: Annotated[Path, typer.Argument(help="An adapter's directory.")],
-    second: Annotated[Path, typer.Argument(help="Another's.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    first: Annotated[Path, typer.Argument(help="Directory of an adapter.")],
+    second: Annotated[Path, typer.Argument(help="Directory of the other adapter.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the differences as JSON.")] = False,
 ) -> None:
-    """Compare two adapters: settings, tensors, and the direction of their updates."""
+    """Compare two adapters: settings, tensors and updates."""
     from veneer.report.comparison import diff as compare
 
     difference = compare(first, second)

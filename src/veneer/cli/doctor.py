@@ -1,4 +1,4 @@
-"""`veneer doctor`: the environment, and whether another program can run an adapter."""
+"""`veneer doctor`: check the environment, or whether another program can run an adapter."""
 
 from __future__ import annotations
 
@@ -13,26 +13,33 @@ if TYPE_CHECKING:
     from veneer.report.environment import Environment
 
 EXAMPLES = """
-Exit status 1: the program cannot run the adapter as it is, or something in the environment is in the way.
+Without arguments: shows the versions of the libraries and the versions that
+veneer is tested with, the processors, the memory, and problems with them.
+
+With an adapter and --for: shows what that program would refuse or compute
+wrongly without an error, and how to fix it.
+
+Exit status 0: all is well; 1: the program cannot run the adapter as it is,
+or the environment has a problem.
 
 Examples:
 
-  veneer doctor                                versions (and those tried), processors, memory
+  veneer doctor
 
-  veneer doctor my-adapter --for vllm          what it would refuse, or run wrongly in silence, and the way out
+  veneer doctor my-adapter --for vllm
 
   veneer doctor my-adapter --for llama.cpp --json
 """
 
 
 def doctor(
-    adapter: Annotated[Path | None, typer.Argument(help="An adapter's directory.")] = None,
-    target: Annotated[str | None, typer.Option("--for", help="vllm, llama.cpp or peft.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    adapter: Annotated[Path | None, typer.Argument(help="Directory of an adapter; needs --for.")] = None,
+    target: Annotated[str | None, typer.Option("--for", metavar="PROGRAM", help="vllm, llama.cpp or peft.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Report on the environment, or on what keeps a program from running an adapter."""
+    """Check the environment, or whether a program can run an adapter."""
     if (adapter is None) != (target is None):
-        raise typer.BadParameter("give an adapter and --for together, or neither")
+        raise typer.BadParameter("an adapter and --for belong together: give both, or neither")
     if adapter is None:
         _check_environment(as_json)
     else:
@@ -89,17 +96,17 @@ def _show_environment(here: Environment) -> None:
     lines["accelerators"] = ", ".join(here.accelerators) or "none"
     lines["memory"] = f"{size(here.memory_bytes)}, {size(here.free_bytes)} free"
     lines["cache"] = f"{here.cache} ({models})"
-    lines["hub"] = "offline (HF_HUB_OFFLINE)" if here.offline else "asked when a name is no directory"
+    lines["hub"] = "offline (HF_HUB_OFFLINE)" if here.offline else "used for names that are not local directories"
     for name, text in lines.items():
         typer.echo(f"{name:<23}{text}")
     for note in here.untried:
-        typer.secho(f"{'untried':<23}{note}", fg=typer.colors.YELLOW)
+        typer.secho(f"{'untested':<23}{note}", fg=typer.colors.YELLOW)
     for problem in here.problems:
         typer.secho(f"{'problem':<23}{problem}", fg=typer.colors.RED)
 
 
 def _version(here: Environment, name: str) -> str:
-    """The installed version of a library, and the tried ones."""
+    """The installed version of a library, and the versions that veneer is tested with."""
     version = here.packages[name] or "-"
     tried = here.tried.get(name)
     return version if tried is None else f"{version:<14}tried with {tried}"

@@ -1,4 +1,4 @@
-"""`veneer eval`: how good is an adapter on a file, and how much better than its base?"""
+"""`veneer eval`: evaluate adapters on data, next to their base model."""
 
 from __future__ import annotations
 
@@ -14,23 +14,28 @@ if TYPE_CHECKING:
     from veneer.inference.evaluation import Evaluation
 
 EXAMPLES = """
-Reads what `veneer train` reads: conversations, prompt and completion,
-question and answer, text, text and label. Loss, perplexity and token
-accuracy are of the tokens that training would learn. --exact and
---extract let each model write answers, the likeliest token each time, and
-count the right ones. Adapters that classify get accuracy and macro F1.
+Reads the same data as `veneer train`. For models that write text it reports
+the loss, perplexity and token accuracy over the tokens that training would
+learn. With --exact or --extract, each model also writes an answer to every
+prompt, taking the most likely token each time, and the correct answers are
+counted. For classifiers it reports accuracy and macro F1.
 
 Examples:
 
+  # loss, next to that of the base model
   veneer eval --adapter my-adapter --data test.jsonl
 
+  # two adapters, on the first 200 rows
   veneer eval --adapter one --adapter two --data test.jsonl --limit 200
 
-  veneer eval --adapter my-adapter --data gsm8k/test.jsonl --extract "####"     the number after ####
+  # compare the number after "####", as in GSM8K
+  veneer eval --adapter my-adapter --data test.jsonl --extract "####"
 
-  veneer eval --adapter my-adapter --data test.jsonl --extract "answer: (.*)"   what the group matches
+  # compare what the group in parentheses matches
+  veneer eval --adapter out --data test.jsonl --extract "answer: (.*)"
 
-  veneer eval --model smollm2-135m-instruct --data test.jsonl --exact --json    a model without adapters
+  # a model without adapters; whole answers must match
+  veneer eval --model smollm2-135m-instruct --data test.jsonl --exact
 """
 HEADINGS = {
     "loss": "loss",
@@ -43,35 +48,74 @@ HEADINGS = {
     "unfinished": "unfinished",
 }
 PLAIN = ("loss", "perplexity", "macro_f1")
-"""Measures that are not shares of the rows or tokens."""
+"""Measures that are numbers, not shares of the rows or tokens."""
 LESS_IS_BETTER = ("loss", "perplexity", "unfinished")
-Data = Annotated[list[str], typer.Option(help="A file, a directory, or a hub id; repeatable.")]
-Column = Annotated[list[str] | None, typer.Option(help="OURS=THEIRS: a column's other name; repeatable.")]
-Extracted = Annotated[str | None, typer.Option(help="Write answers, and compare what this regex finds in them.")]
+Data = Annotated[
+    list[str],
+    typer.Option(
+        metavar="PATH",
+        help="Data to evaluate on: a file (.jsonl, .json, .csv, .tsv, .parquet), a directory, or a hub id. Repeatable.",
+    ),
+]
+Column = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="OURS=THEIRS",
+        help="Read one of veneer's columns from a column with another name, such as prompt=title. Repeatable.",
+    ),
+]
+Extracted = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REGEX",
+        help="Write answers, and compare what follows the last match of this regular expression on its line; if it has "
+        "a group, compare the group.",
+    ),
+]
 
 
 def eval(
     data: Data,
     adapter: Adapter = None,
     model: Model = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Write answers, and compare them as a whole.")] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Write answers, and compare them with the expected ones.")
+    ] = False,
     extract: Extracted = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of the data.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward pass.")] = 8,
-    max_length: Annotated[int, typer.Option(min=2, help="Longest row in tokens, for the loss.")] = 1024,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only this many rows, the first of each --data.", show_default="all")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 8,
+    max_length: Annotated[
+        int, typer.Option(min=2, help="Maximum length of a row in tokens, for the loss; longer rows are cut.")
+    ] = 1024,
     max_new_tokens: MaxNewTokens = 256,
     repetition_penalty: Penalty = 1.0,
     column: Column = None,
-    split: Annotated[str, typer.Option(help="Split of a directory or a hub id.")] = "test",
-    task: Annotated[str, typer.Option(help="auto, text, or classification.")] = "auto",
-    labels: Annotated[str | None, typer.Option(help="Classes in the order of training, with commas between.")] = None,
-    loss_on: Annotated[str, typer.Option(help="assistant, or all tokens.")] = "assistant",
+    split: Annotated[str, typer.Option(help="Which split of a directory or a hub dataset to read.")] = "test",
+    task: Annotated[
+        str,
+        typer.Option(help="auto, text or classification. auto is classification if the data has a label column."),
+    ] = "auto",
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Names of the classes in the order of training, separated by commas.",
+            show_default="from the recipe.yaml next to the adapter",
+        ),
+    ] = None,
+    loss_on: Annotated[
+        str, typer.Option(help="Tokens that the loss is computed on: assistant (only the answers) or all.")
+    ] = "assistant",
     chat_template: TemplateFile = None,
-    save: Annotated[Path | None, typer.Option(help="Write every answer to this file, as JSONL.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the rows with the models' answers to this file, as JSON lines.")
+    ] = None,
     dtype: Dtype = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Judge adapters on a file, side by side with their base model."""
+    """Evaluate adapters on data, next to their base model."""
     from veneer.inference.evaluation import evaluate, read, task_of
     from veneer.inference.generation import Sampling
     from veneer.model.loading import load
@@ -124,7 +168,7 @@ def _save(path: Path, evaluation: Evaluation) -> None:
 
 
 def _show(evaluation: Evaluation) -> None:
-    """Print a table on a terminal, a line for each model anywhere else."""
+    """Print a table on a terminal, and one line per model elsewhere."""
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -143,7 +187,7 @@ def _show(evaluation: Evaluation) -> None:
 
 
 def _measures(evaluation: Evaluation) -> list[str]:
-    """The measures that some model has; unfinished answers only if there are any."""
+    """The measures that at least one model has; `unfinished` only if a model has unfinished answers."""
     measures = []
     for measure in HEADINGS:
         values = [result[measure] for result in evaluation.results.values() if measure in result]
@@ -184,7 +228,7 @@ def _print_table(console: Any, evaluation: Evaluation, measures: list[str]) -> N
 
 
 def _number_and_change(measure: str, value: float, before: float) -> Any:
-    """A value and how far it is from the first model's, green if it is better."""
+    """A value and its difference from the first model's: green if better, red if worse."""
     from rich.text import Text
 
     text = Text(_number(measure, value))

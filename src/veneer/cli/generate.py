@@ -1,4 +1,4 @@
-"""`veneer generate`: what a model writes, with and without adapters."""
+"""`veneer generate`: answer one prompt with a model, with and without adapters."""
 
 from __future__ import annotations
 
@@ -13,47 +13,90 @@ if TYPE_CHECKING:
     from veneer.inference.generation import Answer, Writer
 
 EXAMPLES = """
-The prompt is the argument, or what stands in a file, or what is piped in.
-It is put as a question of a user into the model's chat template, where
-there is one; --raw leaves it as it stands. Without --temperature the
-likeliest token is taken each time, so that the same command gives the
-same answer.
+The prompt is the argument, the content of --file, or standard input. It is
+formatted as a user's question with the model's chat template, if there is
+one; --raw passes it to the model unchanged.
+
+Without --temperature, the model takes the most likely token each time, so
+the same command gives the same answer.
 
 Examples:
 
+  # answer with an adapter
   veneer generate "What is a veneer?" --adapter my-adapter
 
-  veneer generate "What is a veneer?" --adapter my-adapter --compare    the base model's answer beside it
+  # also show the answer of the base model
+  veneer generate "What is a veneer?" --adapter my-adapter --compare
 
+  # several adapters, with the prompt in a file
   veneer generate --file prompt.txt --adapter one --adapter two --compare
 
-  veneer generate "Once upon a time" --model smollm2-135m-instruct --raw --temperature 0.8 --seed 1
+  # continue a text with the base model, with random sampling
+  veneer generate "Once upon a time" --model DIR --raw --temperature 0.8
 
+  # read the prompt from a pipe, print JSON
   cat prompt.txt | veneer generate --adapter my-adapter --json
 """
 
-Adapter = Annotated[list[str] | None, typer.Option(help="An adapter's directory or hub id, or NAME=PLACE; repeatable.")]
-Model = Annotated[str | None, typer.Option(help="The base model; else the one that the adapters name.")]
-System = Annotated[str | None, typer.Option(help="Instructions before the conversation.")]
-TemplateFile = Annotated[Path | None, typer.Option(help="A chat template in place of the tokenizer's.")]
-Compare = Annotated[bool, typer.Option("--compare", help="The base model and each adapter side by side.")]
-Temperature = Annotated[float, typer.Option(help="Above 0: draw tokens at random, the wilder the higher.")]
-TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens of this share.")]
-TopK = Annotated[int, typer.Option(help="Draw among so many of the likeliest; 0: all.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Longest answer in tokens.")]
-Penalty = Annotated[float, typer.Option(help="Above 1: less of what has occurred already.")]
-Seed = Annotated[int, typer.Option(help="Of the draw.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
+Adapter = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[NAME=]ADAPTER",
+        help="An adapter: a directory or a hub id. Its name is that of the directory unless NAME= gives another. "
+        "Repeatable.",
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="The base model: a directory, a name that `veneer pull` knows, or a hub id.",
+        show_default="the model that the adapters name",
+    ),
+]
+System = Annotated[str | None, typer.Option(help="System message at the start of the conversation.")]
+TemplateFile = Annotated[
+    Path | None,
+    typer.Option(help="A file with a chat template in Jinja.", show_default="the tokenizer's chat template"),
+]
+Compare = Annotated[bool, typer.Option("--compare", help="Show the base model and every adapter side by side.")]
+Temperature = Annotated[
+    float,
+    typer.Option(help="Sampling temperature. 0 takes the most likely token each time; higher values vary more."),
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        help="Sample only from the most likely tokens whose probabilities add up to this (above 0, at most 1). Needs "
+        "--temperature."
+    ),
+]
+TopK = Annotated[
+    int,
+    typer.Option(help="Sample only from this many of the most likely tokens; 0: from all. Needs --temperature."),
+]
+MaxNewTokens = Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")]
+Penalty = Annotated[
+    float,
+    typer.Option(help="Above 1, tokens that have already occurred become less likely; 1 changes nothing."),
+]
+Seed = Annotated[int, typer.Option(help="Seed for sampling.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Dtype of the base model: auto, float32 or bfloat16. auto is bfloat16 on a GPU that supports it, else "
+        "float32."
+    ),
+]
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="What to answer.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt.", show_default="standard input")] = None,
     adapter: Adapter = None,
     model: Model = None,
-    file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
     compare: Compare = False,
     system: System = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Without the chat template.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply a chat template.")] = False,
     chat_template: TemplateFile = None,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -62,9 +105,9 @@ def generate(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 0,
     dtype: Dtype = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answers as JSON.")] = False,
 ) -> None:
-    """Write an answer to a prompt with a model, an adapter, or several side by side."""
+    """Answer one prompt with a model, an adapter, or several of them."""
     text = _prompt(prompt, file)
     from veneer.inference.generation import Sampling, Writer
     from veneer.model.loading import load
@@ -92,14 +135,14 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     """The prompt, from the argument, a file or a pipe.
 
     Raises:
-        ConfigError: there is none, or more than one, or it is empty.
+        ConfigError: there is no prompt, more than one, or an empty one.
     """
     from veneer.errors import ConfigError
 
     if prompt is not None and file is not None:
-        raise ConfigError("there are two prompts, an argument and a file; give one of them")
+        raise ConfigError("there are two prompts, the argument and --file; give only one of them")
     if prompt is None and file is None and sys.stdin.isatty():
-        raise ConfigError('there is no prompt; give one ("..."), a file (--file), or pipe it in')
+        raise ConfigError('there is no prompt; give it as an argument ("..."), with --file, or through a pipe')
     if prompt is not None:
         text = prompt
     elif file is not None:

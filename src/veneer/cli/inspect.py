@@ -1,4 +1,4 @@
-"""`veneer inspect`: what is in an adapter."""
+"""`veneer inspect`: show what an adapter's files contain."""
 
 from __future__ import annotations
 
@@ -14,22 +14,29 @@ if TYPE_CHECKING:
     from veneer.report.inspection import Inspection
 
 EXAMPLES = """
+Shows the method, base model, settings and size, and for each adapted module
+the rank, the effective rank and the norm of the update. Reads only the
+adapter's own files, runs no code from them, and lists damaged or
+contradictory content as problems.
+
 Examples:
 
-  veneer inspect out                 method, base, sizes, layers, problems
+  veneer inspect my-adapter
 
-  veneer inspect out --tensors       with every tensor of the file
+  # also every tensor of the file
+  veneer inspect my-adapter --tensors
 
-  veneer inspect out --json          for a script
+  # for scripts
+  veneer inspect my-adapter --json
 """
 
 
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="The adapter's directory.")],
-    tensors: Annotated[bool, typer.Option("--tensors", help="Show every tensor.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    adapter: Annotated[Path, typer.Argument(help="Directory of the adapter.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="Also list every tensor: shape, dtype and norm.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Look into an adapter's files, without its base model and without trusting them."""
+    """Show what an adapter's files contain, and any problems with them."""
     from veneer.report.inspection import inspect as look
 
     inspection = look(adapter)
@@ -57,7 +64,7 @@ def _show(inspection: Inspection, tensors: bool) -> None:
     lines = {"method": inspection.method, "base": inspection.base or "not named"}
     lines["settings"] = ", ".join(settings)
     file_size = size(inspection.file_bytes)
-    lines["tensors"] = f"{len(inspection.tensors)}, {inspection.count:,} numbers, file {file_size}"
+    lines["tensors"] = f"{len(inspection.tensors)}, {inspection.count:,} parameters, file {file_size}"
     for name, text in lines.items():
         console.print(Text(f"{name:<10}{text}"))
     if inspection.layers:
@@ -78,7 +85,7 @@ def _show_layers(console: Console, inspection: Inspection) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("module", "parts"):
         table.add_column(name, justify="left", overflow="fold")
-    for name in ("numbers", "rank", "effective", "update norm"):
+    for name in ("parameters", "rank", "effective rank", "update norm"):
         table.add_column(name, justify="right", overflow="fold")
     for layer in inspection.layers:
         path = Text(layer.path or "-")

@@ -1,4 +1,4 @@
-"""`veneer merge`: adapters and their base as one plain model."""
+"""`veneer merge`: merge adapters into their base model, from files to files."""
 
 from __future__ import annotations
 
@@ -14,30 +14,48 @@ if TYPE_CHECKING:
     from veneer.merging.merger import Rounded
 
 EXAMPLES = """
-The base is read and the result written a module at a time, so that a model larger than memory merges. Sums are in fp32
-and rounded once, to the dtype of the base's files. Nothing is overwritten, and after an error nothing is left.
+Writes a plain transformers model that needs no veneer. The base model is
+read and written one module at a time, so that it may be larger than memory.
+Updates are added in fp32 and rounded once, to the dtype of the base's
+files. Nothing is overwritten, and an error leaves no files behind.
 
 Examples:
 
-  veneer merge my-adapter --out merged               into the base that the adapter names
+  # merge into the base model that the adapter names
+  veneer merge my-adapter --out merged
 
-  veneer merge first second --out merged             several, in the order they act
+  # several adapters, in the order in which they apply
+  veneer merge first second --out merged
 
-  veneer merge my-adapter --out merged --model DIR   into this base
+  # merge into the base model in a directory
+  veneer merge my-adapter --out merged --model DIR
 
-  veneer merge my-adapter --out merged --json        what rounding took, tensor by tensor
+  # report what rounding lost, tensor by tensor
+  veneer merge my-adapter --out merged --json
 """
 
 
 def merge(
-    adapters: Annotated[list[str], typer.Argument(help="Directories or hub ids of adapters, innermost first.")],
-    out: Annotated[str, typer.Option(help="A new directory for the merged model.")],
-    model: Annotated[str | None, typer.Option(help="The base model; else the one the adapters name.")] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Show every tensor.")] = False,
-    check_base: Annotated[bool, typer.Option(help="Refuse a base other than the adapters' own.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    adapters: Annotated[
+        list[str], typer.Argument(help="Directories or hub ids of adapters, in the order in which they apply.")
+    ],
+    out: Annotated[
+        str, typer.Option(metavar="DIR", help="Directory for the merged model; it must be empty or not exist.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The base model: a directory, a name that `veneer pull` knows, or a hub id.",
+            show_default="the model that the adapters name",
+        ),
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Show the rounding loss of every merged tensor.")] = False,
+    check_base: Annotated[
+        bool, typer.Option(help="Refuse a base model other than the one that an adapter was trained on.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Merge adapters into their base model's files: a plain transformers model, without veneer."""
+    """Merge adapters into their base model and save a plain model."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -72,13 +90,15 @@ def _show(report: MergeReport, layers: bool) -> None:
         worst = sorted(report.tensors, key=lambda t: t.lost, reverse=True)
         _print_table(console, "most lost to rounding", [t for t in worst[:5] if t.lost > 0])
     console.print(f"merged    {len(report.tensors)} tensors of {report.base} into {report.out}")
-    console.print(f"rounding  {report.lost:.2%} of the change lost; {report.unmoved:.1%} of its numbers did not move")
+    console.print(
+        f"rounding  {report.lost:.2%} of the change lost; {report.unmoved:.1%} of the changed weights kept their value"
+    )
     if report.untied:
-        console.print("untied    the base's tied weights have values of their own now, and the config says so")
+        console.print("untied    the base's tied weights now differ; the config records it")
 
 
 def _print_table(console: Console, heading: str, tensors: list[Rounded]) -> None:
-    """Print what merging did to each tensor; nothing if there are none."""
+    """Print the rounding loss of each tensor; nothing for an empty list."""
     from rich.table import Table
     from rich.text import Text
 

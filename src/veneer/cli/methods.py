@@ -1,4 +1,4 @@
-"""`veneer methods`: what there is to choose from."""
+"""`veneer methods`: list the methods, or describe one."""
 
 from __future__ import annotations
 
@@ -11,27 +11,44 @@ if TYPE_CHECKING:
     from veneer.model.catalogue import Page
 
 EXAMPLES = """
+The table shows for each method whether it merges into the weights, whether
+its update is of low rank, the learning rate to start from, the paper, the
+kinds of modules it adapts, what it does, and its formula.
+
 Examples:
 
-  veneer methods                                all methods in one table
+  # all methods
+  veneer methods
 
-  veneer methods hira                           the page of one: formula, paper, settings
+  # one method, with all its settings and their defaults
+  veneer methods hira
 
-  veneer methods --model smollm2-135m-instruct  with the number of parameters each trains on a model
+  # also the number of parameters that each trains on a model
+  veneer methods --model smollm2-135m-instruct
 
-  veneer methods --model-type gpt2 --json       the same for a script, without any download
+  # the same for an architecture, without a download, for scripts
+  veneer methods --model-type gpt2 --json
 """
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Show the page of this method.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Describe this method.", show_default="list all")] = None,
     model: Annotated[
-        str | None, typer.Option(help="Count trainable parameters on this model (its config only).")
+        str | None,
+        typer.Option(
+            help="Count the trainable parameters on this model: a directory, a name that `veneer pull` knows, or a hub "
+            "id. Only its config is read."
+        ),
     ] = None,
-    model_type: Annotated[str | None, typer.Option(help='The same for an architecture, "gpt2" or "llama".')] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    model_type: Annotated[
+        str | None,
+        typer.Option(
+            help="Count them on an architecture in transformers' default size instead, such as gpt2 or llama."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """List the methods, or show one: formula, paper, sizes, settings."""
+    """List the methods, or describe one: formula, paper, settings."""
     from veneer.model.catalogue import page, pages
 
     shown = [page(name)] if name else list(pages().values())
@@ -56,7 +73,7 @@ def _as_dict(p: Page, counts: dict[str, int | None]) -> dict[str, Any]:
 
 
 def _counts(shown: list[Page], model: str | None, model_type: str | None) -> dict[str, int | None]:
-    """Trainable parameters of each method on a model; empty if no model was named."""
+    """Trainable parameters of each method on a model; empty if no model is given."""
     if model is None and model_type is None:
         return {}
     from veneer.files.skeleton import skeleton
@@ -88,7 +105,7 @@ def _show_table(shown: list[Page], counts: dict[str, int | None]) -> None:
         console.print(Padding(Text(_claim(p.claim)), indent))
         formula = p.formula.partition("\n")[0]
         console.print(Padding(Text(formula, style="dim"), indent))
-    console.print(f"{len(shown)} methods. `veneer methods NAME` shows one.", highlight=False)
+    console.print(f"{len(shown)} methods. `veneer methods NAME` describes one.", highlight=False)
 
 
 def _claim(claim: str) -> str:
@@ -100,7 +117,7 @@ def _show_page(p: Page, counts: dict[str, int | None]) -> None:
     typer.echo(p.text)
     typer.echo(f"\nConfig: {p.config}; adapts {', '.join(p.kinds)}; learning rate {p.learning_rate:g}")
     if p.recommended:
-        typer.echo(f"Trained with, unless you say otherwise: {_settings(p.recommended)}")
+        typer.echo(f"Settings that `veneer train` uses by default: {_settings(p.recommended)}")
     if counts:
         typer.echo(f"Trainable parameters on this model: {_number(counts[p.name])}")
     typer.echo("\nSettings:")

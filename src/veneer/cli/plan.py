@@ -1,4 +1,4 @@
-"""`veneer plan`: what a fine-tune would train and take, before anything is loaded."""
+"""`veneer plan`: estimate what a run trains and needs, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -19,40 +19,117 @@ if TYPE_CHECKING:
     from veneer.report.forecast import Forecast
 
 EXAMPLES = """
+Reads the model's config (with --data also its tokenizer), not its weights.
+Shows which modules are adapted, the number of trainable parameters, the
+size of the adapter file, and the peak memory of a training step. With
+--data it also shows how many tokens and steps an epoch has, how long the
+rows are, and how many would be cut or dropped.
+
 Examples:
 
-  veneer plan --model smollm2-135m-instruct                    LoRA at its defaults
+  # LoRA with its default settings
+  veneer plan --model smollm2-135m-instruct
 
-  veneer plan --model-type llama --method dora --rank 16       an architecture at its default sizes, no download
+  # an architecture in its default size, without a download
+  veneer plan --model-type llama --method dora --rank 16
 
-  veneer plan --model DIR --targets q_proj,v_proj --layers     with every layer
+  # list every adapted module
+  veneer plan --model DIR --targets q_proj,v_proj --layers
 
-  veneer plan --model DIR --batch-size 8 --max-length 1024 --gradient-checkpointing
+  # memory with gradient checkpointing
+  veneer plan --model DIR --max-length 4096 --gradient-checkpointing
 
+  # another setting of the method, for scripts
   veneer plan --model DIR --method fourierft --set n_frequency=500 --json
 
-  veneer plan --model smollm2-135m-instruct --data rows.jsonl --batch-size 8    and what an epoch takes
+  # an epoch over your data
+  veneer plan --model smollm2-135m-instruct --data rows.jsonl
 """
 
 
 def plan(
-    model: Annotated[str | None, typer.Option(help="Directory, name or hub id; only its config is read.")] = None,
-    model_type: Annotated[str | None, typer.Option(help='An architecture instead, "gpt2" or "llama".')] = None,
-    method: Annotated[str, typer.Option(help="What to train; `veneer methods` lists them.")] = "lora",
-    rank: Annotated[int | None, typer.Option(help="Rank of the update.")] = None,
-    targets: Annotated[str | None, typer.Option(help='Modules, as "q_proj,v_proj", or "all-linear".')] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="Another setting, field=value.")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="Rows to train on, as in `veneer train`; repeatable.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The base model: a directory, a name that `veneer pull` knows, or a hub id. Only its config is read.",
+            rich_help_panel="Model and method",
+        ),
+    ] = None,
+    model_type: Annotated[
+        str | None,
+        typer.Option(
+            help="An architecture in transformers' default size instead of a model, such as gpt2 or llama.",
+            rich_help_panel="Model and method",
+        ),
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="The method; `veneer methods` lists all.", rich_help_panel="Model and method")
+    ] = "lora",
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Rank of the update.", show_default="set by the method", rich_help_panel="Model and method"),
+    ] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Modules to adapt: all-linear, or endings of module names separated by commas, such as q_proj,v_proj.",
+            show_default="set by the method",
+            rich_help_panel="Model and method",
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Another setting of the method; `veneer methods NAME` lists them. Repeatable.",
+            rich_help_panel="Model and method",
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH[*WEIGHT]",
+            help="Training data, as in `veneer train`; describe an epoch of it. Repeatable.",
+            rich_help_panel="Data",
+        ),
+    ] = None,
     column: Column = None,
-    packing: Annotated[bool, typer.Option(help="Several rows of the data in one sequence.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward pass.")] = 8,
-    accumulate: Annotated[int, typer.Option(min=1, help="Forward passes of a step.")] = 1,
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a row; of data, the most.")] = 1024,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Plan with recomputation.")] = False,
-    layers: Annotated[bool, typer.Option("--layers", help="Show every adapted module.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    packing: Annotated[
+        bool,
+        typer.Option(
+            help="Put several rows of the data into one sequence.", show_default="off", rich_help_panel="Switches"
+        ),
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.", rich_help_panel="Data")] = 8,
+    accumulate: Annotated[
+        int, typer.Option(min=1, help="Forward passes per optimizer step.", rich_help_panel="Data")
+    ] = 1,
+    max_length: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Length of a sequence in tokens. With --data: the maximum; longer rows are cut.",
+            rich_help_panel="Data",
+        ),
+    ] = 1024,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            help="Plan for activations that are recomputed in the backward pass.",
+            show_default="off",
+            rich_help_panel="Switches",
+        ),
+    ] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="List every adapted module.", rich_help_panel="Output")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print everything as JSON.", rich_help_panel="Output")
+    ] = False,
 ) -> None:
-    """Show what a fine-tune would train, and the memory it takes, by the model's config alone; of data, an epoch."""
+    """Estimate what a run trains and how much memory it needs."""
     from veneer.core.config import all_methods
     from veneer.files.skeleton import skeleton
     from veneer.model.catalogue import config_for, page
@@ -91,7 +168,7 @@ def _epoch(
     from veneer.train.recipe import make
 
     if model is None:
-        raise typer.BadParameter("--data needs --model: its tokenizer says what a token is")
+        raise typer.BadParameter("--data needs --model: its tokenizer splits the rows into tokens")
     recipe = {
         "model": model,
         "method": method,
@@ -117,7 +194,7 @@ def _show_epoch(epoch: Epoch, max_length: int) -> None:
         cut = f"{epoch.cut_rows:,} rows cut, {epoch.cut_tokens:,} tokens lost"
         console.print(f"{'':<20}{cut}", style="yellow")
     if epoch.unlearned_rows:
-        dropped = f"{epoch.unlearned_rows:,} rows dropped without a token to learn"
+        dropped = f"{epoch.unlearned_rows:,} rows dropped because they have no token to learn"
         console.print(f"{'':<20}{dropped}", style="yellow")
     console.print(f"{'an epoch':<20}{epoch.sequences:,} sequences, {epoch.steps:,} steps")
     console.print(_bars(epoch))
@@ -149,7 +226,7 @@ def _show(result: Forecast, layers: bool) -> None:
     if layers:
         console.print(_rows(result))
     if result.outside:
-        console.print(f"outside the layers  {result.outside:,}")
+        console.print(f"other parameters    {result.outside:,}")
     share = result.trainable / result.total
     console.print(f"trainable           {result.trainable:,} of {result.total:,} ({share:.4%})")
     console.print(f"adapter file        {size(result.file_bytes)}")
@@ -166,12 +243,12 @@ def _show_memory(console: Console, result: Forecast) -> None:
     lines["adapter"] = size(memory.adapter)
     lines["optimizer (AdamW)"] = size(memory.optimizer)
     lines["activations, grads"] = f"{step}  ({result.batch_size} x {result.length} tokens)"
-    where = "of the accelerator"
+    where = "on the accelerator"
     if memory.process:
-        where = "of the process, on a CPU"
+        where = "whole process, on a CPU"
         lines["Python, libraries"] = size(memory.process)
-        lines["holes in the heap"] = "unknown" if memory.heap is None else size(memory.heap)
-    lines["memory in all"] = "unknown" if memory.total is None else f"{size(memory.total)}  ({where})"
+        lines["heap fragmentation"] = "unknown" if memory.heap is None else size(memory.heap)
+    lines["peak memory"] = "unknown" if memory.total is None else f"{size(memory.total)}  ({where})"
     for name, text in lines.items():
         console.print(f"{name:<20}{text}")
 
@@ -206,7 +283,7 @@ def _table(*columns: str) -> Table:
 
 
 def folded(paths: tuple[str, ...]) -> list[str]:
-    """Paths that differ only in their first index, as one: model.layers.{0-29}.self_attn.q_proj."""
+    """Join paths that differ only in their first index: model.layers.{0-29}.self_attn.q_proj."""
     groups: dict[tuple[str, str], list[int]] = {}
     for path in paths:
         match = re.match(r"(.*?\.)(\d+)(\..*)", path)
@@ -218,7 +295,7 @@ def folded(paths: tuple[str, ...]) -> list[str]:
 
 
 def _range(numbers: list[int]) -> str:
-    """{0-29} or {0,2,5}; a single number as it is, nothing for none."""
+    """Format several numbers as {0-29} or {0,2,5}, a single number as itself, and none as an empty string."""
     listed = ",".join(str(number) for number in numbers)
     if len(numbers) < 2:
         return listed

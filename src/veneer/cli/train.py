@@ -1,4 +1,4 @@
-"""`veneer train`: from a data file to an adapter."""
+"""`veneer train`: train an adapter from a data file."""
 
 from __future__ import annotations
 
@@ -12,70 +12,237 @@ import typer
 from ._options import Column, pairs, source
 
 EXAMPLES = """
+Data can be JSONL, JSON, CSV, TSV or Parquet files, directories of them, or
+hub datasets. The columns decide what is learned:
+
+  messages                        the assistant's answers in a conversation
+  prompt, completion              the completion
+  instruction, input, output      the output; input is optional
+  question, answer                the answer
+  text, label                     the class
+  text                            the whole text
+
+A recipe is a YAML file. Its keys are the names of the flags below, with
+underscores, and some more that --set can also give, such as warmup,
+schedule and loss_on. Every run saves its full recipe in --output.
+
 Examples:
 
-  veneer train --model smollm2-135m-instruct --data rows.jsonl --output my-adapter
+  # train a LoRA with the default settings
+  veneer train --model smollm2-135m-instruct --data rows.jsonl --output out
 
-  veneer train recipe.yaml                            everything from a file
+  # take everything from a recipe
+  veneer train recipe.yaml
 
-  veneer train recipe.yaml --rank 32 --epochs 2       flags override it
+  # flags override the recipe
+  veneer train recipe.yaml --rank 32 --epochs 2
 
-  veneer train --output my-adapter --resume           go on after a crash, or a kill
+  # continue after a crash
+  veneer train --output out --resume
 
-  veneer train my-adapter/recipe.yaml --output again  the same run once more
+  # repeat a run in another directory
+  veneer train out/recipe.yaml --output again
 
-  torchrun --nproc-per-node 2 -m veneer train recipe.yaml                several processes: a step is batch_size x
-accumulate on each of them; --resume goes on with another number where that product over all stays the same
+  # two processes; a step has batch_size x accumulate sequences on each
+  torchrun --nproc-per-node 2 -m veneer train recipe.yaml
 
-  accelerate launch --use_fsdp --fsdp_version 2 -m veneer train recipe.yaml      the model sharded over them
+  # the model sharded over several processes
+  accelerate launch --use_fsdp --fsdp_version 2 -m veneer train recipe.yaml
 
-The data is JSONL, JSON, CSV, Parquet, a directory or a hub id, with the columns messages; prompt and completion;
-instruction, input and output; question and answer; text and label; or text. A recipe holds the same keys as the flags
-(in YAML, with _ for -), and `set` gives those that have no flag.
+A run can be resumed with another number of processes if batch_size x
+accumulate x processes stays the same.
 """
 
 
-Data = Annotated[list[str] | None, typer.Option(help="What to train on; PATH or PATH*WEIGHT, may be repeated.")]
-EvalSplit = Annotated[float | None, typer.Option(help="Or rows to take from the data: a share, or a number.")]
-
-
 def train(
-    recipe: Annotated[str | None, typer.Argument(help="A YAML recipe; flags override its keys.")] = None,
-    model: Annotated[str | None, typer.Option(help="Base model: a directory, a known name, or a hub id.")] = None,
-    data: Data = None,
-    output: Annotated[str | None, typer.Option(help="Directory of the result.")] = None,
-    method: Annotated[str | None, typer.Option(help="`veneer methods` lists all. [lora]")] = None,
-    rank: Annotated[int | None, typer.Option(help="The method's rank.")] = None,
-    targets: Annotated[str | None, typer.Option(help='"all-linear", or names with commas between.')] = None,
-    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the method's config; repeatable.")] = None,
+    recipe: Annotated[str | None, typer.Argument(help="A recipe in YAML; flags override its keys.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The base model: a directory, a name that `veneer pull` knows, or a hub id.",
+            rich_help_panel="Model and method",
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH[*WEIGHT]",
+            help="Training data: a file, a directory, or a hub id. WEIGHT is how often each row is seen in an epoch; "
+            "PATH*0.5 takes a random half. Repeatable.",
+            rich_help_panel="Data",
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Directory for the adapter, the report and the checkpoints.", rich_help_panel="Run"
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="The method; `veneer methods` lists all.", show_default="lora", rich_help_panel="Model and method"
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Rank of the update.", show_default="set by the method", rich_help_panel="Model and method"),
+    ] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Modules to adapt: all-linear, endings of module names separated by commas, such as q_proj,v_proj, or "
+            "a regular expression for whole paths.",
+            show_default="set by the method",
+            rich_help_panel="Model and method",
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD=VALUE",
+            help="Another setting of the method, such as lora_alpha=32; `veneer methods NAME` lists them. Repeatable.",
+            rich_help_panel="Model and method",
+        ),
+    ] = None,
     column: Column = None,
-    split: Annotated[str | None, typer.Option(help="Split of a directory or a hub id. [train]")] = None,
-    eval_data: Annotated[list[str] | None, typer.Option(help="What to evaluate on; repeatable.")] = None,
-    eval_split: EvalSplit = None,
-    max_length: Annotated[int | None, typer.Option(help="Longest sequence in tokens. [1024]")] = None,
-    packing: Annotated[bool | None, typer.Option(help="Several rows in one sequence.")] = None,
-    streaming: Annotated[bool | None, typer.Option(help="Read the data as it is used.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data. [1]")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences of one forward pass. [8]")] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Forward passes of one step. [1]")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak rate. [the method's own]")] = None,
-    gradient_checkpointing: Annotated[bool | None, typer.Option(help="Less memory, more time.")] = None,
-    early_stopping: Annotated[int | None, typer.Option(help="Evaluations without gain before it stops.")] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations. [an epoch]")] = None,
-    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything drawn at random. [0]")] = None,
-    wandb: Annotated[bool | None, typer.Option(help="Also log to Weights & Biases.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of any other key; repeatable.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away an earlier run's result.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print report.json when done.")] = False,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Which split of a directory or a hub dataset to train on.",
+            show_default="train",
+            rich_help_panel="Data",
+        ),
+    ] = None,
+    eval_data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH",
+            help="Data to evaluate on during training. Repeatable.",
+            show_default="none",
+            rich_help_panel="Data",
+        ),
+    ] = None,
+    eval_split: Annotated[
+        float | None,
+        typer.Option(
+            help="Hold out rows of the training data for evaluation, instead of --eval-data: a share below 1, or a "
+            "number of rows.",
+            show_default="none",
+            rich_help_panel="Data",
+        ),
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Maximum length of a sequence in tokens; longer rows are cut.",
+            show_default="1024",
+            rich_help_panel="Data",
+        ),
+    ] = None,
+    packing: Annotated[
+        bool | None,
+        typer.Option(
+            help="Put several rows into one sequence; they do not attend to each other.",
+            show_default="off",
+            rich_help_panel="Switches",
+        ),
+    ] = None,
+    streaming: Annotated[
+        bool | None,
+        typer.Option(
+            help="Read the data while training, for data larger than memory. Needs --max-steps.",
+            show_default="off",
+            rich_help_panel="Switches",
+        ),
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the data.", show_default="1", rich_help_panel="Training")
+    ] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Number of optimizer steps; overrides --epochs.", rich_help_panel="Training")
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Sequences per forward pass, on each process.", show_default="8", rich_help_panel="Training"),
+    ] = None,
+    accumulate: Annotated[
+        int | None,
+        typer.Option(help="Forward passes per optimizer step.", show_default="1", rich_help_panel="Training"),
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate.", show_default="set by the method", rich_help_panel="Training"),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            help="Recompute activations in the backward pass: less memory, more time.",
+            show_default="off",
+            rich_help_panel="Switches",
+        ),
+    ] = None,
+    early_stopping: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after this many evaluations in a row without a lower loss. Needs --eval-data or --eval-split.",
+            show_default="off",
+            rich_help_panel="Training",
+        ),
+    ] = None,
+    eval_every: Annotated[
+        int | None,
+        typer.Option(help="Optimizer steps between evaluations.", show_default="one epoch", rich_help_panel="Training"),
+    ] = None,
+    save_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Optimizer steps between checkpoints.",
+            show_default="at each evaluation; without evaluation 100, or one epoch if that is shorter",
+            rich_help_panel="Training",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Dtype of the base model: auto, float32 or bfloat16. auto is bfloat16 on a GPU that supports it, else "
+            "float32.",
+            show_default="auto",
+            rich_help_panel="Model and method",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed for everything that is random.", show_default="0", rich_help_panel="Training"),
+    ] = None,
+    wandb: Annotated[
+        bool | None, typer.Option(help="Also log to Weights & Biases.", show_default="off", rich_help_panel="Switches")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any other key of the recipe, such as warmup=0.1. Repeatable.",
+            rich_help_panel="Run",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the last checkpoint in --output.", rich_help_panel="Run")
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace the results of an earlier run in --output.", rich_help_panel="Run"),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="At the end, print report.json.", rich_help_panel="Run")
+    ] = False,
 ) -> None:
-    """Train an adapter from a recipe, from flags, or both."""
+    """Train an adapter from flags, a recipe file, or both."""
     flags = {name: value for name, value in locals().items() if name not in NOT_KEYS and value is not None}
     if resume and overwrite:
-        raise typer.BadParameter("--resume and --overwrite exclude each other")
+        raise typer.BadParameter("--resume and --overwrite contradict each other; give only one of them")
     for name in ("data", "eval_data"):
         if name in flags:
             flags[name] = [source(text) for text in flags[name]]
@@ -107,7 +274,7 @@ NOT_KEYS = ("recipe", "option", "column", "split", "set_", "resume", "overwrite"
 
 
 def _content(path: str | None, flags: dict[str, Any], resume: bool) -> dict[str, Any]:
-    """The recipe's keys from its file, or from the file of the run to resume; empty if there is neither."""
+    """Read the recipe's keys from its file or from that of the run to resume; empty if there is neither."""
     from veneer.errors import ConfigError
     from veneer.files.recipe import RECIPE_NAME, read
 
@@ -119,7 +286,9 @@ def _content(path: str | None, flags: dict[str, Any], resume: bool) -> dict[str,
     else:
         content = {}
     if resume and not content and "data" not in flags:
-        raise ConfigError(f"there is no run to resume: {str(saved)!r} is not there; give --output of one that began")
+        raise ConfigError(
+            f"there is no run to resume: {str(saved)!r} does not exist; give the --output of a run that was started"
+        )
     return content
 
 
@@ -134,7 +303,7 @@ def _add_options(content: dict[str, Any], texts: list[str]) -> None:
 
 
 def _add_columns(content: dict[str, Any], columns: dict[str, str], split: str | None) -> None:
-    """Add column names to every source of data, and the split to those of training data."""
+    """Add column names to every data source, and the split to the sources of training data."""
     if not columns and not split:
         return
     for key in ("data", "eval_data"):
@@ -149,14 +318,14 @@ def _add_columns(content: dict[str, Any], columns: dict[str, str], split: str | 
 
 
 def _listed(value: Any) -> list[Any]:
-    """A list as it is, one source as a list of one, nothing as an empty list."""
+    """The value as a list: a single source becomes a list of one, an empty value an empty list."""
     if not value:
         return []
     return value if isinstance(value, list) else [value]
 
 
 def _value(text: str) -> Any:
-    """The value that YAML reads from a text, such as a number, true, null or a [list]; else the text."""
+    """Parse a text as YAML (a number, true, null, a [list]); text that is not YAML stays as it is."""
     import yaml
 
     try:

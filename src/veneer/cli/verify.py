@@ -1,4 +1,4 @@
-"""`veneer verify`: does the adapter on disk work?"""
+"""`veneer verify`: check that the adapter on disk works."""
 
 from __future__ import annotations
 
@@ -9,25 +9,44 @@ from typing import Annotated
 import typer
 
 EXAMPLES = """
-Exit status 0 means that it loads, gives the outputs that training recorded, and merges.
+Checks that the files load, that no tensor is all zero, that training
+changed every tensor, that the outputs are those that training recorded, and
+that merging gives the same outputs. Without a record of the training run,
+the checks that need it are skipped.
+
+Exit status 0: every check passed or was skipped; 2: a check failed.
 
 Examples:
 
-  veneer verify out                  on the base model that the adapter names
+  # on the base model that the adapter names
+  veneer verify my-adapter
 
-  veneer verify out --model DIR      on this one
+  # on another copy of it
+  veneer verify my-adapter --model DIR
 
-  veneer verify out --json
+  veneer verify my-adapter --json
 """
 
 
 def verify(
-    adapter: Annotated[Path, typer.Argument(help="The adapter's directory.")],
-    model: Annotated[str | None, typer.Option(help="The base model; else the one the adapter names.")] = None,
-    follow_paths: Annotated[bool, typer.Option(help="Follow paths in its config that lead out of DIR.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    adapter: Annotated[Path, typer.Argument(help="Directory of the adapter.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The base model: a directory, a name that `veneer pull` knows, or a hub id.",
+            show_default="the model that the adapter names",
+        ),
+    ] = None,
+    follow_paths: Annotated[
+        bool,
+        typer.Option(
+            help="Allow paths in the adapter's config that lead out of its directory, such as those of X-LoRA's "
+            "experts. Use it only for adapters that you trust."
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
 ) -> None:
-    """Reload an adapter onto a fresh base model and check everything about it."""
+    """Check a saved adapter by loading it onto a fresh base model."""
     from veneer.core.config import TaskType
     from veneer.model.loading import load_base
     from veneer.model.verify import verify as check

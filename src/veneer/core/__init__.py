@@ -1,5 +1,5 @@
-"""Adapters on a model: wrapping modules, the order in which adapters compose, saving, loading, switching.
+"""Adapters on a model: wrapping modules, composing adapters, saving, loading and switching them.
 
-Names no method, and imports nothing that stands above it: `targets`, `ops`, `files`, `upstream`, `maths`, `errors`.
-Start with `adapter.py` (what a method defines), then `layer.py` (the one wrapper) and `attach.py`.
+Refers to no particular method, and imports only `targets`, `ops`, `files`, `upstream`, `maths` and `errors`. Start with
+`adapter.py` (the base classes of methods), then `layer.py` (the only wrapper) and `attach.py`.
 """

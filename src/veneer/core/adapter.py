@@ -1,7 +1,7 @@
-"""What a method is: an `nn.Module` for one (target, adapter name), whose attribute names are the checkpoint's.
+"""The base classes of methods: an adapter is an `nn.Module` on one target, with the checkpoint's attribute names.
 
-An adapter says what it does to activations (`pre`, `post`), to the weight (`fold`), or both; the laws hold
-the two together.
+An adapter defines what it does to activations (`pre`, `post`), to the weight (`fold`), or both; `tests/test_laws.py`
+checks that both give the same output.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ class Adapter(nn.Module):
 
     Subclasses define any of:
 
-    - `pre(x) -> x`: on the input of the base module.
-    - `post(x, y) -> y`: on its output; x is what `pre` received.
-    - `fold(W, b) -> (W, b)`: the method as a new weight, W (out, in); left undefined it is not mergeable.
+    - `pre(x) -> x`: changes the input of the base module.
+    - `post(x, y) -> y`: changes its output; x is the input before `pre`.
+    - `fold(W, b) -> (W, b)`: changes the weight, W (out, in). Without it, the adapter cannot be merged.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
-    """The kinds of target it adapts: linear, conv, embedding, norm, block."""
+    """The kinds of targets it adapts: linear, conv, embedding, norm, block, param."""
     reads_weight: bool = False
-    """`post` reads the weight below it (its norm, say), so adapters below it must be folded into that weight first."""
+    """Whether `post` reads the weight (its norm, say), so that adapters below must be folded into the weight first."""
     follows_ties: ClassVar[bool] = False
-    """It also adapts modules with a tied weight; there it is built with `twin=` the first adapter."""
+    """Whether modules with a tied weight are adapted too; their adapters are built with `twin=` the first adapter."""
     is_product: ClassVar[bool] = False
-    """Whether it adds x A^T B^T to the output, and nothing but `finish` after that (see `LowRank`)."""
+    """Whether it adds x A^T B^T to the output and then only applies `finish` (see `LowRank`)."""
     has_finish: ClassVar[bool] = False
     key: str = ""
-    """Prefix of the names of its tensors in the file."""
+    """The prefix of its tensors' names in the file."""
     has_pre: bool = False
     has_post: bool = False
     has_fold: bool = False
@@ -56,7 +56,7 @@ class Adapter(nn.Module):
 
     if TYPE_CHECKING:
 
-        def __getattr__(self, name: str) -> Any: ...  # torch says Tensor | Module, which fits no attribute
+        def __getattr__(self, name: str) -> Any: ...  # torch's `Tensor | Module` fits no attribute of ours
 
     def __init__(self, config: Config | None, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__()
@@ -66,33 +66,33 @@ class Adapter(nn.Module):
 
     @property
     def shared(self) -> Any:
-        """The module that all layers of this adapter name share, from `Config.build_shared`."""
+        """The module from `Config.build_shared`, which all layers of this adapter share."""
         return self._shared[0]
 
     @property
     def parts(self) -> tuple[Adapter, ...]:
-        """The single adapters it consists of, innermost first."""
+        """The adapters that it consists of, innermost first."""
         return (self,)
 
     @property
     def commutes(self) -> bool:
-        """Whether its place among other adapters makes no difference, so that it may be merged out of order."""
+        """Whether its position among other adapters makes no difference, so that it may be merged out of order."""
         return False
 
     @property
     def is_dense(self) -> bool:
-        """Whether `post` makes the update as a whole matrix, which `fold` gives from its parameters alone."""
+        """Whether `post` forms the full update matrix, and `fold` needs nothing but the parameters."""
         return False
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype its mathematics runs in: that of its first floating tensor, or the shared module's."""
+        """The dtype that it computes in: that of its first floating-point tensor, else the shared module's."""
         if "_dtype" not in self.__dict__:
             self._dtype = _dtype_of(self) or _dtype_of(self.shared)
         return self._dtype
 
     def forget_dtype(self) -> None:
-        """Look `dtype` up again: its tensors were cast."""
+        """Clear the cached `dtype` after the tensors were cast."""
         self.__dict__.pop("_dtype", None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -111,13 +111,13 @@ class Adapter(nn.Module):
         )
 
     def export(self) -> Tensors:
-        """What goes to the file, by attribute name."""
+        """The tensors to save, by attribute name."""
         return self.state_dict()
 
     def absorb(self, tensors: Tensors) -> None:
-        """Take tensors from a file.
+        """Load tensors from a file.
 
-        In place where it has memory, since an optimizer may hold its Parameters; placeholder tensors are replaced.
+        Parameters are set in place, because an optimizer may hold them; placeholder tensors are replaced.
         """
         present = self.state_dict(keep_vars=True)
         if not any(tensor.is_meta for tensor in present.values()):
@@ -133,35 +133,35 @@ class Adapter(nn.Module):
                 owner._buffers[name] = tensors[key]
 
     def repeats(self) -> dict[str, str]:
-        """Keys whose tensors repeat those of another target's adapter, perhaps transposed, each with that one's key."""
+        """Maps keys whose tensors duplicate another adapter's (perhaps transposed) to that adapter's keys."""
         return {}
 
     def learned(self) -> list[nn.Parameter]:
-        """The parameters that training may change."""
+        """The parameters that can be trained."""
         parameters = []
         for module in modules_of(self):
             parameters += [parameter for parameter in module._parameters.values() if parameter is not None]
         return parameters
 
     def describe(self) -> str:
-        """Its settings in a few words, for `print(model)`."""
+        """A short description of its settings, for `print(model)`."""
         return ""
 
     def expected_parameters(self) -> int:
-        """The number of trained parameters by the paper's formula; the actual number where a method states none."""
+        """The number of trained parameters by the paper's formula; by default the actual number."""
         return sum(p.numel() for p in self.parameters())
 
 
 def modules_of(module: nn.Module) -> list[nn.Module]:
-    """The module and all below it: `module.modules()` in a quarter of the time, with repetitions."""
+    """The module and all modules inside it, with repetitions, in a quarter of the time of `module.modules()`."""
     modules = [module]
-    for parent in modules:  # which grows meanwhile
+    for parent in modules:  # the list grows during the loop
         modules.extend(child for child in parent._modules.values() if child is not None)
     return modules
 
 
 def _dtype_of(module: nn.Module | None) -> torch.dtype | None:
-    """The dtype of the first floating-point parameter, else buffer."""
+    """The dtype of the first floating-point parameter or, without one, buffer."""
     if module is None:
         return None
     for tensor in (*module.parameters(), *module.buffers()):
@@ -171,7 +171,7 @@ def _dtype_of(module: nn.Module | None) -> torch.dtype | None:
 
 
 class Parts(Adapter):
-    """Several adapters under one name on one target, innermost first (an update and a trained bias)."""
+    """Several adapters under one name on one target, such as an update and a trained bias; innermost first."""
 
     def __init__(self, *parts: Adapter) -> None:
         super().__init__(parts[0].config, parts[0].target, parts[0].shared)
@@ -223,7 +223,7 @@ class Additive(Adapter):
         return type(self).post is Additive.post and self.shared is None
 
     def delta(self) -> Tensor:
-        raise NotImplementedError  # a subclass that forgets it fails in every law
+        raise NotImplementedError  # a subclass without it fails `tests/test_laws.py`
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return W + self.delta().to(W.dtype), b
@@ -233,7 +233,7 @@ class Additive(Adapter):
 
 
 class LowRank(Additive):
-    """delta = B A from `factors()`: A (r, in), B (out, r), the scaling folded in."""
+    """delta = B A from `factors()`: A (r, in) and B (out, r), which include the scaling."""
 
     def __init__(self, config: Config | None, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
@@ -245,10 +245,10 @@ class LowRank(Additive):
         cls.has_finish = cls.finish is not LowRank.finish
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError  # a subclass that forgets it fails in every law
+        raise NotImplementedError  # a subclass without it fails `tests/test_laws.py`
 
     def as_update(self) -> Update:
-        """The factors, and the dropout that is in effect."""
+        """The factors, and the dropout probability that applies in the current mode."""
         A, B = self.factors()
         dropout = self.dropout
         in_effect = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
@@ -260,7 +260,7 @@ class LowRank(Additive):
 
     @property
     def is_plain_sum(self) -> bool:
-        """Whether `fold` is W + B A, for W (out, in) as it is stored."""
+        """Whether `fold` computes W + B A, with W (out, in) as it is stored."""
         kind = type(self)
         return self.target.kind == "linear" and kind.fold is LowRank.fold and kind.delta is LowRank.delta
 
@@ -271,7 +271,7 @@ class LowRank(Additive):
         return torch.addmm(W, B.to(W.dtype), A.to(W.dtype)), b
 
     def update(self, x: Tensor) -> Tensor:
-        """What it adds to the output for an input."""
+        """The term that it adds to the output for an input x."""
         A, B = self.factors()
         if self.dropout is not None:
             x = self.dropout(x)
@@ -281,7 +281,7 @@ class LowRank(Additive):
         return self.finish(y + self.update(x))
 
     def finish(self, z: Tensor) -> Tensor:
-        """A last change of the output, after the update was added."""
+        """Change the output after the update was added; does nothing by default."""
         return z
 
     def set_dropout(self, p: float) -> None:
@@ -289,7 +289,7 @@ class LowRank(Additive):
 
 
 class Bias(Adapter):
-    """A trained copy of the target's bias: y' = y - b + b'. The base keeps its own."""
+    """A trained copy b' of the target's bias b: y' = y - b + b'. The base module keeps its own bias."""
 
     kinds = frozenset({"linear", "conv", "norm"})
 
@@ -313,7 +313,7 @@ class Bias(Adapter):
 
 
 class Replace(Adapter):
-    """A trained copy of a whole module, which runs instead of it (`modules_to_save`: a classifier, a head)."""
+    """A trained copy of a whole module that runs in its place (`modules_to_save`: a classifier, a head)."""
 
     kinds = frozenset({"linear", "conv", "embedding", "norm", "block"})
 
@@ -336,7 +336,7 @@ class Replace(Adapter):
 
 
 class TiedReplace(Replace):
-    """A module tied to one of which a copy is trained: it runs with the copy's weight."""
+    """A module that shares its weight with a module that has a trained copy: it runs with the copy's weight."""
 
     def __init__(self, target: Target, first: Replace) -> None:
         Adapter.__init__(self, None, target, first)
@@ -354,7 +354,7 @@ class TiedReplace(Replace):
         return {"weight": self.shared.module.weight.detach()}
 
     def absorb(self, tensors: Tensors) -> None:
-        pass  # the first one has taken it
+        pass  # the adapter of the first module loads it
 
     def repeats(self) -> dict[str, str]:
         return {"weight": f"{self.shared.target.path}.weight"}

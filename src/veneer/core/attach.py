@@ -1,4 +1,4 @@
-"""Attaching adapters to a model and taking them off again, leaving no trace."""
+"""Attaching adapters to a model, and detaching them without a trace."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..files.read import WEIGHTS_NAME
 from ..targets.target import ParamTarget, Target
 from ..targets.walk import walk
 from . import checkpoint
-from .adapter import Adapter, Bias, Replace, Tensors, TiedReplace
+from .adapter import Adapter, Additive, Bias, Replace, Tensors, TiedReplace
 from .config import CONFIG_NAME, Config, LayerConfig, PromptConfig
 from .hooks import install, uninstall
 from .layer import AdapterLayer
@@ -34,15 +34,17 @@ def attach(
     trainable: bool,
     on_meta: bool = False,
     lift: bool = True,
+    layer_class: type[AdapterLayer] = AdapterLayer,
 ) -> State:
-    """Put the adapter that `config` describes on `model`, called `name`. An error leaves the model as it was.
+    """Attach the adapter that `config` describes to `model` under `name`. An error leaves the model unchanged.
 
     Args:
-        trainable: declared trainable; it learns while it is also active.
-        on_meta: build without memory, for tensors that are about to be loaded.
-        lift: hold adapters of a half-precision base in fp32.
+        trainable: whether the adapter is trained while it is active.
+        on_meta: create placeholder tensors on the meta device, for values that are loaded later.
+        lift: keep the adapter in float32 if the base is in half precision.
+        layer_class: the class that wraps adapted modules, if `model` has no adapters yet.
     """
-    state = state_of(model) or State()
+    state = state_of(model) or State(layer_class)
     _check_name(name, state)
     reshaped = config.reshape(model)
     state.reshaped += [] if reshaped is None else [reshaped]
@@ -84,7 +86,7 @@ def _put_on(
 
 
 def _places(model: nn.Module, config: Config, saved: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """(paths of the modules, places of the bare parameters) that a config adapts."""
+    """(module paths, (module path, name) pairs of the bare parameters) that a config adapts."""
     if not isinstance(config, LayerConfig):
         return [], []
     wanted = config.bare_parameters()
@@ -96,7 +98,7 @@ def _places(model: nn.Module, config: Config, saved: Sequence[str]) -> tuple[lis
 
 
 def try_on(model: nn.Module, config: Config, name: str, tensors: Tensors, notes: dict[str, Any]) -> list[str]:
-    """Raise unless a saved adapter fits `model`; returns the paths it adapts and leaves the model as it was."""
+    """Raise unless a saved adapter fits `model`; return the paths that it adapts. The model is left unchanged."""
     state = attach(model, config, name, trainable=False, on_meta=True)
     try:
         checkpoint.check_fit(model, state, name, tensors, notes)
@@ -106,7 +108,7 @@ def try_on(model: nn.Module, config: Config, name: str, tensors: Tensors, notes:
 
 
 def detach(model: nn.Module, name: str, state: State) -> None:
-    """Take one adapter off; a layer without adapters becomes the plain module again."""
+    """Remove one adapter. A layer without adapters becomes the plain module again."""
     state.configs.pop(name, None)
     state.trainable.discard(name)
     state.schedules.pop(name, None)
@@ -129,7 +131,7 @@ def detach(model: nn.Module, name: str, state: State) -> None:
 
 
 class Wrapper:
-    """Puts `AdapterLayer`s into a model and takes them out, at every place that holds the module."""
+    """Replaces modules of a model by `AdapterLayer`s and back, in every parent that holds the module."""
 
     def __init__(self, model: nn.Module, state: State) -> None:
         self.model, self.state = model, state
@@ -138,7 +140,7 @@ class Wrapper:
     def wrap(self, path: str) -> AdapterLayer:
         if path not in self.state.layers:
             module = self.modules[path]
-            layer = (self.state.layer_class or AdapterLayer)(module, path, self.state)
+            layer = self.state.layer_class(module, path, self.state)
             self._put(module, layer)
             self.state.layers[path] = layer
         return self.state.layers[path]
@@ -166,17 +168,20 @@ def _check_name(name: str, state: State) -> None:
     if not isinstance(name, str):
         raise VeneerError(f"an adapter's name must be a string, not {name!r}")
     if name == BASE:
-        raise VeneerError(f"adapter name {name!r} stands for a row without an adapter in mixed batches; choose another")
+        raise VeneerError(f"adapter name {name!r} is reserved for rows without an adapter; choose another name")
     if name in ("", ".", "..") or any(c in "/\\\0" or "\ud800" <= c <= "\udfff" for c in name):
-        raise VeneerError(f"adapter name {name!r} must be usable as a folder's name")
+        raise VeneerError(f"adapter name {name!r} cannot be a folder's name; choose another name")
     if len(name.encode()) > 255 or name in (CONFIG_NAME, WEIGHTS_NAME, checkpoint.NEXT_NAME):
-        raise VeneerError(f"adapter name {name[:60]!r} is no folder's: above 255 bytes, or the name of a file in it")
+        raise VeneerError(
+            f"adapter name {name[:60]!r} is longer than 255 bytes, or the name of one of an adapter's files; choose "
+            "another name"
+        )
     if name in state.configs:
         raise VeneerError(f"the model already has an adapter called {name!r}; choose another name or delete it first")
 
 
 def _add_member(model: nn.Module, config: Config, member: Config, name: str, layers: Wrapper, paths: list[str]) -> None:
-    """The adapters, the shared module and the prompt of one of the methods under a name."""
+    """Attach the adapters, the shared module and the prompt of one member of a config."""
     state, adapted = layers.state, [layers.wrap(path) for path in paths]
     shared = member.build_shared([layer.target for layer in adapted])
     prompt = None
@@ -185,7 +190,9 @@ def _add_member(model: nn.Module, config: Config, member: Config, name: str, lay
     kind = member.peft_type
     for group, module in ((state.shared, shared), (state.prompts, prompt)):
         if module is not None and name in group:
-            raise VeneerError(f"{name!r} would unite two methods with a shared module or a prompt, the second {kind}")
+            raise VeneerError(
+                f"{name!r} cannot combine two methods that both have a shared module or a prompt; the second is {kind}"
+            )
         if module is not None:
             group[name] = module
     built = []
@@ -201,17 +208,37 @@ def _add_member(model: nn.Module, config: Config, member: Config, name: str, lay
 
 
 def _adapters_on(layer: AdapterLayer, config: Config, shared: Any) -> list[Adapter]:
-    """The adapter of a layer, or one on each parameter that its module reads by itself."""
+    """The adapter of a layer, or one for each parameter that its module reads without calling a submodule."""
     if layer.target.kind in config.adapter.kinds:
-        return [config.build(layer.target, shared)]
+        adapter = config.build(layer.target, shared)
+        if layer.target.by_weight:
+            _check_by_weight(adapter)
+        return [adapter]
     built = [config.build(ParamTarget(layer, name), shared) for name in layer.target.inside]
     for adapter, key in zip(built, layer.target.inside.values(), strict=True):
         adapter.key = key
     return built
 
 
+def _check_by_weight(adapter: Adapter) -> None:
+    """Raise where an update of the weight cannot be put into the weight of a module with a forward of its own."""
+    if not isinstance(adapter, Additive):
+        return
+    has_dropout = getattr(adapter, "dropout", None) is not None
+    if has_dropout or not adapter.has_fold:
+        target = adapter.target
+        what = "dropout" if has_dropout else type(adapter).__name__
+        raise TargetError(
+            f"{target.path!r} ({type(target.base).__name__}) has a forward of its own, so an adapter can change only "
+            f"its weight, on which there is no {what}; leave it out with exclude_modules"
+        )
+
+
 def _add_to_parameters(config: Config, name: str, layers: Wrapper, places: Sequence[tuple[str, str]]) -> None:
-    """Adapters on bare parameters. In the file the last of a module has no prefix, each one before it one more."""
+    """Attach adapters to bare parameters.
+
+    In the file, the keys of a module's last adapter have no prefix, and each earlier one has one more "base_layer.".
+    """
     count = Counter(path for path, _ in places)
     for path, parameter in places:
         layer = layers.wrap(path)
@@ -222,21 +249,21 @@ def _add_to_parameters(config: Config, name: str, layers: Wrapper, places: Seque
         is_bare = target.kind == "param"
         if is_bare and ("param" not in adapter.kinds or getattr(adapter, "dropout", None) is not None):
             what = "dropout" if "param" in adapter.kinds else type(adapter).__name__
-            raise TargetError(f"target_parameters: {target.path!r} is a bare parameter, on which there is no {what}")
+            raise TargetError(f"target_parameters: {target.path!r} is a bare parameter, which does not support {what}")
         layer.add(name, adapter)
 
 
 def _view_of(layer: AdapterLayer, parameter: str, name: str) -> Target:
-    """What an adapter sees of a parameter: of a linear layer's own weight the layer, so that no two views of it exist.
+    """The target for an adapter on a parameter. For a linear layer's own weight, this is the target of the layer.
 
     Raises:
-        TargetError: the weight is adapted already, or stored otherwise than as a matrix (out, in).
+        TargetError: the weight is already adapted, or is not stored as a matrix (out, in).
     """
     target, weight = layer.target, getattr(layer.base_layer, parameter)
     if target.kind == "block" or parameter != "weight":
         return ParamTarget(layer, parameter)
     if name in layer.adapters:
-        raise TargetError(f"target_parameters: target_modules has {layer.path!r}, whose weight this is, already")
+        raise TargetError(f"target_parameters: the weight of {layer.path!r} is already adapted by target_modules")
     if target.kind != "linear" or target.as_matrix(weight) is not weight:
         kind = type(layer.base_layer).__name__
         raise TargetError(f"target_parameters: {layer.path!r} is a {kind}; put the module into target_modules")
@@ -244,30 +271,31 @@ def _view_of(layer: AdapterLayer, parameter: str, name: str) -> Target:
 
 
 def _check_keys(state: State, name: str) -> None:
-    """Raise unless each tensor has a key of its own in the file."""
+    """Raise unless each tensor has a unique key in the file."""
     keys: Counter[str] = Counter()
     for prefix, part in checkpoint.parts(state, name):
         keys.update(prefix + key for key in checkpoint.export(part))
     twice = [key for key, count in keys.items() if count > 1]
     if twice:
-        raise VeneerError(f"two methods united under {name!r} would save under the same keys:{listing(twice)}")
+        raise VeneerError(f"two methods combined under {name!r} would save the same keys:{listing(twice)}")
 
 
 def _add_twins(first: Adapter, name: str, layers: Wrapper, build: Callable[[Target, Any], Adapter]) -> None:
-    """What `build` makes of a target and the first adapter, on each other module whose weight is the same Parameter."""
+    """Attach `build(target, first)` to every other module whose weight is the same Parameter as that of `first`."""
     base = first.target.base
     for path, module in layers.modules.items():
         if module is not base and module._parameters.get("weight") is base.weight:
             layer = layers.wrap(path)
             if name in layer.adapters:
                 raise TargetError(
-                    f"{first.target.path!r} and {path!r} share one weight: adapt one of them, the other follows"
+                    f"{first.target.path!r} and {path!r} share one weight; adapt only one of them, and the other one "
+                    "uses the same adapter"
                 )
             layer.add(name, build(layer.target, first))
 
 
 def _add_biases(model: nn.Module, config: Config, name: str, layers: Wrapper, paths: list[str]) -> None:
-    """`bias="all"`: a trained copy of every bias; `"<method>_only"`: of those on adapted modules."""
+    """Attach trained copies of biases: of all for `bias="all"`, of the adapted modules' for `"<method>_only"`."""
     kind = getattr(config, "bias", "none")
     if kind == "none":
         return

@@ -1,4 +1,4 @@
-"""A call of the model as adapters see it: its number of rows, and facts repeated for each of them."""
+"""The number of rows in a model call, and facts repeated to match it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ..errors import VeneerError
 
 
 def by_row(facts: dict[str, Any], kwargs: dict[str, Any], args: tuple[Any, ...]) -> dict[str, Any]:
-    """Repeat facts that hold one value per row when the batch is a multiple of them (beams, returned sequences)."""
+    """Repeat facts with one value per row if the batch has a multiple of that many rows (beams, returned sequences)."""
     rows = batch_size(args, kwargs)
     return facts if rows is None else {name: _repeat(name, value, rows) for name, value in facts.items()}
 
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Rows of a model call, by its first tensor of two or more dimensions."""
+    """The number of rows in a model call, from its first tensor with two or more dimensions; None without one."""
     preferred = [kwargs.get(key) for key in ("input_ids", "inputs_embeds", "decoder_input_ids", "encoder_outputs")]
     for value in (*args, *preferred, *kwargs.values()):
         if isinstance(value, Tensor) and value.dim() > 1:

@@ -1,7 +1,8 @@
 """Reading and writing adapters in Hugging Face PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-A key is the path of a module, then the attribute's name. Saving and loading are one walk over an adapter's parts:
-`slots`. `load` reads a saved adapter, `fill` puts it into one that is attached; nothing else loads.
+A key is the path of a module followed by the name of an attribute. `slots` lists an adapter's tensors by key, for
+saving and for loading. `load` reads a saved adapter, and `fill` copies it into an attached one; nothing else loads
+adapters.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .prompt import Prompt
 from .state import State
 
 NEXT_NAME = f".{CONFIG_NAME}.next"
-"""The config of a save that is under way: a crash between its two renames leaves it beside the new tensors."""
+"""The config of a save in progress. A crash between the two renames of a save leaves it next to the new tensors."""
 
 
 class Saved(NamedTuple):
@@ -42,18 +43,18 @@ class Saved(NamedTuple):
     tensors: Tensors
     """By key."""
     notes: dict[str, Any]
-    """What veneer wrote about the adapter's origin (`provenance`)."""
+    """What veneer recorded about the adapter's origin; see `provenance`."""
 
 
-# Where things are
+# Keys
 
 
 def parts(state: State, name: str) -> Iterator[tuple[str, Adapter | Prompt | nn.Module]]:
-    """(prefix of its keys, module) for everything that is saved under an adapter's name."""
+    """Yield (key prefix, module) for every module that is saved under an adapter's name."""
     is_prompt = isinstance(state.configs[name], PromptConfig)
     for path, adapter in state.adapters(name).items():
         for part in adapter.parts:
-            # PEFT has no tuner between a prompt's model and the modules saved with it
+            # PEFT's prompt models hold the base model directly, so the paths in it have one level less
             wrapper = "base_model." if is_prompt and isinstance(part, Replace) else "base_model.model."
             yield f"{wrapper}{path}.{part.key}", part
     if name in state.shared:
@@ -63,12 +64,12 @@ def parts(state: State, name: str) -> Iterator[tuple[str, Adapter | Prompt | nn.
 
 
 def export(part: Any) -> Tensors:
-    """The tensors of a part by attribute name."""
+    """The tensors of a part to save, by attribute name."""
     return part.export() if hasattr(part, "export") else part.state_dict()
 
 
 def slots(state: State, name: str) -> Tensors:
-    """Every tensor of an adapter by its key in the file."""
+    """All tensors of an adapter, by key."""
     tensors = {}
     for prefix, part in parts(state, name):
         for key, tensor in export(part).items():
@@ -77,7 +78,7 @@ def slots(state: State, name: str) -> Tensors:
 
 
 def repeats(state: State, name: str) -> dict[str, str]:
-    """Keys that a file may hold in addition, each with the slot whose tensor it repeats."""
+    """Additional keys that a file may contain, each with the key of the tensor that it duplicates."""
     repeated = {}
     for prefix, part in parts(state, name):
         if isinstance(part, Adapter):
@@ -90,10 +91,10 @@ def repeats(state: State, name: str) -> dict[str, str]:
 
 
 def collect(model: nn.Module, state: State, name: str, whole: bool | None) -> tuple[Tensors, dict[str, Any]]:
-    """(tensors by key, notes) of an adapter, gathered on the CPU. Every process of a sharded run must take part.
+    """(tensors by key, notes) of an adapter, gathered on the CPU. In a sharded run, every process must call this.
 
     Args:
-        whole: save the base embeddings too; None: by PEFT's rule.
+        whole: whether to save the base embeddings too; None: follow PEFT's rule.
     """
     _checkgathered(state, name)
     tensors = slots(state, name)
@@ -103,12 +104,12 @@ def collect(model: nn.Module, state: State, name: str, whole: bool | None) -> tu
         notes["rounded"] = True
     memory: set[int] = set()
     on_cpu = {key: gathered(tensor, memory) for key, tensor in tensors.items()}
-    _check_finite(on_cpu, f"adapter {name!r}, which is not saved,")
+    _check_finite(on_cpu, f"adapter {name!r} is not saved because it")
     return on_cpu, notes
 
 
 def write(directory: Path, tensors: Tensors, notes: dict[str, Any], config: Config) -> None:
-    """Write one adapter. After a crash there is the old one or the new one: `load` finds the config of the tensors."""
+    """Write one adapter. A crash leaves the old one or the new one: `load` picks the config that fits the tensors."""
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(directory, NEXT_NAME)
     with replacing(directory / WEIGHTS_NAME) as temporary:
@@ -120,19 +121,21 @@ def _checkgathered(state: State, name: str) -> None:
     for parameter in state.parameters(name):
         full_shape = getattr(parameter, "ds_shape", parameter.shape)
         if tuple(full_shape) != tuple(parameter.shape):
-            raise CheckpointError(f"{name!r} is sharded by DeepSpeed's ZeRO-3; save it inside GatheredParameters")
+            raise CheckpointError(
+                f"adapter {name!r} is sharded by DeepSpeed's ZeRO-3; save it inside a GatheredParameters block"
+            )
 
 
 def gathered(tensor: Tensor, memory: set[int]) -> Tensor:
-    """A contiguous copy on the CPU, of all shards.
+    """A contiguous copy of a tensor on the CPU, including its shards in other processes.
 
     Args:
-        memory: addresses of storages already in use, with which it shares nothing; completed.
+        memory: addresses of storages in use, which the copy may not share; the tensor's own address is added.
     """
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
     if tensor.is_meta:
-        raise CheckpointError("the adapter has no values yet (it is on the meta device); there is nothing to save")
+        raise CheckpointError("the adapter has no values to save: it is on the meta device; load its values first")
     tensor = tensor.detach()
     storage = tensor.untyped_storage()
     is_alone = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in memory
@@ -155,12 +158,12 @@ def load(
     """Read a saved adapter.
 
     Args:
-        config: use this one instead of the file's.
-        allow_pickle: read a pickled tensor file where there is no other.
-        follow_paths: paths in the file's config may lead out of its directory.
+        config: a config to use instead of the file's.
+        allow_pickle: read a pickled tensor file if there is no other.
+        follow_paths: allow paths in the config that lead out of its directory.
 
     Raises:
-        CheckpointError: a file is missing or broken, or the config is not the one the tensors were written with.
+        CheckpointError: a file is missing or broken, or the config was changed after the tensors were written.
     """
     if config is not None:
         tensors, notes = read(source, allow_pickle=allow_pickle, **hub)
@@ -171,25 +174,25 @@ def load(
     tensors, notes = read(source, allow_pickle=allow_pickle, **hub)
     differences = provenance.differences(config, notes)
     if differences:
-        with contextlib.suppress(CheckpointError):  # there is one if a save was cut off, or is under way
+        with contextlib.suppress(CheckpointError):  # present if a save is in progress or was interrupted
             config = Config.from_dict(read_json(path.with_name(NEXT_NAME)))
             differences = provenance.differences(config, notes)
     if differences and identity(path) != before:  # another process saved in the meantime
         return load(source, allow_pickle=allow_pickle, follow_paths=follow_paths, **hub)
     if differences:
         raise CheckpointError(
-            f"{str(path)!r} is not the config that the tensors beside it were written with:{listing(differences)}\n"
-            "Undo the change; if it is intended, pass config=Config.from_pretrained(...)"
+            f"{str(path)!r} was changed after the tensors next to it were written:{listing(differences)}\n"
+            "Undo the change or, if it is intended, pass config=Config.from_pretrained(...)"
         )
     confine(config, path.parent, follow_paths)
     return Saved(config, tensors, notes)
 
 
 def read(source: str | Path, *, allow_pickle: bool = False, **hub: Any) -> tuple[Tensors, dict[str, Any]]:
-    """(tensors by key, veneer's own notes) of an adapter's weight file.
+    """(tensors by key, veneer's notes) from an adapter's weight file.
 
     Raises:
-        CheckpointError: no file, a pickle, a broken file, or values that are not finite.
+        CheckpointError: the file is missing, is a pickle, is broken, or holds values that are not finite.
     """
     path = find_weights(source, allow_pickle=allow_pickle, **hub)
     metadata: Mapping[str, str] = {}
@@ -203,7 +206,7 @@ def read(source: str | Path, *, allow_pickle: bool = False, **hub: Any) -> tuple
 
 
 def renamed() -> dict[str, str]:
-    """The current names of attributes that a method's older files call otherwise."""
+    """The current names of attributes that have other names in older files, by the old name."""
     names: dict[str, str] = {}
     for config in METHODS.values():
         names |= config.renamed
@@ -220,12 +223,12 @@ def _under_current_names(stored: Tensors, path: Path) -> Tensors:
             twice.append(key)
         tensors[current] = tensor
     if twice:
-        raise CheckpointError(f"{str(path)!r} holds tensors under an old and a new name:{listing(twice)}")
+        raise CheckpointError(f"{str(path)!r} holds tensors under both an old and a new name:{listing(twice)}")
     return tensors
 
 
 def current_key(key: str, names: Mapping[str, str]) -> str:
-    """A key of an older file as it is called now; `names` is from `renamed`."""
+    """The current key for a key of an older file; `names` is the result of `renamed`."""
     path, dot, attribute = key.rpartition(".")
     return path + dot + names.get(attribute, attribute)
 
@@ -237,13 +240,13 @@ def _check_finite(tensors: Tensors, what: str) -> None:
 
 
 def not_finite(tensors: Tensors) -> list[str]:
-    """The keys of tensors that hold values that are not finite."""
+    """The keys of the tensors with values that are not finite."""
     return [key for key, tensor in tensors.items() if tensor.is_floating_point() and not _is_finite(tensor)]
 
 
 def _is_finite(tensor: Tensor) -> bool:
     wide = tensor.float()
-    if math.isfinite(wide.sum()):  # a quick look: a finite sum has only finite terms
+    if math.isfinite(wide.sum()):  # faster than `isfinite`: a finite sum has only finite terms
         return True
     return bool(torch.isfinite(wide if tensor.element_size() == 1 else tensor).all())
 
@@ -252,14 +255,14 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def fill(model: Any, state: State, name: str, saved: Saved, *, lift: bool = True, check_base: bool = True) -> None:
-    """Put a saved adapter into the attached one called `name`. All is checked before anything changes.
+    """Load a saved adapter into the attached one called `name`. Everything is checked before anything changes.
 
     Args:
-        lift: hold the adapter in float32 where the base is in half precision.
-        check_base: refuse a base model other than the one it was trained on.
+        lift: keep the adapter in float32 if the base is in half precision.
+        check_base: raise an error if the adapter was trained on another base model.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected, misshapen or damaged, or the base is another one.
+        CheckpointError: a tensor is missing, unexpected, misshapen or damaged, or the base model is another one.
     """
     others = [other for other in state.configs if other != name]
     brought = embeddings.among(saved.tensors, model, slots(state, name), others)
@@ -272,16 +275,16 @@ def fill(model: Any, state: State, name: str, saved: Saved, *, lift: bool = True
 
 
 def check_refill(state: State, name: str, config: Config) -> None:
-    """Raise unless a saved adapter of these settings may take the place of the attached one called `name`.
+    """Raise unless a saved adapter with this config can be loaded into the attached one called `name`.
 
     Raises:
-        CheckpointError: another method, or settings under which the tensors mean something else.
+        CheckpointError: the method differs, or settings that decide what the tensors mean.
         VeneerError: the attached adapter is merged.
     """
     present = state.configs[name].saved()
     if present.peft_type != config.peft_type:
         raise CheckpointError(
-            f"adapter {name!r} is {present.peft_type}, the file {config.peft_type}; load it under another name"
+            f"adapter {name!r} is {present.peft_type}, but the file is {config.peft_type}; load it under another name"
         )
     if any(name in layer.merged_adapters for layer in state.layers.values()):
         raise VeneerError(f"{name!r} is merged into the weights; call unmerge_adapter() before loading into it")
@@ -289,17 +292,17 @@ def check_refill(state: State, name: str, config: Config) -> None:
     differences = []
     for field, value in provenance.settings(config).items():
         if here.get(field) != value:
-            differences.append(f"{field} = {here.get(field)!r}, in the file {value!r}")
+            differences.append(f"{field} = {here.get(field)!r}, but {value!r} in the file")
     if differences:
         raise CheckpointError(
-            f"adapter {name!r} has other settings than the file; load it under another name:{listing(differences)}"
+            f"adapter {name!r} and the file have different settings; load it under another name:{listing(differences)}"
         )
 
 
 def check_fit(
     model: Any, state: State, name: str, tensors: Tensors, notes: Mapping[str, Any], check_base: bool = True
 ) -> None:
-    """Raise unless a file's tensors are the adapter's, undamaged, and trained on this base model."""
+    """Raise unless a file's tensors fit the adapter, are undamaged, and were trained on this base model."""
     check(state, name, tensors)
     provenance.check_undamaged(notes)
     if check_base:
@@ -307,7 +310,7 @@ def check_fit(
 
 
 def check(state: State, name: str, tensors: Tensors) -> None:
-    """Raise CheckpointError unless `tensors` are exactly those of the adapter, in key, shape and kind."""
+    """Raise CheckpointError unless `tensors` have the adapter's keys and shapes, and are floats where it has floats."""
     expected = slots(state, name)
     copies = {}
     for key, slot in repeats(state, name).items():
@@ -317,8 +320,8 @@ def check(state: State, name: str, tensors: Tensors) -> None:
         "missing": [key for key in expected if key not in tensors],
         "unexpected": [],
         "of another shape": [],
-        "of another kind": [],
-        "unlike those they should repeat": [],
+        "of another type": [],
+        "different from the tensors they must repeat": [],
     }
     for key, tensor in tensors.items():
         if key not in expected:
@@ -330,22 +333,22 @@ def check(state: State, name: str, tensors: Tensors) -> None:
             shapes = f"{tuple(tensor.shape)} in the file, {tuple(wanted.shape)} in the model"
             problems["of another shape"].append(f"{key}: {shapes}")
         if tensor.is_floating_point() != wanted.is_floating_point():
-            problems["of another kind"].append(f"{key}: {tensor.dtype} in the file")
+            problems["of another type"].append(f"{key}: {tensor.dtype} in the file")
     for key, slot in copies.items():
         if not _is_repeated(tensors[key], tensors[slot]):
-            problems["unlike those they should repeat"].append(key)
+            problems["different from the tensors they must repeat"].append(key)
     lines = [f"{len(keys)} {problem}:{listing(keys)}" for problem, keys in problems.items() if keys]
     if lines:
-        raise CheckpointError(f"the file does not fit adapter {name!r} on this model; tensors " + "\nand ".join(lines))
+        raise CheckpointError(f"the file's tensors do not fit adapter {name!r} on this model: " + "\nand ".join(lines))
 
 
 def _is_repeated(tensor: Tensor, first: Tensor) -> bool:
-    """Whether the numbers are the same; a tied module may hold them transposed."""
+    """Whether two tensors hold the same values; a tied module may hold them transposed."""
     return torch.equal(tensor, first) or (first.dim() == 2 and torch.equal(tensor, first.T))
 
 
 def absorb(state: State, name: str, tensors: Tensors) -> None:
-    """Put checked tensors into the adapter; in place where it has memory."""
+    """Load checked tensors into the adapter: in place, except for placeholder tensors."""
     for prefix, part in parts(state, name):
         values = {}
         for key in export(part):
@@ -362,14 +365,14 @@ def absorb(state: State, name: str, tensors: Tensors) -> None:
 
 
 def is_rounded(state: State, name: str) -> bool:
-    """Whether any target of the adapter is quantised, so that its weights are near the pretrained ones."""
+    """Whether a target of the adapter is quantised, so that its weights only approximate the pretrained ones."""
     return any(state.layers[path].target.is_quantised for path in state.adapters(name))
 
 
 def base_weights(model: Any, state: State, name: str) -> dict[str, Tensor]:
-    """The pretrained weights of an adapter's targets by path; of a prompt the input embedding, by "".
+    """The pretrained weights of an adapter's targets by path; for a prompt, the input embedding under the path "".
 
-    Only those that are whole in memory.
+    Weights that are not fully in memory are left out.
     """
     weights = {}
     for path, adapter in state.adapters(name).items():
@@ -385,7 +388,7 @@ def base_weights(model: Any, state: State, name: str) -> dict[str, Tensor]:
 
 
 def _pretrained(state: State, path: str) -> Tensor | None:
-    """The pretrained weight of a layer; for a block, which has none itself, that of the first matrix inside."""
+    """The pretrained weight of a layer; for a block, which has none, that of the first linear layer inside."""
     target = state.layers[path].target
     if target.kind != "block":
         return target.original_weight() if target.is_readable else None

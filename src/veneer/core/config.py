@@ -1,4 +1,4 @@
-"""Configs: the fields of a method, in Hugging Face PEFT's names and file format, and what a method tells the core.
+"""Configs: the fields of each method, in Hugging Face PEFT's names and file format, and the hooks that the core calls.
 
 Every config class registers itself under the name of its file. Unknown, mistyped and contradictory fields are errors.
 """
@@ -34,7 +34,7 @@ CONFIG_NAME = "adapter_config.json"
 
 
 class Name(str):
-    """A string that is its own `.value`, as the members of an enum of strings are."""
+    """A string with a `value` attribute, like a member of a string enum."""
 
     @property
     def value(self) -> str:
@@ -42,7 +42,7 @@ class Name(str):
 
 
 class TaskType(str, enum.Enum):
-    """What the model is trained for; decides which head is trained and saved with the adapter."""
+    """The task that a model is trained for. It decides which head is trained and saved with the adapter."""
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
@@ -57,14 +57,14 @@ TASK_HEADS = {
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
-"""Modules that a task trains and saves besides the adapter, where the model has them."""
+"""The modules that are trained and saved with the adapter for a task, if the model has them."""
 
 METHODS: dict[str, type[Config]] = {}
-"""Every config class by method name, which is its file's name. Filled by `all_methods()`."""
+"""The config class of each method, by method name, which is the name of its file. Filled by `all_methods()`."""
 
 
 def all_methods() -> dict[str, type[Config]]:
-    """Every method veneer has, by name (importing their files)."""
+    """Import the files of all methods and return their config classes by method name."""
     from .. import methods as package
 
     for module in pkgutil.iter_modules(package.__path__):
@@ -74,43 +74,43 @@ def all_methods() -> dict[str, type[Config]]:
 
 @dataclass(kw_only=True)
 class Config(Checked):
-    """What every method has. Subclasses set `peft_type` and `adapter` and add their fields."""
+    """Fields that all methods have. Subclasses set `peft_type` and `adapter`, and add fields of their own."""
 
     task_type: TaskType | str | None = None
-    """One of the six task types, or None for a model that is none of them."""
+    """One of the task types in `TaskType`; None if no task applies."""
     base_model_name_or_path: str | None = None
-    """Where the base model came from; filled in when an adapter is attached."""
+    """The name or path of the base model; filled in when an adapter is attached."""
     revision: str | None = None
     """The revision of the base model on the hub."""
     inference_mode: bool = False
-    """The adapter is frozen; true in every saved file."""
+    """Whether the adapter is frozen; true in every saved file."""
     modules_to_save: list[str] | None = None
-    """Modules of which a whole copy is trained and saved with the adapter (a new head, resized embeddings)."""
+    """Modules that are trained and saved in full with the adapter, such as a new head or resized embeddings."""
 
     peft_type: ClassVar[Name]
     adapter: ClassVar[type[Adapter]]
     aliases: ClassVar[tuple[str, ...]] = ()
-    """What older files call the method (their `peft_type`)."""
+    """Values of `peft_type` that older files use for this method."""
     renamed: ClassVar[Mapping[str, str]] = {}
-    """Today's names of the adapter's attributes, by what older files call them."""
+    """Maps the attribute names in older files to the adapter's current attribute names."""
     facts: ClassVar[tuple[str, ...]] = ()
-    """Keyword arguments of a model call (and of `generate`) that belong to the adapter."""
+    """Keyword arguments of a model call (and of `generate`) that are meant for the adapter, not for the model."""
     generate_with: ClassVar[Mapping[str, Any]] = {}
-    """Settings that `generate` must run with."""
+    """Arguments that `generate` must be called with."""
     reads_encoder: ClassVar[bool] = False
-    """`before` is also given the encoder's own call, which `generate` makes past the model's."""
+    """Whether `before` is also called for the encoder, which `generate` calls directly and not through the model."""
     foreign: ClassVar[Mapping[str, Any]] = {}
-    """The reference's defaults, other than null and false, for fields we do not have."""
+    """PEFT's defaults for fields that veneer lacks, so that files with these defaults load. Empty ones are omitted."""
     from_file: ClassVar[bool] = False
-    """Set on a config that was read from a file, whose tensors and notes on the base model follow."""
+    """Set on a config that was read from a file: its adapter gets its tensors from a file, too."""
     file_holds_embedding: ClassVar[bool] = True
-    """PEFT's files carry the base embedding beside an adapter that targets it by name."""
+    """Whether PEFT's files contain the base embedding if the adapter targets it by name."""
     learning_rate: ClassVar[float] = 1e-3
-    """Where training starts well when the user names none."""
+    """The learning rate if the user gives none."""
     recommended: ClassVar[Mapping[str, Any]] = {}
-    """Settings to train with when the user names none, where the defaults of PEFT's files learn little."""
+    """Settings to train with if the user gives none, for methods that learn little with PEFT's defaults."""
     example: ClassVar[Mapping[str, Any]] = {}
-    """Settings it cannot do without, as an example of them."""
+    """Example values for the settings that must be given."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -126,68 +126,71 @@ class Config(Checked):
                 raise ConfigError(f"task_type {self.task_type!r} is unknown; use one of {', '.join(names)} or None")
             self.task_type = TaskType(self.task_type)
 
-    # What a method may tell the core
+    # Hooks that a method may override
 
     def semantic_fields(self) -> list[str]:
-        """The fields that say what its tensors mean: the method's own, and of which modules it holds a copy."""
+        """The fields that decide what the tensors mean: `modules_to_save` and the method's own, except for dropout."""
         return [f.name for f in fields(self) if f.name not in COMMON - {"modules_to_save"} and "dropout" not in f.name]
 
     def members(self) -> Sequence[Config]:
-        """The configs of the methods under this name: itself, unless it unites several."""
+        """The configs of the methods that this config combines; only the config itself for a single method."""
         return (self,)
 
     def reshape(self, model: nn.Module) -> Any:
-        """Change the model's layers before adapters go on. An object with `.undo()`, or None if nothing changed."""
+        """Change the model's layers before adapters are attached. Returns an object with `undo()`, or None."""
         return None
 
     def ties(self) -> bool:
-        """A trained copy of a module also runs where the module's weight is tied."""
+        """Whether a trained copy of a module is also used by the modules whose weights are tied to it."""
         return False
 
     def join(self, adapter: Adapter) -> Adapter:
-        """What a union makes of the adapter that a member has built."""
+        """The adapter to attach for one that a member of this config has built; by default the same."""
         return adapter
 
     def build(self, target: Target, shared: nn.Module | None = None, **kwargs: Any) -> Adapter:
-        """The adapter for one target."""
+        """Create the adapter for one target."""
         return self.adapter(self, target, shared, **kwargs)
 
     def build_shared(self, targets: Sequence[Target]) -> nn.Module | None:
-        """One module for all layers of an adapter name (projections, banks, gates)."""
+        """Create the module that all layers of an adapter share (projections, banks, gates); None if there is none."""
         return None
 
     def before(self, shared: nn.Module | None, facts: dict[Any, Any], model: nn.Module, kwargs: dict[str, Any]) -> None:
-        """Compute facts once for a model call and put them into `facts`, under `shared` if they are this adapter's."""
+        """Compute facts once per model call and store them in `facts`; this adapter's own under the key `shared`."""
 
     def after(self, facts: dict[Any, Any], output: Any) -> None:
-        """Look at what a model call gave (leave a note on its cache, for the calls that go on from it)."""
+        """Inspect the output of a model call, for example to mark its cache for the calls that continue from it."""
 
     def loss(self, adapters: Sequence[Adapter]) -> Tensor | None:
-        """A term added to the model's loss."""
+        """A term to add to the model's loss, or None."""
         return None
 
     def schedule(self, parts: Mapping[str, Any]) -> Any:
         """An object with `.step(n)`, called after the n-th optimizer step, or None.
 
         Args:
-            parts: the adapters by path, or a prompt under "".
+            parts: the adapters by path; the path of a prompt is "".
         """
         return None
 
     # The file
 
     def saved(self) -> Config:
-        """The config that goes to the file, as an adapter's `export` is for tensors."""
+        """The config to write to the file: this one, unless the saved tensors need other settings."""
         return copy.copy(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The file's content: the method's own fields, and of the common ones those that say something."""
-        own = {"peft_type": str(self.peft_type)}
+        """The content of the file: the method's own fields, and the common fields that differ from their defaults.
+
+        The fields in `ALWAYS_WRITTEN` are written in any case.
+        """
+        content = {"peft_type": str(self.peft_type)}
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name not in COMMON or f.name in ALWAYS_WRITTEN or value != default_of(f):
-                own[f.name] = _plain(value)
-        return dict(sorted(own.items()))
+                content[f.name] = _plain(value)
+        return dict(sorted(content.items()))
 
     def save_pretrained(self, directory: str | Path, name: str = CONFIG_NAME) -> None:
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
@@ -196,56 +199,56 @@ class Config(Checked):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **hub: Any) -> Config:
-        """Read `adapter_config.json` of a directory or a hub id."""
+        """Read the `adapter_config.json` of a local directory or a hub repository."""
         return cls.from_dict(read_json(find_file(source, CONFIG_NAME, **hub)))
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Config:
-        """The config of any method from a file's content. Unknown fields that say something are an error."""
+        """Create the config of any method from a file's content. Unknown fields raise ConfigError, unless empty."""
         kind = str(content.get("peft_type", ""))
-        found = _called(kind)
-        if found is None:
+        config_class = _called(kind)
+        if config_class is None:
             types = [str(config.peft_type) for config in METHODS.values()]
             raise ConfigError(f"peft_type {kind!r} is not a method of veneer{nearest(kind.upper(), types)}")
-        known = {f.name for f in fields(found)}
+        known = {f.name for f in fields(config_class)}
         harmless = {"peft_type", "auto_mapping", "peft_version"}
         unknown = {
             name: value
             for name, value in content.items()
-            if name not in known | harmless and value not in (None, False, "", [], {}, found.foreign.get(name))
+            if name not in known | harmless and value not in (None, False, "", [], {}, config_class.foreign.get(name))
         }
         if unknown:
             lines = [f"{name} = {value!r}{nearest(name, known)}" for name, value in unknown.items()]
-            raise ConfigError(f"{found.__name__} has no such fields:{listing(lines)}")
-        config = found(**{name: value for name, value in content.items() if name in known})
+            raise ConfigError(f"{config_class.__name__} has no such fields:{listing(lines)}")
+        config = config_class(**{name: value for name, value in content.items() if name in known})
         config.__dict__["from_file"] = True
         return config
 
 
 @dataclass(kw_only=True)
 class LayerConfig(Config):
-    """Fields of every method that adapts modules of the model."""
+    """Fields of the methods that adapt modules of the model."""
 
     target_modules: str | list[str] | None = None
-    """Names or name endings of the modules to adapt; a string is a regular expression for the whole path, or
-    "all-linear". None: the right ones for the architecture."""
+    """Names or name endings of the modules to adapt. A string is "all-linear" or a regular expression that must match
+    the whole path. None chooses modules by the architecture."""
     exclude_modules: str | list[str] | None = None
-    """The same, for modules to leave alone."""
+    """Modules to exclude, given in the same way."""
     layers_to_transform: int | list[int] | None = None
     """Indices of the layers to adapt; None: all."""
     layers_pattern: str | list[str] | None = None
-    """The name of the list of layers ("layers", "h"), where a path holds more than one index."""
+    """The name of the list of layers ("layers", "h"), for paths that contain more than one index."""
     bias: str = "none"
-    """Biases to train: "none", "all", or "<method>_only" for those of the adapted modules."""
+    """Biases to train: "none", "all", or "<method>_only" for the biases of the adapted modules."""
     fan_in_fan_out: bool = False
-    """The targets store their weights as (in, out), as GPT-2 does. Read off the modules; kept for the file."""
+    """Whether the targets store their weights as (in, out), as in GPT-2. Set automatically, and only for PEFT."""
 
     default_roles: ClassVar[tuple[str, ...]] = ("attention.q", "attention.v", "attention.qkv")
-    """What to adapt when `target_modules` is None, as roles of the architecture's structure."""
+    """Roles of the modules to adapt if `target_modules` is None; see `targets.roles`."""
     subsets: ClassVar[tuple[str, ...]] = ()
-    """Fields that name some of the targets, each entry of which must match one."""
+    """Names of fields that select some of the targets. Each of their entries must match a target."""
     patterns: ClassVar[tuple[str, ...]] = ()
-    """Fields like `rank_pattern`, each key of which must match a target."""
+    """Names of fields like `rank_pattern`, which map targets to values. Each of their keys must match a target."""
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -254,8 +257,8 @@ class LayerConfig(Config):
                 setattr(self, name, sorted(value))
         super().__post_init__()
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError("layers_pattern says where the layer index stands; it needs layers_to_transform")
-        own = self.bias.lower().removesuffix("_only")  # PEFT writes a part of some methods' names, in any case
+            raise ConfigError("layers_pattern has no effect without layers_to_transform; give both or neither")
+        own = self.bias.lower().removesuffix("_only")  # PEFT abbreviates some names, in upper or lower case
         names = [name.lower() for name in (self.peft_type, *self.aliases)]
         is_own = self.bias.endswith("_only") and len(own) >= 3 and any(own in name for name in names)
         if self.bias not in ("none", "all") and not is_own:
@@ -270,48 +273,48 @@ class LayerConfig(Config):
             pattern(entry, "layers_pattern")
 
     def fill_targets(self, model: nn.Module) -> None:
-        """Choose `target_modules` for a model when the user gave none."""
+        """Choose `target_modules` for a model if the user gave none."""
         from ..targets.roles import default_targets
 
         self.target_modules = default_targets(model, self.default_roles)
 
     def bare_parameters(self) -> Sequence[str]:
-        """Parameters to adapt that are no module's weight, by name ending."""
+        """Name endings of bare parameters to adapt: parameters that are not the weight of a module of their own."""
         return ()
 
     def choose(self, paths: list[str]) -> list[str]:
-        """Which of the modules that the targeting fields match are adapted; all of them, unless the method counts."""
+        """Select the modules to adapt from the paths that the targeting fields match; by default all of them."""
         return paths
 
 
 @dataclass(kw_only=True)
 class PromptConfig(Config):
-    """Fields of every method that learns tokens or cache entries in front of the input."""
+    """Fields of the methods that learn embeddings or cache entries in front of the input."""
 
     num_virtual_tokens: int | None = None
-    """How many positions are learned."""
+    """The number of learned positions."""
     token_dim: int | None = None
-    """Width of an embedding; None: the model's."""
+    """The width of an embedding; None: read from the model."""
     num_transformer_submodules: int | None = None
-    """1, or 2 for an encoder-decoder; None: by the model."""
+    """1, or 2 for an encoder-decoder; None: read from the model."""
     num_attention_heads: int | None = None
-    """Attention heads of a cache entry; None: the model's."""
+    """The number of attention heads in a cache entry; None: read from the model."""
     num_layers: int | None = None
-    """Layers of the model; None: the model's."""
+    """The number of layers; None: read from the model."""
 
     prompt: ClassVar[type[Prompt]]
     example = {"num_virtual_tokens": 20}
     fills_cache: ClassVar[bool] = False
-    """It learns keys and values, not embeddings."""
+    """Whether the method learns keys and values for the cache, not embeddings."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_virtual_tokens is None:
-            raise ConfigError("num_virtual_tokens must say how many positions to learn")
+            raise ConfigError("num_virtual_tokens is missing; give the number of positions to learn")
         check_range(self, 1, math.inf, "num_virtual_tokens")
 
     def refuse_cacheless(self, model: str) -> None:
-        """Raise for a model without a cache, where the prompt goes into that."""
+        """Raise ConfigError: the method needs a cache, and the model has none."""
         advice = "use a method that learns embeddings, or a model that generates"
         raise ConfigError(f"{self.peft_type} puts keys and values in the cache, which {model} does not have; {advice}")
 
@@ -320,7 +323,7 @@ class PromptConfig(Config):
 
 
 COMMON = {f.name for f in (*fields(LayerConfig), *fields(PromptConfig))}
-"""Fields that are not a method's own."""
+"""Names of the fields that are not specific to one method."""
 ALWAYS_WRITTEN = {
     *("task_type", "base_model_name_or_path", "revision", "inference_mode", "target_modules"),
     *(f.name for f in fields(PromptConfig) if f.name.startswith("num_") or f.name == "token_dim"),
@@ -328,7 +331,10 @@ ALWAYS_WRITTEN = {
 
 
 def at(path: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
-    """The value a `rank_pattern`-like mapping gives a module: its keys are name endings or regular expressions."""
+    """The value for the module at `path` in a mapping from name endings or regular expressions, like `rank_pattern`.
+
+    The first key that matches counts; `default` if none does.
+    """
     for key, value in (patterns or {}).items():
         if fits(rf"(.*\.)?({key})", path, "a pattern"):
             return value
@@ -336,7 +342,7 @@ def at(path: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
 
 
 def check_range(config: Any, low: float, below: float, *names: str) -> None:
-    """Raise ConfigError unless low <= field < below; of a `rank_pattern`-like mapping, each value."""
+    """Raise ConfigError unless low <= value < below for each field; in a dict, for each of its values."""
     limit = f" and below {below:g}" if below < math.inf else ""
     for name in names:
         given = getattr(config, name)
@@ -354,15 +360,15 @@ def check_choice(config: Config, choices: Collection[str], *names: str) -> None:
 
 
 def mapping() -> Any:
-    """A dict field. Its empty value is {}, never null, which other readers do not take."""
+    """A dataclass field for a dict. It defaults to {}, because other libraries do not accept null in its place."""
     return field(default_factory=dict)
 
 
 def _called(kind: str) -> type[Config] | None:
-    """The method of a file's `peft_type`, also by a name it had once."""
-    found = all_methods().get(kind.lower())
-    if found is not None and found.peft_type == kind:
-        return found
+    """The config class for the `peft_type` of a file, which may be an older name; None if there is none."""
+    config_class = all_methods().get(kind.lower())
+    if config_class is not None and config_class.peft_type == kind:
+        return config_class
     return next((config for config in METHODS.values() if kind in config.aliases), None)
 
 

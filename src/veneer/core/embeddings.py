@@ -1,6 +1,7 @@
-"""Base embeddings in an adapter's file: PEFT writes the whole module where `target_modules` lists one of its names.
+"""Base embeddings in an adapter's file: PEFT saves the whole embedding or head if `target_modules` lists its name.
 
-They are the base model's, changed where the vocabulary was resized: all adapters on the model share them.
+These weights belong to the base model, and all adapters on it share them. In the file they may differ from the
+pretrained ones, for example because the vocabulary was resized.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from .config import Config
 from .state import State
 
 NAMES = ("embed_tokens", "lm_head")
-"""PEFT's files hold the whole base module when `target_modules` lists one of these."""
+"""Names of the modules that PEFT saves in full if `target_modules` lists them."""
 
 
 class Embedding(NamedTuple):
-    """A value for the weight of an embedding or a head."""
+    """An embedding or head, and a value for its weight."""
 
     module: Any
     weight: Tensor
 
 
 def to_save(model: Any, state: State, config: Config, wanted: bool | None) -> Tensors:
-    """Base embeddings that a file holds in addition to the adapter.
+    """The base embeddings to save with an adapter, by key.
 
     Args:
-        wanted: save them; None: by PEFT's rule.
+        wanted: whether to save them; None: follow PEFT's rule.
     """
     names = _names_to_save(config, wanted)
     tensors: Tensors = {}
@@ -55,20 +56,20 @@ def _names_to_save(config: Config, wanted: bool | None) -> tuple[str, ...]:
 
 
 def is_one(key: str) -> bool:
-    """Whether a key of a file is that of a base embedding or head."""
+    """Whether a key in a file belongs to a base embedding or head."""
     path = key.removesuffix(".weight").removesuffix(".base_layer")
     return key.endswith(".weight") and path.rpartition(".")[2] in NAMES and path != key
 
 
 def among(tensors: Tensors, model: nn.Module, slots: Collection[str], others: Iterable[str]) -> list[Embedding]:
-    """The base embeddings among a file's tensors that differ from the model's.
+    """The base embeddings in a file that differ from the model's.
 
     Args:
-        slots: the keys that are the adapter's own.
-        others: the names of the model's other adapters, which were trained on its embeddings as they are.
+        slots: the keys of the adapter's own tensors, which are skipped.
+        others: the names of the model's other adapters, which were trained with the model's embeddings.
 
     Raises:
-        CheckpointError: the model has no such module, its vocabulary has another size, or there are other adapters.
+        CheckpointError: the model lacks the module, has a vocabulary of another size, or has other adapters.
     """
     modules = dict(walk(model))
     changed = []
@@ -81,8 +82,8 @@ def among(tensors: Tensors, model: nn.Module, slots: Collection[str], others: It
             raise CheckpointError(f"the file holds {key!r}, but the model has no module {path!r}")
         if module.weight.shape != tensor.shape:
             raise CheckpointError(
-                f"the adapter was saved with {path!r} of {tuple(tensor.shape)}, the model has "
-                f"{tuple(module.weight.shape)}; call model.resize_token_embeddings({tensor.shape[0]}) first"
+                f"{path!r} has the shape {tuple(tensor.shape)} in the file and {tuple(module.weight.shape)} in the "
+                f"model; call model.resize_token_embeddings({tensor.shape[0]}) before loading the adapter"
             )
         if not torch.equal(module.weight.detach().cpu(), tensor.to(module.weight.dtype)):
             _check_no_others(path, list(others))
@@ -94,13 +95,13 @@ def _check_no_others(path: str, others: list[str]) -> None:
     if others:
         names = ", ".join(map(repr, others))
         raise CheckpointError(
-            f"the file holds a {path!r} other than the model's, which {names} is trained on: the base model is one for "
-            "all adapters. Load this adapter onto a base model of its own"
+            f"the {path!r} in the file differs from the model's, which {names} is trained on, and all adapters share "
+            "the base model's weights. Load this adapter onto a separate copy of the base model"
         )
 
 
 class Brought:
-    """Base embeddings that an adapter's file brought; `undo` puts the model's own back."""
+    """Sets base embeddings to those from an adapter's file; `undo` restores the model's own."""
 
     def __init__(self, embeddings: list[Embedding]) -> None:
         self.before = [Embedding(module, module.weight.detach().clone()) for module, _ in embeddings]
@@ -112,6 +113,6 @@ class Brought:
 
 @torch.no_grad()
 def _write(embeddings: list[Embedding]) -> None:
-    """In place, so that tied weights stay tied."""
+    """Copy the values in place, so that tied weights stay tied."""
     for module, weight in embeddings:
         module.weight.copy_(weight)

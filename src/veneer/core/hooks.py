@@ -1,9 +1,9 @@
 """The root hooks: what veneer does before and after each call of the Hugging Face model, in order.
 
-`generate`, TRL and `Trainer` all call the model below `PeftModel.forward`; one pre-hook and one post-hook on it serve
-them all. Before a call (`before`): the fast paths of modules are put in, the adapters' facts are taken out of the
-arguments, methods compute theirs, prompts go in front of the input, and the loss and the padding are taken over. After
-it (`after`): methods and prompts see the output, loss terms are added, and what was taken over is given back.
+`generate`, TRL and `Trainer` call the Hugging Face model directly, without `PeftModel.forward`, so one pre-hook and one
+post-hook on it serve them all. `before` installs the fast paths of modules, takes the adapters' facts out of the
+arguments, lets methods compute facts, adds prompts to the input, and installs the fast paths for loss and padding.
+`after` passes the output to methods and prompts, adds loss terms, and removes the fast paths for loss and padding.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .prompt import Prompt
 from .state import BASE, State, state_of
 
 CHILDREN = {"veneer_shared": "shared", "veneer_prompts": "prompts"}
-"""The children of the Hugging Face model that hold shared modules and prompts, while there are any."""
+"""Names of the Hugging Face model's children that hold shared modules and prompts, if there are any."""
 
 
 def install(model: nn.Module, state: State) -> None:
-    """Register the state, the hooks, and whatever is shared between layers with the model."""
+    """Register the state, the hooks, the shared modules and the prompts on the model."""
     if state_of(model) is None:
         model.__dict__["_veneer"] = state
         state.cache_argument = caches.argument(model)
@@ -53,7 +53,7 @@ def install(model: nn.Module, state: State) -> None:
 
 
 def uninstall(model: nn.Module) -> None:
-    """Leave the model as it was before the first adapter."""
+    """Restore the model to its state before the first adapter."""
     for hook in model.__dict__.pop("_veneer_hooks", ()):
         hook.remove()
     fast.uninstall(model)
@@ -66,7 +66,7 @@ def uninstall(model: nn.Module) -> None:
 
 
 def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The root pre-hook: the arguments of the call as the model gets them."""
+    """The root pre-hook: returns the arguments that the model receives."""
     state = state_of(model)
     if state is None or state.busy:
         return args, kwargs
@@ -78,7 +78,7 @@ def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 
 def _prepared(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The arguments of a call without the adapters' facts, which the model would swallow, and with prompts in front."""
+    """The arguments of a call without the adapters' facts and with prompts in front of the input."""
     for watcher in state.watchers:
         watcher.before(model, named(state.arguments, args, kwargs))
     facts = dict(state.sticky)
@@ -94,14 +94,14 @@ def _prepared(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: dic
     prompts = list(live_prompts(state))
     if prompts:
         kwargs = named(state.arguments, args, kwargs)
-        args = args[len(state.arguments) :]  # what the model itself refuses, since it names no more
+        args = args[len(state.arguments) :]  # surplus ones, which the model itself refuses
     for prompt in prompts:
         kwargs = splice(model, prompt, state, kwargs)
     return args, kwargs
 
 
 def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """The root post-hook. It also runs for a call that failed, which has no output."""
+    """The root post-hook. It also runs after a call that failed; `output` is then None."""
     state = state_of(model)
     if state is None or state.busy:
         return output
@@ -112,7 +112,7 @@ def after(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 
 
 def _finished(model: nn.Module, state: State, output: Any) -> Any:
-    """The output, with a prompt's own loss instead of the model's, and with the adapters' loss terms."""
+    """The output, with the loss of a prompt that defines one, and with the adapters' loss terms added."""
     for name in called(state):
         state.configs[name].after(state.facts, output)
     if getattr(output, "loss", None) is not None:
@@ -139,13 +139,13 @@ def _change_loss(state: State, output: Any) -> None:
 
 
 def called(state: State) -> list[str]:
-    """The adapters that take part in the call under way."""
+    """The adapters that take part in the current call."""
     names = state.facts.get("adapter_names", state.live())
     return [name for name in dict.fromkeys(names) if name in state.configs]
 
 
 def check_names(state: State) -> None:
-    """A mixed batch names adapters that exist, have layers, and are not merged."""
+    """Raise VeneerError unless a mixed batch names adapters that exist, have layers, and are not merged."""
     if not isinstance(state.facts.get("adapter_names", []), (list, tuple)):
         raise VeneerError(
             f"adapter_names must be a list with a name for each row, not {state.facts['adapter_names']!r}"
@@ -158,14 +158,14 @@ def check_names(state: State) -> None:
             raise VeneerError(f"adapter_names: no adapter is called {name!r}; the model has {known} and {BASE!r}")
         if name in state.prompts:
             raise VeneerError(
-                f"adapter_names: {name!r} is a prompt, which lengthens every row; give it a batch of its own"
+                f"adapter_names: {name!r} is a prompt, which lengthens every row; use it in a separate batch"
             )
     if "adapter_names" in state.facts and any(layer.merged_adapters for layer in state.layers.values()):
         raise VeneerError("a mixed batch needs adapters that are not merged; call unmerge_adapter() first")
 
 
 def live_prompts(state: State) -> Iterator[Prompt]:
-    """The prompts of this call, innermost (nearest to the input) first."""
+    """The prompts that take part in this call, innermost (nearest to the input) first."""
     if "adapter_names" not in state.facts:
         for name in state.live():
             if name in state.prompts:
@@ -185,7 +185,7 @@ def _compute_facts(state: State, name: str, model: nn.Module, kwargs: dict[str, 
 def splice(model: nn.Module, prompt: Prompt, state: State, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a root call with a prompt in front of the input."""
     if caches.is_static(caches.of_call(kwargs)):
-        raise VeneerError("a learned prompt cannot lengthen a static cache; generate with the default dynamic one")
+        raise VeneerError("a learned prompt cannot lengthen a static cache; use the default dynamic cache")
     pairs = prompt.key_values(state.facts)
     if pairs is not None:
         return _with_cache(model, prompt, state, pairs, kwargs)
@@ -195,7 +195,7 @@ def splice(model: nn.Module, prompt: Prompt, state: State, kwargs: dict[str, Any
 
 
 def before_encoder(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An encoder's own pre-hook: `generate` calls it past the root, so facts and embeddings are put in here."""
+    """The encoder's pre-hook, which adds facts and embeddings, because `generate` calls the encoder directly."""
     (state,) = encoder.__dict__.get("_veneer_root", (None,))
     if state is None or state.busy:
         return args, kwargs
@@ -210,7 +210,7 @@ def before_encoder(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _with_embeds(model: nn.Module, prompt: Prompt, facts: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Embeddings in front; the mask, positions, labels and token types grow with them."""
+    """The arguments with embeddings in front, and with mask, positions, labels and token types extended to match."""
     n = prompt.n
     kwargs = dict(kwargs)
     if caches.is_filled(caches.of_call(kwargs)):
@@ -238,9 +238,12 @@ def _with_embeds(model: nn.Module, prompt: Prompt, facts: dict[str, Any], kwargs
 
 
 def _with_cache(model: nn.Module, prompt: Prompt, state: State, pairs: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keys and values at the start of the cache (the fact "filled"); the mask and the positions grow with them."""
+    """The arguments with a cache that starts with the learned keys and values, and with longer mask and positions.
+
+    The cache is also stored as the fact "filled".
+    """
     _refuse_checkpointing(model)
-    # without use_cache every call brings the whole sequence, even if a cache of an earlier call comes with it
+    # with use_cache=False every call has the whole sequence, even if the cache of an earlier call is passed too
     cache = None if kwargs.get("use_cache") is False else caches.of_call(kwargs)
     rows = batch_size((), kwargs)
     assert rows is not None and state.cache_argument is not None
@@ -256,7 +259,7 @@ def _with_cache(model: nn.Module, prompt: Prompt, state: State, pairs: Any, kwar
 
 
 def _filled(model: nn.Module, cache: Any, pairs: list[tuple[Tensor, Tensor]], rows: int) -> Any:
-    """A cache (the caller's empty one, or a new one) whose first entries are the learned keys and values."""
+    """A cache (the caller's empty one, or a new one) that starts with the learned keys and values."""
     if cache is None:
         cache = caches.new(model, encoder_of(model) is not None)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -272,12 +275,12 @@ def _filled(model: nn.Module, cache: Any, pairs: list[tuple[Tensor, Tensor]], ro
 def _refuse_checkpointing(model: nn.Module) -> None:
     if model.training and checkpointing.is_on(model):
         raise VeneerError(
-            "a learned prefix lives in the cache, which gradient checkpointing drops; turn gradient_checkpointing off"
+            "a learned prefix is part of the cache, which gradient checkpointing drops; turn gradient_checkpointing off"
         )
 
 
 def _lengthen_encoder_mask(prompt: Prompt, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The decoder looks at the encoder's states, prompt included; the encoder's own hook puts the prompt in."""
+    """The arguments with a longer encoder mask, for the decoder; the encoder's hook adds the prompt itself."""
     return _given({**kwargs, "attention_mask": _longer_mask(kwargs.get("attention_mask"), prompt.n)})
 
 
@@ -288,7 +291,7 @@ def _longer(t: Tensor | None, n: int, value: int) -> Tensor | None:
 def _longer_mask(mask: Tensor | None, n: int) -> Tensor | None:
     if mask is not None and mask.dim() != 2:
         raise VeneerError(
-            f"a learned prompt lengthens a (batch, length) attention mask, not one of {mask.dim()} dimensions"
+            f"a learned prompt needs an attention mask of shape (batch, length), not one with {mask.dim()} dimensions"
         )
     return _longer(mask, n, 1)
 
@@ -309,13 +312,13 @@ def _per_token(labels: Tensor | None, inputs: Tensor) -> bool:
 
 
 def positional(model: nn.Module) -> tuple[str, ...]:
-    """The names of the positional arguments of a call; just `input_ids` for models of other libraries."""
+    """The names of the positional arguments of a call; only `input_ids` for models of other libraries."""
     names = parameters(model) if hasattr(model, "config") else ()
     return names or ("input_ids",)
 
 
 def named(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, including positional ones."""
+    """The arguments of a call by name, including the positional ones."""
     if not args:
         return kwargs
     named_args = dict(zip(names[: len(args)], args[: len(names)], strict=True))

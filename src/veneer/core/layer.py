@@ -1,7 +1,7 @@
-"""`AdapterLayer`, the only wrapper: it runs the active adapters around one module, in one order, for every method.
+"""`AdapterLayer`, the only wrapper: it runs the active adapters of any method around one module, in a fixed order.
 
-Order of composition: `pre` from the outermost adapter in, the base module once, `post` from the innermost out; `fold`
-in the same order, so merged equals active.
+Adapters compose in this order: `pre` from the outermost adapter to the innermost, the base module once, then `post`
+from the innermost to the outermost. `fold` is applied from the innermost outwards too, so merging keeps the output.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import NotMergeable, VeneerError
+from ..errors import NotMergeable, TargetError, VeneerError
 from ..ops import folded_linear as folded
 from ..ops import is_autocast, is_fast
 from ..ops import low_rank_linear as low_rank
@@ -31,18 +31,18 @@ Stack = Sequence[Adapter]
 
 
 class Group(NamedTuple):
-    """The rows of a mixed batch that use one adapter name."""
+    """The rows of a mixed batch that use the same adapter name."""
 
     rows: Tensor
     below: Stack
-    """Adapters that are computed as a weight."""
+    """Adapters that are folded into the weight."""
     above: Stack
     inputs: list[Tensor]
-    """What each of `above` received, innermost last."""
+    """The input of each adapter in `above`, innermost last."""
 
 
 class Snapshot(NamedTuple):
-    """A layer's state before a merge."""
+    """The state of a layer before a merge."""
 
     base_layer: nn.Module
     parameters: dict[str, Tensor]
@@ -54,7 +54,7 @@ class Snapshot(NamedTuple):
 class AdapterLayer(WrapperModule):
     """A module of the base model together with the adapters on it.
 
-    Reads of unknown attributes fall through to the base module, writes of `weight` and `bias` too.
+    Attributes that it lacks are read from the base module, and assignments to `weight` and `bias` go to it.
     """
 
     def __init__(self, base_layer: nn.Module, path: str, state: State) -> None:
@@ -93,7 +93,7 @@ class AdapterLayer(WrapperModule):
             self.call = {}
 
     def is_by_row(self) -> bool:
-        """Whether the live adapters look at nothing but each row of the input, and draw no random numbers."""
+        """Whether the active adapters process each row of the input independently, and draw no random numbers."""
         if "adapter_names" in self.state.facts:
             return False
         for adapter in self.stack(self.state.live()):
@@ -104,7 +104,7 @@ class AdapterLayer(WrapperModule):
         return True
 
     def stack(self, names: Sequence[str]) -> list[Adapter]:
-        """The adapters of `names` on this layer that are not merged, innermost first."""
+        """The unmerged adapters called `names` on this layer, innermost first."""
         adapters, merged = self.adapters._modules, self.merged_adapters
         stack: list[Adapter] = []
         for name in names:
@@ -113,7 +113,7 @@ class AdapterLayer(WrapperModule):
         return stack
 
     def _run(self, stack: Stack, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The base module with one stack of adapters for all rows."""
+        """Run the base module with the same stack of adapters for all rows."""
         x = _first(args, kwargs)
         if len(stack) == 1 and stack[0].is_dense and folded.suits(x, stack[0].dtype, self.target.dtype):
             base = self.target.direct()
@@ -127,10 +127,22 @@ class AdapterLayer(WrapperModule):
         inputs, x = _down(above, x)
         args, kwargs = _with_first(x, args, kwargs)
         out = self._through(below, args, kwargs) if below else self.base_layer(*args, **kwargs)
+        if self.target.by_weight and above:
+            self._check_width(_output(out), above[0])
         return _with_output(out, _up(above, inputs, _output(out)))
 
+    def _check_width(self, y: Tensor, adapter: Adapter) -> None:
+        """Raise if a module with a forward of its own gives activations that a method for its class cannot change."""
+        target = self.target
+        if target.kind == "linear" and y.shape[-1] != target.out_features:
+            raise TargetError(
+                f"{self.path!r} ({type(self.base_layer).__name__}) has a forward of its own, which gives "
+                f"{y.shape[-1]} features instead of {target.out_features}, so {type(adapter).__name__} has no form on "
+                "it; leave it out with exclude_modules"
+            )
+
     def _fused(self, stack: Stack, x: Tensor, base: tuple[Tensor, Tensor | None]) -> Tensor:
-        """A stack whose innermost adapter is a low-rank update, computed together with the base."""
+        """Run a stack whose innermost adapter is a low-rank update, which is computed together with the base."""
         innermost, outer = stack[0], stack[1:]
         inputs, x = _down(outer, x)
         rows = x.numel() // x.shape[-1]
@@ -140,16 +152,16 @@ class AdapterLayer(WrapperModule):
         return _cast(_up(outer, inputs, y), x.dtype)
 
     def _direct(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """The weight and bias of the base, where it and a low-rank update of it can be computed in one."""
+        """The weight and bias of the base if a low-rank update can be computed together with it; else None."""
         direct = self.target.direct() if is_fast("low_rank_linear") else None
         if direct is None or x.dtype != direct[0].dtype or is_autocast(x.device.type):
             return None
         return direct
 
     def _updated(self, x: Tensor, base: tuple[Tensor, Tensor | None], products: Stack, runs: Sequence[Run]) -> Tensor:
-        """The base with low-rank updates by runs of rows.
+        """The output of the base plus low-rank updates, each of which applies to runs of rows.
 
-        Without gradients, and while no adapter changes (`State.memo`), the factors are stacked once for many calls.
+        Without gradients, and while no adapter changes (`State.memo`), the stacked factors are cached between calls.
         """
         memo = None if torch.is_grad_enabled() else self.state.memo
         if memo is not None:
@@ -163,7 +175,7 @@ class AdapterLayer(WrapperModule):
         return low_rank.low_rank_linear(x, *base, updates, runs)
 
     def _mixed_products(self, names: Sequence[str], x: Tensor) -> Tensor | None:
-        """The output for a mixed batch in which every row has one low-rank update or none; None for others."""
+        """The output for a mixed batch in which each row has at most one low-rank update; None for other batches."""
         products: dict[str, Adapter] = {}
         for name in dict.fromkeys(names):
             stack = [] if name == BASE else self.stack((name,))
@@ -180,7 +192,7 @@ class AdapterLayer(WrapperModule):
         return self._updated(x, base, list(products.values()), runs)
 
     def _mixed(self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One batch whose rows use different adapters; the base module still runs once."""
+        """Run a batch whose rows use different adapters. The base module runs once, for all rows."""
         x = _first(args, kwargs)
         y = self._mixed_products(names, x)
         if y is not None:
@@ -207,7 +219,7 @@ class AdapterLayer(WrapperModule):
 
     def _groups(self, names: Sequence[str], x: Tensor) -> list[tuple[Tensor, Stack]]:
         """(rows, adapters) for each adapter name of a mixed batch that has adapters here."""
-        is_flat = x.dim() == 2 and x.shape[0] % len(names) == 0  # (rows x tokens, width), as experts are given it
+        is_flat = x.dim() == 2 and x.shape[0] % len(names) == 0  # experts receive (rows x tokens, width)
         tokens = x.shape[0] // len(names) if is_flat else 1
         rows: dict[str, list[int]] = {}
         for place, name in enumerate(names):
@@ -215,26 +227,26 @@ class AdapterLayer(WrapperModule):
         stacks = {name: self.stack((name,)) for name in rows if name != BASE}
         if any(stacks.values()) and x.shape[0] != len(names) * tokens:
             raise VeneerError(
-                f"adapter_names has {len(names)} entries, but {self.path!r} was given {x.shape[0]} rows: "
-                "a mixed batch needs modules that keep the batch as their first dimension"
+                f"adapter_names has {len(names)} entries, but {self.path!r} received {x.shape[0]} rows; in a mixed "
+                "batch, the first dimension of every adapted module's input must be the batch"
             )
         return [(torch.tensor(rows[name], device=x.device), stack) for name, stack in stacks.items() if stack]
 
     def _through(self, below: Stack, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module's output with the weight that results from folding in the adapters `below`."""
+        """The module's output with the adapters `below` folded into its weight."""
         outermost = below[-1]
         if isinstance(outermost, Replace):
             x = _cast(_first(args, kwargs), outermost.dtype)
             args, kwargs = _with_first(x, args, kwargs)
             out = outermost.run(*args, **kwargs)
             return _with_output(out, _cast(_output(out), self.target.dtype))
-        if any(adapter.target.kind == "param" for adapter in below):
+        if any(adapter.target.kind == "param" or adapter.target.by_weight for adapter in below):
             return functional_call(self.base_layer, self.folded(below), args, kwargs)
         W, b = self.fold(below)
         return self.target.op(_first(args, kwargs), W, b)
 
     def folded(self, stack: Stack) -> dict[str, Tensor]:
-        """The module's parameters with `stack` folded in, by name."""
+        """The module's parameters, by name, with the adapters in `stack` folded in."""
         by_path: dict[str, list[Adapter]] = {}
         for adapter in stack:
             by_path.setdefault(adapter.target.path, []).append(adapter)
@@ -245,9 +257,9 @@ class AdapterLayer(WrapperModule):
         return tensors
 
     def fold(self, stack: Stack) -> tuple[Tensor, Tensor | None]:
-        """Weight (out, in) and bias with adapters of one target folded in.
+        """The weight (out, in) and bias of one target with its adapters folded in.
 
-        Summed in at least float32 and rounded once.
+        Computed in at least float32, and rounded once at the end.
         """
         target = stack[0].target
         W, b = target.weight(), target.bias()
@@ -260,7 +272,7 @@ class AdapterLayer(WrapperModule):
         return W.to(dtype), None if b is None else b.to(dtype)
 
     def _unadapted(self, *args: Any, **kwargs: Any) -> Any:
-        """The pretrained module's output, also while adapters are merged into its weight."""
+        """The output of the pretrained module, even while adapters are merged into its weight."""
         module = self.kept_module or self.base_layer
         if self.kept:
             return self.target.call_with(module, self.kept, args, kwargs)
@@ -269,11 +281,11 @@ class AdapterLayer(WrapperModule):
     # Merging
 
     def check_merge(self, names: Sequence[str]) -> None:
-        """Raise NotMergeable unless merging `names` leaves the output as it is."""
+        """Raise NotMergeable if merging `names` would change the output."""
         for name in names:
             for part in self.stack((name,)):
                 if not part.has_fold:
-                    part.fold(torch.empty(0), None)  # which raises, with the reason
+                    part.fold(torch.empty(0), None)  # raises NotMergeable with the reason
         order = self.state.active
         merged = (*names, *self.merged_adapters)
         waiting = [name for name in order if name in self.adapters and name not in merged]
@@ -283,16 +295,16 @@ class AdapterLayer(WrapperModule):
             for first in waiting:
                 if order.index(first) < order.index(name) and not self._commute(first, name):
                     raise NotMergeable(
-                        f"adapter {name!r} acts after {first!r} on {self.path!r}, and the two do not commute: "
-                        f"merge {first!r} first, or both"
+                        f"adapter {name!r} acts after {first!r} on {self.path!r}, and their order matters; merge "
+                        f"{first!r} first, or both together"
                     )
 
     def _commute(self, *names: str) -> bool:
-        """Whether the order of these adapters makes no difference here."""
+        """Whether the order of these adapters makes no difference on this layer."""
         return all(all(part.commutes for part in self.adapters[name].parts) for name in names)
 
     def merge(self, names: Sequence[str], safe: bool = False) -> None:
-        """Fold adapters into the weight, keeping the Parameters (and a replaced module) for `unmerge`."""
+        """Fold adapters into the weight. The old Parameters, and a replaced module, are kept for `unmerge`."""
         stack = self.stack(names)
         for place in reversed(range(len(stack))):
             if isinstance(stack[place], Replace):
@@ -316,17 +328,17 @@ class AdapterLayer(WrapperModule):
         self.merged_adapters += tuple(n for n in names if n in self.adapters and n not in self.merged_adapters)
 
     def is_summed(self, names: Sequence[str]) -> bool:
-        """Whether merging `names` adds low-rank updates to the weight and nothing else."""
+        """Whether merging `names` only adds low-rank updates to the weight."""
         stack = self.stack(names)
         is_sum = all(isinstance(adapter, LowRank) and adapter.is_plain_sum for adapter in stack)
         return bool(stack) and is_sum and self.target.direct() is not None
 
     @torch.no_grad()
     def merge_in_place(self, names: Sequence[str], safe: bool = False) -> None:
-        """The merge of a layer that `is_summed`, into the Parameter itself: a sum in at least float32, rounded once.
+        """Merge into the Parameter itself, on a layer that `is_summed`: a sum in at least float32, rounded once.
 
-        In new memory: where the weight is mapped from a file, each page that is written is copied first, which takes
-        nine times as long.
+        The result is in new memory: if the weight is mapped from a file, writing to it would copy each page first,
+        which takes nine times as long.
         """
         W = self.target.weight()
         wide = torch.promote_types(W.dtype, torch.float32)
@@ -340,14 +352,14 @@ class AdapterLayer(WrapperModule):
         self._note_merged(names)
 
     def _swap(self, replacement: nn.Module) -> None:
-        """Put the trained copy of the module in its place, after what was merged into the old one is undone."""
+        """Replace the module by its trained copy, after undoing what was merged into the old module."""
         self.target.restore(self.kept)
         self.kept = {}
         self.kept_module = self.kept_module or self.base_layer
         self.base_layer = copy.deepcopy(replacement).requires_grad_(False).to(self.target.dtype)
 
     def unmerge(self) -> None:
-        """Bind the kept Parameters back: bit-exact for every method and dtype."""
+        """Restore the Parameters that `merge` kept: bit-exact for every method and dtype."""
         if self.kept_module is not None:
             self.base_layer = self.kept_module
             self.kept_module = None
@@ -356,19 +368,19 @@ class AdapterLayer(WrapperModule):
         self.merged_adapters = ()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Also moves and casts the kept parameters."""
+        """Move and cast the kept Parameters as well."""
         holder = nn.Module()
         holder._parameters.update(self.kept)  # type: ignore[arg-type]
         self.kept = dict(holder._apply(fn)._parameters)  # type: ignore[arg-type]
         return super()._apply(fn, recurse)
 
     def snapshot(self) -> Snapshot:
-        """What `merge` changes, for `revert`."""
+        """Record everything that `merge` changes, for `revert`."""
         parameters = self.target.parameters()
         return Snapshot(self.base_layer, parameters, self.kept_module, self.kept, self.merged_adapters)
 
     def revert(self, snapshot: Snapshot) -> None:
-        """Undo what was merged since the snapshot."""
+        """Undo all merges since the snapshot."""
         self.base_layer = snapshot.base_layer
         self.kept_module = snapshot.kept_module
         self.kept = snapshot.kept
@@ -378,11 +390,11 @@ class AdapterLayer(WrapperModule):
     # Holding adapters
 
     def add(self, name: str, adapter: Adapter) -> None:
-        """Put an adapter on; a second one under the same name composes with the first."""
+        """Add an adapter; a second one with the same name is composed with the first."""
         present = self.adapters.get(name)
         self.adapters[name] = adapter if present is None else Parts(present, adapter)
 
-    # Standing in for the base module
+    # Attributes of the base module
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -420,9 +432,9 @@ def _is_sum(adapter: Adapter) -> bool:
 
 
 def _runs(names: Sequence[str], adapted: Sequence[str], rows: int) -> list[Run]:
-    """Runs of equal names in a mixed batch, as rows of a matrix that has `rows` in all; only of the names in `adapted`.
+    """The runs of consecutive rows with the same name in a mixed batch, for the names in `adapted`.
 
-    A run is (first row, row after the last, place of its name in `adapted`).
+    A run is (first row, end, index of the name in `adapted`), in rows of a matrix that has `rows` in total.
     """
     rows_each = rows // len(names)
     start = 0
@@ -436,21 +448,24 @@ def _runs(names: Sequence[str], adapted: Sequence[str], rows: int) -> list[Run]:
 
 
 def _split(stack: Stack) -> tuple[Stack, Stack]:
-    """(adapters that must be computed as a weight, those above them).
+    """(adapters that must be folded into the weight, adapters above them).
 
-    An adapter that has only a weight form needs it, and so does one that reads the weight below other adapters; then
-    all below it do too.
+    An adapter must be folded if it is only defined as a change of the weight, if it reads the weight and has adapters
+    below it, or if it updates the weight of a module with a forward of its own. All adapters below such an adapter are
+    folded as well.
     """
     count = 0
     for place, adapter in enumerate(stack):
-        only_folds = adapter.target.kind == "param" or not (adapter.has_pre or adapter.has_post)
+        target = adapter.target
+        is_update = target.by_weight and adapter.has_fold
+        only_folds = target.kind == "param" or is_update or not (adapter.has_pre or adapter.has_post)
         if only_folds or (adapter.reads_weight and place > 0):
             count = place + 1
     return stack[:count], stack[count:]
 
 
 def _down(above: Stack, x: Tensor) -> tuple[list[Tensor], Tensor]:
-    """`pre` from the outermost adapter in: (what each received, innermost last; x in its own dtype)."""
+    """Apply `pre`, outermost adapter first. Returns (each adapter's input, innermost last; x in its original dtype)."""
     inputs = []
     dtype = x.dtype
     for adapter in reversed(above):
@@ -462,7 +477,7 @@ def _down(above: Stack, x: Tensor) -> tuple[list[Tensor], Tensor]:
 
 
 def _up(above: Stack, inputs: list[Tensor], y: Tensor) -> Tensor:
-    """`post` from the innermost adapter out, each in its own dtype; the result in the base's."""
+    """Apply `post`, innermost adapter first, each in its own dtype. The result has the dtype of y."""
     dtype = y.dtype
     for adapter, x in zip(above, reversed(inputs), strict=True):
         if adapter.has_post:
@@ -477,12 +492,12 @@ def _cast(t: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The tensor a module transforms: its first positional one, else its first keyword (attention blocks)."""
+    """The tensor that a module transforms: the first positional one, else the first keyword one (attention blocks)."""
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
 def _with_first(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with another tensor in place of the first."""
+    """The arguments with x in place of the tensor that `_first` returns."""
     for place, value in enumerate(args):
         if isinstance(value, Tensor):
             return (*args[:place], x, *args[place + 1 :]), kwargs
@@ -491,7 +506,7 @@ def _with_first(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
 
 
 def _with_rows(out: Any, other: Any, rows: Tensor) -> Any:
-    """A module's output with some rows taken from another call, in each tensor that has rows."""
+    """A module's output with the given rows taken from the output of another call, in each batched tensor."""
     if isinstance(out, tuple):
         return tuple(_with_rows(a, b, rows) for a, b in zip(out, other, strict=True))
     if isinstance(out, Tensor) and out.dim() > 0 and out.shape == other.shape:

@@ -1,4 +1,4 @@
-"""Moving an adapter to the device on which its targets compute, in the dtype it learns in."""
+"""Moving an adapter to the device of its targets, in the dtype in which it is trained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def settle(model: nn.Module, state: State, name: str, *, lift: bool = True) -> N
     """Move the adapter called `name` to the devices of its targets.
 
     Args:
-        lift: hold an adapter in float32 where the base is in half precision; False: in the dtype of the base.
+        lift: keep the adapter in float32 if the base is in half precision; False: use the dtype of the base.
     """
     for path, adapter in state.adapters(name).items():
         target = state.layers[path].target
@@ -31,7 +31,7 @@ def settle(model: nn.Module, state: State, name: str, *, lift: bool = True) -> N
 
 
 def _first_weight(model: nn.Module) -> Tensor | None:
-    """The first floating-point parameter with values."""
+    """The first floating-point parameter that is not a placeholder; None if there is none."""
     for parameter in model.parameters():
         if parameter.is_floating_point() and not parameter.is_meta:
             return parameter
@@ -60,7 +60,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _dtype_of(tensor: Tensor, base_dtype: torch.dtype | None, lift: bool) -> torch.dtype:
-    """The dtype in which an adapter's tensor is held."""
+    """The dtype for one of an adapter's tensors."""
     if not tensor.is_floating_point():
         return tensor.dtype
     if lift:

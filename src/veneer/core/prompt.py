@@ -1,4 +1,4 @@
-"""What a prompt method is: learned positions in front of the input, as embeddings or as cache entries."""
+"""The base class of prompt methods, which learn positions in front of the input as embeddings or as cache entries."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Spec:
-    """The sizes of the model a prompt is made for."""
+    """The sizes of the model that a prompt is created for."""
 
     width: int
     layers: int
     heads: int
-    """Heads of a cache entry: the key-value heads under grouped-query attention."""
+    """The number of heads in a cache entry: the key-value heads under grouped-query attention."""
     head_dim: int
     submodules: int
-    """1, or 2 for an encoder-decoder; embeddings may have 1 there too, since only the encoder reads them."""
+    """1, or 2 for an encoder-decoder. Embeddings may have 1 there too, because only the encoder reads them."""
 
 
 class Prompt(nn.Module):
-    """One adapter name's learned positions.
+    """The learned positions of one adapter.
 
     Subclasses define one of:
 
-    - `embeds(facts) -> (n, width)` or (batch, n, width): put in front of the input embeddings.
-    - `key_values(facts) -> [(k, v), ...]`, a pair for each layer, each (heads, n, head_dim): put in the cache.
+    - `embeds(facts) -> (n, width)` or (batch, n, width): embeddings in front of the input embeddings.
+    - `key_values(facts) -> [(k, v), ...]`, one pair per layer, each (heads, n, head_dim): the first cache entries.
     """
 
     def __init__(self, config: PromptConfig, spec: Spec, words: Tensor) -> None:
-        """`words` is the base model's input embedding, (vocabulary, width), to start from."""
+        """`words` is the base model's input embedding (vocabulary, width), for the initial values."""
         super().__init__()
         self.config: Any = config
         self.spec = spec
 
     @property
     def n(self) -> int:
-        """How many positions it adds."""
+        """The number of learned positions."""
         assert self.config.num_virtual_tokens is not None
         return self.config.num_virtual_tokens
 
@@ -57,27 +57,31 @@ class Prompt(nn.Module):
         return None
 
     def labels(self, labels: Tensor, facts: dict[str, Any]) -> Tensor:
-        """The labels of a call, (batch, length), with its own positions' in front; -100 where nothing is to be said."""
+        """The labels (batch, length) with those of the learned positions in front: -100, so they add no loss."""
         return F.pad(labels, (self.n, 0), value=-100)
 
     def loss(self, logits: Any, facts: dict[str, Any]) -> Tensor | None:
-        """A loss that takes the place of the model's, where the model gave one; None keeps that."""
+        """A loss that replaces the model's own; None keeps the model's. Called only if the model returned a loss."""
         return None
 
     def extra_repr(self) -> str:
         return f"{self.n} positions of {self.spec.width}"
 
     def export(self) -> Tensors:
-        """What goes to the file, by key: prompts have no prefix."""
+        """The tensors to save, by key. Keys of prompts have no prefix."""
         return self.state_dict()
 
     def absorb(self, tensors: Tensors) -> None:
-        """Take what came from a file; in place where memory exists."""
+        """Load tensors from a file: in place, except for placeholder tensors."""
         self.load_state_dict(tensors, strict=False, assign=any(p.is_meta for p in self.parameters()))
 
 
 def spec_for(model: nn.Module, config: PromptConfig) -> Spec:
-    """Read the sizes from the model's config; fields the user set win. Fills the config, as the file holds them."""
+    """Read the sizes from the model's config, and set them in `config`, because they are saved with it.
+
+    Raises:
+        ConfigError: a size that the user set differs from the model's, or the model cannot use a prompt.
+    """
     if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
         raise ConfigError(f"a prompt needs a transformers model, not {type(model).__name__}")
     if config.fills_cache and caches.argument(model) is None:
@@ -90,18 +94,18 @@ def spec_for(model: nn.Module, config: PromptConfig) -> Spec:
     )
     for name, size in sizes.items():
         if getattr(config, name) not in (None, size):
-            raise ConfigError(f"{name} = {getattr(config, name)} does not fit {type(model).__name__}, whose is {size}")
+            raise ConfigError(f"{name} = {getattr(config, name)}, but {type(model).__name__} has {size}; omit it")
         setattr(config, name, size)
     width, heads, layers, submodules = sizes.values()
     return Spec(width, layers, heads, width // heads, submodules)
 
 
 def _sizes(text: Any, of_cache: bool) -> dict[str, int]:
-    """An embedding's width and the attention heads; for a cache those of keys and values (grouped-query attention)."""
+    """The width, attention heads and layers; for a cache, width and heads of the keys (grouped-query attention)."""
     width = _read(text, "hidden_size", "n_embd", "d_model")
     names = ("num_attention_heads", "n_head", "num_heads")
     has_attention = of_cache or any(getattr(text, name, None) is not None for name in names)
-    heads = _read(text, *names) if has_attention else 1  # PEFT refuses a file without the field
+    heads = _read(text, *names) if has_attention else 1  # PEFT rejects a file without this field
     if of_cache:
         head_dim = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or width // heads
         heads = getattr(text, "num_key_value_heads", None) or heads
@@ -115,4 +119,4 @@ def _read(config: Any, *names: str) -> int:
         value = getattr(config, name, None)
         if value is not None:
             return value
-    raise ConfigError(f"the model's config has none of {', '.join(names)}; set the field in the adapter's config")
+    raise ConfigError(f"a prompt needs a size that the model's config lacks: it has none of {', '.join(names)}")

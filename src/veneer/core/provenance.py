@@ -1,6 +1,6 @@
-"""What a weight file says of its origin: a sample of the base model's weights, checksums, and the settings.
+"""What a weight file records about its origin: a sample of the base model's weights, checksums, and the settings.
 
-This is kept in the safetensors metadata under "veneer", which other readers ignore. A file without it loads too.
+It is stored in the safetensors metadata under "veneer", which other readers ignore. Files without it can be loaded too.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 KEY = "veneer"
 KINDS: dict[str, type] = {"base": dict, "checksums": list, "settings": dict}
-"""The types of the entries."""
+"""The entries and their types."""
 SAMPLED = 16
-"""Layers of which a sample is taken, at most."""
+"""The maximum number of layers that are sampled."""
 NEAR, NEAR_QUANTISED = 0.05, 0.3
-"""How far the sampled weights may be from the noted ones, relative to their norm."""
+"""The largest accepted distance between the sampled and the recorded weights, relative to their norm."""
 
 
 def metadata(notes: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Config) -> dict[str, str]:
-    """The metadata of a weight file: notes on the base, completed by checksums and settings."""
+    """The metadata of a weight file: the notes, with checksums and settings added."""
     content = {name: value for name, value in notes.items() if name != "damaged"}
     content["checksums"] = checksums(tensors)
     content["settings"] = settings(config)
@@ -37,9 +37,9 @@ def metadata(notes: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Co
 
 
 def read(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The notes of a file; "damaged" lists the keys of tensors that are not as they were written.
+    """The notes in a file's metadata; empty if they are missing or malformed.
 
-    Empty if they are missing or malformed.
+    The entry "damaged" lists the keys of tensors that have changed since they were written.
     """
     try:
         notes = json.loads(metadata.get(KEY, "{}"))
@@ -69,11 +69,11 @@ def _checksum(key: str, tensor: Tensor) -> int:
 
 
 def _damaged(tensors: Mapping[str, Tensor], noted: list[int] | None) -> list[str]:
-    """The keys of tensors whose checksums are not the noted ones."""
+    """The keys of tensors whose checksums differ from the recorded ones."""
     if noted is None:
         return []
     if len(noted) != len(tensors):
-        return [f"{len(tensors)} tensors, of {len(noted)} that were written"]
+        return [f"{len(tensors)} tensors instead of the {len(noted)} that were written"]
     damaged = []
     for key, actual, expected in zip(sorted(tensors), checksums(tensors), noted, strict=True):
         if actual != expected:
@@ -82,11 +82,11 @@ def _damaged(tensors: Mapping[str, Tensor], noted: list[int] | None) -> list[str
 
 
 def check_undamaged(notes: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where a file's tensors are not as they were written."""
+    """Raise CheckpointError if a file's tensors have changed since they were written."""
     if notes.get("damaged"):
         raise CheckpointError(
             "the file was damaged or changed after it was written: its checksums differ for"
-            f"{listing(notes['damaged'])}\nGet it anew; to load tensors that you changed yourself, save them without "
+            f"{listing(notes['damaged'])}\nDownload it again; if you changed the tensors yourself, save them without "
             f'the metadata entry "{KEY}"'
         )
 
@@ -95,7 +95,7 @@ def check_undamaged(notes: Mapping[str, Any]) -> None:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """The fields of a config that decide what its tensors mean, as a file holds them."""
+    """The fields of a config that decide what its tensors mean, in the form in which files hold them."""
     content = config.to_dict()
     values = {}
     for name in config.semantic_fields():
@@ -105,12 +105,12 @@ def settings(config: Config) -> dict[str, Any]:
 
 
 def differences(config: Config, notes: Mapping[str, Any]) -> list[str]:
-    """Where a config's settings are not those that the tensors were written with."""
+    """The settings of a config that differ from the recorded ones, one line each."""
     current = settings(config)
     lines = []
     for name, noted in notes.get("settings", {}).items():
         if name in current and current[name] != noted:
-            lines.append(f"{name} = {current[name]!r}, when written {noted!r}")
+            lines.append(f"{name} = {current[name]!r}, but {noted!r} when the tensors were written")
     return lines
 
 
@@ -118,17 +118,17 @@ def differences(config: Config, notes: Mapping[str, Any]) -> list[str]:
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """A few of the pretrained weights, to recognise the base model by."""
+    """A few of the pretrained weights, by which the base model is recognised."""
     step = max(1, len(weights) // SAMPLED)
     paths = list(weights)[::step][:SAMPLED]
     return {path: _sample(weights[path]) for path in paths}
 
 
 def check_base(weights: Mapping[str, Tensor], notes: Mapping[str, Any], rounded: bool = False) -> None:
-    """Raise BaseMismatch where the noted weights are not those of this model.
+    """Raise BaseMismatch if the recorded weights are not those of this model.
 
     Args:
-        rounded: this model's weights are quantised.
+        rounded: whether this model's weights are quantised.
     """
     noted = {path: sample for path, sample in notes.get("base", {}).items() if path in weights and _is_sample(sample)}
     if not noted:
@@ -141,13 +141,16 @@ def check_base(weights: Mapping[str, Tensor], notes: Mapping[str, Any], rounded:
     here = torch.tensor(samples)
     there = torch.tensor(noted_samples)
     if here.shape != there.shape:
-        raise BaseMismatch("the file's notes on its base model do not fit this model's layers")
+        raise BaseMismatch(
+            "the adapter was trained on another base model: the recorded weights do not fit this model's layers. Load "
+            "the base model it was trained on, or pass check_base=False"
+        )
     distance = float((here - there).norm() / there.norm().clamp_min(1e-12))
     limit = NEAR_QUANTISED if rounded or notes.get("rounded") else NEAR
     if not distance <= limit:  # also where it is nan
         raise BaseMismatch(
-            f"the adapter was trained on another base model: {len(noted)} of its layers, sampled, differ by "
-            f"{distance:.0%} from the weights here. Load the base it was trained on, or pass check_base=False"
+            f"the adapter was trained on another base model: samples from {len(noted)} layers differ by {distance:.0%} "
+            "from this model's weights. Load the base model it was trained on, or pass check_base=False"
         )
 
 
@@ -156,6 +159,6 @@ def _is_sample(value: Any) -> bool:
 
 
 def _sample(W: Tensor) -> list[float]:
-    """Four values spread over a weight, rounded as bf16 would."""
+    """Four values spread over a weight, rounded to bfloat16."""
     places = tuple(torch.linspace(0, size - 1, 4, device=W.device).long() for size in W.shape)
     return W.detach()[places].to(torch.bfloat16).tolist()

@@ -1,4 +1,4 @@
-"""Which modules a config means. Each entry of each targeting field must match, else an error names it."""
+"""Selecting the modules that a config adapts. An entry of a targeting field that matches nothing is an error."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Modules = Mapping[str, nn.Module]
 
 
 def saved_modules(model: nn.Module, config: Config) -> list[str]:
-    """Paths of the modules of which `config` trains a whole copy, including the task's head.
+    """Paths of the modules that `config` trains in full, including the task's head.
 
-    Adds the head's names to `config.modules_to_save`, as PEFT's files have them.
+    Adds the head's names to `config.modules_to_save`, as in PEFT's files.
 
     Raises:
-        TargetError: an entry the user gave matches no module.
+        TargetError: an entry of the user's matches no module.
     """
     paths = [path for path, _ in walk(model) if path]
     heads = list(TASK_HEADS.get(config.task_type, ()))  # type: ignore[call-overload]
@@ -46,22 +46,21 @@ def targets(
     """Paths of the modules that `config` adapts, in the model's order. Fills in `target_modules` when it is None.
 
     Args:
-        saved: modules of which a whole copy is trained, with all that is inside them.
-        bare: (module path, name) of the bare parameters it adapts; entries of `rank_pattern` may also mean these.
+        saved: paths of the modules that are trained in full; modules inside them are not adapted.
+        bare: (module path, name) of the bare parameters that are adapted; keys of `rank_pattern` may match these too.
 
     Raises:
-        TargetError: an entry matches nothing, or something the method cannot adapt.
+        TargetError: an entry matches nothing, or a module that the method cannot adapt.
     """
     modules = _outside(model, saved)
     if config.target_modules is None:
         config.fill_targets(model)
     if saved and isinstance(config.target_modules, list):
         _check_not_inside(model, modules, config.target_modules, saved)
-    chosen = _targeted(model, modules, config)
-    chosen = _without_excluded(modules, chosen, config.exclude_modules)
-    chosen = config.choose(_of_layers(chosen, config))
+    chosen = _narrowed(modules, _targeted(model, modules, config), config)
     if not chosen:
-        raise TargetError(f"target_modules = {config.target_modules!r}: every match is excluded; nothing is left")
+        raise TargetError(f"target_modules = {config.target_modules!r}: exclude_modules excludes all matching modules")
+    _check_nothing_vanished(modules, chosen, config)
     _check_kinds(chosen, modules, config)
     for field in config.subsets:
         _matching(chosen, getattr(config, field), field)
@@ -72,11 +71,53 @@ def targets(
     return chosen
 
 
-def parameters(model: nn.Module, config: LayerConfig, wanted: Sequence[str]) -> list[tuple[str, str]]:
-    """(module path, name) of the bare parameters that the entries of `target_parameters` mean.
+def targeted(model: nn.Module, config: LayerConfig) -> list[str]:
+    """Paths of the modules that the targeting fields leave, in the model's order, without a check of each entry.
 
     Raises:
-        TargetError: an entry matches none, or one that is neither a matrix nor a stack of matrices.
+        TargetError: an entry of another field than `target_modules` matches nothing.
+    """
+    modules = _outside(model, ())
+    entries = config.target_modules or ()
+    if isinstance(entries, str):
+        matching = _targeted(model, modules, config)
+    else:
+        matching = [path for path in modules if _matches_any(path, entries)]
+    return _narrowed(modules, matching, config)
+
+
+def _narrowed(modules: Modules, matching: list[str], config: LayerConfig) -> list[str]:
+    """The matching paths that the other targeting fields leave."""
+    included = _without_excluded(modules, matching, config.exclude_modules)
+    return config.choose(_of_layers(included, config))
+
+
+def _check_nothing_vanished(modules: Modules, chosen: Sequence[str], config: LayerConfig) -> None:
+    """Raise where the other targeting fields leave nothing of what an entry of `target_modules` matches."""
+    if not isinstance(config.target_modules, list):
+        return
+    fields = []
+    for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        value = getattr(config, field)
+        if value is not None:
+            fields.append(f"{field} = {value!r}")
+    if not fields:
+        return
+    for entry in config.target_modules:
+        if _any_matches(chosen, entry):
+            continue
+        matching = [path for path in modules if matches(path, entry)]
+        raise TargetError(
+            f"target_modules: {entry!r} adapts nothing, because {' and '.join(fields)} leave none of the modules it "
+            f"matches:{listing(matching)}\nRemove the entry, or change the other fields."
+        )
+
+
+def parameters(model: nn.Module, config: LayerConfig, wanted: Sequence[str]) -> list[tuple[str, str]]:
+    """(module path, name) of the bare parameters that match the entries of `target_parameters`.
+
+    Raises:
+        TargetError: an entry matches no parameter, or one that is neither a matrix nor a stack of matrices.
     """
     places = {}
     shapes = {}
@@ -93,14 +134,14 @@ def parameters(model: nn.Module, config: LayerConfig, wanted: Sequence[str]) -> 
 
 
 def check_patterns(field: str, patterns: Iterable[str], paths: Sequence[str]) -> None:
-    """Raise TargetError unless each key of a field like `rank_pattern` matches one of the targets' paths."""
+    """Raise TargetError unless each key of a field like `rank_pattern` matches the path of a target."""
     for key in patterns:
         if not any(fits(rf"(.*\.)?({key})", path, field) for path in paths):
             raise TargetError(_no_match(field, key, paths))
 
 
 def _outside(model: nn.Module, saved: Sequence[str]) -> dict[str, nn.Module]:
-    """The modules by path, without those of which a whole copy is trained."""
+    """The modules by path, without those that are trained in full and the modules inside them."""
     inside = tuple(f"{path}." for path in saved)
     modules = {}
     for path, module in walk(model):
@@ -110,17 +151,18 @@ def _outside(model: nn.Module, saved: Sequence[str]) -> dict[str, nn.Module]:
 
 
 def _check_not_inside(model: nn.Module, modules: Modules, entries: Sequence[str], saved: Sequence[str]) -> None:
-    """Raise where an entry matches only modules inside those of which a whole copy is trained."""
+    """Raise TargetError if an entry only matches modules inside those that are trained in full."""
     everything = [path for path, _ in walk(model)]
     for entry in entries:
         if not _any_matches(modules, entry) and _any_matches(everything, entry):
             raise TargetError(
-                f"target_modules: {entry!r} lies inside what modules_to_save trains whole ({', '.join(saved)})"
+                f"target_modules: {entry!r} only matches modules inside those that modules_to_save trains in full "
+                f"({', '.join(saved)}); remove it from one of the two"
             )
 
 
 def _targeted(model: nn.Module, modules: Modules, config: LayerConfig) -> list[str]:
-    """What `target_modules` matches."""
+    """The paths that `target_modules` matches."""
     if config.target_modules != "all-linear":
         return _matching(modules, config.target_modules, "target_modules")
     heads = head_paths(model, dict(modules))
@@ -131,7 +173,7 @@ def _targeted(model: nn.Module, modules: Modules, config: LayerConfig) -> list[s
 
 
 def _matching(paths: Iterable[str], wanted: str | Sequence[str] | None, field: str) -> list[str]:
-    """The paths that match a regular expression, or any of a list of names, each of which must match."""
+    """The paths that match a regular expression or an entry of a list. Each entry must match a path."""
     paths = list(paths)
     if isinstance(wanted, str):
         return _matching_expression(paths, wanted, field)
@@ -148,8 +190,8 @@ def _matching_expression(paths: Sequence[str], expression: str, field: str) -> l
         return matching
     if _any_matches(paths, expression):
         raise TargetError(
-            f"{field}: {expression!r} is a regular expression for the whole path of a module, and matches none; "
-            f"for modules of that name give a list, [{expression!r}]"
+            f"{field}: a string is a regular expression for whole paths, and {expression!r} matches none; to select "
+            f"modules by name, give a list: [{expression!r}]"
         )
     raise TargetError(_no_match(field, expression, paths))
 
@@ -170,13 +212,13 @@ def _without_excluded(modules: Modules, chosen: list[str], exclude: str | Sequen
 
 
 def _of_layers(chosen: list[str], config: LayerConfig) -> list[str]:
-    """Those of the chosen paths that are in one of the layers of `layers_to_transform`."""
+    """The chosen paths that are in one of the layers in `layers_to_transform`."""
     wanted = config.layers_to_transform
     if wanted is None:
         return chosen
     numbers = [wanted] if isinstance(wanted, int) else list(wanted)
     if not numbers:
-        raise TargetError("layers_to_transform = [] names no layer; None means all of them")
+        raise TargetError("layers_to_transform = [] selects no layer; use None for all layers")
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
     for name in patterns or ():
         if all(_layer_index(path, [name]) is None for path in chosen):
@@ -204,7 +246,7 @@ def _path_parts(paths: Iterable[str]) -> set[str]:
 
 
 def _layer_index(path: str, patterns: Sequence[str] | None) -> int | None:
-    """The index of the layer that a path is in: 3 for `model.layers.3.mlp`."""
+    """The index of the layer that a path belongs to, such as 3 for `model.layers.3.mlp`; None if it has none."""
     for name in patterns or [r"[^.]+"]:
         match = pattern(rf"(?:.*?\.)?(?:{name})\.(?P<index>\d+)\.", "layers_pattern").match(path + ".")
         if match:
@@ -213,7 +255,7 @@ def _layer_index(path: str, patterns: Sequence[str] | None) -> int | None:
 
 
 def _check_kinds(chosen: list[str], modules: Modules, config: LayerConfig) -> None:
-    """Raise unless the method adapts every chosen module, and the model calls each of them."""
+    """Raise TargetError unless the method can adapt every chosen module, and the model calls each of them."""
     kinds = config.adapter.kinds
     unfit = []
     uncalled = []
@@ -226,18 +268,18 @@ def _check_kinds(chosen: list[str], modules: Modules, config: LayerConfig) -> No
             uncalled.append(path)
     if unfit:
         raise TargetError(
-            f"{config.adapter.__name__} adapts {', '.join(sorted(kinds))}, not what target_modules = "
-            f"{config.target_modules!r} also matches:{listing(unfit)}\nName the modules more exactly."
+            f"{config.adapter.__name__} adapts modules of the kinds {', '.join(sorted(kinds))}, but target_modules = "
+            f"{config.target_modules!r} also matches:{listing(unfit)}\nGive more specific names."
         )
     if uncalled:
         raise TargetError(
-            "these are read by nn.MultiheadAttention without being called, so an adapter on them would never run:"
-            + listing(uncalled)
+            "nn.MultiheadAttention reads the weights of these modules without calling them, so adapters on them would "
+            "never run:" + listing(uncalled)
         )
 
 
 def _no_match(field: str, entry: str, paths: Collection[str]) -> str:
-    """The message for an entry that matches nothing, with the nearest endings of real paths, as long as the entry."""
+    """The message for an entry that matches nothing, with the most similar endings of real paths."""
     paths = [path for path in paths if path]
     endings = []
     for length in range(1, entry.count(".") + 2):

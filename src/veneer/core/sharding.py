@@ -1,4 +1,4 @@
-"""Parameters that are sharded over processes: the whole of one, and writing into one."""
+"""Reading and writing parameters that are sharded across processes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 
 def whole(t: Tensor) -> Tensor:
-    """A tensor gathered from all processes; itself where it is not sharded. Every process must take part."""
+    """Gather a sharded tensor from all processes; any other tensor is returned as is. Every process must call this."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 @torch.no_grad()
 def write_(parameter: nn.Parameter, value: Tensor) -> None:
-    """Set a parameter to a whole value that every process has."""
+    """Set a parameter, sharded or not, to a value that every process holds in full."""
     parameter.copy_(_share(value, parameter))
 
 

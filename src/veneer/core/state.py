@@ -1,7 +1,7 @@
-"""What one adapted model knows: which adapters exist, which are active, and the facts of the call under way.
+"""The state of one adapted model: its adapters, which of them are active, and the facts of the current call.
 
-There is one `State` per model. Every layer holds a reference, so switching adapters writes one attribute; the root
-pre-hook on the Hugging Face model fills `facts` on each call, whoever makes it.
+There is one `State` per model. Every layer holds a reference to it, so switching adapters sets one attribute. A
+pre-hook on the Hugging Face model sets `facts` in each call.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from threading import RLock
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from .layer import AdapterLayer
 
 BASE = "__base__"
-"""The row of a mixed batch that runs without an adapter."""
+"""The adapter name that stands for no adapter in a mixed batch."""
 
 
 BY_TOKEN = {"linear", "embedding", "norm", "param"}
-"""Kinds of module that treat each token by itself."""
+"""Kinds of modules that process each token independently."""
 
 
 class Layers(MutableMapping[str, "AdapterLayer"]):
-    """Layers by path, for as long as the model holds them: `weakref.WeakValueDictionary`, which torch cannot trace."""
+    """Layers by path, as weak references. torch cannot trace `weakref.WeakValueDictionary`, which would do the same."""
 
     def __init__(self, layers: Mapping[str, AdapterLayer] | None = None) -> None:
         self._refs: dict[str, weakref.ref[AdapterLayer]] = {}
@@ -67,29 +67,28 @@ class Layers(MutableMapping[str, "AdapterLayer"]):
 class State:
     """The adapters of one model and the facts of its current call."""
 
-    layer_class: ClassVar[type[AdapterLayer] | None] = None
-    """What wraps a module where it is not a plain `AdapterLayer`: one that shows itself as other code expects."""
-
-    def __init__(self) -> None:
+    def __init__(self, layer_class: type[AdapterLayer]) -> None:
+        self.layer_class = layer_class
+        """The class that wraps an adapted module."""
         self.configs: dict[str, Config] = {}
         """The config of each adapter, by name."""
         self.layers = Layers()
         self.shared = Modules()
-        """The module that an adapter shares between its layers, by adapter name."""
+        """The modules that the layers of an adapter share, by adapter name."""
         self.prompts = Modules()
         """Learned prompts, by adapter name."""
         self.active: tuple[str, ...] = ()
         """The active adapters, innermost first."""
         self.trainable: set[str] = set()
-        """The adapters that were declared trainable; one learns while it is also active."""
+        """The names of the adapters that are trained while they are active."""
         self.schedules: dict[str, Any] = {}
-        """What an adapter's method does after each optimizer step."""
+        """Objects whose `step(n)` is called after the n-th optimizer step, by adapter name."""
         self.reshaped: list[Any] = []
-        """Changes of the base model that are undone with the last adapter, in reverse."""
+        """Changes of the base model, which are undone in reverse order when the last adapter is removed."""
         self.watchers: list[Any] = []
-        """Objects that are shown each call of the model: `before(model, kwargs)`, `after(model, output)`."""
+        """Objects whose `before(model, kwargs)` and `after(model, output)` are called around each call of the model."""
         self.watch: set[str] | None = None
-        """If set, collects the paths of layers whose weight is read without running them."""
+        """If it is a set, reading a layer's `weight` adds its path. Some layers are only read and never called."""
         self.arguments: tuple[str, ...] = ("input_ids",)
         """The names of the positional arguments of the model's `forward`."""
         self.encoder_arguments: tuple[str, ...] = ("input_ids",)
@@ -97,21 +96,21 @@ class State:
         self.cache_argument: str | None = None
         """The name of the model's argument that takes the cache."""
         self.is_sharded = False
-        """The `PeftModel` around the model is sharded by FSDP."""
+        """Whether FSDP shards the `PeftModel` around the model."""
         self.enabled = True
         self.facts: dict[Any, Any] = {}
-        """What the current call tells the adapters. Overwritten by each call, and kept for recomputation."""
+        """Values that the current call passes to the adapters. Kept until the next call, for recomputation."""
         self.sticky: dict[str, Any] = {}
-        """Facts of every call inside a `remembering` block."""
+        """Facts that apply to every call inside a `remembering` block."""
         self.busy = False
-        """A method is calling the model, or parts of it, to compute its facts."""
+        """Whether a method is calling the model, or parts of it, to compute its facts."""
         self.memo: dict[Any, Any] | None = None
-        """What layers computed from their adapters alone, while no adapter changes; else None."""
+        """A cache for values that depend on adapters only; None while adapters may change."""
         self.lock = RLock()
-        """Held during a call of the model: calls of several threads run one after another."""
+        """Held during a call of the model, so that calls from several threads run one after another."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles are made between calls, and do not hold the facts of the last one."""
+        """Copies and pickles are made between calls, so they leave out the facts of the last one."""
         of_call = {"facts": {}, "sticky": {}, "busy": False, "memo": None, "watch": None, "lock": None}
         return {**self.__dict__, "layers": dict(self.layers), **of_call}
 
@@ -121,9 +120,9 @@ class State:
         self.lock = RLock()
 
     def are_by_token(self) -> bool:
-        """Whether the active adapters treat each token by itself, in the call under way.
+        """Whether the active adapters process each token independently in the current call.
 
-        They have learned no facts of its rows, put no prompt in front of them, and are on modules of such a kind.
+        They do if the call has no facts, no prompt is active, and all adapted modules process tokens independently.
         """
         has_prompt = any(name in self.prompts for name in self.active)
         if self.facts or has_prompt:
@@ -131,7 +130,7 @@ class State:
         return all(layer.target.kind in BY_TOKEN for layer in self.layers.values())
 
     def fact_names(self) -> set[str]:
-        """The keyword arguments of a model call that belong to adapters."""
+        """The keyword arguments of a model call that are meant for adapters."""
         names = {"adapter_names"}
         for config in self.configs.values():
             for member in config.members():
@@ -148,40 +147,40 @@ class State:
         return adapters  # type: ignore[return-value]
 
     def modules(self, name: str) -> Iterator[nn.Module]:
-        """Everything that holds parameters of the adapter called `name`."""
+        """All modules that hold parameters of the adapter called `name`."""
         yield from self.adapters(name).values()
         for module in (self.shared.get(name), self.prompts.get(name)):
             if module is not None:
                 yield module
 
     def parameters(self, name: str) -> Iterator[nn.Parameter]:
-        """The parameters that training the adapter called `name` changes."""
+        """The parameters of the adapter called `name` that can be trained."""
         for module in self.modules(name):
             yield from module.learned() if isinstance(module, Adapter) else module.parameters()
 
     def activate(self, names: tuple[str, ...]) -> None:
-        """Make `names` the active adapters; an adapter's parameters require gradients if it is trainable and active."""
+        """Make `names` the active adapters. Parameters require gradients if their adapter is trainable and active."""
         changed = {*self.active, *names}
         self.active = names
         for name in changed:
             self.mark(name)
 
     def mark(self, name: str) -> None:
-        """Set requires_grad of one adapter's parameters (an inactive one must not: DDP waits for its gradients)."""
+        """Set requires_grad of one adapter's parameters; False if it is inactive, or DDP would wait for gradients."""
         learns = name in self.trainable and name in self.active
         for parameter in self.parameters(name):
             if parameter.requires_grad != learns:
                 parameter.requires_grad_(learns)
 
     def live(self) -> tuple[str, ...]:
-        """The adapters that take part in a call now."""
+        """The active adapters; none while adapters are disabled."""
         return self.active if self.enabled else ()
 
     @contextmanager
     def remembering(self, facts: dict[str, Any]) -> Iterator[None]:
-        """Facts that hold for every model call inside (a `generate`), in which no adapter changes.
+        """Pass `facts` to every model call inside the block, such as those of `generate`.
 
-        So `memo` may hold what layers compute from their adapters alone.
+        No adapter may change inside the block, so `memo` is available there.
         """
         sticky, current, memo = self.sticky, self.facts, self.memo
         self.sticky = {**sticky, **facts}
@@ -196,7 +195,7 @@ class State:
 
     @contextmanager
     def switched(self, *, enabled: bool) -> Iterator[None]:
-        """Inside, the adapters are on or off."""
+        """Enable or disable all adapters inside the block."""
         before = self.enabled
         self.enabled = enabled
         try:
@@ -206,12 +205,12 @@ class State:
 
 
 def state_of(model: nn.Module) -> State | None:
-    """The state of an adapted Hugging Face model, None where nothing is attached."""
+    """The state of an adapted Hugging Face model; None if it has no adapters."""
     return model.__dict__.get("_veneer")
 
 
 class Remember:
-    """Notes the facts of a forward pass, so that activation checkpointing recomputes it with the same ones."""
+    """Records the facts of a forward pass, so that activation checkpointing recomputes it with the same facts."""
 
     def __init__(self, state: State) -> None:
         self.state = state
@@ -225,7 +224,7 @@ class Remember:
 
 
 class Recall:
-    """The other half of `Remember`: brings the facts back for the recomputation."""
+    """Restores the facts that `Remember` recorded, during the recomputation."""
 
     def __init__(self, note: Remember) -> None:
         self.note = note
@@ -239,7 +238,7 @@ class Recall:
 
 
 class CheckpointContext:
-    """`context_fn` for `torch.utils.checkpoint`; a class, so that a model that holds it can be pickled."""
+    """The `context_fn` for `torch.utils.checkpoint`. It is a class, so that a model that holds it can be pickled."""
 
     def __init__(self, state: State) -> None:
         self.state = state

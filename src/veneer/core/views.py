@@ -1,4 +1,4 @@
-"""PEFT's way of reading a layer: one mapping from adapter names for each attribute."""
+"""A layer's attributes as PEFT presents them: each is a mapping by adapter name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import VeneerError
 
 
 class View(MutableMapping[str, Any]):
-    """One attribute of a layer's adapters by name: `layer.lora_A["default"]`, `layer.scaling["default"] = 2`."""
+    """One attribute of a layer's adapters, by name: `layer.lora_A["default"]`, `layer.scaling["default"] = 2`."""
 
     def __init__(self, layer: nn.Module, attribute: str) -> None:
         self._layer = layer
@@ -31,7 +31,7 @@ class View(MutableMapping[str, Any]):
         setattr(self._owner(name), self._attribute, value)
 
     def __delitem__(self, name: str) -> None:
-        raise VeneerError(f"delete the adapter with model.delete_adapter({name!r})")
+        raise VeneerError(f"an attribute of an adapter cannot be deleted; use model.delete_adapter({name!r})")
 
     def __getattr__(self, name: str) -> Any:
         try:

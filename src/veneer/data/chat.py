@@ -147,7 +147,7 @@ class Template:
         rest = self._rest(text, messages, i, tools)
         if rest is not None:
             return len(text) - rest
-        # The words are a call of tools whose results follow, which templates do not let us replace.
+        # The message calls tools, and their results follow: templates do not accept other words in its place.
         until_end = self.text(messages[: i + 1], tools).rstrip()
         stop = self._stop_of(until_end)
         if stop is not None:

@@ -66,7 +66,7 @@ def _padded(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
 
 
 class Rows(Dataset[Any]):
-    """The rows of a run. An index past the last row gives a blank row, in which nothing is learned."""
+    """The rows of a run. An index past the last row gives a blank row, which has no learned tokens."""
 
     def __init__(self, rows: Sequence[Encoded]) -> None:
         self.rows = rows
@@ -89,9 +89,9 @@ class Rows(Dataset[Any]):
 
 
 class Shuffled(Sampler[int]):
-    """A row order that depends only on the seed and the epoch, filled up with blank rows to a multiple.
+    """A row order that depends only on the seed and the epoch, padded with blank rows to a multiple of `multiple`.
 
-    Several processes thus share the batches that one process would make. accelerate would repeat rows instead.
+    So several processes share the batches that one process would use. accelerate would repeat rows instead.
     """
 
     def __init__(self, count: int, seed: int, multiple: int) -> None:

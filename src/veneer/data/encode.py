@@ -16,7 +16,7 @@ from .shapes import Example
 IGNORED = -100
 """The label of a token that is masked: it is not learned."""
 Encoded = dict[str, Any]
-"""input_ids, a list, and labels: a list of the same length, or the number of a class."""
+"""`input_ids`, a list of token ids, and `labels`, a list of the same length or the number of a class."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Account:
     unlearned_rows: int = 0
     """Rows dropped because no token is learned: the answer was cut off, or there is none."""
     open_rows: int = 0
-    """Rows whose last answer the template leaves without a stop token, so the tokenizer's end of text was added."""
+    """Rows whose last answer has no stop token in the template, so the tokenizer's end-of-text token was added."""
     lengths: Counter[int] = field(default_factory=Counter)
     """Number of rows of each length, before cutting."""
     examples: list[str] = field(default_factory=list)
@@ -111,7 +111,7 @@ class Encoder:
         return self._ended(rendered)
 
     def _ended(self, rendered: Rendered) -> Encoded:
-        """A conversation whose template writes no stop token, with the tokenizer's end of text in its place."""
+        """A conversation whose template writes no stop token, with the tokenizer's end-of-text token instead."""
         *spans, (start, end) = rendered.spans
         text = rendered.text[:end] + (self.tokenizer.eos_token or "")
         return self._masked(text, [*spans, (start, len(text))])
@@ -125,7 +125,7 @@ class Encoder:
         *before, last = example.messages or [{}]
         answer = last.get("content")
         if not before or last["role"] not in ASSISTANT or not isinstance(answer, str):
-            raise DataError(f"{example.place} has no question with an answer in words, which generating needs")
+            raise DataError(f"{example.place} has no question with an answer as text, which generation needs")
         if self.template is None:
             text = self._question(example.place, example.messages or [])
         else:
@@ -158,7 +158,7 @@ class Encoder:
         return bos is not None and self.tokenizer("a").input_ids[0] == bos
 
     def _plain(self, text: str) -> Encoded:
-        """A plain text, all of it learned, with an end of text."""
+        """A plain text followed by the end-of-text token; all tokens are learned."""
         ids = list(self.tokenizer(text).input_ids)
         end = self.tokenizer.eos_token_id
         if end is not None and (not ids or ids[-1] != end):
@@ -173,10 +173,10 @@ class Encoder:
         return {"input_ids": ids, "labels": self.numbers[example.label]}
 
     def _masked(self, text: str, spans: list[Span]) -> Encoded:
-        """The tokens of a text, those inside the spans learned.
+        """The tokens of a text; those inside the spans are learned.
 
-        A token across the start of a span would teach bytes that are not the assistant's, and could not be generated
-        after the prompt. A text with such a token is tokenised piece by piece.
+        A token that crosses the start of a span would teach bytes that are not the assistant's, and could not be
+        generated after the prompt. A text with such a token is tokenised piece by piece.
         """
         is_fast = self.tokenizer.is_fast
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=is_fast)
@@ -204,7 +204,7 @@ class Encoder:
         return ids, inside
 
     def _limited(self, place: str, encoded: Encoded) -> Encoded | None:
-        """The row within the length limit, None if it is dropped; both are counted."""
+        """The row, cut to the length limit if necessary; None if it is dropped. Both cases are counted."""
         account = self.account
         length = len(encoded["input_ids"])
         account.lengths[length] += 1

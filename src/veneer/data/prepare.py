@@ -129,7 +129,7 @@ def _labels(recipe: Request, every: Sequence[Example]) -> list[str] | None:
         first = every[0]
         other = next(e for e in every if (e.label is None) != (first.label is None))
         raise DataError(
-            f"{first.place} and {other.place} differ: one has a label, the other none; a run learns one task"
+            f"{first.place} and {other.place} differ: one has a label, the other does not; a run trains for one task"
         )
     labels = recipe.labels or sorted({str(example.label) for example in every}, key=_label_order)
     if len(labels) < 2:
@@ -167,7 +167,8 @@ def _check_learned(account: Account, what: str) -> None:
         )
     raise DataError(
         f"all labels are masked: none of the {account.rows} rows of {what} has a token to learn "
-        f"({account.cut_rows} were cut to max_length); is there an answer in the data, and room for it?"
+        f"({account.cut_rows} were cut to max_length); check that the data has answers, and that max_length has room "
+        "for them"
     )
 
 
@@ -180,7 +181,7 @@ def _split(
         places += [(source, i) for i in range(len(source_rows))]
     count = round(wanted * len(places)) if wanted < 1 else int(wanted)
     if not 0 < count < len(places):
-        raise DataError(f"eval_split = {wanted:g} takes {count} of {len(places)} rows; both parts need some")
+        raise DataError(f"eval_split = {wanted:g} takes {count} of {len(places)} rows; both parts need at least one")
     taken = set(generator.sample(places, count))
     train: list[list[Encoded]] = [[] for _ in encoded]
     evaluation: list[Encoded] = []
@@ -218,7 +219,7 @@ def _streamed(recipe: Request, tokenizer: Any, facts: tuple[str, ...]) -> Data:
     if is_classification(recipe):
         labels = recipe.labels
         if labels is None:
-            raise ConfigError("streaming data shows its classes too late; give labels")
+            raise ConfigError("the classes of streaming data are not known in advance; give labels")
     encoder = _encoder(recipe, tokenizer, labels)
 
     def stream(source: Source) -> Iterator[Encoded]:

@@ -18,7 +18,7 @@ from ..errors import DataError, nearest
 
 Row = dict[str, Any]
 OTHER_SPLITS = ("test", "valid", "val", "dev", "eval")
-"""Beginnings of the names of files that belong to another split than train."""
+"""Prefixes of the names of files that belong to a split other than train."""
 SAVED = ("dataset_info.json", "dataset_dict.json")
 """Files that `Dataset.save_to_disk` writes into its directory."""
 
@@ -41,7 +41,7 @@ def _check_text(place: str, value: Any) -> None:
             value.encode()
         except UnicodeEncodeError as error:
             broken = value[error.start : error.end].encode("unicode_escape").decode()
-            raise DataError(f"{place} holds {broken}, half of a character, which no tokenizer reads") from None
+            raise DataError(f"{place} holds {broken}, half of a character, which no tokenizer accepts") from None
     elif isinstance(value, dict):
         for name, item in value.items():
             _check_text(place, name)
@@ -120,7 +120,7 @@ def _parse(path: Path, number: int, line: str) -> Any:
         return json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path}:{number} is not JSON: {error}") from None
-    except ValueError:  # Python reads no integer of more than some thousand digits
+    except ValueError:  # Python refuses integers of several thousand digits
         raise DataError(f"{path}:{number} holds a number with too many digits to be read") from None
 
 

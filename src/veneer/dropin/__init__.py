@@ -4,8 +4,8 @@
     veneer.install_as_peft()      # or, without touching the program: python -m veneer.as_peft program.py ...
     from peft import LoraConfig, get_peft_model
 
-PEFT's names, defaults and wording are data, in `tables/`; the rest are thin views of veneer's own classes. Start with
-`register.py`, which puts the modules in place, and `models.py`.
+PEFT's names, defaults and messages are data, in `tables/`; all other modules are thin views of veneer's own classes.
+Start with `register.py`, which installs the modules, and `models.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def install_as_peft(strict: bool = False) -> None:
     """Make `import peft` import veneer for the rest of the process, whether PEFT is installed or not.
 
     Args:
-        strict: raise an error, not a warning, where PEFT accepts what veneer refuses.
+        strict: if PEFT accepts something that veneer refuses, raise an error instead of a warning.
 
     Raises:
         VeneerError: the real PEFT is already imported.

@@ -25,11 +25,13 @@ from .matching import check_target_module_exists, fill_defaults, narrowed, short
 from .old_experts import modernise
 from .strict import is_strict
 from .tables import methods as table
+from .wording import pefts_words
 
 REWRITTEN = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
 """Config fields that are rewritten for architectures whose modules have since been fused."""
 
 
+@pefts_words()
 def put_on(
     model: nn.Module, config: Any, name: str, *, on_meta: bool = False, lift: bool = True, state_dict: Any = None
 ) -> State:
@@ -52,7 +54,9 @@ def put_on(
         resolved.task_type = None  # PEFT's model classes add the heads of a task
     trainable = not config.inference_mode
     try:
-        state = core_attach.attach(model, resolved, name, trainable=trainable, on_meta=on_meta, lift=lift)
+        state = core_attach.attach(
+            model, resolved, name, trainable=trainable, on_meta=on_meta, lift=lift, layer_class=PeftLayer
+        )
     except BaseException:
         _restore(flags)
         raise

@@ -1,4 +1,4 @@
-"""PEFT's config classes: veneer's configs, read, written and checked as in PEFT."""
+"""PEFT's config classes: veneer's configs, which are read, written and checked as in PEFT."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..files.write import write_atomically
 from .strict import is_strict, settle
 from .tables import methods as table
 from .tables.refusals import check_as_peft
-from .tables.words import is_at_once
+from .wording import is_at_once, pefts_words
 
 PeftType = enum.Enum("PeftType", {name: name for name in table.METHODS}, type=str, module=__name__)  # type: ignore[misc]
 
@@ -62,14 +62,14 @@ class Names(set[str]):
 
 @dataclass
 class LoraRuntimeConfig:
-    """Settings of how a LoRA runs, which are not saved."""
+    """Runtime settings of a LoRA, which are not saved."""
 
     ephemeral_gpu_offload: bool = False
-    """Ignored; kept for PEFT compatibility. PEFT moves weights to a GPU temporarily; veneer computes where they are."""
+    """Ignored; kept for PEFT compatibility. PEFT moves weights to a GPU temporarily; veneer does not move them."""
 
 
 class Called(type):
-    """Metaclass that gives config classes PEFT's call: `peft_type` may be passed, unknown fields are a TypeError."""
+    """Metaclass for PEFT's way to create configs: `peft_type` may be passed, and unknown fields raise TypeError."""
 
     def __call__(cls, *args: Any, **given: Any) -> Any:
         kind = given.pop("peft_type", None)
@@ -99,6 +99,7 @@ class PeftConfig(Config, metaclass=Called):
     peft_type: ClassVar[Any] = None
     is_adaption_prompt: ClassVar[bool] = False
 
+    @pefts_words()
     def __post_init__(self) -> None:
         if getattr(self, "loftq_config", None) == {}:
             self.loftq_config = None
@@ -150,14 +151,14 @@ class PeftConfig(Config, metaclass=Called):
         return as_ours(self).semantic_fields()
 
     def refuse_cacheless(self, model: str) -> None:
-        """Warn that the model has no cache, where veneer raises: PEFT fails only when the model is called."""
+        """Warn, where veneer raises, that the model has no cache: PEFT fails only when the model is called."""
         try:
             super().refuse_cacheless(model)  # type: ignore[misc]
         except ConfigError as error:
             settle(error)
 
     def _source(self) -> Any:
-        """Initial tensors of multitask prompt tuning; also read from a pickle, restricted to tensors."""
+        """Initial tensors of multitask prompt tuning; may also be a pickle, from which only tensors are read."""
         path = Path(str(self.prompt_tuning_init_state_dict_path))  # type: ignore[attr-defined]
         is_pickle = path.suffix in (".bin", ".pt") and path.is_file() and not is_strict()
         if is_pickle:
@@ -165,7 +166,7 @@ class PeftConfig(Config, metaclass=Called):
         return super()._source()  # type: ignore[misc]
 
     def check_rank(self, path: str, out: int, columns: int) -> None:
-        """Warn of an AdaMSS rank whose clusters would depend on rounding, where veneer raises: PEFT accepts it."""
+        """Warn, where veneer raises, of an AdaMSS rank whose clusters depend on rounding: PEFT accepts it."""
         try:
             super().check_rank(path, out, columns)  # type: ignore[misc]
         except ConfigError as error:
@@ -181,7 +182,7 @@ class PeftConfig(Config, metaclass=Called):
     # The file
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field that PEFT's config has."""
+        """All fields that PEFT's config has, with their values."""
         kind = None if self.peft_type is None else self.peft_type.value
         absent = table.ABSENT.get(str(kind), "").split()
         content: dict[str, Any] = {"peft_type": self.peft_type}
@@ -240,7 +241,7 @@ class PeftConfig(Config, metaclass=Called):
 
     @classmethod
     def from_peft_type(cls, **given: Any) -> Any:
-        """The config for `peft_type`; unknown fields are only a warning, since a newer PEFT may have written them."""
+        """Create the config for `peft_type`; unknown fields, perhaps of a newer PEFT, only cause a warning."""
         kind = given.pop("peft_type", None)
         config_class = cls if kind is None else CONFIGS[_type(kind)]
         names = _field_names(config_class)
@@ -320,7 +321,7 @@ def _config_file(source: str | Path, **hub: Any) -> Path:
 
 
 def _type(kind: Any) -> Any:
-    """The member of `PeftType`, also by a former name of the method."""
+    """The member of `PeftType` for a name, which may be a former name of the method."""
     try:
         return PeftType(kind)
     except ValueError:
@@ -328,7 +329,7 @@ def _type(kind: Any) -> Any:
     for config in all_methods().values():
         if kind in config.aliases:
             return PeftType(str(config.peft_type))
-    raise ConfigError(f"peft_type {kind!r} is not one of PEFT {table.VERSION}'s")
+    raise ConfigError(f"peft_type {kind!r} does not exist in PEFT {table.VERSION}")
 
 
 @dataclass(kw_only=True)
@@ -338,7 +339,7 @@ class PromptLearningConfig(PeftConfig, PromptConfig):
 
 @dataclass(kw_only=True)
 class LoraFields(PeftConfig):
-    """Fields of PEFT's LoRA configs that veneer's have no use for."""
+    """Fields of PEFT's LoRA configs that veneer does not use."""
 
     megatron_config: dict | None = None
     """Settings of Megatron. Kept and saved, without effect."""
@@ -349,7 +350,7 @@ class LoraFields(PeftConfig):
 
 
 def _config_class(kind: str, row: table.Row) -> Any:
-    """The class under PEFT's name that joins veneer's config of a method with PEFT's base class."""
+    """Create the config class with PEFT's name, derived from veneer's config of a method and PEFT's base class."""
     ours = next(config for config in all_methods().values() if config.__name__ == row.config)
     base: type[PeftConfig] = PeftConfig
     if issubclass(ours, PromptConfig):
@@ -371,7 +372,7 @@ LoraConfig = CONFIGS[PeftType("LORA")]
 
 
 def as_ours(config: Any) -> Config:
-    """The same settings in veneer's own class, without the fields that only PEFT has."""
+    """A config as veneer's own class, without the fields that only PEFT has."""
     methods = all_methods().values()
     own_class: Any = next(base for base in type(config).__mro__ if base in methods)
     settings = {}

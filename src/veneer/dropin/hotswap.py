@@ -1,4 +1,4 @@
-"""PEFT's hot swapping; unless the model is compiled, the new adapter may also have a higher rank."""
+"""PEFT's hot swapping. Unless the model is compiled, the new adapter may also have a higher rank."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from ..model import hotswap
 from .configs import PeftConfig, hub_arguments
 from .state import PREFIX
+from .wording import pefts_words
 
 
+@pefts_words()
 def hotswap_adapter(
     model: nn.Module,
     model_name_or_path: str | Path,
@@ -28,6 +30,7 @@ def hotswap_adapter(
     hotswap.hotswap_adapter(model, model_name_or_path, adapter_name, torch_device, **settings)
 
 
+@pefts_words()
 def hotswap_adapter_from_state_dict(
     model: nn.Module,
     state_dict: Mapping[str, Tensor],
@@ -37,7 +40,7 @@ def hotswap_adapter_from_state_dict(
 ) -> None:
     """Overwrite an adapter with tensors in memory.
 
-    Their keys may have or lack the adapter's name and PEFT's prefix (diffusers passes them without).
+    The keys may be with or without the adapter's name and PEFT's prefix (diffusers passes them without).
     """
     hotswap.make_room(model, adapter_name, config)
     tensors = {}
@@ -49,6 +52,7 @@ def hotswap_adapter_from_state_dict(
     hotswap.hotswap_tensors(model, adapter_name, config, tensors)
 
 
+@pefts_words()
 def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
     """Raise unless an adapter with the second config can replace one with the first."""
     hotswap.check_settings(config0, config1, "default")

@@ -31,7 +31,7 @@ class KappaTuneSelector:
     def get_best_targets(
         self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
     ) -> list[str]:
-        """Paths of linear layers, best first: a fraction, a number, or those up to a condition number."""
+        """Paths of linear layers, best first: a fraction, a number, or all up to a condition number."""
         return _best(self.modules, top_p, num_modules, threshold)
 
     def get_best_target_parameters(

@@ -22,6 +22,7 @@ from ..targets.walk import matches
 from .configs import LoraConfig
 from .slots import DropoutSlot, HeldSlot, ModuleSlot, SharedSlot, ShownTokens, TensorSlot, TiedSlot, as_factor
 from .tables import methods as table
+from .wording import pefts_words
 
 SHOWN = {own: shown for shown, own in table.EVERYWHERE.items()}
 """PEFT's names of attributes, by veneer's name."""
@@ -34,7 +35,7 @@ def names_of(names: str | Sequence[str]) -> tuple[str, ...]:
 
 
 class PeftLayer(AdapterLayer):
-    """An adapter layer that shows attributes of its adapters as containers by adapter name, as PEFT's layers do."""
+    """An adapter layer that, like PEFT's layers, exposes its adapters' attributes as containers by adapter name."""
 
     _merged: tuple[str, ...] = ()
     fan_in_fan_out = False
@@ -75,7 +76,7 @@ class PeftLayer(AdapterLayer):
         self.__class__ = class_for(self)
 
     def _show_part(self, part: Adapter) -> None:
-        """Create the slots that show the modules and tensors of an adapter."""
+        """Create the slots that expose the modules and tensors of an adapter."""
         if isinstance(part, LowRank) and hasattr(part, "lora_alpha"):
             self._show("dropout", DropoutSlot, part.key)
         for attribute, child in part._modules.items():
@@ -196,14 +197,14 @@ class PeftLayer(AdapterLayer):
             return original
         return getattr(active, "module", None)
 
-    # What it is
+    # Type
 
     def parts(self, name: str) -> tuple[Adapter, ...]:
         adapter = self.adapters.get(name)
         return () if adapter is None else adapter.parts
 
     def kinds(self) -> set[str]:
-        """PEFT's types of the methods on this layer; of the last ones, once all adapters are deleted."""
+        """PEFT's types of the methods on this layer; if all adapters were deleted, of the last ones."""
         configs = self.state.configs
         present = {configs[name].peft_type.value for name in self.adapters if name in configs}
         return present or self.__dict__.get("last_kinds", set())
@@ -309,7 +310,7 @@ class PeftLayer(AdapterLayer):
         return self._adapted().out_features
 
     def _adapted(self) -> Target:
-        """What the adapters see: the module, or one of its parameters."""
+        """The target of the adapters: the module, or one of its parameters."""
         for adapter in self.adapters.values():
             return adapter.parts[0].target
         return self.target
@@ -324,7 +325,7 @@ class PeftLayer(AdapterLayer):
 
     @property
     def parameter_name(self) -> str:
-        """Name of the module's parameter that is adapted by itself (`target_parameters`), or ""."""
+        """Name of the module's parameter that is adapted directly (`target_parameters`), or ""."""
         return next(iter(bare_targets(self)), "")
 
     def get_base_layer(self) -> nn.Module:
@@ -401,6 +402,7 @@ class PeftLayer(AdapterLayer):
 
     # Merging one layer
 
+    @pefts_words()
     def merge(
         self,
         names: Any = None,
@@ -431,7 +433,7 @@ class PeftLayer(AdapterLayer):
             ) from error
 
     def _check_tokens(self, names: Sequence[str]) -> None:
-        """Raise where two merged adapters would both write the embedding of a token."""
+        """Raise NotMergeable if two merged adapters would both write the embedding of a token."""
         written: set[int] = set()
         for name in (*self.merged_adapters, *names):
             for part in self.parts(name):
@@ -515,7 +517,7 @@ class Reading(Mapping[str, Any]):
         self._kept: dict[str, Any] | None = None
 
     def keep(self) -> None:
-        """Keep the present values: another mapping has been assigned to the layer's attribute."""
+        """Freeze the current values, because another mapping has been assigned to the layer's attribute."""
         self._kept = dict(self)
 
     def __getitem__(self, name: str) -> Any:
@@ -574,7 +576,7 @@ def group_of(key: str) -> str:
 
 
 def followed(layer: PeftLayer, attribute: str) -> dict[str, Any]:
-    """What a layer shows under a name although another layer holds it, by adapter."""
+    """Modules and tensors that a layer exposes although another layer holds them, by adapter."""
     by_adapter: dict[str, Any] = {}
     for name, adapter in layer.adapters.items():
         for part in adapter.parts:
@@ -608,7 +610,7 @@ def _borrowed(state: State, name: str, part: Adapter) -> dict[str, Any]:
 
 
 def is_flat(shared: Any) -> bool:
-    """Whether the module that layers share holds only tensors, which each layer can show."""
+    """Whether the module that layers share holds only tensors, which each layer can expose."""
     return isinstance(shared, nn.Module) and not isinstance(shared, Adapter) and not shared._modules
 
 
@@ -726,7 +728,7 @@ def layer_classes(kind: str, row: table.Row) -> dict[str, Any]:
 
 
 class OfClass:
-    """An attribute whose value on the class is the method's, and on a layer depends on its adapters."""
+    """An attribute that has the method's value on the class, and on a layer a value that depends on its adapters."""
 
     def __init__(self, name: str, value: Any) -> None:
         self.name = name
@@ -739,7 +741,7 @@ class OfClass:
 
 
 def bare_targets(layer: PeftLayer) -> list[str]:
-    """Names of the module's parameters that `target_parameters` match, in any form."""
+    """Names of the module's parameters that `target_parameters` match."""
     entries: list[str] = []
     for name in layer.adapters:
         config = layer.state.configs.get(name)

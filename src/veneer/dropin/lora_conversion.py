@@ -70,7 +70,7 @@ def save_as_lora(
 
 
 def _check(model: nn.Module, rank: int | float, name: str) -> State:
-    """The model's state; raise what PEFT refuses to convert."""
+    """Return the model's state; raise PEFT's errors for adapters that it cannot convert."""
     layers = [module for module in model.modules() if isinstance(module, PeftLayer) and not module.is_copy]
     state = layers[0].state if layers else None
     if state is None:

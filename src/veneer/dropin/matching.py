@@ -143,7 +143,7 @@ def narrowed(model: nn.Module, config: Any) -> Any:
 
 
 def _note_filled(config: Any) -> None:
-    """Keep the targets as they are before they become full paths: the caller's config is completed with these."""
+    """Record the targets before they become full paths; they are later written into the caller's config."""
     filled = {}
     for field in FIELDS:
         if hasattr(config, field):
@@ -240,7 +240,7 @@ RISK = (
 
 
 def _warn_of_ties(model: nn.Module, config: Any, paths: Sequence[str]) -> None:
-    """Warn, as PEFT does, of an adapter on a module with tied weights, or of tying that was requested in vain."""
+    """Warn, as PEFT does, of an adapter on a module with tied weights, or of requested tying without tied modules."""
     modules = dict(walk(model))
     weight, _ = _embedding(model)
     is_tied = bool(tied_modules(model))
@@ -288,7 +288,7 @@ def _embedding(model: Any) -> tuple[Any, Any]:
 
 
 def fill_defaults(model: Any, config: Any) -> None:
-    """Fill in the fields of targets that are None: by the model's type, or else by the roles of its modules.
+    """Fill in target fields that are None: from the model's type, or else from the roles of its modules.
 
     Raises:
         TargetError: there is no default for this model.
@@ -327,7 +327,7 @@ def _no_default(config: Any) -> str:
 
 
 def _check_kinds(model: nn.Module, config: Any, targets: Sequence[str]) -> None:
-    """Raise unless the method has a form for the kind of every targeted module."""
+    """Raise TargetError unless the method supports the kind of every targeted module."""
     modules = dict(walk(model))
     kinds = config.adapter.kinds
     for path in targets:
@@ -416,7 +416,7 @@ def shortened(model: nn.Module, config: Any) -> Any:
 
 
 def _narrow_targets(config: Any, targets: Sequence[str]) -> None:
-    """Replace the targets by full paths, so that the core has nothing to interpret."""
+    """Replace the targets by full paths, so that the core does not apply its own matching rules."""
     config.__dict__["written"] = config.target_modules
     config.target_modules = list(targets)
     config.exclude_modules = None

@@ -88,7 +88,7 @@ def _elected(D: Tensor, weights: Tensor, method: str) -> Tensor:
 
 
 def _pruned(task_tensors: Tasks, density: float, prune_one: Callable[[Tensor, float], Tensor]) -> Tensor:
-    """(tasks, ...) with each task's tensor pruned by itself."""
+    """(tasks, ...) with each task's tensor pruned separately."""
     pruned = [tensor if density >= 1 else prune_one(tensor, density) for tensor in task_tensors]
     return torch.stack(pruned)
 

@@ -118,7 +118,7 @@ class PeftModel(core.PeftModel):
 
     @property
     def active_adapter(self) -> Any:  # type: ignore[override]
-        """The name that was set last on this object; on `base_model` several adapters may be active."""
+        """The adapter name that was last set on this object; `base_model` may have several active adapters."""
         return self.__dict__["_active"]
 
     @active_adapter.setter
@@ -174,7 +174,7 @@ class PeftModel(core.PeftModel):
         return super().generate(*args, **kwargs)
 
     def _check_names(self, args: Any, kwargs: dict[str, Any]) -> None:
-        """Raise what PEFT refuses of a mixed batch, in its words."""
+        """Raise PEFT's errors for an invalid mixed batch."""
         if self.peft_type.value == "MULTITASK_PROMPT_TUNING" and kwargs.get("task_ids") is None and not is_strict():
             raise VeneerError("task_ids cannot be None")
         names = kwargs.get("adapter_names")
@@ -278,7 +278,7 @@ class PeftModel(core.PeftModel):
             missing = [name for name in adapter_name if name not in self.peft_config]
             if missing or not is_strict():
                 raise TypeError(
-                    f"set_adapter takes one name, not {adapter_name!r}; base_model.set_adapter takes several"
+                    f"set_adapter takes one name, not {adapter_name!r}; use base_model.set_adapter for several"
                 )
         self.active_adapter = adapter_name
         if self._is_prompt_learning:
@@ -301,7 +301,7 @@ class PeftModel(core.PeftModel):
             self.active_adapter = left[0] if left else []
 
     def _of_tuner(self, name: str) -> Any:
-        """A method of the tuner, which prompts do not have."""
+        """Look up a method of the tuner; prompt methods have no tuner."""
         if self._is_prompt_learning:
             raise AttributeError(f"'{type(self.base_model).__name__}' object has no attribute '{name}'")
         return getattr(self.base_model, name)
@@ -326,7 +326,7 @@ class PeftModel(core.PeftModel):
     def add_weighted_adapter(self) -> Any:  # type: ignore[override]
         return self._of_tuner("add_weighted_adapter")
 
-    # Looking
+    # Reports
 
     def get_layer_status(self) -> Any:
         return get_layer_status(self)
@@ -610,7 +610,7 @@ class PeftMixedModel(PeftModel):
             super().delete_adapter(name)
 
     def _existing_names(self, names: Any) -> list[str]:
-        """One name or several as a list; raise unless all of them are adapters of this model."""
+        """Return one name or several as a list; raise VeneerError unless all are adapters of this model."""
         names = [names] if isinstance(names, str) else list(names)
         missing = set(names) - set(self.peft_config)
         if missing:
@@ -690,7 +690,7 @@ def _note_base(model: Any, config: Any, revision: str | None) -> None:
 
 
 def check_conversion(config: Any) -> None:
-    """Raise where PEFT cannot convert a LoRA to a plain one, because the file could not express its scalings."""
+    """Raise ConfigError if PEFT cannot convert a LoRA to a plain one, because a file cannot express its scalings."""
     patterns = getattr(config, "rank_pattern", None) or getattr(config, "alpha_pattern", None)
     if getattr(config, "use_rslora", False) and patterns:
         raise ConfigError(

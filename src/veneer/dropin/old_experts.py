@@ -1,8 +1,8 @@
-"""LoRAs made for mixtures of experts before transformers 5, put on the fused parameters of today.
+"""Load LoRAs for mixtures of experts from before transformers 5 onto the fused parameters of transformers 5.
 
-Before, each matrix of each expert was a linear layer of its own. Now one parameter has the matrices of all experts, and
-the gate and up projections are fused in one matrix. A LoRA that targets the old layers is put on these parameters: the
-updates W1 + B1 A1 and W3 + B3 A3 of [W1; W3] are one update of twice the rank, [A1; A3] and block-diagonal B.
+Before transformers 5, each matrix of each expert was a separate linear layer. Since then, one parameter holds the
+matrices of all experts, and the gate and up projections are fused. A LoRA for the old layers is converted: the updates
+W1 + B1 A1 and W3 + B3 A3 of [W1; W3] become one update of twice the rank, with [A1; A3] and a block-diagonal B.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ OLD = {
     "down_proj": "down_proj",
     "gate": "gate.weight",
 }
-"""Old layers, each with the parameter that has its weight today."""
+"""Old layers, each with the fused parameter that contains its weight."""
 
 
 def experts(model: nn.Module) -> list[str]:
-    """The paths of the modules that have the matrices of all experts."""
+    """The paths of the modules that hold the matrices of all experts."""
     paths = []
     for path, module in walk(model):
         dims = {name: p.dim() for name, p in module._parameters.items() if p is not None}
@@ -123,7 +123,7 @@ KEY = re.compile(r"(.*\.experts)\.(\d+)\.(w1|w2|w3|gate_proj|up_proj|down_proj)\
 
 
 def modern(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A file's tensors, with the factors of single experts joined as those of the fused parameters."""
+    """A file's tensors, with the factors of single experts joined into factors of the fused parameters."""
     modern_tensors: dict[str, Tensor] = {}
     factors: dict[tuple[str, str], dict[str, dict[int, Tensor]]] = {}  # by path and side, old layer, expert
     for old_key, tensor in tensors.items():
@@ -143,7 +143,7 @@ def modern(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _joined(by_layer: dict[str, dict[int, Tensor]], side: str) -> dict[str, Tensor]:
-    """The factors of today's parameters, each (experts, rows, columns), from those by old layer and expert."""
+    """The factors of the fused parameters, each (experts, rows, columns), from the factors by old layer and expert."""
     stacks = {}
     for layer, by_expert in by_layer.items():
         stacks[layer] = torch.stack([by_expert[expert] for expert in sorted(by_expert)])

@@ -16,6 +16,8 @@ from .tables import methods as table
 
 MARK = "_veneer_drop_in"
 """An attribute of the drop-in's modules, which the real PEFT lacks."""
+OF_LORA = ("veneer.", "peft.tuners.lora.")
+"""Beginnings of the modules of config classes that `peft.tuners.lora` has."""
 PROBES = ("is_peft_available", "is_peft_greater_or_equal")
 """Cached functions with which other libraries look for PEFT."""
 
@@ -27,7 +29,6 @@ def install(strict: bool) -> None:
         VeneerError: the real PEFT is already imported, and other modules may hold references to it.
     """
     from .strict import set_strict
-    from .tables import words as wording
 
     present = sys.modules.get("peft")
     if present is not None and not hasattr(present, MARK):
@@ -39,17 +40,8 @@ def install(strict: bool) -> None:
     if present is None:
         sys.meta_path.insert(0, Distributions())
         sys.modules.update(modules())
-        _use_layers()
-        wording.use()
         _forget_probes()
         accept(table.VERSION)
-
-
-def _use_layers() -> None:
-    from ..core.state import State
-    from .layers import PeftLayer
-
-    State.layer_class = PeftLayer
 
 
 def _forget_probes() -> None:
@@ -166,7 +158,7 @@ def _add_settings_of_lora(made: dict[str, ModuleType], everything: dict[str, Any
     """Add the config classes of LoRA's variants to its package, and the contents of its submodules."""
     configs = {}
     for name, value in everything.items():
-        if name.endswith("Config") and not name.startswith("Peft") and value.__module__.startswith("veneer."):
+        if name.endswith("Config") and not name.startswith("Peft") and value.__module__.startswith(OF_LORA):
             configs[name] = value
     lora = made["peft.tuners.lora"].__dict__
     lora.update(configs)

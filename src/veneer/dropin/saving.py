@@ -41,7 +41,7 @@ def save_adapter(
 
 
 def write_config(model: Any, name: str, directory: Path) -> None:
-    """Write one adapter's config, with the base model's class if the task does not tell it."""
+    """Write one adapter's config, with the base model's class if the config has no task type."""
     config = model.peft_config[name]
     base = model.get_base_model()
     if config.base_model_name_or_path is None:
@@ -55,7 +55,7 @@ def write_config(model: Any, name: str, directory: Path) -> None:
 
 
 def write_card(model: Any, directory: Path) -> None:
-    """Write README.md, or complete the one that is there."""
+    """Write README.md, or complete an existing one."""
     from huggingface_hub import ModelCard, ModelCardData
 
     path = directory / "README.md"

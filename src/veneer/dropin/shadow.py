@@ -1,4 +1,4 @@
-"""What ShadowPEFT's tuner has besides: the parts of its shadow networks by adapter name, and unloading a shadow."""
+"""Additional methods of ShadowPEFT's tuner: the parts of its shadow networks, and unloading a shadow."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ class WithShadow:
         return head_of(self._networks()[adapter_name], self.model)  # type: ignore[attr-defined]
 
     def unload_shadow(self, adapter_name: str | None = None, copy: bool = False) -> DetachedShadowModel:
-        """The shadow of an adapter, by default the active one, as a model of its own."""
+        """Return the shadow of an adapter, by default the active one, as a separate model."""
         return unload_shadow(self, adapter_name, copy)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """How a layer shows its adapters to torch as PEFT's code expects them: `q_proj.lora_A.default.weight`.
 
 In veneer an adapter is one module per name. In PEFT a layer has one container per attribute, with the adapter names
-inside. A slot is such a container: a view of the adapters, which stores nothing itself and so is never out of date.
+inside. A slot is such a container: a view of the adapters. It stores nothing, so it is always up to date.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class TensorSlot(nn.ParameterDict):
         return {**self._buffers, **self._parameters}
 
     def _view_of(self, key: str) -> Any:
-        """The view that an adapter's tensor is written through."""
+        """The view through which an adapter's tensor is written."""
         return self._parameters if key in self._parameters else self._buffers
 
     def __delattr__(self, name: str) -> None:
@@ -198,7 +198,7 @@ class Passing:
 
 
 class Dropouts(Live):
-    """The dropout of each adapter; an `Identity` where there is none, as in PEFT."""
+    """The dropout of each adapter; an `Identity` for adapters without dropout, as in PEFT."""
 
     def _owner(self, name: str) -> dict[str, Any]:
         for part in self._holders(name):
@@ -248,7 +248,7 @@ class Weight(MutableMapping[str, Any]):
 
 
 class Held(nn.Module):
-    """A parameter that PEFT keeps in a module of its own: `lora_magnitude_vector.default.weight`."""
+    """A parameter that PEFT keeps in a separate module: `lora_magnitude_vector.default.weight`."""
 
     def __init__(self, owner: nn.Module, attribute: str) -> None:
         super().__init__()
@@ -381,7 +381,7 @@ class Prompts(MutableMapping[str, Any]):
         return ShownPrompt(self.state.prompts._modules[name])
 
     def __setitem__(self, name: str, value: Any) -> None:
-        raise KeyError(f"{name!r}: a prompt is put on with add_adapter()")
+        raise KeyError(f"{name!r}: to add a prompt, call add_adapter()")
 
     def __delitem__(self, name: str) -> None:
         del self.state.prompts[name]
@@ -429,7 +429,7 @@ CONVOLUTIONS: dict[int, type[Any]] = {3: Factor1d, 4: Factor2d, 5: Factor3d}
 """The class of a convolution's factor by the number of dimensions of its weight."""
 
 GEOMETRY = ("stride", "padding", "dilation", "padding_mode", "_reversed_padding_repeated_twice")
-"""Attributes with which a convolution moves over its input."""
+"""Attributes that define how a convolution moves over its input."""
 
 
 def as_factor(matrix: Matrix, base: Any) -> None:

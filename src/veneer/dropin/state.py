@@ -27,7 +27,7 @@ from .strict import is_strict
 from .tables import methods as table
 
 PREFIX = "base_model.model."
-"""What PEFT's keys begin with."""
+"""The prefix of the keys in PEFT's files."""
 LoadResult = namedtuple("IncompatibleKeys", ["missing_keys", "unexpected_keys"])  # type: ignore[name-match]
 
 
@@ -73,7 +73,7 @@ def get_peft_model_state_dict(
 
 
 def _taken_from(state_dict: Mapping[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
-    """An adapter's tensors by their keys in a file, from a whole model's state dict (gathered from shards, say)."""
+    """An adapter's tensors by their keys in a file, from a whole model's (perhaps gathered) state dict."""
     keys = {name: key for key, name in names.items()}
     return {keys[name]: tensor for name, tensor in state_dict.items() if name in keys}
 
@@ -140,7 +140,7 @@ def set_peft_model_state_dict(
 
 
 def _todays(state_dict: Mapping[str, Tensor], config: Any, has_prefix: bool) -> dict[str, Tensor]:
-    """Tensors under the keys of today's files, with PEFT's prefix."""
+    """Tensors with their keys converted to the current file format, with PEFT's prefix."""
     names = checkpoint.renamed()
     tensors = {checkpoint.current_key(key, names): tensor for key, tensor in state_dict.items()}
     if any_old(tensors):
@@ -151,7 +151,7 @@ def _todays(state_dict: Mapping[str, Tensor], config: Any, has_prefix: bool) -> 
 
 
 def _check_shapes(own: dict[str, Tensor], fitting: dict[str, Tensor], ignore: bool, model: str) -> None:
-    """Drop the tensors of other shapes with a warning if they are to be ignored, else raise RuntimeError."""
+    """Drop tensors whose shapes differ, with a warning, if they are to be ignored; else raise RuntimeError."""
     mismatches = {}
     for key, tensor in fitting.items():
         if own[key].shape != tensor.shape:

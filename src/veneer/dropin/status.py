@@ -29,7 +29,7 @@ class TunerLayerStatus:
 
 @dataclass
 class TunerModelStatus:
-    """The adapters of a whole model; "irregular" where its layers differ."""
+    """The adapters of a whole model; "irregular" if its layers differ."""
 
     base_model_type: str
     adapter_model_type: str
@@ -126,7 +126,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
 
 def _count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable numbers, all numbers) in a model's parameters."""
+    """(trainable, all): numbers of values in a model's parameters."""
     trainable = 0
     total = 0
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""The one setting of the drop-in: whether it refuses what PEFT accepts with a warning."""
+"""The setting of the drop-in: whether to raise an error, or only warn, for what PEFT accepts and veneer refuses."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class BaseTuner(Adapted):
         self._draw(adapter_name, config.init_vector_bank_bound)
 
     def _draw(self, adapter_name: str, bound: float) -> None:
-        """Draw the parameters that the layers share anew, uniform between minus the bound and the bound."""
+        """Reinitialise the parameters that the layers share, uniformly between -bound and bound."""
         for parameter in self.state.shared[adapter_name].parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
@@ -78,7 +78,7 @@ class BaseTuner(Adapted):
 
     @property
     def state(self) -> State:
-        """The model's state; the last one it had after its last adapter was deleted."""
+        """The model's adapter state; if all adapters were deleted, the last state that it had."""
         state = state_of(self.model)
         if state is not None:
             self.__dict__["_state_kept"] = state
@@ -108,7 +108,7 @@ class BaseTuner(Adapted):
         return last_set if names == list(names_of(last_set)) else names
 
     def note_targets(self) -> None:
-        """Show the tensors that layers share, and list the paths of the adapted modules and parameters."""
+        """Register the tensors that layers share, and record the paths of the adapted modules and parameters."""
         for shared in self.state.shared.values():
             if is_flat(shared):
                 for attribute in (*shared._parameters, *shared._buffers):
@@ -274,7 +274,7 @@ class CannotMerge(NotMergeable, NotImplementedError):
 
 
 def finish(tuner: BaseTuner, names: list[str], progressbar: bool, safe: bool) -> nn.Module:
-    """Merge for good: the modules keep the merged weights, and the wrappers are removed."""
+    """Merge permanently: the modules keep the merged weights, and the wrappers are removed."""
     from ..upstream.models import note_untied
 
     state = tuner.state

@@ -40,7 +40,7 @@ class DefaultTargets(MutableMapping[str, Any]):
         self.kind = kind
         self.field = field
         self.given: dict[Any, Any] = WRITTEN.setdefault((kind, field), {})
-        """The entries that a program has set."""
+        """The entries that a program has set, instead of the computed defaults."""
 
     def __getitem__(self, model_type: str) -> Any:
         if model_type in self.given:
@@ -184,7 +184,7 @@ def get_device_map(model: nn.Module) -> dict[str, Any]:
 
 
 def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module) -> str:
-    """The path of a module in a model; "" if it is not there."""
+    """The path of a module in a model; "" if the model does not contain it."""
     for name, module in model.named_modules():
         if module is reference_module:
             return name
@@ -305,7 +305,7 @@ def dequantize_module_weight(module: nn.Module) -> Tensor:
     """A linear module's weight, (out, in), dequantised."""
     if quantised(module) is None:
         return module.weight  # type: ignore[return-value]
-    layer = AdapterLayer(module, "", State())
+    layer = AdapterLayer(module, "", State(AdapterLayer))
     return layer.target.weight()
 
 
@@ -394,7 +394,7 @@ def check_if_peft_model(model_name_or_path: str) -> bool:
 
     try:
         PeftConfig.from_pretrained(model_name_or_path)
-    except Exception:  # noqa: BLE001 - whatever the reason, it cannot be loaded
+    except Exception:  # noqa: BLE001 - for any error, the config cannot be loaded
         return False
     return True
 

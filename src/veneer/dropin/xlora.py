@@ -1,4 +1,4 @@
-"""What X-LoRA's tuner has besides: the settings of its gate, and a log of the scalings that the gate computed."""
+"""Additional methods of X-LoRA's tuner: the settings of its gate, and a log of the scalings that the gate computes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class WithGate:
 
     @property
     def lora_model(self) -> Any:
-        """This tuner; PEFT has the experts in a LoRA model of their own."""
+        """This tuner. In PEFT it is a separate LoRA model that holds the experts."""
         return self
 
     @property

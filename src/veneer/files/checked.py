@@ -1,4 +1,4 @@
-"""Dataclasses that check the names and types of their fields, and that can be restored from a file's mapping."""
+"""Dataclasses that check the names and types of their fields, and can be created from a mapping in a file."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..errors import ConfigError, nearest, printable
 
 
 class Checked:
-    """Base of dataclasses that check their fields; errors for unknown names and wrong types say what is expected."""
+    """Base of dataclasses that raise ConfigError for fields with an unknown name or a value of the wrong type."""
 
     path_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields that hold paths of other adapters."""
+    """Names of the fields that hold paths of other adapters."""
 
     def __new__(cls, *args: Any, **values: Any) -> Any:
         _check_names(cls, values)
@@ -33,7 +33,7 @@ class Checked:
 
 
 class Settings(Checked):
-    """Base of dataclasses that are fields of a config, such as `eva_config`; in a file they are mappings."""
+    """Base of dataclasses that are values of a config's fields, such as `eva_config`; in a file they are mappings."""
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Paths in configs: a file comes from an unknown author, so its paths may not lead out of its directory."""
+"""Paths in configs: because a file may have an unknown author, its paths may not lead out of its directory."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def _confined(value: Any, home: Path, follow: bool, field: str) -> Any:
         return str(path)
     if not follow:
         raise ConfigError(
-            f"{field} names {value!r}, which is not inside {str(home)!r}, where its config was read; "
-            "pass follow_paths=True to follow it all the same"
+            f"{field} names {value!r}, which is not inside {str(home)!r}, the directory of the config; "
+            "pass follow_paths=True if you trust the file"
         )
     return value
 

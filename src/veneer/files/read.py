@@ -1,4 +1,4 @@
-"""Reading JSON, safetensors and pickle files, with limits, since their content cannot be trusted."""
+"""Reading JSON, safetensors and pickle files with limits, because their content cannot be trusted."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is not JSON, is too large for a config, or has a repeated key or a non-finite number.
     """
     if not path.is_file():  # device files have no end of file
-        raise CheckpointError(f"{str(path)!r} is no file")
+        raise CheckpointError(f"{str(path)!r} is not a file")
     size = path.stat().st_size
     if size > MOST_CONFIG_BYTES:
-        raise CheckpointError(f"{str(path)!r} has {size:,} bytes, which no config has")
+        raise CheckpointError(f"{str(path)!r} has {size:,} bytes, which is too large for a config")
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(f"{str(path)!r} is not JSON that can be trusted: {error}") from None
+        raise CheckpointError(f"{str(path)!r} is not JSON that veneer accepts: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{str(path)!r} holds a {type(content).__name__}, not an object of config fields")
     return content
@@ -67,7 +67,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{repeated!r} stands in it twice")
+        raise ValueError(f"the key {repeated!r} occurs twice")
     return content
 
 
@@ -75,7 +75,7 @@ def _finite(text: str) -> float:
     """A number from its digits; raises ValueError for NaN and infinities."""
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text[:30]} is no number")
+        raise ValueError(f"{text[:30]} is not a finite number")
     return number
 
 
@@ -89,7 +89,7 @@ def check_header(path: Path) -> None:
         stated = int.from_bytes(file.read(8), "little")
     if size < 8 or stated > size - 8 or stated > MOST_HEADER_BYTES:
         raise CheckpointError(
-            f"{str(path)!r} is not a whole safetensors file: it has {size:,} bytes and states a header of {stated:,}"
+            f"{str(path)!r} is not a whole safetensors file: it has {size:,} bytes but declares a header of {stated:,}"
         )
 
 
@@ -136,7 +136,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a pickle by key, with torch's `weights_only` reader, which runs no code.
 
     Raises:
-        CheckpointError: the file holds anything else than tensors by name.
+        CheckpointError: the file holds anything other than tensors by name.
     """
     import torch
 
@@ -144,13 +144,13 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a hostile pickle can fail anywhere in the reader
         reason = first_line(error)
-        raise CheckpointError(f"{str(path)!r} is no pickle of tensors alone: {reason}") from None
+        raise CheckpointError(f"{str(path)!r} is not a pickle of tensors: {reason}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{str(path)!r} holds other things than tensors by name")
+        raise CheckpointError(f"{str(path)!r} does not hold tensors by name")
     tensors = {}
     for key, t in content.items():
         is_tensor = isinstance(t, torch.Tensor) and t.layout == torch.strided
         if not is_tensor or not isinstance(key, str):
-            raise CheckpointError(f"{str(path)!r} holds other things than tensors by name")
+            raise CheckpointError(f"{str(path)!r} does not only hold tensors by name")
         tensors[key] = t.detach().clone().contiguous()
     return tensors

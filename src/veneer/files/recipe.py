@@ -1,4 +1,4 @@
-"""The recipe that a run saves with its adapter, as a mapping."""
+"""Reading recipes: the YAML files that describe training runs."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def read(path: str | Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{str(path)!r} is not a YAML recipe: {reason}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{str(path)!r} holds no keys of a recipe (`key: value` lines)")
+        raise ConfigError(f"{str(path)!r} is not a recipe: it must consist of `key: value` lines")
     return content

@@ -1,7 +1,7 @@
-"""Regular expressions from configs, matched in bounded time: a file that anybody may have written brings them.
+"""Matching regular expressions from configs in bounded time, because a config may have an unknown author.
 
-Python's `re` can take longer than the universe lasts over forty characters; `regex` reads the same expressions and
-can be given a time limit.
+Python's `re` can take practically forever to match forty characters. `regex` reads the same expressions and has a time
+limit.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 from ..errors import ConfigError
 
 SECONDS = 1.0
-"""What all matches of one expression may take together; the matches of an honest one take microseconds each."""
+"""The time that all matches of an expression may take together. An ordinary match takes microseconds."""
 UNNOTICED = 1e-3
-"""A match as quick as this is not counted."""
+"""Matches that take at most this many seconds are not counted."""
 MOST_CHARACTERS = 20_000
 MOST_REPEATS = 10_000
-"""Product of an expression's repeat counts: nested ones are written out when it is compiled."""
+"""The largest accepted product of the repeat counts in an expression: `regex` expands nested repeats."""
 
 
 class Pattern:
-    """An expression, and the time that it may still take."""
+    """A regular expression, and the time in seconds that its matches may still take."""
 
     def __init__(self, text: str, field: str) -> None:
         import regex
@@ -42,23 +42,23 @@ class Pattern:
         repeats = math.prod(max(1, int(n[:9])) for n in re.findall(r"\{\s*(?:\d*\s*,\s*)?(\d+)\s*\}", text))
         if len(text) > MOST_CHARACTERS or repeats > MOST_REPEATS:
             raise ConfigError(
-                f"{self.field} = {self.shown!r} is too large for a regular expression: {len(text)} characters, its "
-                f"repeats written out {repeats} times; at most {MOST_CHARACTERS} and {MOST_REPEATS} are taken"
+                f"{self.field} = {self.shown!r} is too large for a regular expression: it has {len(text)} characters, "
+                f"and its repeats multiply to {repeats}; at most {MOST_CHARACTERS} and {MOST_REPEATS} are accepted"
             )
 
     def match(self, text: str, whole: bool = False) -> Any:
-        """A match at the start of `text`, or of all of it; None where there is none.
+        """Match the start of `text`, or all of it if `whole` is true; None if it does not match.
 
-        Time is counted on the processor: on a busy machine a match may wait long before it runs.
+        CPU time is counted, because on a busy machine a match may wait long before it runs.
 
         Raises:
-            ConfigError: the expression has used up its time.
+            ConfigError: the matches of the expression have taken too long.
         """
         find = self.compiled.fullmatch if whole else self.compiled.match
         while True:
             start = time.thread_time()
             try:
-                found = find(text, timeout=max(self.left, UNNOTICED))
+                match = find(text, timeout=max(self.left, UNNOTICED))
                 is_complete = True
             except TimeoutError:
                 is_complete = False
@@ -67,23 +67,23 @@ class Pattern:
                 self.left -= taken
             if self.left <= 0:
                 raise ConfigError(
-                    f"{self.field} = {self.shown!r} takes too long to match ({SECONDS:g} s were spent on it); "
+                    f"{self.field} = {self.shown!r} takes too long to match (more than {SECONDS:g} s in total); "
                     "write it without nested or repeated wildcards"
                 )
             if is_complete:
-                return found
+                return match
 
 
 @lru_cache(maxsize=4096)
 def pattern(text: str, field: str) -> Pattern:
-    """A regular expression of a config field.
+    """Compile the regular expression in a config field.
 
     Raises:
-        ConfigError: it is none, or too large to be honest.
+        ConfigError: it is not a regular expression, or is too large.
     """
     return Pattern(text, field)
 
 
 def fits(text: str, path: str, field: str) -> bool:
-    """The expression of a config field matches the whole of a path."""
+    """Whether the expression in a config field matches a whole path."""
     return pattern(text, field).match(path, whole=True) is not None

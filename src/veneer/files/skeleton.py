@@ -32,7 +32,7 @@ def skeleton(model: str | None = None, model_type: str | None = None) -> Any:
         if auto is not None:
             with torch.device("meta"):
                 return auto.from_config(config)
-    raise ConfigError(f"transformers builds no model from a {type(config).__name__}")
+    raise ConfigError(f"transformers has no model for a {type(config).__name__}")
 
 
 def _config_of(model: str) -> Any:
@@ -43,4 +43,6 @@ def _config_of(model: str) -> Any:
         return AutoConfig.from_pretrained(resolve(model))
     except OSError as error:
         reason = first_line(error)
-        raise ConfigError(f"{model!r} is no directory with a config, nor could one be had: {reason}") from None
+        raise ConfigError(
+            f"{model!r} is not a directory with a config, and its config could not be downloaded: {reason}"
+        ) from None

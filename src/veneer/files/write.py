@@ -102,7 +102,9 @@ def appearing(out: Path, size: int = 0) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if free < size:
-        raise VeneerError(f"{str(out)!r} takes {size / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB left")
+        raise VeneerError(
+            f"{str(out)!r} needs {size / 1e9:.1f} GB, but the disk has only {free / 1e9:.1f} GB left; make room"
+        )
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         yield folder
@@ -142,6 +144,6 @@ def writing(what: str, folder: Path, *errors: type[Exception]) -> Iterator[None]
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
         raise TrainingError(
-            f"{what} could not be written into {str(folder)!r}: {reason} ({free:,} bytes are free there); make room, "
-            "and go on with --resume"
+            f"{what} could not be written into {str(folder)!r}: {reason} ({free:,} bytes are free there); make room "
+            "and continue with --resume"
         ) from error

@@ -1,4 +1,4 @@
-"""File layouts of LoRA adapters, one module each, with `is_here`, `read` and `write`.
+"""File layouts of LoRA adapters, one module per layout, with `is_here`, `read` and `write`.
 
 Start reading with `conversion.py`, then `lora.py`: what each layout is read into and written from.
 """

@@ -54,7 +54,7 @@ def read(directory: Path, hints: Hints) -> Lora:
     content = read_json(path)
     settings = content.get("config")
     if not isinstance(settings, dict) or settings.get("architecture") != "lora":
-        raise ConfigError(f"{str(path)!r} is no LoRA adapter of AdapterHub")
+        raise ConfigError(f"{str(path)!r} is not a LoRA adapter of AdapterHub")
     _check_plain(settings, path)
     alpha = number(settings, "alpha", path)
     pairs = {}
@@ -71,7 +71,7 @@ def _check_plain(settings: dict[str, Any], path: Path) -> None:
     """Raise ConfigError if the settings are those of more than a plain LoRA."""
     others = {key: settings[key] for key, value in PLAIN.items() if settings.get(key, value) != value}
     if others:
-        raise ConfigError(f"{str(path)!r}: {others} is more than LoRA, which other layouts cannot store")
+        raise ConfigError(f"{str(path)!r}: {others} goes beyond plain LoRA; other layouts cannot store it")
 
 
 def _factors(directory: Path, hints: Hints) -> dict[str, tuple[Tensor, Tensor]]:
@@ -88,7 +88,7 @@ def _factors(directory: Path, hints: Hints) -> dict[str, tuple[Tensor, Tensor]]:
         factors[path] = pair
         names.add(adapter)
     if None in names or len(names) > 1:
-        raise CheckpointError(f"{str(file)!r} holds several adapters, or none of AdapterHub's:{listing(by_key)}")
+        raise CheckpointError(f"{str(file)!r} must hold exactly one adapter of AdapterHub; it has:{listing(by_key)}")
     return factors
 
 
@@ -135,13 +135,15 @@ def _roles(lora: Lora, config: Any) -> tuple[set[str], set[int]]:
     """
     roles_of = ROLES.get(config.model_type)
     if roles_of is None:
-        raise ConfigError(f"AdapterHub's names for {config.model_type} are unknown here; known: {', '.join(ROLES)}")
+        raise ConfigError(
+            f"AdapterHub's names for {config.model_type} are not supported; supported: {', '.join(ROLES)}"
+        )
     by_layer: dict[int, set[str]] = {}
     for path in lora.pairs:
         match = LAYER.fullmatch(path)
         if match is None or match.group(3) not in roles_of:
             raise ConfigError(
-                f"AdapterHub puts no LoRA on {path!r}; on {config.model_type} it does on:{listing(roles_of)}"
+                f"AdapterHub has no LoRA for {path!r}; for {config.model_type} it supports:{listing(roles_of)}"
             )
         layer = int(match.group(2))
         by_layer.setdefault(layer, set()).add(roles_of[match.group(3)])

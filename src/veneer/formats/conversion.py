@@ -13,7 +13,7 @@ from .lora import Hints, Layout
 
 MODULES = (mlx, torchtune, peft, adapterhub, kohya, loralib)
 LAYOUTS: dict[str, Layout] = {module.name: cast(Layout, module) for module in MODULES}
-"""By name, in the order of detection; torchtune's config may look like PEFT's, so it comes first."""
+"""Layouts by name, in the order of detection. torchtune precedes PEFT because its config can look like PEFT's."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ def detected(directory: Path) -> Layout:
     else:
         names = sorted(path.name for path in directory.iterdir())
         content = ", ".join(names[:8]) or "nothing"
-    raise CheckpointError(f"{str(directory)!r} is no adapter of {', '.join(LAYOUTS)}; it holds {content}")
+    raise CheckpointError(
+        f"{str(directory)!r} is not an adapter in any known layout ({', '.join(LAYOUTS)}); it holds {content}"
+    )
 
 
 def convert(
@@ -80,7 +82,9 @@ def convert(
     writer = layout(to)
     reader = layout(from_) if from_ else detected(source)
     if not reader.is_here(source):
-        raise CheckpointError(f"{str(source)!r} lacks the files of {reader.name}'s layout")
+        raise CheckpointError(
+            f"{str(source)!r} lacks the files of the layout {reader.name}; leave out --from to detect it"
+        )
     lora = reader.read(source, hints).check(source)
     with appearing(out) as folder:
         writer.write(lora, folder, hints)

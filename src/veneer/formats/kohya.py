@@ -63,7 +63,7 @@ def _of_one_model(keys: Iterable[str], prefix: str | None, file: Path) -> dict[s
                 prefixes.add(candidate)
                 break
     if not prefixes:
-        raise ConfigError(f"{str(file)!r} has no key that begins with {known}; give the right one with --prefix")
+        raise ConfigError(f"{str(file)!r} has no key that begins with {known}; give --prefix")
     if len(prefixes) > 1:
         models = ", ".join(sorted(prefixes))
         raise ConfigError(f"{str(file)!r} adapts several models ({models}); choose one with --prefix")
@@ -85,7 +85,7 @@ def _paths(names: dict[str, str], metadata: dict[str, str], hints: Hints) -> dic
             ambiguous.append(key)
     if ambiguous:
         raise ConfigError(
-            "kohya's keys do not contain the modules' paths, so the base model must be known (--model); these fit no "
+            "kohya's keys do not contain the modules' paths; give the base model with --model. These keys match no "
             f"module, or several:{listing(ambiguous)}"
         )
     return paths

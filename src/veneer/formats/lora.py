@@ -1,4 +1,4 @@
-"""A LoRA adapter independent of file layouts: what every layout is read into and written from."""
+"""A LoRA adapter independent of file layouts: every layout is read into it and written from it."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Pair:
     def problem(self) -> str | None:
         """What is wrong with the factors, or None."""
         if self.A.dim() < 2 or self.B.dim() != self.A.dim() or self.B.shape[1] != self.A.shape[0]:
-            return f"A {tuple(self.A.shape)} and B {tuple(self.B.shape)} are no pair"
+            return f"A {tuple(self.A.shape)} and B {tuple(self.B.shape)} do not fit together"
         if not (self.A.is_floating_point() and self.B.is_floating_point()):
-            return f"numbers of type {self.A.dtype} and {self.B.dtype}"
+            return f"A and B must be floating point, not {self.A.dtype} and {self.B.dtype}"
         is_finite = torch.isfinite(self.A).all() and torch.isfinite(self.B).all()
         if not is_finite:
             return "values that are not finite"
@@ -66,9 +66,9 @@ class Lora:
             if problem is not None:
                 problems.append(f"{path}: {problem}")
         if not self.pairs:
-            problems.append("it holds no pairs")
+            problems.append("it holds no pairs of A and B")
         if problems:
-            raise CheckpointError(f"{str(where)!r} is no LoRA adapter:{listing(problems)}")
+            raise CheckpointError(f"{str(where)!r} is not a valid LoRA adapter:{listing(problems)}")
         return self
 
     def matrices_only(self, layout: str) -> None:
@@ -76,7 +76,7 @@ class Lora:
         convolutions = [path for path, pair in self.pairs.items() if pair.A.dim() != 2]
         if convolutions:
             raise ConfigError(
-                f"{layout} holds updates of linear layers; these are convolutions:{listing(convolutions)}"
+                f"{layout} can store updates of linear layers only; these are convolutions:{listing(convolutions)}"
             )
 
     def one_rank(self, layout: str) -> tuple[int, float]:
@@ -84,7 +84,9 @@ class Lora:
         values = {(pair.r, pair.alpha) for pair in self.pairs.values()}
         if len(values) > 1:
             lines = [f"r = {r}, alpha = {alpha:g}" for r, alpha in sorted(values)]
-            raise ConfigError(f"{layout} has one rank and one alpha for all modules; this adapter has:{listing(lines)}")
+            raise ConfigError(
+                f"{layout} can store only one rank and one alpha for all modules; this adapter has:{listing(lines)}"
+            )
         return values.pop()
 
     def tensors(self, end_A: str, end_B: str, prefix: str = "") -> dict[str, Tensor]:
@@ -103,7 +105,7 @@ class Hints:
     model: str | None = None
     """The base model, whose config is read."""
     alpha: float | None = None
-    """For layouts that do not record it."""
+    """`lora_alpha`, for layouts that do not record it."""
     enabled: list[bool] | None = None
     """Which parts of a fused projection are adapted (loralib's `enable_lora`)."""
     prefix: str | None = None
@@ -127,7 +129,9 @@ class Hints:
             return AutoConfig.from_pretrained(resolve(name))
         except OSError as error:
             reason = str(error).strip().split("\n")[0]
-            raise ConfigError(f"{why}; the config of {name!r} cannot be read ({reason}). Give --model") from None
+            raise ConfigError(
+                f"{why}, but the config of {name!r} cannot be read ({reason}); give the base model with --model"
+            ) from None
 
 
 class Layout(Protocol):
@@ -178,7 +182,7 @@ def read_tensors(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dic
     if not allow_pickle:
         raise CheckpointError(
             f"{str(path)!r} is a pickle, which can run code when it is loaded; if you trust it, pass --allow-pickle "
-            "(only tensors are then taken)"
+            "(only tensors are loaded)"
         )
     return files.read_pickle(path), {}
 
@@ -217,7 +221,7 @@ def paired(tensors: Mapping[str, Tensor], ends: tuple[str, str], path: Path) -> 
         else:
             bases[base] = None
     if unknown:
-        raise CheckpointError(f"{str(path)!r}: these keys are no part of a LoRA:{listing(unknown)}")
+        raise CheckpointError(f"{str(path)!r}: these keys do not belong to a LoRA:{listing(unknown)}")
     first, second = ends
     pairs = {}
     incomplete = []
@@ -227,11 +231,13 @@ def paired(tensors: Mapping[str, Tensor], ends: tuple[str, str], path: Path) -> 
         else:
             incomplete.append(base)
     if incomplete:
-        raise CheckpointError(f"{str(path)!r}: the other half is missing of:{listing(incomplete)}")
+        raise CheckpointError(f"{str(path)!r}: A or B is missing for:{listing(incomplete)}")
     for base, factors in pairs.items():
         for factor in factors:
             if factor.dim() < 2 or factor.numel() == 0:
-                raise CheckpointError(f"{str(path)!r}: {base!r} holds a factor of {tuple(factor.shape)}, not a matrix")
+                raise CheckpointError(
+                    f"{str(path)!r}: {base!r} has a factor of shape {tuple(factor.shape)}, which is not a matrix"
+                )
     return pairs
 
 

@@ -40,7 +40,7 @@ def read(directory: Path, hints: Hints) -> Lora:
     for path, (A, B) in paired(tensors, (".lora_A", ".lora_B"), file).items():
         alpha = alphas.get(path) if hints.alpha is None else hints.alpha
         if alpha is None:
-            raise ConfigError(f"{str(file)!r} does not record alpha, as loralib's files do not; give it with --alpha")
+            raise ConfigError(f"{str(file)!r} does not record alpha, as loralib's files do not; give --alpha")
         is_fused = A.shape[0] != B.shape[1]
         pairs[path] = _fused(path, A, B, alpha, hints.enabled) if is_fused else Pair(A, B, alpha)
     return Lora(pairs, hints.model)
@@ -72,7 +72,7 @@ def _fused(path: str, A: Tensor, B: Tensor, alpha: float, enabled: list[bool] | 
         )
     if parts * r != A.shape[0] or sum(enabled) != parts or B.shape[0] % parts:
         raise CheckpointError(
-            f"{path!r}: A {tuple(A.shape)} and B {tuple(B.shape)} are not {sum(enabled)} pairs of one rank"
+            f"{path!r}: A {tuple(A.shape)} and B {tuple(B.shape)} are not {sum(enabled)} pairs of one rank (--enabled)"
         )
     width = B.shape[0] // parts
     blocks = torch.zeros(len(enabled), width, parts, r, dtype=B.dtype)

@@ -31,13 +31,15 @@ def read(directory: Path, hints: Hints) -> Lora:
     kind = settings.get("fine_tune_type", "lora")
     parameters = settings.get("lora_parameters")
     if kind != "lora" or not isinstance(parameters, dict):
-        raise ConfigError(f'{str(path)!r} was trained with fine_tune_type {kind!r}; only "lora" converts')
+        raise ConfigError(f'{str(path)!r} was trained with fine_tune_type {kind!r}; only "lora" can be converted')
     scale = number(parameters, "scale", path)
     tensors, _ = read_tensors(directory / WEIGHTS, hints.allow_pickle)
     pairs = {}
     for module, (a, b) in paired(tensors, (".lora_a", ".lora_b"), directory / WEIGHTS).items():
         if a.dim() != 2:
-            raise CheckpointError(f"{module!r} adapts a stack of experts, which is no pair of matrices")
+            raise CheckpointError(
+                f"{module!r} adapts a stack of experts, which other layouts cannot store as a pair of matrices"
+            )
         r = a.shape[1]
         pairs[module] = Pair(a.T.contiguous(), b.T.contiguous(), scale * r)
     dropout = float(parameters.get("dropout") or 0.0)

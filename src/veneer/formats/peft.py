@@ -66,7 +66,7 @@ def check_plain(config: Config) -> LoraConfig:
     """The config, if A, B and alpha are the whole adapter; else raises ConfigError."""
     advice = "convert it with veneer.convert_to_lora first"
     if not isinstance(config, LoraConfig) or type(config).adapter is not LoRA:
-        raise ConfigError(f"only LoRA adapters have a layout in other projects; this is {config.peft_type}; {advice}")
+        raise ConfigError(f"only LoRA adapters can be converted to other layouts; this is {config.peft_type}; {advice}")
     features: list[Any] = [*config.variants()]
     if config.bias != "none":
         features.append(f'bias="{config.bias}"')
@@ -75,9 +75,9 @@ def check_plain(config: Config) -> LoraConfig:
             features.append(field)
     if features:
         names = ", ".join(dict.fromkeys(features))
-        raise ConfigError(f"this LoRA has {names}, which its matrices A and B do not contain; {advice}")
+        raise ConfigError(f"this LoRA has {names}, which the matrices A and B do not include; {advice}")
     if str(config.init_lora_weights) not in PLAIN_STARTS:
-        raise ConfigError(f"this LoRA starts from the base's weights ({config.init_lora_weights!r}); {advice}")
+        raise ConfigError(f"this LoRA was initialised from the base's weights ({config.init_lora_weights!r}); {advice}")
     return config
 
 
@@ -85,7 +85,7 @@ def refuse_embeddings(tensors: Iterable[str]) -> None:
     """Raise ConfigError if a key belongs to an embedding."""
     for key in tensors:
         if "lora_embedding_" in key or embeddings.is_one(key):
-            raise ConfigError(f"{key}: an embedding, which the other layouts do not store as PEFT does")
+            raise ConfigError(f"{key}: adapters on embeddings cannot be converted to other layouts")
 
 
 def _alpha(config: LoraConfig, path: str, A: Tensor) -> float:

@@ -54,7 +54,7 @@ def read(directory: Path, hints: Hints) -> Lora:
     alpha = number(settings, "lora_alpha", directory / CONFIG)
     tensors, _ = read_tensors(file, hints.allow_pickle)
     if any(key.endswith(".magnitude") for key in tensors):
-        raise ConfigError(f"{str(file)!r} is a DoRA, which only PEFT's layout can store")
+        raise ConfigError(f"{str(file)!r} is a DoRA adapter; converting DoRA is not supported")
     base = settings.get("base_model_name_or_path")
     heads = _heads(hints.config(base, "torchtune's layout depends on the number of heads"))
     pairs = {}
@@ -107,7 +107,7 @@ def _translated(path: str, names: dict[str, str]) -> tuple[str, str]:
     layer = match.group(1) or ""
     rest = match.group(2)
     if rest not in names:
-        raise CheckpointError(f"torchtune has no name for {path!r}; it knows, in each layer:{listing(names)}")
+        raise CheckpointError(f"torchtune has no name for {path!r}; in each layer it supports:{listing(names)}")
     return layer, names[rest]
 
 
@@ -117,7 +117,7 @@ def _heads(config: Any) -> dict[str, tuple[int, int]]:
         return {}
     if config.model_type not in PERMUTED:
         known = ", ".join(sorted(PERMUTED | UNPERMUTED))
-        raise ConfigError(f"torchtune's layout of {config.model_type} is unknown here; known are {known}")
+        raise ConfigError(f"torchtune's layout for {config.model_type} is not known to veneer; supported: {known}")
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -131,7 +131,9 @@ def _permuted(B: Tensor, heads: dict[str, tuple[int, int]], path: str, back: boo
         return B
     n, size = heads[module]
     if B.shape[0] != n * size or size % 2:
-        raise CheckpointError(f"{path}: {B.shape[0]} outputs are not {n} heads of {size}; is it the right base model?")
+        raise CheckpointError(
+            f"{path}: {B.shape[0]} outputs are not {n} heads of size {size}; is this the right base model?"
+        )
     half = size // 2
     shape = (n, half, 2) if back else (n, 2, half)
     permuted = B.unflatten(0, shape).transpose(1, 2)

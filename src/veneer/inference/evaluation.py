@@ -31,10 +31,10 @@ from ..model.loading import Loaded, pad_of
 from .generation import Answer, Sampling, Writer
 
 MAJORITY = "most frequent class"
-"""The name of the baseline for a classifier whose base model has no trained classifier."""
+"""Name of the baseline that replaces a base model without a trained classifier."""
 TASKS = ("auto", "text", "classification")
 Progress = Callable[[str, int, int], None]
-"""A callback that gets a description, the number of rows done, and the number of all rows."""
+"""A callback that receives a description, the number of rows done, and the number of all rows."""
 
 
 @dataclass
@@ -48,14 +48,14 @@ class Evaluation:
     results: dict[str, dict[str, float]] = field(default_factory=dict)
     """Scores by the name of the model and then of the measure; shares are between 0 and 1."""
     records: list[dict[str, Any]] = field(default_factory=list)
-    """One record per answered or classified row: its place, the right answer, and the answer of each model."""
+    """One record per answered or classified row: its place, the expected answer, and the answer of each model."""
 
     def as_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "results": self.results, "data": self.account.as_dict()}
 
 
 def task_of(sources: Sequence[Source], task: str = "auto") -> TaskType:
-    """The task for which to load a base model, by the first row of the data.
+    """The task to load the base model for, determined by the first row of the data.
 
     Raises:
         ConfigError: `task` is unknown.
@@ -76,7 +76,7 @@ def read(loaded: Loaded, sources: Sequence[Source], *, task: str = "auto", limit
     """
     classifies = loaded.task is TaskType.SEQ_CLS
     if classifies and task == "text":
-        raise ConfigError("task = text: the model is a classifier, and cannot be judged on plain text")
+        raise ConfigError("task = text: the model is a classifier, which cannot be evaluated on plain text")
     facts = tuple(sorted(loaded.facts))
     if classifies:
         task = "classification"
@@ -88,8 +88,8 @@ def read(loaded: Loaded, sources: Sequence[Source], *, task: str = "auto", limit
     labelled = next((row for row in rows if row.label is not None), None)
     if labelled is not None:
         raise DataError(
-            f"{labelled.place} has a text and its label, which {', '.join(loaded.adapters) or 'the model'} does not "
-            "classify: it writes text. Give data with prompt and completion, or --task text to judge the texts alone"
+            f"{labelled.place} has a text and a label, but {', '.join(loaded.adapters) or 'the model'} writes text and "
+            "does not classify. Give data with prompt and completion, or set task to text to ignore the labels"
         )
     return rows
 
@@ -114,32 +114,34 @@ def evaluate(
         extract: write answers, and compare what this regular expression finds in them (see `Extract`).
         sampling: how answers are written; greedily by default.
         batch_size: rows per forward pass.
-        max_length: the longest row in tokens for the loss; longer rows are cut and counted.
+        max_length: maximum length of a row in tokens, for the loss; longer rows are cut and counted.
         loss_on: which tokens the loss is computed on, "assistant" or "all".
         template_file: a chat template to use instead of the tokenizer's.
         progress: called after each batch.
 
     Raises:
-        DataError: a row cannot be judged; names the first.
+        DataError: a row cannot be evaluated; the message names the first.
     """
     if not (loaded.adapters or loaded.base_is_whole):
-        raise ConfigError(f"{loaded.base!r} has no trained classifier; judge an adapter that brings one")
+        raise ConfigError(f"{loaded.base!r} has no trained classifier; evaluate an adapter that has one")
     if loss_on not in ("assistant", "all"):
         raise ConfigError(f"loss_on = {loss_on!r} must be assistant or all")
     classes = None
     if loaded.task is TaskType.SEQ_CLS:
         classes = _classes(loaded, rows)
         if exact or extract is not None:
-            raise ConfigError("a classifier writes no answers; leave exact and extract out")
+            raise ConfigError("a classifier does not write answers; leave out exact and extract")
     encoder = Encoder(loaded.tokenizer, max_length, loss_on=loss_on, template_file=template_file, labels=classes)
     judged: list[Example] = []
     encoded: list[Encoded] = []
     for row in rows:
-        for encoded_row in encoder.encode([row]):  # one, or none if nothing in the row can be judged
+        for encoded_row in encoder.encode([row]):  # empty if the row has no token to evaluate
             judged.append(row)
             encoded.append(encoded_row)
     if not judged:
-        raise DataError(f"none of the {len(rows)} rows has a token to judge; is there an answer, and room for it?")
+        raise DataError(
+            f"none of the {len(rows)} rows has a token to evaluate; is the answer missing, or cut by max_length?"
+        )
     run = _Run(loaded, batch_size, progress, Evaluation(len(judged), encoder.account))
     if classes is not None:
         run.classify(judged, encoded, classes)
@@ -163,11 +165,11 @@ class _Question(NamedTuple):
     prompt: list[int]
     """Its tokens."""
     answer: str
-    """The right answer."""
+    """The expected answer."""
 
 
 Judges = dict[str, Callable[[str], str | None]]
-"""By the name of the measure, a function that finds in an answer the part to compare."""
+"""For each measure, by name, a function that finds the part of an answer to compare."""
 
 
 @dataclass
@@ -260,7 +262,7 @@ class _Run:
 
     @torch.no_grad()
     def _sums(self, name: str, encoded: list[Encoded]) -> Tensor:
-        """Per row, (rows, 4): the summed loss, the judged tokens, how many were right, and the likeliest class."""
+        """For each row, (rows, 4): the summed loss, the tokens, the right ones, and the most likely class."""
         model = self.loaded.model
         device = next(model.parameters()).device
         collate = Collator(pad_of(self.loaded.tokenizer))
@@ -280,21 +282,21 @@ class _Run:
 
 
 def _batches(lengths: list[int], size: int) -> Iterator[list[int]]:
-    """Yield the indices of rows of similar length, the longest first: a lack of memory shows in the first batch."""
+    """Yield batches of indices of rows with similar lengths, the longest first, so a lack of memory shows early."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for start in range(0, len(order), size):
         yield order[start : start + size]
 
 
 def _classes(loaded: Loaded, rows: Sequence[Example]) -> list[str]:
-    """The classes in order. If the model does not name them, the data must use their numbers."""
+    """The class names in order. If the model has no names, the data must use the numbers of the classes."""
     if loaded.labels is not None:
         return loaded.labels
     numbers = [str(i) for i in range(loaded.model.num_labels)]
     other = next((row for row in rows if row.label not in numbers), None)
     if other is not None:
         raise ConfigError(
-            f"nothing says which of the model's {len(numbers)} classes is {other.label!r} ({other.place}); give the "
+            f"it is unknown which of the model's {len(numbers)} classes is {other.label!r} ({other.place}); give the "
             "names of the classes in the order of training with labels"
         )
     return numbers
@@ -310,10 +312,10 @@ def _judges(exact: bool, extract: str | None) -> Judges:
 
 
 def _check_questions(questions: list[_Question], judges: Judges, writer: Writer) -> None:
-    """Raise, before any model runs, if a right answer has no part to compare or a prompt is too long."""
+    """Raise, before any model runs, if an expected answer has no part to compare or a prompt is too long."""
     for row, prompt, right in questions:
         if any(part(right) is None for part in judges.values()):
-            raise DataError(f"{row.place}: extract finds nothing in the answer that is right, {shortened(right)}")
+            raise DataError(f"{row.place}: extract finds nothing in the expected answer {shortened(right)}")
         writer.check_room(len(prompt), row.place)
 
 
@@ -326,7 +328,7 @@ def shortened(text: str, most: int = 60) -> str:
 
 
 PADDING = re.compile(r"^[\s$€£]+|[\s.]+$")
-"""Characters around a number that do not count when answers are compared."""
+"""Characters around a number that are ignored when answers are compared."""
 
 
 class Extract:
@@ -344,7 +346,7 @@ class Extract:
         try:
             self.pattern = re.compile(pattern)
         except re.error as error:
-            raise ConfigError(f"extract = {pattern!r} is no regular expression: {error}") from None
+            raise ConfigError(f"extract = {pattern!r} is not a regular expression: {error}") from None
 
     def __call__(self, text: str) -> str | None:
         matches = list(self.pattern.finditer(text))
@@ -370,7 +372,7 @@ def same(answer: str | None, wanted: str) -> bool:
 
 
 def _number(text: str) -> Decimal | None:
-    """The number that a text consists of, None if it is another text."""
+    """The number that a text consists of; None for any other text."""
     digits = PADDING.sub("", text).replace(",", "")
     try:
         number = Decimal(digits)

@@ -26,11 +26,11 @@ class Sampling:
 
     max_new_tokens: int = 256
     temperature: float = 0.0
-    """0 always takes the likeliest token."""
+    """0 always takes the most likely token."""
     top_p: float = 1.0
-    """Sample from the likeliest tokens that together have this probability."""
+    """Sample from the most likely tokens whose probabilities add up to this."""
     top_k: int = 0
-    """Sample from this many of the likeliest tokens; 0 samples from all."""
+    """Sample from this many of the most likely tokens; 0: from all."""
     repetition_penalty: float = 1.0
     """Above 1, tokens that have occurred become less likely."""
     seed: int = 0
@@ -42,7 +42,7 @@ class Sampling:
         self._check("top_k", self.top_k >= 0, "0 or more")
         self._check("repetition_penalty", self.repetition_penalty > 0, "above 0")
         if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
-            raise ConfigError("top_p and top_k choose among tokens at random, which temperature = 0 does not")
+            raise ConfigError("top_p and top_k need random sampling; set temperature above 0, or leave them out")
 
     def _check(self, name: str, is_legal: bool, bound: str) -> None:
         if not is_legal:
@@ -74,7 +74,7 @@ class Writer:
         self, loaded: Loaded, sampling: Sampling, *, template_file: str | Path | None = None, raw: bool = False
     ) -> None:
         if loaded.task is not TaskType.CAUSAL_LM:
-            raise ConfigError(f"{', '.join(loaded.adapters)}: an adapter for {loaded.task.value} writes no text")
+            raise ConfigError(f"{', '.join(loaded.adapters)}: an adapter for {loaded.task.value} cannot generate text")
         self.loaded = loaded
         self.sampling = sampling
         self.tokenizer = loaded.tokenizer
@@ -97,16 +97,16 @@ class Writer:
         elif [m["role"] for m in messages] == ["user"]:
             ids = self.tokenizer(messages[0]["content"]).input_ids
         else:
-            raise ConfigError(f"{place} is a conversation, and the model has no chat template; give chat_template")
+            raise ConfigError(f"{place} has several messages, but the model has no chat template; give chat_template")
         if not ids:
             raise DataError(f"{place} is empty")
         return list(ids)
 
     def together(self, names: Sequence[str]) -> list[list[str]]:
-        """The names in groups whose answers can be written in one batch.
+        """Group the names: the answers of a group can be generated in one batch.
 
-        A prompt method lengthens every row, so it gets its own batch. If tokens are sampled, every name gets its own
-        batch, because the rows of a batch change each other's random draws.
+        A prompt method lengthens every row, so it gets its own batch. With sampling, every name gets its own batch,
+        because the random numbers of a row depend on the other rows of its batch.
         """
         if self.sampling.temperature > 0:
             return [[name] for name in names]
@@ -136,7 +136,7 @@ class Writer:
             criteria: further stopping criteria for `generate`.
 
         Raises:
-            DataError: a prompt and its answer are longer than the model can read.
+            DataError: a prompt and its answer exceed the model's maximum length.
         """
         self.check_room(max(map(len, prompts)))
         ids, mask = self._padded(prompts)
@@ -160,13 +160,13 @@ class Writer:
         return [self._answer(row) for row in new_tokens]
 
     def check_room(self, length: int, place: str = "the prompt") -> None:
-        """Raise unless a prompt of `length` tokens and its answer fit into what the model can read."""
+        """Raise DataError unless a prompt of `length` tokens and its answer fit into the model's maximum length."""
         config = self.loaded.model.config.get_text_config()
         most = getattr(config, "max_position_embeddings", None)
         if most is not None and length + self.sampling.max_new_tokens > most:
             raise DataError(
-                f"{place}: {length} tokens of a prompt and {self.sampling.max_new_tokens} new ones are more than the "
-                f"{most} that the model can read; shorten it, or lower max_new_tokens"
+                f"{place}: {length} prompt tokens and {self.sampling.max_new_tokens} new tokens exceed the model's "
+                f"maximum of {most}; shorten the prompt, or lower max_new_tokens"
             )
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -217,7 +217,7 @@ class Writer:
         return stops - {None}
 
     def _answer(self, tokens: list[int]) -> Answer:
-        """The answer in generated tokens: those before the first end token."""
+        """The answer in a list of generated tokens: those before the first end token."""
         end = next((i for i, token in enumerate(tokens) if token in self.stops), None)
         tokens = tokens[:end]
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -240,7 +240,7 @@ class Turn:
 
 @dataclass
 class Conversation:
-    """A conversation with one or several models, which each see their own answers."""
+    """A conversation with one or several models; each model sees its own earlier answers."""
 
     writer: Writer
     system: str | None = None
@@ -248,7 +248,7 @@ class Conversation:
     turns: list[Turn] = field(default_factory=list)
 
     def messages(self, name: str, question: str) -> list[Message]:
-        """The conversation so far as a model sees it, and the next question."""
+        """The conversation so far as one model sees it, and the next question."""
         messages = []
         if self.system:
             messages.append({"role": "system", "content": self.system})

@@ -1,4 +1,4 @@
-"""Show answers while they are generated: one as running text, several side by side in columns."""
+"""Show answers while they are generated: a single one as running text, several side by side in columns."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Columns:
 
     def _panel(self, name: str, colour: str) -> Panel:
         text = self.tokenizer.decode(self.tokens[name], skip_special_tokens=True)
-        text = text.removesuffix("\ufffd")  # the beginning of a character of several tokens
+        text = text.removesuffix("\ufffd")  # an incomplete character; its remaining tokens follow
         title = Text(name, style=f"bold {colour}")
         return Panel(Text(text), title=title, subtitle=self.notes.get(name), border_style=colour)
 
@@ -102,7 +102,7 @@ class Interrupt(StoppingCriteria):
 
     @contextmanager
     def listening(self) -> Any:
-        """Inside the block, Ctrl-C sets `wanted`."""
+        """Inside the block, Ctrl-C stops the answer instead of the program."""
         before = signal.signal(signal.SIGINT, self._note)
         try:
             yield StoppingCriteriaList([self])

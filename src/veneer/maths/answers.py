@@ -10,7 +10,7 @@ def is_answer(types: Tensor) -> Tensor:
 
 
 def decay(types: Tensor, factor: float) -> Tensor:
-    """The weight of each position of (batch, length): `factor` to the number of answers after its own."""
+    """The weight of each position (batch, length): `factor` to the power of the number of answers after its own."""
     numbers = torch.where(is_answer(types), types // 4, 0)
     absent = torch.zeros(len(types), int(numbers.max()) + 1, device=types.device)
     present = absent.scatter(1, numbers, 1.0)

@@ -12,7 +12,7 @@ Network = Callable[[Tensor], Tensor]
 Split = Callable[[Tensor], tuple[Tensor | float, Tensor]]
 """Splits a network's output into a scale and a shift."""
 CLAMP = 5.0
-"""Limits the logarithm of GLOW's scale."""
+"""The limit of GLOW's log scale."""
 
 
 def nice(out: Tensor) -> tuple[float, Tensor]:

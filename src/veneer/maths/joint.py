@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def joint_basis(matrices: Iterable[Tensor], ridge: float) -> Tensor:
-    """V (n, n) such that every W_i (m_i, n) is U_i diag(s_i) V^T, where the columns of U_i have length one.
+    """V (n, n) such that every W_i (m_i, n) equals U_i diag(s_i) V^T, where the columns of U_i have unit length.
 
     V = R^T E, with [W_1; W_2; ...] = Q R and E the eigenvectors of the mean of (Q_i^T Q_i + ridge I)^-1. If the stack
     has fewer rows than columns, V is its right singular vectors, completed to an orthogonal matrix.
@@ -31,7 +31,7 @@ def joint_basis(matrices: Iterable[Tensor], ridge: float) -> Tensor:
 
 
 def left_vectors(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    """U (m, n), with columns of length one or zero, and s (n,) such that W = U diag(s) V^T."""
+    """U (m, n), whose columns have length one or zero, and s (n,) such that W = U diag(s) V^T."""
     W = W.double().cpu()
     V = V.double().cpu()
     try:

@@ -27,7 +27,8 @@ def kept(S: Tensor, rank: int | float) -> int:
 def compress(A: Tensor, B: Tensor, rank: int | float) -> Pair:
     """The best approximation of B A of a given rank (or share of energy), without forming the product.
 
-    After a QR decomposition of both factors, the SVD is of size r. Each factor takes the roots of the singular values.
+    After a QR decomposition of both factors, the SVD has size r. Each factor gets the square roots of the singular
+    values.
     """
     Qa, Ra = torch.linalg.qr(A.T)
     Qb, Rb = torch.linalg.qr(B)

@@ -11,8 +11,8 @@ def prompts(mask: Tensor, labels: Tensor | None, lengths: Tensor | None) -> Tens
 
     Args:
         mask: (rows, length), nonzero for tokens that are not padding.
-        labels: (rows, length); the prompt ends before the first label that is not -100, if it is not empty then.
-        lengths: (rows,), the numbers of the prompts' tokens, if they are known.
+        labels: (rows, length); the prompt ends before the first label that is not -100, unless it would be empty.
+        lengths: (rows,), the number of tokens in each prompt, if known.
     """
     n = mask.shape[1]
     is_token = (mask != 0).long()
@@ -31,8 +31,8 @@ def prompts(mask: Tensor, labels: Tensor | None, lengths: Tensor | None) -> Tens
 def ends(bounds: Tensor | None, y: Tensor, p: int | str, s: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The first p (or "all") and the last s positions of each prompt in y (rows, length, width).
 
-    For each of the two: indices (rows, positions), and whether each is in the prompt. A position that is both counts
-    as one of the first.
+    For each of the two: indices (rows, positions), and whether each is in the prompt. A position that is among both
+    counts as one of the first.
 
     Args:
         bounds: the result of `prompts`; None: each row is a prompt from start to end.

@@ -1,4 +1,4 @@
-"""A base model's directory, its class, and the tokenizer and settings that are stored with its weights."""
+"""Find a base model's directory and class, and copy the tokenizer and settings stored with its weights."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def model_class(config: Any, adapters: Sequence[Config]) -> Any:
     tasks = {adapter.task_type for adapter in adapters if adapter.task_type is not None}
     if len(tasks) > 1:
         names = ", ".join(sorted(tasks))
-        raise ConfigError(f"the adapters are for several tasks ({names}); merge those of one task")
+        raise ConfigError(f"the adapters are for several tasks ({names}); merge only adapters for one task")
     for task in tasks:
         assert isinstance(task, TaskType)
         auto = auto_classes.makes(AUTO_CLASSES[task], config)
@@ -78,7 +78,9 @@ def model_class(config: Any, adapters: Sequence[Config]) -> Any:
         named_class = auto_classes.model_class(name)
         if named_class is not None:
             return named_class
-    raise ConfigError(f"it is unknown which class of {config.model_type} the adapters are for; set their task_type")
+    raise ConfigError(
+        f"it is unknown which {config.model_type} class the adapters were trained on; set task_type in their configs"
+    )
 
 
 def copy_settings(base: Path, adapters: Sequence[Path], out: Path) -> None:

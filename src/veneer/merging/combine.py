@@ -1,4 +1,4 @@
-"""Weighted sums of adapters on disk. LoRAs are summed from their files alone; other methods need their base model."""
+"""Weighted sums of adapters on disk. LoRAs are combined from their files alone; other methods need the base model."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ def combine(
         method, rank, density, election, clamp: `combination_type`, `svd_rank`, `density`, `majority_sign_method` and
             `svd_clamp` of `add_weighted_adapter`.
         model: the base, used if an adapter is not a LoRA; None: the one that the adapters name.
-        seed: for the entries that DARE drops.
+        seed: seed for the entries that DARE drops.
 
     Raises:
-        VeneerError: an argument is out of range, or an adapter does not update weights; nothing is written.
+        VeneerError: an argument is out of range, or an adapter is not a weight update; nothing is written.
     """
     check_free(Path(out))
     check_weights(adapters, weights, rank)
@@ -189,7 +189,7 @@ def _updates(loras: Sequence[Lora], weights: Sequence[float], path: str) -> Weig
 
 
 def _widened(t: Tensor) -> Tensor:
-    """In at least fp32."""
+    """The tensor in at least fp32."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 

@@ -21,18 +21,18 @@ from .shards import Shards
 
 @dataclass
 class Group:
-    """Tensors in the files that transformers converts to other tensors in the model."""
+    """Tensors in the files that transformers converts together into parameters of the model."""
 
     transform: Any
     keys: list[tuple[str, str]] = field(default_factory=list)
     """(key in the files, the pattern of the transform that it matched)."""
     names: list[str] = field(default_factory=list)
-    """The parameters that they are converted to."""
+    """The parameters that result from the conversion."""
 
 
 @dataclass
 class Tie:
-    """One Parameter, with all its names and the modules that hold it."""
+    """A Parameter with all its names (several for tied weights) and the modules that hold it."""
 
     parameter: nn.Parameter
     names: list[str] = field(default_factory=list)
@@ -48,10 +48,10 @@ class MappedModel:
     """A transformers model on the meta device, and the files of its weights.
 
     Attributes:
-        homes: keys in the files, by the names of the parameters and buffers that they store unchanged.
-        groups: the converted parameters' groups, by the parameters' names.
+        homes: for each parameter or buffer that the files store unchanged, its key in the files.
+        groups: for each parameter that results from a conversion, its group.
         ties: the Parameters, by each of their names.
-        strays: keys in the files that the model has no tensor for.
+        strays: keys in the files for which the model has no tensor.
     """
 
     def __init__(self, model: Any, shards: Shards) -> None:
@@ -98,7 +98,9 @@ class MappedModel:
         missing = [name for name in names if name not in self.ties]
         if missing:
             key, _ = group.keys[0]
-            raise NotMergeable(f"{key!r} in the base's files becomes parameters the model lacks:{listing(missing)}")
+            raise NotMergeable(
+                f"{key!r} in the base's files is converted to parameters that the model lacks:{listing(missing)}"
+            )
         return names
 
     # Values
@@ -121,7 +123,7 @@ class MappedModel:
                 self._bind_tensor(tie, torch.empty(tie.parameter.shape))
 
     def bind(self, names: Iterable[str]) -> None:
-        """Bind some parameters, each with a mapping of its own."""
+        """Bind some parameters; each gets a separate mapping of its file."""
         for name in names:
             home = self.home(name)
             if name in self.groups:
@@ -145,7 +147,7 @@ class MappedModel:
         tie.hold(nn.Parameter(tensor, requires_grad=False))  # integer tensors cannot require gradients
 
     def value(self, name: str) -> Tensor:
-        """The tensor that is bound to a parameter now."""
+        """The tensor that is currently bound to a parameter."""
         module, leaf = self.ties[name].places[0]
         bound = module._parameters[leaf]
         assert bound is not None
@@ -169,7 +171,7 @@ class MappedModel:
         return self.shards.entries[home].shape == tuple(self.ties[name].parameter.shape)
 
     def release(self, names: Iterable[str] | None = None) -> None:
-        """Release the values of some parameters, or of all: they are placeholders on the meta device again."""
+        """Release the values of some parameters, or of all: they become placeholders on the meta device."""
         if names is None:
             names = self.ties
         for name in names:
@@ -188,7 +190,7 @@ class MappedModel:
         is_same = is_same and all(tuple(t.shape) == self.shards.entries[key].shape for key, t in stored.items())
         if not is_same:
             raise NotMergeable(
-                f"{group.names[0]!r} cannot be written back as its files have it; merge in memory with "
+                f"{group.names[0]!r} cannot be converted back to the layout of the base's files; merge in memory with "
                 f"merge_and_unload(), then save_pretrained(). Expected:{listing(sorted(keys))}"
             )
         return stored
@@ -199,7 +201,7 @@ class MappedModel:
 
 
 def ties_of(model: nn.Module) -> dict[str, Tie]:
-    """A model's Parameters by each of their names, with all their places."""
+    """A model's Parameters, by each of their names, with all modules that hold them."""
     ties: dict[int, Tie] = {}
     by_name: dict[str, Tie] = {}
     for path, module in model.named_modules(remove_duplicate=False):

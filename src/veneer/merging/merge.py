@@ -70,14 +70,14 @@ def merge(
     """Write a plain transformers model with adapters merged in.
 
     Args:
-        adapters: directories or hub ids, innermost first.
+        adapters: directories or hub ids, in the order in which they apply (innermost first).
         out: a directory that does not exist yet, or is empty.
         model: the base; None: the one that the adapters name.
         check_base: refuse a base other than the one an adapter was trained on.
         progress: called with the number of modules done and the number of all modules.
 
     Raises:
-        NotMergeable: a method has no form as a weight, or tied weights cannot be separated.
+        NotMergeable: a method cannot be merged into weights, or tied weights cannot be separated.
         CheckpointError: the base's files or an adapter's are damaged, or do not fit each other.
         VeneerError: something would be overwritten, or the disk is too small. Errors leave nothing in `out`.
     """
@@ -136,14 +136,16 @@ def _skeleton(home: Path, configs: Sequence[Config], adapters: Sequence[str | Pa
     files = [tensor_shapes(find_weights(adapter)) for adapter in adapters]
     config = transformers.AutoConfig.from_pretrained(home)
     if getattr(config, "quantization_config", None):
-        raise NotMergeable(f"the weights of {str(home)!r} are quantised; give the model they were made from (--model)")
+        raise NotMergeable(f"the weights of {str(home)!r} are quantised; give the original model with --model")
     labels: set[int] = set()
     words: set[int] = set()
     for adapter_config, shapes in zip(configs, files, strict=True):
         labels |= _labels(adapter_config, shapes)
         words |= {shape[0] for key, shape in shapes.items() if embeddings.is_one(key)}
     if len(labels) > 1 or len(words) > 1:
-        raise ConfigError(f"the adapters differ in their number of labels ({labels}) or words ({words}); merge one")
+        raise ConfigError(
+            f"the adapters differ in the number of labels ({labels}) or the vocabulary size ({words}); merge only one"
+        )
     for count in labels - {config.num_labels}:
         config.num_labels = count
     with torch.device("meta"):
@@ -176,7 +178,9 @@ def _adapted(
         model.load_adapter(adapter, name, check_base=check_base)
     model.set_adapter(names)
     if any(getattr(config, "layer_replication", None) for config in configs):
-        raise NotMergeable("layer_replication gives the model other layers than its files; use merge_and_unload()")
+        raise NotMergeable(
+            "layer_replication changes the model's layers, so the base's files do not fit; use merge_and_unload()"
+        )
     return model
 
 

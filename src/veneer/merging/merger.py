@@ -26,7 +26,7 @@ class Folded(NamedTuple):
     """A tensor of the base model with the adapters folded in."""
 
     before: Tensor | None
-    """None if the base's files do not store it."""
+    """The original value; None if the base's files do not store it."""
     exact: Tensor
     """The new value, in at least fp32."""
 
@@ -42,7 +42,7 @@ class Merger:
         entries: the tensors of the new files, by key.
 
     Raises:
-        NotMergeable: a method has no form as a weight, or the architecture ties weights that the adapters separate.
+        NotMergeable: a method cannot be merged, or the architecture ties weights that the adapters separate.
         CheckpointError: neither the base's files nor the adapters have values for a parameter.
     """
 
@@ -98,7 +98,7 @@ class Merger:
     # Checks, before anything is written
 
     def _is_new(self, name: str, tensor: Tensor) -> bool:
-        """Whether an embedding that was saved with an adapter differs from that in the base's files."""
+        """Whether an embedding that was saved with an adapter differs from the one in the base's files."""
         if not self.mapped.fits(name):
             return True
         base = self.mapped.shards.tensor(str(self.mapped.home(name)))
@@ -125,8 +125,8 @@ class Merger:
         home = self.mapped.home(name)
         stored = "nothing" if home is None else f"{self.mapped.shards.entries[home].shape}"
         raise CheckpointError(
-            f"{name} needs values of shape {shape}; the base's files have {stored}, the adapters none. Is it "
-            "the base that the adapters were trained on?"
+            f"{name} needs values of shape {shape}, but the base's files have {stored} and the adapters none. Is "
+            "this the base model that the adapters were trained on?"
         )
 
     def _untied(self, changed: set[str]) -> set[str]:
@@ -147,13 +147,13 @@ class Merger:
         still_tied = sorted(name for name in apart if len(set(fresh[name].names)) > 1)
         if still_tied:
             raise NotMergeable(
-                f"{model_class.__name__} ties these weights whatever its config says, and the adapters "
+                f"{model_class.__name__} always ties these weights, regardless of its config, and the adapters "
                 f"change some of them:{listing(still_tied)}"
             )
         return apart
 
     def _entries(self, changed: set[str]) -> dict[str, Entry]:
-        """The tensors of the new files: the base's, and in a file of their own those with new names or shapes."""
+        """The tensors of the new files: those of the base, and in an additional file those with new names or shapes."""
         mapped = self.mapped
         names = {key: name for name, key in mapped.homes.items()}
         is_same_class = type(mapped.model).__name__ in (mapped.model.config.architectures or ())
@@ -176,7 +176,7 @@ class Merger:
         return _with_file_names(kept, added, list(mapped.shards.files))
 
     def _without_key(self, changed: set[str]) -> set[str]:
-        """Parameters that are written, but have no key of their own in the base's files."""
+        """Parameters that are written although the base's files have no key for them."""
         names = set(self.apart)
         for name in self.mapped.without_home():
             if name in changed or name in self.embeddings:
@@ -244,7 +244,9 @@ class Merger:
         dtype = self.entries[key].dtype
         new = exact.to(dtype)
         if new.is_floating_point() and not bool(torch.isfinite(new).all()):
-            raise NotMergeable(f"merged, {name!r} has values that are not finite in {dtype}")
+            raise NotMergeable(
+                f"after the merge, {name!r} has values that are not finite in {dtype}; check the adapter"
+            )
         return new
 
     @torch.no_grad()
@@ -253,7 +255,7 @@ class Merger:
         names = self.changed_by(layer)
         parameters = [name for name in names if name in self.mapped.ties]
         self.mapped.bind(parameters)
-        if self._groups(layer):  # adapters on weights that were on meta are not in fp32 yet
+        if self._groups(layer):  # adapters on weights that were on the meta device are not in fp32 yet
             for adapter in self.names:
                 settle(self.model.get_base_model(), self.state, adapter)
         before = layer.base_layer.state_dict()
@@ -269,8 +271,8 @@ class Merger:
             folded[name] = Folded(before[leaf] if is_stored else None, after[leaf])
         if without_values:
             raise NotMergeable(
-                f"the adapter on {layer.path!r} starts from weights that the base's files hold in another form; merge "
-                f"in memory, with merge_and_unload(). Without values:{listing(without_values)}"
+                f"the adapter on {layer.path!r} was initialised from weights that the base's files store in another "
+                f"layout; merge in memory with merge_and_unload(). Without values:{listing(without_values)}"
             )
         return folded
 
@@ -352,7 +354,7 @@ class Rounded:
     moved: int
     """Number of entries that dW changes."""
     unmoved: int
-    """Number of those that rounding brings back to their old value."""
+    """Number of these entries that rounding returns to their old value."""
 
     @property
     def lost(self) -> float:
@@ -371,7 +373,7 @@ def share_lost(tensors: Sequence[Rounded]) -> float:
 
 
 def share_unmoved(tensors: Sequence[Rounded]) -> float:
-    """The share of the entries changed by dW that rounding brings back to their old value."""
+    """The share of the entries changed by dW that rounding returns to their old value."""
     moved = 0
     unmoved = 0
     for tensor in tensors:

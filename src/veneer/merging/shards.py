@@ -38,7 +38,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-"""By their names in the safetensors format."""
+"""torch dtypes by their names in the safetensors format."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -107,7 +107,7 @@ class Shards:
                 yield key, opened[file].get_tensor(key)
 
     def tensor(self, key: str) -> Tensor:
-        """A mapped tensor with a mapping of its own."""
+        """A tensor with a separate mapping of its file."""
         _, tensor = next(self.tensors([key]))
         return tensor
 
@@ -116,7 +116,7 @@ def _entry(file: str, key: str, piece: Any) -> Entry:
     """The entry of a safetensors slice."""
     dtype = piece.get_dtype()
     if dtype not in DTYPES:
-        raise CheckpointError(f"{file}: {key} is of type {dtype}, a quantised weight")
+        raise CheckpointError(f"{file}: {key} has dtype {dtype}, so it is quantised; give the original model")
     return Entry(file, DTYPES[dtype], tuple(piece.get_shape()))
 
 
@@ -134,7 +134,7 @@ def _files(directory: Path) -> dict[str, list[str] | None]:
     keys: dict[str, list[str] | None] = {}
     for key, file in places.items():
         if Path(file).name != file:
-            raise CheckpointError(f"{str(directory / INDEX)!r} leads out of its directory: {file!r}")
+            raise CheckpointError(f"{str(directory / INDEX)!r} names a file outside of its directory: {file!r}")
         keys.setdefault(file, []).append(key)  # type: ignore[union-attr]
     return keys
 
@@ -145,7 +145,7 @@ class Writer:
     Args:
         directory: an existing directory.
         entries: the tensors that will be written, by key.
-        metadata: of each file.
+        metadata: metadata of each file.
 
     Attributes:
         left: keys of the tensors that are not written yet.

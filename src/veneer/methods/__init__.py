@@ -1,5 +1,5 @@
-"""The methods, one file each, named as their `peft_type` in lower case: formula, adapter, config.
+"""The methods, one file each: formula, adapter class and config. A file is named after its `peft_type`, in lower case.
 
-A method imports `core` and what lies below it, never a model or a training run. Start with `ia3.py` or `lora.py`;
-parts that several methods share are in `families/`, starts of LoRA's weights in `inits/`.
+A method imports only `core` and the packages below it, never `model` or `train`. Start with `ia3.py` or `lora.py`. Code
+that several methods share is in `families/`; the initialisations of LoRA's weights are in `inits/`.
 """

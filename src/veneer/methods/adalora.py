@@ -1,12 +1,12 @@
-"""AdaLoRA: learn the update in the form of an SVD and give more rank to the targets that need it.
+"""AdaLoRA: learn the update in the form of an SVD, and give a higher rank to the targets that need it.
 
     W' = W + s B diag(E) A,  s = alpha / init_r,  |A A^T - I|, |B^T B - I| small
 
 Zhang et al., 2023, arXiv:2303.10512. Each triplet (a row of A, an entry of E, a column of B) has an importance score
-(eq. 8-10). After step `tinit` the least important triplets are set to zero, until the targets keep `target_r` on
-average at step `total_step - tfinal`. Trainable: init_r (in + out + 1) per target. Mergeable. Starts as a no-op: E is
-zero. PEFT removes the zeroed triplets from its files. Those files load here; ours keep all triplets, so that training
-can resume.
+(eq. 8-10). After step `tinit` the least important triplets are set to zero, until the targets keep `target_r` triplets
+on average at step `total_step - tfinal`. Trainable: init_r (in + out + 1) per target. Mergeable. Starts as a no-op: E
+is zero. PEFT removes the zeroed triplets from its files. Such files can be loaded here; ours keep all triplets, so that
+training can resume.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Averages:
     sensitivity: Tensor
     """The average of |weight x gradient|."""
     uncertainty: Tensor
-    """The average of its deviation from that average."""
+    """The average deviation of |weight x gradient| from its average."""
 
     def update(self, product: Tensor, beta1: float, beta2: float) -> None:
         """Include |weight x gradient| of one more step (eq. 9, 10)."""
@@ -78,7 +78,7 @@ class Averages:
 
 
 class Allocation:
-    """Decides which triplets stay: the paper's algorithm 1, run after each optimizer step while gradients exist."""
+    """Decides which triplets to keep: the paper's algorithm 1, run after each step while gradients exist."""
 
     def __init__(self, config: AdaLoraConfig, adapters: Mapping[str, AdaLoRA]) -> None:
         self.config = config
@@ -180,7 +180,7 @@ class AdaLoraConfig(LoraConfig):
         super().__post_init__()
         if self.variants() or isinstance(self.init_lora_weights, str):
             raise ConfigError(
-                "AdaLoRA cannot be combined with use_dora and the like, nor with a named init_lora_weights"
+                "AdaLoRA cannot be combined with variants such as use_dora, nor with a named init_lora_weights"
             )
         if self.total_step is None:
             raise ConfigError("total_step must be the number of optimizer steps of the whole training, not None")
@@ -198,7 +198,7 @@ class AdaLoraConfig(LoraConfig):
         return AdaLoRA(self, target, shared)
 
     def rank_of(self, path: str) -> int:
-        """The rank of one target: init_r, or what a pruned file holds, which may be 0."""
+        """The rank of one target: init_r, or the number of triplets in a pruned file, which may be 0."""
         for key, is_kept in (self.rank_pattern or {}).items():
             if _is_of(key, path):
                 return sum(is_kept)
@@ -210,7 +210,7 @@ class AdaLoraConfig(LoraConfig):
             if not any(_is_of(key, path) for path in paths):
                 unmatched.append(key)
         if unmatched:
-            raise TargetError(f"rank_pattern: these keys are the lora_E of none of the targets:{listing(unmatched)}")
+            raise TargetError(f"rank_pattern: these keys are not the lora_E of any target:{listing(unmatched)}")
         return super().choose(paths)
 
     def schedule(self, adapters: Mapping[str, Adapter]) -> Allocation:

@@ -1,13 +1,13 @@
-"""AdaMSS: learn a low-rank update for each of a few groups of outputs, from the weight's own directions.
+"""AdaMSS: group the outputs into clusters and learn a low-rank update for each, within the weight's main directions.
 
     W'_k = W_k + B_k A_k V,  [W b] = U S V truncated to r,  k a cluster of the rows of U
 
 V (r, in + 1) is frozen; its last column updates the bias of targets that have one. A_k (r_k, r) starts at the main
-directions of U_k, B_k at zero. With `use_asa` the least important subspaces are frozen during training. Zheng et al.,
-2025, NeurIPS, OpenReview:8ZdWmpYxT0. Trainable: sum_k r_k (r + rows of k) per target. Mergeable. Starts as a no-op.
-The file holds V but not the clusters, which are computed again from the base model, on the CPU: a file that PEFT wrote
-on a GPU may use other clusters. Unlike in PEFT, Conv1D is a target, and exactly as many subspaces keep learning as the
-config asks for.
+directions of U_k, and B_k at zero. With `use_asa` the least important subspaces are frozen during training. Zheng
+et al., 2025, NeurIPS, OpenReview:8ZdWmpYxT0. Trainable: sum_k r_k (r + rows of k) per target. Mergeable. Starts as a
+no-op. The file holds V but not the clusters, which are recomputed from the base model on the CPU; a file that PEFT
+wrote on a GPU may use other clusters. Unlike in PEFT, Conv1D can be a target, and the number of subspaces that keep
+learning is exactly the one in the config.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Averages:
 
     def __init__(self, parameter: Tensor) -> None:
         self.sensitivity = torch.zeros_like(parameter)  # of |weight x gradient|
-        self.uncertainty = torch.zeros_like(parameter)  # of its deviation from the average so far
+        self.uncertainty = torch.zeros_like(parameter)  # of the deviation from the average so far
 
     def update(self, product: Tensor, beta: float, gamma: float) -> None:
         """Include |weight x gradient| of one more step."""
@@ -126,7 +126,7 @@ class Averages:
 
 
 class Allocation:
-    """Decides which subspaces still learn: adaptive subspace allocation, run after each optimizer step."""
+    """Decides which subspaces keep learning: adaptive subspace allocation, run after each optimizer step."""
 
     def __init__(self, config: AdamssConfig, adapters: Mapping[str, AdaMSS]) -> None:
         self.config = config
@@ -198,7 +198,7 @@ class Allocation:
 @dataclass(kw_only=True)
 class AdamssConfig(LayerConfig):
     r: int = 100
-    """Number of singular directions of the weight that updates are built from, at most its smaller size."""
+    """Number of singular directions of the weight that updates are built from; at most the smaller of its two sizes."""
     num_subspaces: int = 5
     """Number of clusters of outputs per target."""
     subspace_rank: int = 1
@@ -208,7 +208,7 @@ class AdamssConfig(LayerConfig):
     use_asa: bool = False
     """Freeze the less important subspaces during training."""
     asa_target_subspaces: int = 50
-    """How many subspaces, over all targets, learn to the end."""
+    """How many subspaces, over all targets, learn until the end."""
     init_warmup: int = 50
     """Steps before the first subspace is frozen."""
     final_warmup: int = 1000
@@ -222,9 +222,9 @@ class AdamssConfig(LayerConfig):
     asa_schedule_exponent: float = 3.0
     """Exponent of the freezing schedule: 1 freezes evenly over the steps, larger values freeze more at the start."""
     use_dynamic_rank: bool = False
-    """Use fewer directions where a cluster's singular values fall off."""
+    """Use fewer directions for a cluster whose singular values fall off."""
     svd_threshold: float = 0.1
-    """For the dynamic rank: smallest squared singular value that counts, relative to the largest one."""
+    """For the dynamic rank: the smallest squared singular value that is used, relative to the largest one."""
     random_seed: int = 0
     """Seed of the decomposition."""
 
@@ -241,7 +241,7 @@ class AdamssConfig(LayerConfig):
             raise ConfigError("init_warmup must be less than final_warmup, and asa_schedule_exponent greater than 0")
 
     def check_rank(self, path: str, out: int, columns: int) -> None:
-        """Raise if r covers all of U: its rows are then equally far apart, and rounding would decide the clusters."""
+        """Raise ConfigError if r covers all of U: its rows are then equally far apart, and clusters arbitrary."""
         if min(self.r, columns) >= out:
             raise ConfigError(f"r = {self.r} on {path!r} must be below its out = {out}")
 

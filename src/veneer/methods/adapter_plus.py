@@ -3,8 +3,8 @@
     y' = y + s * up(gelu(down(y))),  s (d,), one factor for each channel of y
 
 Steitz and Roth, 2024, arXiv:2406.06820. Trainable: 2 m d + m + 2 d for each layer. Not mergeable. Starts near the
-identity, from Houlsby's small random weights. Training skips the adapter for random rows of the batch (stochastic
-depth).
+identity, with Houlsby's small random weights. During training, the adapter is skipped for random rows of the batch
+(stochastic depth).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class AdapterPlusConfig(BottleneckConfig):
     init_weights: bool | Literal["bert", "mam_adapter", "houlsby"] = "houlsby"
     """"houlsby" or "bert": small random weights; True or "mam_adapter": a no-op; False: larger ones (for tests)."""
     stochastic_depth: float = 0.1
-    """Probability of skipping the adapter for a row of the batch, in training."""
+    """Probability of skipping the adapter for a row of the batch during training."""
 
     peft_type = Name("ADAPTER_PLUS")
     adapter = AdapterPlus

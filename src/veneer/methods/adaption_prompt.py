@@ -1,12 +1,12 @@
-"""LLaMA-Adapter: attention also looks at learned tokens, through a gate that starts at zero.
+"""LLaMA-Adapter: let attention also read learned tokens, through a gate that starts at zero.
 
     y' = y + W_o g softmax(q K_P^T / sqrt(d)) V_P,  K_P = W_k P, V_P = W_v P, P (n, width) learned, g learned
 
 q is the attention's own query with its position applied; the keys of P have no position. Zhang et al., 2023,
 arXiv:2303.16199. Trainable: n x width + 1 in each of the last `adapter_layers` attentions. Not mergeable: the update
-depends on the input. Starts as a no-op. PEFT adds the bias of W_o a second time, so with such a bias its start is not a
-no-op. With a fused projection (GPT-2) PEFT leaves W_o out; so do we, since its files were trained that way. There is
-one gate per layer, as in PEFT; the paper's code has one per head.
+depends on the input. Starts as a no-op. PEFT adds the bias of W_o twice, so its adapter does not start as a no-op if
+there is such a bias. With a fused projection (GPT-2) PEFT leaves W_o out; so do we, since its files were trained that
+way. There is one gate per layer, as in PEFT; the paper's code has one per head.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class AdaptionPrompt(Adapter):
         return projected - out(torch.zeros_like(attended[:1, :1]))
 
     def _split_heads(self, t: Tensor, norm_name: str = "no_norm") -> Tensor:
-        """(..., time, heads x d) -> (..., heads, time, d), after the attention's own norm of the whole or each head."""
+        """(..., time, heads x d) -> (..., heads, time, d), after the attention's norm of the whole or of each head."""
         norm: Any = getattr(self.target.base, norm_name, None)
         d = self.target.base.head_dim
         norms_each_head = norm is not None and norm.weight.numel() == d
@@ -93,7 +93,7 @@ class AdaptionPrompt(Adapter):
         return heads.transpose(-3, -2)
 
     def _turned(self, q: Tensor) -> Tensor:
-        """Apply rotary positions with the architecture's own function, since their layouts differ."""
+        """Apply rotary positions with the architecture's own function, since layouts differ between architectures."""
         rotations = self.target.argument("position_embeddings")
         if rotations is None or self.rotate is None:
             return q

@@ -1,12 +1,12 @@
-"""aLoRA: LoRA that acts only after its invocation tokens, so that earlier cache entries are the base model's.
+"""aLoRA: LoRA that acts only from its invocation tokens on, so that earlier cache entries equal the base model's.
 
     y_t = W x_t + [t >= t0] s B A x_t,  t0 the start of the last occurrence of the invocation tokens in the row
 
-Greenewald et al., 2025, arXiv:2504.12397. Trainable: as LoRA. Not mergeable: before t0 the weight is W. Starts as a
-no-op. A row without the invocation runs as the base model. The invocation must be whole in one call of more than one
-token. Calls that continue from a cache remember which rows were invoked; PEFT forgets them in a user's own generation
-loop. `alora_offsets`, an argument of a call and of `generate`, gives for each row the distance of t0 from the end, or
-None.
+Greenewald et al., 2025, arXiv:2504.12397. Trainable: as for LoRA. Not mergeable: before t0 the weight is W. Starts as a
+no-op. A row without the invocation gets the base model's output. The invocation must lie within a single call of more
+than one token. A call that continues from a cache remembers which rows were invoked; PEFT forgets them in a custom
+generation loop. `alora_offsets`, an argument of a model call and of `generate`, gives the distance of t0 from the end
+for each row, or None.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ALoRA(LoRA):
         if any(token < 0 for token in config.alora_invocation_tokens):
             raise ConfigError(f"alora_invocation_tokens must be token ids, not {config.alora_invocation_tokens}")
         if config.task_type == "SEQ_2_SEQ_LM":
-            raise ConfigError("aLoRA acts from a position of one sequence on, which SEQ_2_SEQ_LM does not have")
+            raise ConfigError("aLoRA acts from a position in one sequence on, but a SEQ_2_SEQ_LM has two")
 
     @classmethod
     def before(cls, config: Any, facts: dict[Any, Any], model: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -99,7 +99,7 @@ def inputs_of(kwargs: dict[str, Any], offsets: Sequence[int | None] | None) -> T
 
 
 def invoked_positions(ids: Tensor, tokens: Sequence[int]) -> Tensor:
-    """Positions from the last invocation on; none in a call of one token, which continues from a cache."""
+    """The positions from the last invocation on. A call with a single token, which continues from a cache, has none."""
     if ids.shape[1] <= 1:
         return torch.zeros_like(ids, dtype=torch.bool)
     start = find_last(ids, tokens)
@@ -111,7 +111,7 @@ def positions(inputs: Tensor) -> Tensor:
 
 
 def from_offsets(offsets: Sequence[int | None], inputs: Tensor) -> Tensor:
-    """Invoked positions from the distance of each invocation from the end."""
+    """The invoked positions, given the distance of each invocation from the end."""
     distances = torch.tensor([offset or 0 for offset in offsets], device=inputs.device)
     return positions(inputs) >= inputs.shape[1] - distances[:, None]
 
@@ -129,7 +129,7 @@ def find_last(ids: Tensor, tokens: Sequence[int]) -> Tensor:
 
 
 def invoked_rows(cache: Any) -> dict[Key, Tensor]:
-    """The rows that earlier calls on a cache left invoked; empty if the cache was emptied since."""
+    """The rows that earlier calls on a cache invoked; empty if the cache has been emptied since."""
     if not caches.is_filled(cache):
         return {}
     return getattr(cache, "veneer_invoked", {})
@@ -137,10 +137,10 @@ def invoked_rows(cache: Any) -> dict[Key, Tensor]:
 
 @dataclass(kw_only=True)
 class ALoraConfig(LoraConfig):
-    """`LoraConfig(alora_invocation_tokens=[...])` as a config class of its own."""
+    """Equivalent to `LoraConfig(alora_invocation_tokens=[...])`."""
 
     alora_invocation_tokens: list[int] | None = None
-    """Tokens that invoke the adapter: it acts from their last occurrence on. Required."""
+    """Ids of the tokens that invoke the adapter: it acts from their last occurrence on. Required."""
 
     adapter = Composition(ALoRA)  # type: ignore[assignment]
     example = {"alora_invocation_tokens": [1, 2]}

@@ -1,12 +1,12 @@
-"""Arrow: mix trained LoRA experts for each token, by how well the input fits the main input direction of each.
+"""Arrow: mix trained LoRA experts for each token, by how well the input matches each expert's main input direction.
 
     y = W x + sum_i c_i s_i B_i A_i x,  c = softmax of the k largest |v_i . x| / temperature
 
 v_i is the first right singular vector of B_i A_i. Ostapenko et al., 2024, arXiv:2405.11157. With `use_gks`, the mean A
 and B of general adapters are first subtracted from those of each expert (GenKnowSub: Bagherifard et al., 2025,
-arXiv:2505.10939). Needs no training; in training the experts learn and the v_i stay fixed. Not mergeable. PEFT keeps
-the experts as separate adapters and cannot load the router again; here the experts are parts of the router, read from
-the directories that its config names.
+arXiv:2505.10939). Needs no training; if it is trained, the experts learn and the v_i stay fixed. Not mergeable. PEFT
+keeps the experts as separate adapters and cannot load the router again; here the experts are parts of the router, and
+are read from the directories that its config names.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _refuse_missing(name: str) -> NoReturn:
 
 @dataclass(kw_only=True)
 class ArrowLoraConfig(LoraConfig):
-    """`LoraConfig(arrow_config=ArrowConfig(...))` that finds its targets in the experts."""
+    """`LoraConfig(arrow_config=ArrowConfig(...))` whose targets are those of the experts."""
 
     arrow_config: Settings | dict[str, Any] | None = None
     """`ArrowConfig`: the experts and how to mix them; required."""

@@ -4,9 +4,9 @@
 
 AdapterHub's `Average` (Poth et al., 2023, arXiv:2311.11077). With `learned` the weights are trained, one for each
 adapter and module, as in AdaMerging (Yang et al., 2024, arXiv:2310.02575). Trainable: none, or k for each module.
-Mergeable if all the adapters it reads are. Does not start as a no-op. The file holds the weights and the adapters'
-names; load those adapters first. Unlike `add_weighted_adapter` it creates no new matrices, and it reads adapters of any
-method that adapts modules.
+Mergeable if all the adapters that it reads are. Does not start as a no-op. The file holds the weights and the names of
+the adapters, which must be loaded first. Unlike `add_weighted_adapter` it creates no new matrices, and it reads
+adapters of any method that adapts modules.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""BD-LoRA: one of the two factors is block-diagonal, so that devices that share the model need not exchange it.
+"""BD-LoRA: one of the two factors is block-diagonal, so that tensor-parallel devices need no extra communication.
 
     W' = W + s B A,  A = diag(A_1 ... A_n) or B = diag(B_1 ... B_n), by target
 
@@ -25,13 +25,13 @@ from .lora import LoRA, LoraConfig
 @dataclass(kw_only=True)
 class BdLoraConfig(Settings):
     target_modules_bd_a: list[str] | None = None
-    """Targets with a block-diagonal A, by parts of their names (row-parallel layers such as o_proj, down_proj)."""
+    """Targets with a block-diagonal A, by parts of their paths (row-parallel layers such as o_proj, down_proj)."""
     target_modules_bd_b: list[str] | None = None
-    """Targets with a block-diagonal B, likewise (column-parallel layers such as q_proj, up_proj)."""
+    """Targets with a block-diagonal B, by parts of their paths (column-parallel layers such as q_proj, up_proj)."""
     nblocks: int = 1
     """n: number of blocks, equal to the number of shards."""
     match_strict: bool = True
-    """Require that one of the two lists names each target; False: other targets get plain LoRA."""
+    """Require that each target is in one of the two lists; False: other targets get plain LoRA."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,7 +57,7 @@ class BdLoraConfig(Settings):
 
 
 def _is_named(path: str, parts: list[str] | None) -> bool:
-    """Whether a path contains one of the parts of names."""
+    """Whether a path contains one of the given parts."""
     return any(part in path for part in parts or ())
 
 
@@ -115,7 +115,7 @@ class BDLoRA(LoRA):
 
 @dataclass(kw_only=True)
 class BlockDiagonalLoraConfig(LoraConfig):
-    """`LoraConfig(use_bdlora=BdLoraConfig(...))` as a config class of its own."""
+    """Equivalent to `LoraConfig(use_bdlora=BdLoraConfig(...))`."""
 
     use_bdlora: Settings | dict[str, Any] | None = field(default_factory=BdLoraConfig)
     """`BdLoraConfig`: which factor of each target is block-diagonal, and in how many blocks."""

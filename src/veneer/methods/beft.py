@@ -2,8 +2,8 @@
 
     y' = y + b',  that is, the weight stays W and the bias becomes bias + b'
 
-Huang et al., 2025, arXiv:2509.15974. Trainable: out per target. Mergeable where the target has a bias. Starts as a
-no-op: b' is zero. Unlike PEFT, GPT-2's Conv1D is a target too.
+Huang et al., 2025, arXiv:2509.15974. Trainable: out per target. Mergeable if the target has a bias. Starts as a no-op:
+b' is zero. Unlike in PEFT, GPT-2's Conv1D can be a target.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class BEFT(Adapter):
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if b is None:
-            raise NotMergeable(f"{self.target.path!r} has no bias to merge BEFT into; keep the adapter unmerged")
+            raise NotMergeable(
+                f"{self.target.path!r} has no bias that BEFT could be merged into; keep the adapter unmerged"
+            )
         return W, b + self.beft_bias[0].to(b.dtype)
 
     def expected_parameters(self) -> int:

@@ -1,10 +1,10 @@
-"""BitFit: train the biases that the model has, and nothing else.
+"""BitFit: train the biases of the model, and nothing else.
 
     W' = W,  b' learned, starting at b
 
 Ben Zaken et al., 2021, arXiv:2106.10199. Trainable: out per target; by default every module with a bias is a target,
-norms included. Mergeable. Starts as a no-op. The file holds the whole trained biases, under their names in the model.
-PEFT has no such method; its nearest is `bias="all"` together with another method.
+including norms. Mergeable. Starts as a no-op. The file holds the whole trained biases, under their names in the model.
+PEFT has no such method; the closest is `bias="all"` together with another method.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class BitFit(Bias):
         if target.bias() is None:
             raise TargetError(
                 f"{target.path!r} has no bias to train; "
-                "name others in target_modules, or leave it None for all that have one"
+                "name other modules in target_modules, or leave it None for all that have a bias"
             )
         super().__init__(target, beside=False)
         self.config = config

@@ -4,8 +4,8 @@
 
 The permutation P_i makes the blocks of M_i span twice the range of those of M_(i-1). Liu et al., 2023,
 arXiv:2311.06243. Trainable: n in b + out per target; the file stores all b^2 entries of a block, of which only the
-skew-symmetric part has an effect. Mergeable. Starts as a no-op: Q is zero, s is one. s does not scale the bias. PEFT
-uses n = 1, whatever is asked, when it cannot compile for CUDA, and supports only square convolutions.
+skew-symmetric part has an effect. Mergeable. Starts as a no-op: Q is zero and s is one. s does not scale the bias. PEFT
+always uses n = 1 if it cannot compile its CUDA extension, and supports only convolutions with square kernels.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class BOFT(Adapter):
         return R.view_as(self.boft_R)
 
     def drop(self, R: Tensor, p: float) -> Tensor:
-        """In training, replace a random share p of the blocks of one random factor by the identity."""
+        """During training, replace a random share p of the blocks of one random factor by the identity."""
         if not self.training or p == 0:
             return R
         factor = torch.randint(self.factors, (1,), device=R.device)
@@ -83,9 +83,9 @@ class BOFT(Adapter):
 @dataclass(kw_only=True)
 class BOFTConfig(LayerConfig):
     boft_block_size: int = 4
-    """Size b of a block; it must divide in of every target. 0 if boft_block_num is given."""
+    """Size b of a block; must divide the input size of every target. 0 if boft_block_num is given."""
     boft_block_num: int = 0
-    """Number of blocks; it must divide in of every target. 0 if boft_block_size is given."""
+    """Number of blocks; must divide the input size of every target. 0 if boft_block_size is given."""
     boft_n_butterfly_factor: int = 1
     """n: number of sparse rotations in the product. Each one after the first doubles the range that is mixed; the block
     size must then be even and the number of blocks a multiple of 2^(n - 1)."""

@@ -5,7 +5,7 @@
 
 Houlsby et al., 2019, arXiv:1902.00751; Pfeiffer et al., 2021, arXiv:2005.00247; parallel: He et al., 2022,
 arXiv:2110.04366. Trainable: m (in + out) + m + out per place, m = width / reduction_factor. Not mergeable: f is not
-linear. Starts as a no-op: `up` is zero. The papers' starts are only near the identity.
+linear. Starts as a no-op: `up` is zero. The papers' own starts are only near the identity.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class BottleneckConfig(LayerConfig):
     placement: str = "pfeiffer"
     """"houlsby", "pfeiffer" or "parallel"."""
     original_ln_before: bool = False
-    """For "pfeiffer": act after the layer's residual sum, and after its norm if that comes last."""
+    """For "pfeiffer": act after the layer's residual sum, and after its norm if the norm comes last."""
     reduction_factor: int | float | None = None
     """Width of the model divided by the width of the bottleneck; None: 16, or 2 for "parallel"."""
     non_linearity: str | None = None
-    """The activation function f: "relu", "gelu", "silu", "tanh" and others; None: the paper's."""
+    """The activation function f: "relu", "gelu", "silu", "tanh" and others; None: that of the paper."""
     scaling: float | Literal["learned", "channel"] | None = None
     """s: a number, "learned" for one learned factor, "channel" for one per channel; None: 1, or 4 for "parallel"."""
     ln_before: bool = False
@@ -43,12 +43,12 @@ class BottleneckConfig(LayerConfig):
     ln_after: bool = False
     """Add a trained LayerNorm on the adapter's output, before it is added."""
     dropout: float = 0.0
-    """Dropout before the bottleneck, in training."""
+    """Dropout before the bottleneck during training."""
     init_weights: bool | Literal["bert", "mam_adapter", "houlsby"] = True
     """True or "mam_adapter": a no-op; "bert", "houlsby": small random weights; False: larger ones (for tests)."""
 
     input_modules: list[str] | None = None
-    """For "parallel" where the MLP is not a module: the target_modules that it begins with; None: by the model."""
+    """For "parallel", if the MLP is not a module: the target_modules that are its first layer; None: by the model."""
 
     peft_type = Name("BOTTLENECK")
     adapter = Bottleneck
@@ -61,7 +61,7 @@ class BottleneckConfig(LayerConfig):
         if self.reduction_factor is not None and self.reduction_factor <= 0:
             raise ConfigError(f"reduction_factor must be greater than 0, not {self.reduction_factor}")
         if self.original_ln_before and self.placement != "pfeiffer":
-            raise ConfigError(f'original_ln_before goes with placement="pfeiffer", not {self.placement!r}')
+            raise ConfigError(f'original_ln_before requires placement="pfeiffer", not {self.placement!r}')
         if self.input_modules and self.placement != "parallel":
             raise ConfigError(f'input_modules go with placement="parallel", not {self.placement!r}')
         check_range(self, 0, 1, "dropout")

@@ -4,8 +4,8 @@
 
 Chen et al., 2024, arXiv:2407.19342. Trainable: in x out / b per target, for a rank of up to min(in, out). Mergeable.
 Starts as a no-op with `init_weights=True`; the default, as in PEFT, is a random start. Activations are multiplied by
-the fast Fourier transform. Unlike in PEFT, a second active adapter reads the layer's input, not the first adapter's
-output, and the gradient of the input is exact.
+the blocks with the fast Fourier transform. Unlike in PEFT, a second active adapter reads the layer's input, not the
+first adapter's output, and the gradient of the input is exact.
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ class C3A(Additive):
 @dataclass(kw_only=True)
 class C3AConfig(LayerConfig):
     block_size: int = 256
-    """Size b of a block; it must divide in and out of every target. Larger blocks mean fewer parameters."""
+    """Size b of a block; must divide both sizes of every target. Larger blocks mean fewer parameters."""
     block_size_pattern: dict[str, int] | None = mapping()
-    """Block sizes of single targets, by name ending or regular expression."""
+    """Block sizes for specific targets, by name ending or regular expression."""
     init_weights: bool | str = "xavier_uniform"
-    """True: start at zero, as a no-op. "gaussian", "kaiming_uniform" or "xavier_uniform": random; False is the last."""
+    """True: start at zero, as a no-op. "gaussian", "kaiming_uniform", "xavier_uniform": random; False: as the last."""
 
     peft_type = Name("C3A")
     adapter = C3A

@@ -55,7 +55,7 @@ class Cartridge(Prefix):
 @dataclass(kw_only=True)
 class CartridgeConfig(PromptConfig):
     num_frozen_tokens: int = 1
-    """Number of first positions that stay frozen; they act as attention sinks, which training would harm."""
+    """Number of positions at the start that stay frozen; they act as attention sinks, which training would harm."""
 
     peft_type = Name("CARTRIDGE")
     prompt = Cartridge
@@ -74,10 +74,10 @@ class CartridgeConfig(PromptConfig):
 
 
 def compose_cartridge_adapters(adapter_paths: Sequence[str | Path], *, output_path: str | Path) -> None:
-    """Join several saved cartridges, one after the other, into one; the frozen positions of the first stay frozen.
+    """Concatenate several saved cartridges into one; the frozen positions of the first one stay frozen.
 
     Raises:
-        ConfigError: fewer than two, another method, or cartridges of different models.
+        ConfigError: there are fewer than two, some are not cartridges, or they belong to different models.
     """
     configs = [Config.from_pretrained(path) for path in adapter_paths]
     if len(configs) < 2:

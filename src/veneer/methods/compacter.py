@@ -4,7 +4,7 @@
 
 Karimi Mahabadi et al., 2021, arXiv:2106.04647. Trainable: r (d + m) + m or d for each matrix, and n^3 for the rules.
 Not mergeable. Starts as a no-op: the t_i of the last matrix are zero. (The paper starts near the identity, with small
-rules.) W is never formed; the factors act on x one after the other. m is rounded to a multiple of n.
+rules.) W is never formed; its factors are applied to x one after the other. m is rounded to a multiple of n.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class PHM(nn.Module):
 
 
 def _xavier(n: int, rows: int, columns: int) -> Tensor:
-    """n matrices of Xavier's uniform start."""
+    """n random matrices from Xavier's uniform initialisation."""
     bound = math.sqrt(6 / (rows + columns))
     return torch.empty(n, rows, columns).uniform_(-1, 1) * bound
 

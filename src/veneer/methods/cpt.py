@@ -5,9 +5,9 @@
 
 Blau et al., 2024, arXiv:2410.17222. Trainable: n x width, including the answers, which do not change. Not mergeable.
 Token types are 4k + 1 for the input format of example k, 4k + 2 for its input, 4k + 3 for its output format and 4k + 4
-for its answer. A call gives the types of its own input as `input_type_mask`. PEFT adds the largest type of the prompt
-to them, which loses every label unless that type is a multiple of 4 (by default it is not); here the next multiple of 4
-is added. Without examples in the context (`cpt_token_ids`) the method gains nothing.
+for its answer. A call passes the types of its own input as `input_type_mask`. PEFT adds the prompt's largest type to
+them, which loses every label unless that type is a multiple of 4 (by default it is not); here the next multiple of 4 is
+added. Without examples in the context (`cpt_token_ids`) the method gains nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class CPT(Prompt):
         super().__init__(config, spec, words)
         if spec.submodules > 1 or max(config.cpt_token_ids or ()) >= len(words):
             raise ConfigError(f"CPT needs a decoder, and cpt_token_ids below {len(words)}, its vocabulary's size")
-        # These buffers are needed with values even when the rest is built on the meta device.
+        # These buffers need real values even when the rest is built on the meta device.
         device = words.device
         tokens = torch.tensor(config.cpt_token_ids, device=device)
         types = torch.tensor(config.cpt_tokens_type_mask, device=device)
@@ -58,7 +58,7 @@ class CPT(Prompt):
         return by_part[part]
 
     def embeds(self, facts: dict[str, Any]) -> Tensor:
-        """The embeddings; no gradient reaches those that must not change."""
+        """The embeddings; those that must not change get no gradient."""
         is_learned = self.radius[:, None] > 0
         return torch.where(is_learned, self.prompt_embeddings, self.prompt_embeddings.detach())
 
@@ -111,9 +111,9 @@ class CPTConfig(PromptConfig):
     opt_loss_decay_factor: float = 1.0
     """The weight of an answer, relative to that of the next one."""
     opt_projection_epsilon: float = 0.1
-    """How far an input's embedding may move in a model of width 2048; scaled by sqrt(width / 2048) for others."""
+    """How far an input's embedding may move in a model of width 2048; other widths scale it by sqrt(width / 2048)."""
     opt_projection_format_epsilon: float = 0.1
-    """How far the embedding of a format token may move, likewise."""
+    """How far the embedding of a format token may move, scaled in the same way."""
     tokenizer_name_or_path: str | None = None
     """The tokenizer of the tokens; ignored, kept for PEFT compatibility."""
 
@@ -132,7 +132,7 @@ class CPTConfig(PromptConfig):
         self.cpt_tokens_type_mask = self.cpt_tokens_type_mask or [1] * n
         super().__post_init__()
         if self.task_type not in (None, TaskType.CAUSAL_LM):
-            raise ConfigError(f"CPT trains CAUSAL_LM alone, not {self.task_type}")
+            raise ConfigError(f"CPT supports only CAUSAL_LM, not {self.task_type}")
         if not n == self.num_virtual_tokens == len(self.cpt_mask) == len(self.cpt_tokens_type_mask):
             raise ConfigError("cpt_token_ids, cpt_mask and cpt_tokens_type_mask must be num_virtual_tokens long")
         check_range(self, 0, math.inf, "opt_projection_epsilon", "opt_projection_format_epsilon")

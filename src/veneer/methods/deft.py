@@ -2,9 +2,9 @@
 
     W' = W - Q P'^T W + s Q R,  P (out, r), R (r, in);  "relu": Q = P, P' = relu(P);  "qr": Q = P' = qr(P)
 
-Kumar et al., 2025, arXiv:2509.22793. Trainable: r (in + out) per target. Mergeable. Starts as a no-op: s R = P'^T W,
-which the file keeps. `para` only removes (PaRa: Chen et al., 2024, arXiv:2406.05641) and trains r out. Two active
-adapters compose; in PEFT both remove from the same W.
+Kumar et al., 2025, arXiv:2509.22793. Trainable: r (in + out) per target. Mergeable. Starts as a no-op: s R = P'^T W;
+the file holds R. With `para` it only removes (PaRa: Chen et al., 2024, arXiv:2406.05641) and trains r out parameters.
+Two active adapters act one after the other; in PEFT both remove from the same W.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ class DEFT(Adapter):
 @dataclass(kw_only=True)
 class DeftConfig(LayerConfig):
     r: int = 8
-    """Rank of the subspace, at most the target's out."""
+    """Rank of the subspace; at most the target's output size."""
     decomposition_method: str = "relu"
-    """How P spans the subspace: "relu": as it is; "qr": by an orthonormal basis, which gives a true projection."""
+    """How P spans the subspace. "relu": as it is; "qr": by an orthonormal basis, which gives a true projection."""
     init_scale: float = 1.0
     """Scale of R when it starts at random (init_weights=False)."""
     alpha: int | float | None = None
@@ -96,7 +96,7 @@ class DeftConfig(LayerConfig):
     para: bool = False
     """Add no new content (PaRa)."""
     deft_dropout: float = 0.0
-    """Dropout on the input of the added content, in training."""
+    """Dropout on the input of the added content during training."""
     init_weights: bool = True
     """Start as a no-op; False: R starts at random."""
 

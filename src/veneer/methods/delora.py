@@ -2,10 +2,10 @@
 
     W' = W + lambda / r B D A diag(n),  D_ii = 1 / (|A_i| |B^i|),  n the norms of W's columns at the start
 
-A_i are the rows of A, B^i the columns of B. Without n, the update's Frobenius norm is at most lambda.
-Bini et al., 2025, arXiv:2503.18225. Trainable: r (in + out) + 1 per target. Mergeable. Starts as a no-op: B is zero.
-As in PEFT, n has one entry per input, norms below 1e-4 count as 1e-4, and `module_dropout` drops entries of the input.
-Unlike in PEFT, GPT-2's Conv1D is a target too.
+A_i are the rows of A, B^i the columns of B. Without n, the update's Frobenius norm is at most lambda. Bini
+et al., 2025, arXiv:2503.18225. Trainable: r (in + out) + 1 per target. Mergeable. Starts as a no-op: B is zero. As in
+PEFT, n has one entry per input, norms below 1e-4 count as 1e-4, and `module_dropout` drops entries of the input. Unlike
+in PEFT, GPT-2's Conv1D can be a target.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ class DeloraConfig(LayerConfig):
     delora_lambda: int | float = 15
     """Initial value of lambda, the learned bound on the size of the update."""
     module_dropout: float = 0.0
-    """Dropout on the input of the update, in training."""
+    """Dropout on the input of the update during training."""
     init_weights: bool = True
     """Start as a no-op; False: B starts at random too (for tests)."""
     rank_pattern: dict[str, int] | None = mapping()
-    """Ranks of single targets, by name ending or regular expression."""
+    """Ranks for specific targets, by name ending or regular expression."""
     lambda_pattern: dict[str, int | float] | None = mapping()
-    """Initial values of lambda of single targets, likewise."""
+    """Initial values of lambda for specific targets, by name ending or regular expression."""
 
     peft_type = Name("DELORA")
     adapter = DeLoRA

@@ -2,8 +2,8 @@
 
     h' = h + W2^T (W1 h + b)
 
-Wu et al., 2024, arXiv:2404.03592. Trainable and positions: as LoReFT. Not mergeable. Starts as a no-op: W1 = 0, b = 0.
-pyreft's class of this name keeps the rows orthonormal; `orthogonality=True` does the same.
+Wu et al., 2024, arXiv:2404.03592. Trainable parameters and edited positions: as for LoReFT. Not mergeable. Starts as a
+no-op: W1 = 0, b = 0. pyreft's class of this name keeps the rows orthonormal; `orthogonality=True` does the same here.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     W' = m (W + s B A) / |W + s B A|,  the norm over each row, held constant in the backward pass
 
 Liu et al., 2024, arXiv:2402.09353; section 4.3 for the constant norm. Trainable: r (in + out) + out per target.
-Mergeable, except on grouped convolutions, where as in PEFT the norm is that of W and the product of the factors, which
-ignores the groups. Starts as a no-op: m is the norm of W. Unlike in PEFT, dropout applies to the low-rank part only.
+Mergeable, except on grouped convolutions. There, as in PEFT, the norm is that of W plus the product of the factors,
+which ignores the groups. Starts as a no-op: m is the norm of W. Unlike in PEFT, dropout applies to the low-rank part
+only.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..maths.precision import without_autocast
 from ..targets.target import Target
 from .families.variants import Composition
 from .lora import LoRA, LoraConfig
@@ -37,7 +39,7 @@ class DoRA(LoRA):
         self.lora_magnitude_vector = nn.Parameter(magnitude)
 
     def change(self) -> Tensor:
-        """dW, (out, in). For a grouped convolution, whose update has no weight form, the product of the factors."""
+        """dW, (out, in). For a grouped convolution, whose update has no weight form: the product of the factors."""
         if self.target.groups == 1:
             return self.delta()
         A, B = self.factors()
@@ -52,7 +54,7 @@ class DoRA(LoRA):
 
     @torch.no_grad()
     def squares(self, W: Tensor) -> Tensor:
-        """|W|^2 of each row, (out,). Cached until W is another tensor or has been written to."""
+        """|W|^2 of each row, (out,). Cached until W is replaced or written to."""
         if torch.compiler.is_compiling():
             return self.row_squares(W)
         key = (id(W), W.data_ptr(), W._version)
@@ -67,6 +69,10 @@ class DoRA(LoRA):
     @torch.no_grad()
     def norm(self) -> Tensor:
         """|W + B A|, (out,), without forming the sum: |W|^2 + 2 <W A^T, B> + <B A A^T, B>."""
+        with without_autocast(self.lora_magnitude_vector):
+            return self._norm()
+
+    def _norm(self) -> Tensor:
         direct = self.target.direct()
         if direct is None or type(self).delta is not LoRA.delta:
             updated = self.target.weight().to(self.dtype) + self.change()
@@ -101,7 +107,7 @@ class DoRA(LoRA):
 
 @dataclass(kw_only=True)
 class DoraConfig(LoraConfig):
-    """`LoraConfig(use_dora=True)` as a config class of its own."""
+    """Equivalent to `LoraConfig(use_dora=True)`."""
 
     use_dora: bool = True
 

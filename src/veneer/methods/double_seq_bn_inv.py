@@ -1,4 +1,4 @@
-"""Invertible adapters with two bottleneck adapters per layer: AdapterHub's DoubleSeqBnInvConfig.
+"""DoubleSeqBnInv: invertible adapters and two bottleneck adapters per layer, as in AdapterHub's config of that name.
 
     A coupling of the word embeddings, its inverse before the head; y' = y + up(f(down(y))) after attention and MLP
 

@@ -55,7 +55,7 @@ def hermitian_half(places: Tensor, rows: int, columns: int) -> tuple[Tensor, Ten
     """Place the entries of a real spectrum S (rows, columns) in the left half of (S(u, v) + S(-u, -v)) / 2.
 
     The inverse transform of that sum is the real part of the inverse transform of S, and half of the sum determines it.
-    Returns (index of the entry, its place among rows x (columns // 2 + 1)), with one or two places for each entry.
+    Returns (index of the entry, its place among rows x (columns // 2 + 1)), where an entry has one or two places.
     """
     half = columns // 2 + 1
     u = places // columns
@@ -75,9 +75,9 @@ class FourierFTConfig(LayerConfig):
     scaling: float = 150.0
     """alpha: usually 100 to 300, larger for smaller n."""
     random_loc_seed: int = 777
-    """Seed of the entries' places."""
+    """Seed of the random places of the entries."""
     n_frequency_pattern: dict[str, int] | None = mapping()
-    """n of single targets, by name ending or regular expression."""
+    """n for specific targets, by name ending or regular expression."""
     init_weights: bool = False
     """Start at zero, as a no-op; False: random normal values, as in the paper."""
 

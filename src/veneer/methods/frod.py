@@ -1,10 +1,10 @@
-"""FRoD: decompose the weights of all layers in one basis, and learn their scales and a sparse rotation of them.
+"""FRoD: decompose the weights of all layers in a shared basis, and learn their scales and a sparse rotation of them.
 
     W = U diag(s) V^T,  W' = U (diag(l) + S) V^T,  l learned from s, S sparse at random places, zero at the start
 
 V (in, in) is shared by the modules of one category (as in PEFT, the last two parts of the path). Wan et al., 2025,
 arXiv:2512.23485. Trainable: in + sparse_rate in^2 per target. Mergeable. Starts as a no-op. Unlike in PEFT, U is always
-computed from the V in the file, and only the difference from W is added, so that the start is exact.
+computed from the V in the file, and only the difference from W is added, so that the start is exactly a no-op.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ class Basis(nn.Module):
 
 
 def check_widths(targets: dict[str, Target]) -> None:
-    """Raise unless the inputs of all modules of a category have the same size."""
+    """Raise TargetError unless the inputs of all modules of a category have the same size."""
     for name, paths in by_category(targets).items():
         n = targets[paths[0]].in_features
         for path, target in targets.items():
             if category(path) == name and target.in_features != n:
-                raise TargetError(f"{paths[0]!r} and its like share a basis, but their inputs differ in size")
+                raise TargetError(f"{paths[0]!r} and {path!r} share a basis, but their inputs differ in size")
 
 
 class FRoD(Additive):
@@ -118,13 +118,13 @@ class FrodConfig(LayerConfig):
     projection_prng_key: int = 0
     """Seed of the places of S."""
     save_projection: bool = True
-    """Save V and the places of S in the file; False: compute V again at load, which may differ between machines."""
+    """Save V and the places of S; False: recompute them at load, where V may differ between machines."""
     frod_dropout: float = 0.0
-    """Dropout on the input of the update, in training."""
+    """Dropout on the input of the update during training."""
     init_weights: bool = True
     """Start as a no-op; False: random (for tests)."""
     sparse_rate: float = 0.01
-    """Share of the entries of S that are learned; all are off the diagonal."""
+    """Share of the entries of S that are learned; all of them are off the diagonal."""
     regularization_alpha: float = 1e-3
     """Ridge term of the joint decomposition, for correlated layers."""
     progressbar: bool = True

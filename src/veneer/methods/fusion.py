@@ -1,10 +1,10 @@
-"""AdapterFusion: learn, for each token, how much to use of what other trained adapters add.
+"""AdapterFusion: learn how much each token uses of what other trained adapters add.
 
     y' = y + sum_i a_i V u_i,  a = softmax_i((Q y + q)^T (K u_i + k)),  u_i: what adapter i adds to y
 
-Pfeiffer et al., 2021, arXiv:2005.00247. Trainable: 3 d^2 + 2 d for each place that all the adapters share. The adapters
-themselves stay frozen and inactive. Not mergeable. Starts with V = I and nearly equal shares, which is not a no-op. The
-file holds Q, K, V and the adapters' names; load those adapters first.
+Pfeiffer et al., 2021, arXiv:2005.00247. Trainable: 3 d^2 + 2 d for each module that all the adapters adapt. The
+adapters themselves stay frozen and inactive. Not mergeable. Starts with V = I and nearly equal shares, which is not a
+no-op. The file holds Q, K, V and the names of the adapters, which must be loaded first.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class AdapterFusionConfig(ReaderConfig):
     regularization: bool = True
     """Add |V - I|^2 / 100 to the loss."""
     dropout_prob: float = 0.0
-    """Dropout on the scores, in training."""
+    """Dropout on the scores during training."""
 
     peft_type = Name("FUSION")
     adapter = Fusion
@@ -93,7 +93,7 @@ class AdapterFusionConfig(ReaderConfig):
         layers: Any = state_of(model).layers  # type: ignore[union-attr]
         shared = [path for path in paths if self.are_all_in(layers[path].adapters)]
         if not shared:
-            raise TargetError(f"{', '.join(self.adapter_names)} have no module in common that they all adapt")
+            raise TargetError(f"{', '.join(self.adapter_names)} have no module in common")
         return shared
 
     def are_all_in(self, adapters: Collection[str]) -> bool:

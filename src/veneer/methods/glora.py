@@ -2,10 +2,10 @@
 
     W' = W0 + W0 * A + B,   b' = b0 + b0 * D + E + W0 C,   W0, b0 pretrained
 
-Chavan et al., 2023, arXiv:2306.07967. Trainable with the defaults: 2 r (in + out) + r (in + 1) + 2 per target, or
-2 r (in + out) where the target has no bias. Mergeable. Starts as a no-op: each of A to E, or one of its two factors, is
-zero. The paper searches for the best form of each; here, as in PEFT, A and B have one form, and D and E another. The
-file holds zeros for those that are "none".
+Chavan et al., 2023, arXiv:2306.07967. Trainable with the defaults: 2 r (in + out) + r (in + 1) + 2 per target,
+or 2 r (in + out) if the target has no bias. Mergeable. Starts as a no-op: each of A to E, or one of its two factors, is
+zero. The paper searches for the best form of each of them; here, as in PEFT, A and B have the same form, and so do D
+and E. The file holds zeros for those whose form is "none".
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Path(nn.Module):
             self.X = nn.Parameter(torch.zeros(size) if at_zero else torch.randn(size) * 0.1)
 
     def value(self) -> Tensor | float:
-        """A value that broadcasts to the path's shape."""
+        """The path's value, which can be broadcast to its shape."""
         if self.form == "none":
             return 0.0
         if self.form == "lora":
@@ -98,7 +98,7 @@ class GLoRA(Additive):
         return shift + (W * C.T).sum(1)
 
     def trained_bias(self) -> Any:
-        """The copy of the bias that is trained under the same adapter name, else the pretrained bias."""
+        """The trained copy of the bias, if the same adapter has one, else the pretrained bias."""
         for adapter in self.target.layer.adapters.values():
             if self in adapter.parts:
                 for part in adapter.parts:

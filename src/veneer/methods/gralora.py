@@ -5,8 +5,8 @@
 Jung et al., 2025, arXiv:2505.20355. Trainable: r (in + out) per target, as for LoRA, for an update of rank up to k r.
 Mergeable. Starts as a no-op: the B_ij are zero. `hybrid_r` adds a plain LoRA of that rank. In the file, A has shape
 (k, in / k, r) and holds for each input block j the A_ij of all output blocks i, concatenated; B has shape
-(k, r, out / k) and holds for each output block i the B_ij of all input blocks j, concatenated. Unlike in PEFT, both
-parts see the same dropout.
+(k, r, out / k) and holds for each output block i the B_ij of all input blocks j, concatenated. Unlike in PEFT, the
+blocks and the plain LoRA use the same dropout mask.
 """
 
 from __future__ import annotations

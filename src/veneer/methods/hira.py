@@ -1,11 +1,11 @@
-"""HiRA: scale each entry of the frozen weight by a learned low-rank matrix, which gives an update of high rank.
+"""HiRA: multiply each entry of the frozen weight by an entry of a low-rank matrix, for an update of high rank.
 
     W' = W0 + W0 * (B A),  A (r, in), B (out, r), W0 the pretrained weight
 
 Huang et al., 2025, OpenReview:TwJrTz9cRS (ICLR; not on arXiv). Trainable: r (in + out) per target. Mergeable. Starts as
 a no-op: B is zero (on embeddings, A is). The update reads the pretrained weight even when other adapters are active or
-merged, so their order does not matter. Unlike in PEFT, convolutions keep their padding mode, and init_weights
-"gaussian" and False mean the same for convolutions as for linear layers.
+merged, so their order does not matter. Unlike in PEFT, convolutions keep their padding mode, and the values "gaussian"
+and False of `init_weights` have the same meaning for convolutions as for linear layers.
 """
 
 from __future__ import annotations
@@ -90,13 +90,13 @@ class HiRA(Additive):
 @dataclass(kw_only=True)
 class HiraConfig(LayerConfig):
     r: int = 32
-    """Rank of the matrix that scales the weight."""
+    """Rank of the matrix that the weight is multiplied by, entry by entry."""
     hira_dropout: float = 0.0
     """Dropout on the input of the update during training; no effect on embeddings."""
     init_weights: bool | str | None = True
     """True: A is uniform and B zero. "gaussian": A is normal and B zero. False: both are random (for tests)."""
     rank_pattern: dict[str, int] | None = mapping()
-    """Other ranks for some targets, by name ending or regular expression."""
+    """Ranks for specific targets, by name ending or regular expression."""
 
     peft_type = Name("HIRA")
     adapter = HiRA

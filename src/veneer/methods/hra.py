@@ -3,8 +3,8 @@
     W' = W R,  R = (I - 2 u_1 u_1^T) ... (I - 2 u_r u_r^T),  each u of length one
 
 Yuan et al., 2024, arXiv:2405.17484. Trainable: r in per target. Mergeable. Starts as a no-op if r is even: the vectors
-start in equal pairs, whose reflections cancel. `apply_GS` makes the vectors orthogonal first. The chain is computed as
-one product, in the compact WY form.
+start in equal pairs, whose reflections cancel out. `apply_GS` makes the vectors orthogonal first. The chain of
+reflections is computed as one product, in the compact WY form.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class IA3(Adapter):
 @dataclass(kw_only=True)
 class IA3Config(LayerConfig):
     feedforward_modules: str | list[str] | None = None
-    """The target modules whose input is scaled, not the output; None: the MLP's output projections."""
+    """The target modules whose input is scaled instead of their output; None: the MLP's output projections."""
     init_ia3_weights: bool = True
     """Start as a no-op, l = 1; False: random (for tests)."""
 

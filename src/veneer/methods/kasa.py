@@ -1,13 +1,13 @@
-"""KaSA: replace the smallest singular components of the weight by a learned update in SVD form.
+"""KaSA: replace the smallest singular components of the weight by a learned update in the form of an SVD.
 
     W' = W - U_d S_d V_d^T + s B diag(e) A,  d the r smallest singular values of W = U S V^T
 
-Wang et al., 2024, arXiv:2412.06071; the loss gains beta |e|^2 + gamma (|B^T B - I| + |A A^T - I|) for each target
-(eq. 9 to 12). Trainable: r (in + out + 1) per target. Mergeable. Starts at the truncated weight, not as a no-op. Unlike
-in PEFT, the base model keeps its weights: the dropped components are subtracted as a pair of factors, so KaSA can be
-disabled and combined with other adapters. KaSA suits models whose smallest singular values are noise. Dropping them
-raises the loss of SmolLM2-135M by 4; with its learning rate of 1e-2, ten times LoRA's, training regains that within 60
-steps.
+Wang et al., 2024, arXiv:2412.06071. The loss gets an additional term, beta |e|^2 + gamma (|B^T B - I| + |A A^T - I|),
+for each target (eq. 9 to 12). Trainable: r (in + out + 1) per target. Mergeable. Starts at the truncated weight, not as
+a no-op. Unlike in PEFT, the base model keeps its weights: the dropped components are subtracted as a pair of factors,
+so KaSA can be disabled and combined with other adapters. KaSA suits models whose smallest singular values are noise.
+Dropping them raises the loss of SmolLM2-135M by 4; with KaSA's learning rate of 1e-2, ten times LoRA's, training
+regains that within 60 steps.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class KaSA(LoRA):
     settings = KasaConfig
     pads = False
     excludes_dropped = False
-    """`factors` returns the learned part only, without the subtraction of the dropped components."""
+    """Whether `factors` returns only the learned part, without subtracting the dropped components."""
 
     def __init__(self, config: LoraConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
@@ -76,7 +76,7 @@ class KaSA(LoRA):
         return A, B
 
     def update(self, x: Tensor) -> Tensor:
-        """Dropout, and whatever a variant does to the input of the update, applies to the learned part only."""
+        """The update. Dropout, and what other variants do to its input, apply only to the learned part."""
         self.excludes_dropped = True
         try:
             return super().update(x) - self.target.low_rank(x, self.dropped_A, self.dropped_B)

@@ -8,7 +8,7 @@ for each router R. Not mergeable: p depends on the input. Starts as a no-op: B i
 
 As in PEFT and the authors' code, p is a mean over all rows of a call, including padding, so the output for a row
 depends on the other rows of its batch. PEFT's files repeat A and B for each layer that shares them. Ours hold them
-once; PEFT reads such a file, with a warning about the missing repetitions. "all-linear" is saved as the list of the
+once; PEFT reads such a file with a warning about the missing repetitions. "all-linear" is saved as the list of the
 module names that it matched. Unlike in PEFT, GPT-2's Conv1D can be a target.
 """
 
@@ -31,7 +31,7 @@ class Owners(nn.Module):
     """Which targets hold the shared matrices, and the matrices themselves.
 
     Args:
-        owners: by the path of a target, the paths of the targets that hold its A and its B.
+        owners: for each target, by path, the paths of the targets that hold its A and its B.
     """
 
     def __init__(self, owners: dict[str, tuple[str, str]]) -> None:
@@ -115,7 +115,7 @@ class LilyConfig(LayerConfig):
         check_range(self, 2, math.inf, "num_B")
 
     def role(self, path: str) -> str:
-        """The entry of `target_modules` that matches a path; the longest of several."""
+        """The entry of `target_modules` that matches a path; if there are several, the longest."""
         names = self.target_modules
         if isinstance(names, str):
             return names

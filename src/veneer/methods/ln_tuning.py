@@ -2,8 +2,8 @@
 
     y = norm(x) * w' + b'
 
-Zhao et al., 2023, arXiv:2312.11420. Trainable: the norms' own parameters. Mergeable. Starts as a no-op. As in PEFT, if
-a target is not a normalisation layer, all of its parameters are trained.
+Zhao et al., 2023, arXiv:2312.11420. Trainable: the parameters of the norms. Mergeable. Starts as a no-op. As in PEFT,
+if a target is not a normalisation layer, all of its parameters are trained.
 """
 
 from __future__ import annotations

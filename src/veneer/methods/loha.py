@@ -5,7 +5,7 @@
 Hyeon-Woo et al., 2021 (FedPara), arXiv:2108.06098; for fine-tuning: Yeh et al., 2023, arXiv:2309.14859. Trainable:
 2 r (in + out) per target. Mergeable. Starts as a no-op: B2 is zero. `use_effective_conv2d` is FedPara's proposition 3:
 on convolutions with kernels larger than 1, A and B act on the channels only, and a core (r, r, kernel) joins them. The
-forward pass computes a LoRA of rank r^2 where that is cheaper than the full update. Unlike in PEFT, convolutions keep
+forward pass computes a LoRA of rank r^2 if that is cheaper than the full update. Unlike in PEFT, convolutions keep
 their padding mode, and dropping all rows gives zeros instead of NaN.
 """
 
@@ -93,7 +93,7 @@ class LoHa(LowRank):
         return y * self.target.channels(mask, y)
 
     def full_update(self, x: Tensor) -> Tensor:
-        """The update without dropout, computed the cheaper way."""
+        """The update without dropout, computed in the cheaper of two ways."""
         in_features = self.target.in_features
         out_features = self.target.out_features
         is_thin = self.r**2 * (in_features + out_features) < in_features * out_features

@@ -3,10 +3,10 @@
     W' = W + s (W1 kron W2),  W1 (out1, in1), W2 (out2, in2), out = out1 out2, in = in1 in2, s = alpha / r
 
 Yeh et al., 2023, arXiv:2309.14859. If r is less than half the larger side of W2, W2 = A2 B2 has rank r; with
-`decompose_both` the same holds for W1. Trainable: mostly out1 in1 + r (out2 + in2) per target. Mergeable. Starts as a
+`decompose_both` the same applies to W1. Trainable: usually out1 in1 + r (out2 + in2) per target. Mergeable. Starts as a
 no-op: W1 (or its A1) is zero. `use_effective_conv2d` is FedPara's proposition 3: on convolutions with kernels larger
-than 1, A2 and B2 act on the channels only, and a core (r, r, kernel) joins them. As in PEFT's files, a W2 of a Conv1d
-that is not low-rank is the left factor of the product.
+than 1, A2 and B2 act on the channels only, and a core (r, r, kernel) joins them. As in PEFT's files, if W2 of a Conv1d
+is not low-rank, it is the left factor of the product.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..targets.target import Target
 
 
 class Sizes(NamedTuple):
-    """The sizes of W1 (out1, in1) and W2 (out2, in2); of a convolution, in2 does not count the kernel."""
+    """The sizes of W1 (out1, in1) and W2 (out2, in2); for a convolution, in2 does not include the kernel."""
 
     out1: int
     in1: int
@@ -54,7 +54,7 @@ class LoKr(Additive):
         self.initialise(config.init_weights)
 
     def initialise(self, how: bool | str) -> None:
-        """Create the parameters; the zeros of a start as a no-op are in W1, or with "lycoris" in W2."""
+        """Create the parameters. To start as a no-op, W1 is zero, or W2 with "lycoris"."""
         zeros: tuple[str, ...] = ()
         if how == "lycoris":
             zeros = ("lokr_w2", "lokr_w2_b")
@@ -133,7 +133,7 @@ class LoKr(Additive):
 @dataclass(kw_only=True)
 class LoKrConfig(LayerConfig):
     r: int = 8
-    """Rank of W2, and with `decompose_both` of W1, where they are low-rank."""
+    """Rank of W2 and, with `decompose_both`, of W1, if they are low-rank."""
     alpha: int | float = 8
     """Strength of the update: it is scaled by alpha / r."""
     rank_dropout: float = 0.0
@@ -143,10 +143,10 @@ class LoKrConfig(LayerConfig):
     use_effective_conv2d: bool = False
     """Use fewer parameters on convolutions, by factoring the channels and the kernel separately."""
     decompose_both: bool = False
-    """Make W1 low-rank too, where that saves parameters."""
+    """Make W1 low-rank too, if that saves parameters."""
     decompose_factor: int = -1
-    """Size of W1. Each of its sides is this number where that divides the target's side, else the largest divisor up to
-    it and up to the root of the side. -1: the largest divisor up to the root."""
+    """Size of W1. Each of its sides is this number if it divides the target's side; otherwise the largest divisor of
+    that side up to this number and up to the side's square root. -1: the largest divisor up to the square root."""
     rank_dropout_scale: bool = False
     """Scale up the other rows to compensate for those that `rank_dropout` drops."""
     rank_pattern: dict[str, int] | None = mapping()

@@ -3,7 +3,7 @@
     W' = W + s B A,  A (r, in), B (out, r),  s = alpha / r, or alpha / sqrt(r) with rsLoRA
 
 Hu et al., 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski, 2023, arXiv:2312.03732. Trainable: r (in + out) per target.
-Mergeable. Starts as a no-op: B is zero (on embeddings, A is), or `factors` subtracts the start (PiSSA).
+Mergeable. Starts as a no-op: B is zero (on embeddings, A is), or `factors` subtracts a start that is not zero (PiSSA).
 """
 
 from __future__ import annotations
@@ -96,14 +96,14 @@ class LoraConfig(Variants, StartConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     """Indices of tokens whose embeddings are also trained: a list for the input embedding, or lists by module name."""
     ensure_weight_tying: bool = False
-    """Where weights are tied, an adapter on the embedding, or a trained copy of it, also acts in the output head."""
+    """If weights are tied, an adapter on the embedding, or a trained copy of it, also acts in the output head."""
     layer_replication: list[list[int]] | None = None
-    """Stack ranges of the model's layers, such as [[0, 4], [2, 5]], before adapting it. Each repetition of a layer has
-    its own adapter."""
+    """Stack ranges of the model's layers, such as [[0, 4], [2, 5]], before adapting it. Each copy of a layer gets its
+    own adapter."""
     use_dora: bool = False
     """Learn the magnitude and the direction of the weight separately (DoRA)."""
     lora_bias: bool = False
-    """Also learn a bias."""
+    """Also learn an offset to the bias."""
     alora_invocation_tokens: list[int] | None = None
     """Apply the adapter only from the last occurrence of these tokens on (aLoRA)."""
     use_qalora: bool = False
@@ -173,7 +173,7 @@ class LoraConfig(Variants, StartConfig):
     def __copy__(self) -> LoraConfig:
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        twin.__dict__.pop("_tokens", None)  # they are made from this config's fields, which the copy may change
+        twin.__dict__.pop("_tokens", None)  # they follow from fields that the copy may change
         return twin
 
     def build(self, target: Target, shared: nn.Module | None = None, **kwargs: Any) -> Any:

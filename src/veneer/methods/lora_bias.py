@@ -2,9 +2,10 @@
 
     W' = W + s B A,  b' = b + s c
 
-This is the option `lora_bias` of Hugging Face PEFT. It serves LoRA (Hu et al., 2021, arXiv:2106.09685) extracted from
-fully trained weights, whose biases changed as well. Trainable: LoRA's parameters and out per target. Mergeable where
-the target has a bias. Starts as a no-op: c is zero. With DoRA, which PEFT refuses, c is not scaled by the magnitudes.
+This is the option `lora_bias` of Hugging Face PEFT. It is meant for LoRA (Hu et al., 2021, arXiv:2106.09685) extracted
+from fully fine-tuned weights, whose biases changed as well. Trainable: LoRA's parameters and out per target. Mergeable
+if the target has a bias. Starts as a no-op: c is zero. With DoRA, a combination that PEFT refuses, c is not scaled by
+the magnitudes.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class BiasedLoRA(LoRA):
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if b is None:
-            raise NotMergeable(f"{self.target.path!r} has no bias that could take up LoRA's; keep the adapter unmerged")
+            raise NotMergeable(f"{self.target.path!r} has no bias to merge LoRA's into; keep the adapter unmerged")
         W, b = super().fold(W, b)
         return W, b + self.shift().to(b)  # type: ignore[union-attr]
 
@@ -51,6 +52,6 @@ class BiasedLoraConfig(LoraConfig):
     """Equivalent to `LoraConfig(lora_bias=True)`."""
 
     lora_bias: bool = True
-    """Also learn a bias."""
+    """Also learn an offset to the bias."""
 
     adapter = Composition(BiasedLoRA)  # type: ignore[assignment]

@@ -4,10 +4,10 @@
 
 Wu et al., 2024, arXiv:2404.03592. Trainable: 2 r d + r per layer for the first tokens, and as many again for the last.
 Not mergeable: the edit depends on the position. Starts as a no-op with W = R (the paper starts with a random W); R is
-the QR factor of the matrix in the file. The first p and the last s tokens of the prompt are edited, not counting
-padding. In a causal model the prompt ends before the first supervised label; without such labels it is all that the
-call reads. In an encoder-decoder it is the encoder's input. `prompt_lengths` (a number of tokens for each row)
-overrides this. Suited to prompts of one kind: on GSM8K it reaches 38 % of LoRA's gain.
+the QR factor of the matrix in the file. The first p and the last s tokens of the prompt are edited; padding does not
+count. In a causal model the prompt ends before the first supervised label; without such labels it is all that the call
+reads. In an encoder-decoder it is the encoder's input. `prompt_lengths` (a number of tokens for each row) overrides
+this. Suited to tasks whose prompts are all alike: on GSM8K it reaches 38 % of LoRA's gain.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class LoReFT(Adapter):
         return self.edit_places(y, self.reft_suffix or self.reft_prefix, *last)
 
     def edit_places(self, y: Tensor, edit: Edit | None, places: Tensor, is_real: Tensor) -> Tensor:
-        """Apply `edit` to y (rows, length, width) at `places` (rows, n) where `is_real`, (rows, n)."""
+        """Apply `edit` to y (rows, length, width) at those `places` (rows, n) for which `is_real` (rows, n) is true."""
         if edit is None or places.shape[1] == 0:
             return y
         index = places[..., None].expand(-1, -1, y.shape[-1])

@@ -1,4 +1,4 @@
-"""MiCA: learn within the minor left singular vectors of the weight, the directions it uses least; they stay fixed.
+"""MiCA: fix B at the minor left singular vectors of the weight, the directions that it uses least, and learn A.
 
     W' = W + s B A,  B = U[:, -r:] of W = U S V^T, fixed,  A learned from zero
 
@@ -49,7 +49,7 @@ class MiCA(LoRA):
 
 
 def make_buffer_(module: nn.Module, name: str) -> None:
-    """Replace a parameter of a module by a buffer, which is saved but not trained."""
+    """Turn a parameter of a module into a buffer, which is saved but not trained."""
     parameter = module._parameters.pop(name)
     assert parameter is not None
     module.register_buffer(name, parameter.detach())

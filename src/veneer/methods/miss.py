@@ -1,11 +1,11 @@
-"""MiSS: one small matrix, shared by all shards of the weight, is the whole update.
+"""MiSS: the update is one small matrix, repeated over all shards of the weight.
 
     W' = W + D^T [I_r I_r ... I_r],  D (r, out): row i mod r of D is added to column i of W
 
 Kang and Yin, 2024, arXiv:2409.15371 (versions 1 to 9: Bone, DiSHA). Trainable: r out per target. Mergeable. Starts as a
 no-op: D is zero. With "mini", D (r, mini_r) is also repeated over the outputs; trainable: r mini_r. With "bat", each
-r x r block of W is updated by the D of its block of rows: W'_ij = W_ij (I + D_i) + D_i, D (out / r, r, r); this is
-computed on the weight only and has no dropout. Unlike in PEFT, GPT-2's Conv1D can be a target. Files of older PEFT
+r x r block of W is updated by the D of its block of rows: W'_ij = W_ij (I + D_i) + D_i, D (out / r, r, r); this variant
+is computed on the weight only and has no dropout. Unlike in PEFT, GPT-2's Conv1D can be a target. Files of older PEFT
 versions, which call the method Bone, load unchanged.
 """
 
@@ -110,7 +110,7 @@ class MissConfig(LayerConfig):
     miss_dropout: float = 0.0
     """Dropout on the input of the update during training; no effect with "bat"."""
     mini_r: int = 1
-    """With "mini": the number of outputs that are updated independently; must divide out of every target."""
+    """With "mini": number of outputs that are updated independently; must divide the output size of every target."""
     init_weights: bool | str = True
     """True: the plain method. "mini", "bat": its variants. False: the plain method with a random start (for tests)."""
 

@@ -3,7 +3,7 @@
     A~ = A + c sum_i w_i Z_i,  Z_i ~ N(0, D),  D = diag(e^(2 sigma) u),  u ~ chi^2_r,  w ~ Dirichlet(e^p)
 
 Seth et al., 2024, arXiv:2411.04358; D is the diagonal of a Wishart sample. Trainable: r (in + out + 1) + N per target.
-Mergeable; the mean is merged. Starts as a no-op. The sum over the N samples is drawn as a single Gaussian of the same
+Mergeable: the mean is merged. Starts as a no-op. The sum over the N samples is drawn as a single Gaussian with the same
 distribution, c |w| Z.
 """
 
@@ -34,7 +34,7 @@ class MontecloraConfig(Settings):
     sample_scaler: float = 1e-4
     """c: the factor of the samples."""
     kl_loss_weight: float = 1e-5
-    """Weight in the loss of the KL divergence from the priors."""
+    """Weight of the KL divergence from the priors in the loss."""
     buffer_size: int = 150
     """Ignored; kept for PEFT compatibility."""
 
@@ -45,7 +45,7 @@ class MontecloraConfig(Settings):
 
 
 class Sampler(nn.Module):
-    """Samples what is added to A; PEFT's files hold its last sample in the buffers."""
+    """Samples the noise that is added to A. As in PEFT's files, the buffers hold the last sample."""
 
     def __init__(self, config: MontecloraConfig, r: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Sampler(nn.Module):
         self.register_buffer("expert_weights", even)
 
     def forward(self, A: Tensor) -> Tensor:
-        """Sample what is added to A."""
+        """A sample of the noise that is added to A."""
         r = len(A)
         normals = torch.randn(r, r, device=A.device, dtype=A.dtype)
         self.u = normals.square().sum(1)
@@ -94,7 +94,7 @@ class Sampler(nn.Module):
         return penalty
 
     def divergence(self) -> Tensor:
-        """KL divergence of the three distributions from their priors (in PEFT the Dirichlet's has a wrong sign)."""
+        """KL divergence of the three distributions from their priors (in PEFT, the Dirichlet term has a wrong sign)."""
         a = self.expert_weights_prior.exp()
         n = len(a)
         p = self.config.dirichlet_prior

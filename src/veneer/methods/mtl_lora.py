@@ -1,4 +1,4 @@
-"""MTL-LoRA: a LoRA shared by several tasks, where each task has a square matrix and its own mixture of several B.
+"""MTL-LoRA: one LoRA for several tasks, where each task has a square matrix and its own mixture of several B.
 
     y' = y + s (sum_i w_ti B_i) L_t A x,  w_t = softmax(v_t / temperature),  L_t (r, r),  s = lora_alpha / r
 
@@ -80,7 +80,7 @@ class MTLLoraConfig(LayerConfig):
     n_up_projections: int = 3
     """Number of matrices B that the tasks share."""
     temperature: float = 0.1
-    """Temperature of the softmax that mixes the B; the lower it is, the more each task prefers a single B."""
+    """Temperature of the softmax that mixes the B. The lower it is, the closer each task comes to using a single B."""
     init_weights: bool = True
     """Start as a no-op; False: the B are random too (for tests)."""
 

@@ -3,11 +3,11 @@
     P_k = P * (U_k V_k),  P (n, width) shared, U_k (n, r) and V_k (r, width) for task k
 
 Wang et al., 2023, arXiv:2303.02861. Trainable: n x width + tasks x r x (n + width). Not mergeable: it has no weight
-form. The model call takes `task_ids`, a task for each row; with a single task they are not needed. To train one new
-task, start from a prompt trained on many: from the average of its tasks, from one of them, or from the shared part
+form. A model call takes `task_ids`, a task for each row; they are not needed with a single task. To train one new task,
+start from a prompt that was trained on many: from the average of its tasks, from one of them, or from the shared part
 only. The paper distils the shared prompt from prompts of single tasks; here, as in PEFT, all tasks are trained
 together. For an encoder-decoder, PEFT puts the second half of the rows in front of the decoder's input in training but
-not in `generate`; here they are never read.
+not in `generate`; here they are never used.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ class MultitaskPromptTuning(PromptTuning):
         return (super().embeds(facts) * factor).squeeze(0)
 
     def tasks_of_call(self, task_ids: Any) -> Tensor:
-        """The tasks of the rows, checked: (rows,), or (1,) for a single task."""
+        """The tasks of the rows, after a check: (rows,), or (1,) for a single task."""
         known = len(self.prefix_task_cols)
         if task_ids is None and known > 1:
-            raise VeneerError(f"the prompt knows {known} tasks; pass task_ids with the call, a number for each row")
+            raise VeneerError(f"the prompt has {known} tasks; pass task_ids with the call, a number for each row")
         ids = 0 if task_ids is None else task_ids
         tasks = torch.as_tensor(ids, device=self.prefix_task_cols.device).view(-1)
         has_values = not (torch.compiler.is_compiling() or tasks.is_meta)
@@ -101,7 +101,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
             raise ConfigError(f"prompt_tuning_init {kind} starts one task, not num_tasks = {self.num_tasks}")
 
     def choose(self, of_tasks: Tensor) -> Tensor:
-        """The tensor of the task to start from, (1, ...), given that of all source tasks."""
+        """The tensor of the task to start from, (1, ...), given the tensor of all source tasks."""
         if self.prompt_tuning_init == "AVERAGE_SOURCE_TASKS":
             return of_tasks.mean(0, keepdim=True)
         task = self.prompt_tuning_init_task or 0
@@ -115,7 +115,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         actual = () if tensor is None else tuple(tensor.shape)
         if tensor is None or not _fits(actual, shape):
             raise CheckpointError(
-                f"prompt_tuning_init_state_dict_path: {name!r} is {actual} in the file, and has to be {shape} here"
+                f"prompt_tuning_init_state_dict_path: {name!r} is {actual} in the file, but must be {shape} here"
             )
         return tensor.float()
 
@@ -131,7 +131,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
 
 
 def _fits(shape: tuple[int, ...], pattern: tuple[int | None, ...]) -> bool:
-    """Whether a shape has the sizes of a pattern, in which None is any size."""
+    """Whether a shape matches a pattern, in which None stands for any size."""
     if len(shape) != len(pattern):
         return False
     return all(wanted in (None, size) for size, wanted in zip(shape, pattern, strict=True))

@@ -3,8 +3,8 @@
     h' = h + W2^T (W1 h + b - W2 h)
 
 Wu et al., 2024, arXiv:2404.03592 (appendix). Trainable parameters and edited positions: as for LoReFT. Not mergeable.
-Starts as a no-op. Like LoReFT, it is suited to prompts of one kind: on 60 rows of GSM8K it reaches a third of LoRA's
-gain.
+Starts as a no-op. Like LoReFT, it is suited to tasks whose prompts are all alike: on 60 rows of GSM8K it reaches a
+third of LoRA's gain.
 """
 
 from __future__ import annotations

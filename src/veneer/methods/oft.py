@@ -4,7 +4,7 @@
 
 Qiu et al., 2023, arXiv:2306.07280; the input side and the Neumann series: Qiu et al., 2025, arXiv:2506.19847.
 Trainable: blocks x size (size - 1) / 2 per target. Mergeable. Starts as a no-op: Q is zero. PEFT merges several
-adapters in another order than its forward pass applies them; here the orders agree.
+adapters in a different order from the one in which its forward pass applies them; here the orders agree.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class OFT(Adapter):
         return self.drop(R, config.module_dropout)
 
     def constrain(self, Q: Tensor) -> Tensor:
-        """Project each matrix onto the ball of COFT. The gradient is taken at the projected point."""
+        """Project each matrix onto COFT's ball. The projection itself is not differentiated."""
         limit = self.config.eps / len(Q) ** 0.5
         norms = Q.norm(dim=(1, 2), keepdim=True)
         factors = (limit / norms.clamp_min(1e-30)).clamp_max(1)
@@ -98,7 +98,7 @@ class OFTConfig(LayerConfig):
     r: int = 0
     """Number of blocks; 0 if `oft_block_size` is given."""
     oft_block_size: int = 32
-    """Size of a block; 0 if `r` is given. Either number is replaced by the nearest divisor of the width."""
+    """Size of a block; 0 if `r` is given. Whichever is given is replaced by the nearest divisor of the width."""
     module_dropout: float = 0.0
     """Share of the blocks that are not rotated in a training step."""
     init_weights: bool = True
@@ -129,8 +129,8 @@ class OFTConfig(LayerConfig):
         check_range(self, 2, math.inf, "num_cayley_neumann_terms")
 
     def size_for(self, width: int) -> int:
-        """The block size for a width, from the divisor nearest to the number that was asked for; the smaller of two."""
+        """The block size for a width, from the divisor that is nearest to the config's number (of two, the smaller)."""
         asked = self.oft_block_size or self.r
         divisors = [d for d in range(1, width + 1) if width % d == 0]
-        nearest = min(divisors, key=lambda d: abs(d - asked))  # the first of two, so the smaller
+        nearest = min(divisors, key=lambda d: abs(d - asked))  # `min` returns the first of two, the smaller
         return nearest if self.oft_block_size else width // nearest

@@ -3,9 +3,9 @@
     W' = W + U S V^T - U0 S0 V0^T,  U0 S0 V0^T the part of W beyond its first k singular values
     dL/dU loses its part within the first k left singular vectors, dL/dV that within the right ones
 
-Nayak et al., 2025, arXiv:2504.07097, for learning tasks one after another. Trainable: (min(in, out) - k) (in + out + 1)
-per target. Mergeable. Starts as a no-op. Optimizers that scale each entry separately (Adam) leave the orthogonal
-subspace slightly. Unlike in PEFT, several adapters can be active together, and merging can be undone.
+Nayak et al., 2025, arXiv:2504.07097, for learning several tasks in sequence. Trainable: (min(in, out) - k)
+(in + out + 1) per target. Mergeable. Starts as a no-op. Optimizers that scale each entry separately (Adam) leave the
+orthogonal subspace slightly. Unlike in PEFT, several adapters can be active together, and merging can be undone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..targets.target import Target
 class Guarded(torch.autograd.Function):
     """The identity, with a projected gradient.
 
-    The gradient loses its part within the span of an orthonormal basis; with `inside` it keeps only that part.
+    The gradient loses its component in the span of an orthonormal basis; with `inside` it keeps only that component.
     """
 
     @staticmethod
@@ -48,7 +48,7 @@ class OSF(LowRank):
         W = target.original_weight()
         self.k = config.rank_for(target)
         U, S, Vh = principal(W, min(W.shape))
-        # rounded to the dtype of the weight, as PEFT's files are
+        # rounded to the dtype of the weight, as in PEFT's files
         U = U.to(W.dtype).float()
         S = S.to(W.dtype).float()
         Vh = Vh.to(W.dtype).float()
@@ -75,7 +75,7 @@ class OSF(LowRank):
     def keep(self, name: str, vectors: Tensor) -> None:
         """Register the minor singular vectors, and the principal ones if `guarded` needs them.
 
-        A complete basis needs the minor ones only: they span all that is orthogonal to the principal ones.
+        If the basis is complete, the minor ones suffice: they span everything that is orthogonal to the principal ones.
         """
         start = vectors[:, self.k :].contiguous()
         is_complete = vectors.shape[0] == vectors.shape[1]
@@ -112,7 +112,7 @@ class OSF(LowRank):
 @dataclass(kw_only=True)
 class OSFConfig(LayerConfig):
     effective_rank: int | float | None = None
-    """k: the number of singular directions to keep as they are, or their share as a float up to 1.0; None: half."""
+    """k: the number of singular directions that stay unchanged, or their share as a float up to 1.0; None: half."""
     rank_pattern: dict[str, int | float] | None = mapping()
     """Numbers or shares for specific targets, by name ending or regular expression."""
     init_weights: bool | None = True

@@ -5,7 +5,7 @@
 Liu et al., 2021, arXiv:2103.10385. Trainable: n x width and the encoder. Not mergeable: it has no weight form. The
 prompt is placed before the input, not between its words as in the paper. The file holds only the encoded prompt, so a
 loaded prompt can be used but its training cannot be resumed. The prompt is encoded for the file with dropout off; PEFT
-leaves dropout on. torch.compile breaks the graph at the LSTM; the MLP is traced without a break.
+leaves dropout on. torch.compile breaks the graph at the LSTM; the MLP is compiled without a graph break.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ..core.adapter import Tensors
 from ..core.config import Name, PromptConfig, check_range
 from ..core.prompt import Prompt, Spec
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError, NotResumable
+from ..maths.precision import without_autocast
 from ..targets.modules import evaluating
 
 ENCODERS = ("MLP", "LSTM")
@@ -64,9 +65,10 @@ class PTuning(Prompt):
         if not self.is_encoded:
             return self.prompt_embeddings
         e = self.embedding.weight
-        if hasattr(self, "lstm_head"):
-            e, _ = self.lstm_head(e)
-        return self.mlp_head(e)
+        with without_autocast(e):  # not every CPU has an LSTM in half precision
+            if hasattr(self, "lstm_head"):
+                e, _ = self.lstm_head(e)
+            return self.mlp_head(e)
 
     def embeds(self, facts: dict[str, Any]) -> Tensor:
         return self.encoded()[: self.n]
@@ -78,10 +80,7 @@ class PTuning(Prompt):
 
     def absorb(self, tensors: Tensors) -> None:
         if self.is_encoded:
-            raise CheckpointError(
-                "the file holds the encoded prompt, from which the encoder cannot be recovered: load it with "
-                "is_trainable=False, or train with PromptTuningConfig to be able to resume"
-            )
+            raise NotResumable.because("the encoded prompt", "the encoder", "PromptTuningConfig")
         super().absorb(tensors)
 
 
@@ -94,7 +93,7 @@ class PromptEncoderConfig(PromptConfig):
     encoder_num_layers: int = 2
     """Layers of the LSTM. The MLP always has three."""
     encoder_dropout: float = 0.0
-    """Dropout between the layers of the LSTM, in training."""
+    """Dropout between the layers of the LSTM during training."""
 
     peft_type = Name("P_TUNING")
     prompt = PTuning

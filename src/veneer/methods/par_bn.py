@@ -1,10 +1,10 @@
-"""Parallel bottleneck adapters: a small MLP that reads the same input as the model's own.
+"""ParBn: a bottleneck adapter in parallel to the MLP, which reads the same input as the MLP.
 
     y' = y + s up(f(down(x)))
 
-He et al., 2022, arXiv:2110.04366. Trainable: m (in + out) + m + out for each MLP, and s if learned; m = width /
-reduction_factor. Not mergeable. Starts as a no-op: `up` is zero. Where the MLP is not a module (BERT, OPT), the adapter
-on its last module reads the input of its first one. AdapterHub's scaled_par_bn is `scaling="learned"`.
+He et al., 2022, arXiv:2110.04366. Trainable: m (in + out) + m + out for each MLP, and s if learned;
+m = width / reduction_factor. Not mergeable. Starts as a no-op: `up` is zero. If the MLP is not a module (BERT, OPT),
+the adapter on its last layer reads the input of its first layer. AdapterHub's scaled_par_bn is `scaling="learned"`.
 """
 
 from __future__ import annotations

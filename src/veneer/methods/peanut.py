@@ -1,4 +1,4 @@
-"""PEANuT: a small network computes the update of a weight from the frozen weight.
+"""PEANuT: compute the update of a weight from the frozen weight itself, by a small network.
 
     W' = W + s B h(W0)^T,  h(W0) = f(W0^T A^T),  A (r, out), B (out, r)
 
@@ -90,4 +90,4 @@ class PeanutConfig(LayerConfig):
         check_range(self, 0, 1000, "depth")
         known = ACTIVATIONS.keys() - {"leakyrelu"}  # AdapterHub's spelling, unknown to PEFT
         if self.act_fn not in known:
-            raise ConfigError(f"act_fn {self.act_fn!r} is not an activation here{nearest(self.act_fn, known)}")
+            raise ConfigError(f"act_fn {self.act_fn!r} is not a supported activation{nearest(self.act_fn, known)}")

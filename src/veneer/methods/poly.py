@@ -2,11 +2,11 @@
 
     y' = y + (sum_s w_ts B_s) (sum_s w_ts A_s) x / r,  w_t = sigmoid(Z_t) / sum sigmoid(Z_t)
 
-In training the sigmoids are samples of a relaxed Bernoulli at temperature 1. Ponti et al., 2022, arXiv:2202.13914.
-With `n_splits` above 1, each part of the input and output has its own weights (multi-head routing): Caccia et al.,
-2022, arXiv:2211.03831. Trainable: n_skills r (in + out) + n_tasks n_splits n_skills per target. Not mergeable: rows
-differ. Starts as a no-op: B is zero. Every call needs `task_ids`, one for each row. Unlike in PEFT, GPT-2's Conv1D can
-be a target.
+In training the sigmoids are samples of a relaxed Bernoulli distribution at temperature 1. Ponti et al., 2022,
+arXiv:2202.13914. With `n_splits` above 1, each part of the input and output has its own weights (multi-head routing):
+Caccia et al., 2022, arXiv:2211.03831. Trainable: n_skills r (in + out) + n_tasks n_splits n_skills per target. Not
+mergeable: the update differs between rows. Starts as a no-op: B is zero. Every call needs `task_ids`, one for each row.
+Unlike in PEFT, GPT-2's Conv1D can be a target.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..targets.target import Target
 
 
 def as_tasks(ids: Any) -> Tensor:
-    """`task_ids` as a tensor; an error if the call gave none."""
+    """`task_ids` as a tensor; raises VeneerError if the call has none."""
     if ids is None:
         raise VeneerError(
             "the adapter needs to know the tasks: give the call (or generate) task_ids, a whole number for each row; "
@@ -123,7 +123,7 @@ class PolyConfig(LayerConfig):
     n_skills: int = 4
     """Number of skills (LoRAs) per target, shared by all tasks."""
     n_splits: int = 1
-    """Number of parts of the input and output with mixing weights of their own (multi-head routing)."""
+    """Number of parts of the input and output, each with its own mixing weights (multi-head routing)."""
 
     peft_type = Name("POLY")
     adapter = Poly

@@ -4,7 +4,8 @@
 
 Li and Liang, 2021, arXiv:2101.00190. Trainable: n x layers x 2 x width, or the embedding and the MLP. Not mergeable:
 the prefix is in the key-value cache. The file holds the projected prefix, so a loaded projection can be used but its
-training cannot be resumed. The random start disturbs the model, and a small learning rate does not repair that.
+training cannot be resumed. The random start disturbs the model, and training with a small learning rate does not undo
+that.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from ..core.adapter import Tensors
 from ..core.config import Name, PromptConfig
 from ..core.prompt import Prompt, Spec
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError, NotResumable
 
 
 class Prefix(Prompt):
@@ -26,14 +27,14 @@ class Prefix(Prompt):
 
     def prefix(self) -> Tensor:
         """(n, layers x 2 x width)."""
-        raise NotImplementedError  # a subclass that forgets it fails in every law
+        raise NotImplementedError  # every subclass defines it
 
     def key_values(self, facts: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
         spec = self.spec
         entries = self.prefix().view(self.n, spec.layers, 2, spec.heads, spec.head_dim)
         cache = entries.permute(1, 2, 3, 0, 4)  # (layers, 2, heads, n, head_dim)
-        # PEFT splits an encoder-decoder's entries as if each layer took four: layer i reads those of layer 2 i modulo
-        # the number of layers, and half of the entries are unused. PEFT's files depend on it.
+        # For an encoder-decoder, PEFT splits the entries as if each layer used four: layer i reads those of layer 2 i
+        # modulo the number of layers, and half of the entries are unused. PEFT's files depend on this.
         step = 2 if spec.submodules == 2 else 1
         pairs = []
         for layer in range(spec.layers):
@@ -74,10 +75,7 @@ class PrefixTuning(Prefix):
 
     def absorb(self, tensors: Tensors) -> None:
         if self.is_projected:
-            raise CheckpointError(
-                "the file holds the projected prefix, from which the projection cannot be recovered: load it with "
-                "is_trainable=False, or train with prefix_projection=False to be able to resume"
-            )
+            raise NotResumable.because("the projected prefix", "the projection", "prefix_projection=False")
         super().absorb(tensors)
 
 

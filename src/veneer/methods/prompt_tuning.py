@@ -1,11 +1,11 @@
-"""Prompt tuning: learn embeddings that are put in front of the input.
+"""Prompt tuning: learn embeddings that are placed in front of the input.
 
     [p_1 ... p_n, E(x_1) ... E(x_T)]
 
 Lester et al., 2021, arXiv:2104.08691. Trainable: n x width. Not mergeable: it has no weight form. Starts at random
 embeddings, at those of random tokens, or at those of a text. For an encoder-decoder, PEFT's files hold twice as many
-rows and the second half is unused. It needs a learning rate some hundred times that of weights: on SmolLM2-135M and 60
-rows of GSM8K, a rate of 0.3 reaches nine tenths of LoRA's gain, 1e-3 a seventh.
+rows, and the second half is unused. The method needs a learning rate hundreds of times as large as weights do: on
+SmolLM2-135M and 60 rows of GSM8K, a rate of 0.3 reaches nine tenths of LoRA's gain, and 1e-3 a seventh.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class PromptTuningConfig(PromptConfig):
     prompt_tuning_init_text: str | None = None
     """The text to start from, repeated or truncated to the prompt's length."""
     tokenizer_name_or_path: str | None = None
-    """The tokenizer for the text: a directory or a hub id."""
+    """The tokenizer for the text: a directory or the id of a repository on the Hub."""
     tokenizer_kwargs: dict[str, Any] | None = None
     """Keyword arguments for the tokenizer's `from_pretrained`."""
 

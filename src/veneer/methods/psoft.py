@@ -1,9 +1,9 @@
-"""PSOFT: rotate the weight within its principal subspace by a small learned rotation.
+"""PSOFT: apply a small learned rotation to the weight within its principal subspace.
 
     W' = W + U_r S_r (R - I) V_r^T,  R = diag(b) (I + Q) (I - Q)^-1 diag(a),  Q (r, r) skew-symmetric, W = U S V^T
 
-Wu et al., 2025, arXiv:2505.11235. Trainable: r (r - 1) / 2 + 2 r per target. Mergeable. Starts as a no-op: Q is zero,
-a and b are one. As in PEFT, the scaling psoft_alpha / r cancels and has no effect. Like PEFT's, the file holds only R:
+Wu et al., 2025, arXiv:2505.11235. Trainable: r (r - 1) / 2 + 2 r per target. Mergeable. Starts as a no-op: Q is zero, a
+and b are one. As in PEFT, the scaling psoft_alpha / r cancels out and has no effect. As in PEFT, the file holds only R:
 U and V are recomputed from W, and R fits them only on hardware whose SVD chooses the same signs.
 """
 
@@ -95,13 +95,13 @@ class PSOFT(LowRank):
 @dataclass(kw_only=True)
 class PsoftConfig(LayerConfig):
     r: int = 32
-    """Size of the rotation. It is cheap, and so larger than LoRA's rank."""
+    """Size of the rotation. It has few parameters, so the default is larger than LoRA's rank."""
     psoft_alpha: int | float = 32
-    """No effect: the principal part is divided by psoft_alpha / r, then multiplied by it."""
+    """No effect: the principal part is divided by psoft_alpha / r and then multiplied by it."""
     psoft_dropout: float = 0.0
-    """Dropout on the input of the update, in training."""
+    """Dropout on the input of the update during training."""
     ab_svd_init: str = "psoft_init"
-    """Singular values: "psoft_init": left of R, which keeps angles; "pissa_init": their square roots on both sides."""
+    """Singular values. "psoft_init": left of R, which keeps angles; "pissa_init": their square roots on each side."""
     psoft_svd: str = "full"
     """"full": exact SVD; "lowrank": randomised SVD, faster."""
     psoft_svd_lowrank_niter: int = 10
@@ -119,7 +119,7 @@ class PsoftConfig(LayerConfig):
     num_cayley_neumann_terms: int = 5
     """Number of terms of the series."""
     cayley_neumann_eps: float | None = None
-    """Upper bound on the Frobenius norm of Q for the series, between 0 and 1; None: no bound."""
+    """Upper bound, between 0 and 1, on the Frobenius norm of Q for the series; None: no bound."""
     init_weights: bool = True
     """Start as a no-op; False: random (for tests)."""
 

@@ -3,12 +3,12 @@
     y' = W x + diag(b) B z,  z = mu + exp(v / 2) * e,  e ~ N(0, 1),  (mu, v) = diag(d) A x
 
 A (2 r, in) and B (out, r) are random, frozen, and sliced from one shared pair to each target's size. z is sampled in
-training and with `sample_at_inference`; otherwise it is mu. Fillioux et al., 2025, arXiv:2512.07703. Trainable:
-2 r + out per target. Mergeable, as its mean. Starts as a no-op: b is zero.
+training and with `sample_at_inference`; otherwise it is mu. Fillioux et al., 2025, arXiv:2512.07703. Trainable: 2 r +
+out per target. Mergeable, with z at its mean. Starts as a no-op: b is zero.
 
-Unlike PEFT, an adapter that samples at inference is not mergeable, since its weight would be the mean. And
+Unlike in PEFT, an adapter that samples at inference is not mergeable, since a merged weight would always use the mean.
 `generator_seed` gives each target its own noise, which gradient checkpointing reproduces; in PEFT all targets of one
-shape get the same.
+shape get the same noise.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class PVeRA(LowRank):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         if self.samples_always:
-            raise NotMergeable(f"PVeRA on {self.target.path!r} samples at inference, which a weight cannot")
+            raise NotMergeable(f"PVeRA on {self.target.path!r} samples at inference, which a merged weight cannot do")
         A, B = self.scaled()
         return A[: self.r], B
 
@@ -71,7 +71,7 @@ class PVeRA(LowRank):
         return nn.functional.linear(z, B)
 
     def noise(self, like: Tensor) -> Tensor:
-        """Standard normal noise in the shape of `like`; with a seed, fixed by the target and the number of the call."""
+        """Standard normal noise, shaped like `like`. With a seed, it depends on the target and the number of calls."""
         if self.config.generator_seed is None:
             return torch.randn_like(like)
         call = self.target.layer.state.facts.get(self.shared, 0)
@@ -89,13 +89,13 @@ class PVeRA(LowRank):
 @dataclass(kw_only=True)
 class PveraConfig(LayerConfig):
     r: int = 256
-    """Rank of the shared projections. It is cheap, and so larger than LoRA's."""
+    """Rank of the shared projections. Each unit of it has few parameters, so the default is larger than LoRA's."""
     projection_prng_key: int = 0
     """Seed of the projections."""
     save_projection: bool = True
-    """Write the projections to the file too; False: regenerate them from the seed."""
+    """Also write the projections to the file; False: regenerate them from the seed."""
     pvera_dropout: float = 0.0
-    """Dropout on the input of the update, in training."""
+    """Dropout on the input of the update during training."""
     d_initial: float = 0.1
     """Initial value of d."""
     init_weights: bool = True

@@ -2,9 +2,9 @@
 
     W' = W + s B A P,  P x = (in / L) mean of each L consecutive inputs,  A (r, in / L)
 
-Xu et al., 2023, arXiv:2309.14717. Trainable: r (in / L + out) per target. Mergeable. Starts as a no-op: B is zero.
-The paper's P is a sum, L times the mean; in PEFT's files, and so here, it is the number of groups times the mean.
-PEFT supports it on GPTQ layers only.
+Xu et al., 2023, arXiv:2309.14717. Trainable: r (in / L + out) per target. Mergeable. Starts as a no-op: B is zero. In
+the paper P is a sum, L times the mean; in PEFT's files, and so here, it is the number of groups times the mean. PEFT
+supports it on GPTQ layers only.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class QALoRA(LoRA):
         check_range(config, 1, math.inf, "qalora_group_size")
         if config.init_lora_weights not in (True, False, "gaussian", "mica"):
             raise ConfigError(
-                f"use_qalora with init_lora_weights={config.init_lora_weights!r}: A sees groups of inputs only, which "
-                "cannot hold factors of the weight; use True"
+                f"use_qalora with init_lora_weights={config.init_lora_weights!r}: A reads groups of inputs only, so it "
+                "cannot hold a factor of the weight; use True"
             )
 
     def make(self) -> tuple[Matrix, Matrix]:
@@ -57,7 +57,7 @@ class QALoRA(LoRA):
 
 @dataclass(kw_only=True)
 class QALoraConfig(LoraConfig):
-    """`LoraConfig(use_qalora=True)` under its own name."""
+    """Equivalent to `LoraConfig(use_qalora=True)`."""
 
     use_qalora: bool = True
     """A reads the inputs in groups of `qalora_group_size`."""

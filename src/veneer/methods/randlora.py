@@ -2,13 +2,13 @@
 
     W' = W + s sum_j B_j diag(l_j) A diag(g_j),  s = alpha / r,  for j = 1 ... n,  n = ceil(min(in, out) / r)
 
-A (r, min) and B_j (max, r) are random, frozen, and sliced from one shared set to each target's size; where in > out,
-the sum is transposed. Albert et al., 2025, arXiv:2502.00987. Trainable: n (r + min(in, out)) per target. Mergeable.
-Starts as a no-op: l is zero.
+A (r, min) and B_j (max, r) are random, frozen, and sliced from one shared set to each target's size; if in > out, the
+sum is transposed. Albert et al., 2025, arXiv:2502.00987. Trainable: n (r + min(in, out)) per target. Mergeable. Starts
+as a no-op: l is zero.
 
 As in PEFT, the columns of [B_1 ... B_n] are paired with the scaled rows of A in an order in which j varies fastest,
-which only relabels the random columns. PEFT draws the bases in bf16; on machines without bf16 it uses fp16, and such
-files agree with ours only if they hold the bases. As in PEFT's files, the bases are repeated at every layer.
+which only relabels the random columns. PEFT draws the bases in bf16, but in fp16 on machines without bf16; files from
+such machines agree with ours only if they hold the bases. As in PEFT's files, the bases are repeated for every layer.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Bases(nn.Module):
             A = ternary(r, 1, smallest, generator=generator, sparsity=sparsity)
             B = ternary(largest, n, r, generator=generator, sparsity=sparsity)
             if not (A.any() and B.any()):
-                raise ConfigError("the sparse bases came out all zero; use a larger r or another projection_prng_key")
+                raise ConfigError("the sparse bases are all zero; use a larger r or another projection_prng_key")
         else:
             draw = partial(kaiming, generator=generator, a=math.sqrt(5), dtype=torch.bfloat16)
             A = draw(r, 1, smallest)
@@ -98,15 +98,15 @@ class RandLoraConfig(LayerConfig):
     projection_prng_key: int = 0
     """Seed of the bases."""
     save_projection: bool = True
-    """Write the bases to the file too; False: regenerate them from the seed."""
+    """Also write the bases to the file; False: regenerate them from the seed."""
     sparse: bool = False
     """Bases of -1, 0 and 1, two thirds of the entries zero."""
     very_sparse: bool = False
     """Bases of -1, 0 and 1, with a share of 1 / sqrt(smaller width) nonzero; takes precedence over `sparse`."""
     randlora_dropout: float = 0.0
-    """Dropout on the input of the update, in training."""
+    """Dropout on the input of the update during training."""
     randlora_alpha: int | float = 640
-    """Strength of the update: it is scaled by randlora_alpha / r; about 20 r."""
+    """Strength of the update, which is scaled by randlora_alpha / r; about 20 r is suitable."""
     init_weights: bool = True
     """Start as a no-op; False: random (for tests)."""
 

@@ -22,7 +22,7 @@ from ..errors import ConfigError
 from ..targets.target import Target
 
 SHAPES = {"road_1": (1, 1), "road_2": (1, 2), "road_4": (2, 2)}
-"""By variant, how many separate values there are for (cosine and sine, the two rows of a pair)."""
+"""For each variant, the number of separate values for (cosine and sine, the two rows of a pair)."""
 
 
 class Road(Adapter):

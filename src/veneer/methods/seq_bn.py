@@ -1,4 +1,4 @@
-"""Sequential bottleneck adapters, one per layer: AdapterHub's SeqBnConfig.
+"""SeqBn: one sequential bottleneck adapter per layer, as in AdapterHub's SeqBnConfig.
 
     z' = z + up(f(down(z))),  z the output of a layer
 
@@ -19,7 +19,7 @@ from .families.bottleneck import Bottleneck
 @dataclass(kw_only=True)
 class SeqBnConfig(BottleneckConfig):
     original_ln_before: bool = True
-    """Place the adapter after the layer's residual sum (and its norm, where that comes last), not before it."""
+    """Place the adapter after the layer's residual sum (and after its norm, if the norm comes last), not before it."""
 
     peft_type = Name("SEQ_BN")
     adapter = Bottleneck

@@ -1,12 +1,12 @@
-"""Invertible adapters: a coupling layer after the input embedding, its inverse before the head, and SeqBn in between.
+"""SeqBnInv: an invertible coupling layer after the input embedding, its inverse before the head, and SeqBn in between.
 
     NICE: u' = u + F(v), v' = v + G(u');  GLOW: u' = e(s) u + t, (s, t) = F(v), v' likewise by G(u');  (u, v) = halves
     e(s) = exp(c 2 / pi atan(s / c)),  c = 5;  F, G: one hidden layer of width / inv_adapter_reduction_factor
 
 Pfeiffer et al., 2020 (MAD-X), arXiv:2005.00052; Dinh et al., 2014, arXiv:1410.8516; Kingma and Dhariwal, 2018,
-arXiv:1807.03039. Trainable: about d^2 / 2 once (NICE), and SeqBn's. Not mergeable. Starts as a no-op: F = G = 0.
-The coupling acts on the word embeddings alone, because the head is tied to these; in AdapterHub it acts on their sum
-with position embeddings. AdapterHub's GLOW block does not apply F; ours does.
+arXiv:1807.03039. Trainable: about d^2 / 2 once (NICE), and SeqBn's. Not mergeable. Starts as a no-op: F = G = 0. The
+coupling acts only on the word embeddings, because the head is tied to them; in AdapterHub it acts on their sum with the
+position embeddings. AdapterHub's GLOW block does not apply F; ours does.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class SeqBnInvConfig(SeqBnConfig):
         super().__post_init__()
         check_range(self, 1e-9, math.inf, "inv_adapter_reduction_factor")
         if self.placement == "parallel":
-            raise ConfigError("an invertible adapter goes with sequential ones: placement pfeiffer or houlsby")
+            raise ConfigError("an invertible adapter requires sequential ones: placement pfeiffer or houlsby")
 
     def fill_targets(self, model: Any) -> None:
         super().fill_targets(model)

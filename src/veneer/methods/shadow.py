@@ -3,10 +3,10 @@
     s_0 = P shadow(x),    h'_l = h_l + alpha W_up W_down dropout(h_l - s_l),    y_l = block_l(h'_l)
     s_{l+1} = (1 - g) s_l + g T_l(y_l),    g = sigmoid(G_l(y_l));  T, G: two layers with GELU between
 
-Li et al., 2026, arXiv:2604.19254. Trainable: the shadow, and r x 2 d + 2 (2 d u + d + u) per block of width d; the
-last block's T and G are in the file but have no effect. Not mergeable: it depends on the input. Starts as a no-op. In
-training, the loss of the model's head on s_0 is added to the model's loss (PEFT: always). The shadow's cache entries
-follow the model's in the same cache.
+Li et al., 2026, arXiv:2604.19254. Trainable: the shadow, and r x 2 d + 2 (2 d u + d + u) per block of width d; the last
+block's T and G are in the file but have no effect. Not mergeable: the correction depends on the input. Starts as a
+no-op. In training, the loss of the model's head on s_0 is added to the model's loss (in PEFT it always is). In the
+cache, the shadow's entries follow those of the model.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from ..upstream import cache as caches
 from .families.side_network import classification_loss, config_of, freeze_, language_loss, last_position, mirror, saved
 
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-"""The sizes of a mirror that the config can set, without their prefix `shadow_`."""
+"""The sizes of a mirror that the config can set, without the prefix `shadow_`."""
 PASSED_ON = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-"""Arguments of a model call that the shadow gets too."""
+"""Arguments of a model call that are also passed to the shadow."""
 
 
 class Network(nn.Module):
@@ -82,7 +82,7 @@ class Network(nn.Module):
         return self.shadow_projection["default"](output.last_hidden_state)
 
     def loss(self, s: Tensor, model: Any, kwargs: dict[str, Any]) -> Tensor:
-        """The task's loss when the prediction is made from the shadow's state s alone."""
+        """The task's loss if the prediction is made from the shadow's state s alone."""
         labels = kwargs["labels"]
         if not hasattr(self, "shadow_head"):
             return language_loss(model.get_output_embeddings(), s, labels)
@@ -129,7 +129,7 @@ class Shadow(Adapter):
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         if not self.is_last:
             self.update_shadow(y)
-        # A view that is made after s gets its gradient before s does, so that FSDP gathers the weights for both.
+        # A view that is created after s gets its gradient before s, so that FSDP gathers the weights for both.
         return y.view_as(y)
 
     def update_shadow(self, y: Tensor) -> None:
@@ -139,7 +139,7 @@ class Shadow(Adapter):
         s = (1 - gate) * s + gate * self.shadow_update_transform["default"](y)
         facts = self.target.layer.state.facts
         rows = self.target.layer.rows
-        if rows is not None:  # in a mixed batch, other rows get a filler of the right shape that nothing reads
+        if rows is not None:  # in a mixed batch, other rows get a placeholder of this shape, never read
             s = facts[self.shared, 0].to(s).index_copy(0, rows, s)
         facts[self.shared, self.place + 1] = s
 
@@ -170,7 +170,7 @@ class ShadowConfig(LayerConfig):
     shadow_alpha: float = 0.1
     """alpha: strength of the correction."""
     shadow_dropout: float = 0.2
-    """Dropout on the difference between the input and the shadow, in training."""
+    """Dropout on the difference between the input and the shadow during training."""
     init_weights: bool = True
     """Start as a no-op; False: random (for tests)."""
     shadow_model: str = "mirror"
@@ -184,7 +184,7 @@ class ShadowConfig(LayerConfig):
     shadow_intermediate_size: int | None = None
     """Width of the mirror's MLP; None: the model's."""
     share_embeddings: bool = True
-    """The mirror uses the model's input embeddings, if it has the same width."""
+    """Whether the mirror uses the model's input embeddings, which requires the same width."""
     update_hidden_size: int | None = None
     """u: width of the hidden layer of T and G; None: r."""
     auxiliary_loss_weight: float = 0.05

@@ -4,8 +4,8 @@
 
 Bhardwaj et al., 2024, arXiv:2406.13175 (the paper's random mask, one of five). Trainable: r (in + out) per target, as
 many as LoRA of rank r. Mergeable. Starts as a no-op: S is zero. The file also holds the positions of the entries.
-Without `random_seed` they come from an unseeded `torch.Generator()`, which draws the same everywhere. For a mask of
-your own, give `mask_type` any other name and set `config.mask_fn` to a function of (module, r) that returns zeros and
+Without `random_seed` they come from an unseeded `torch.Generator()`, which draws the same numbers everywhere. For a
+custom mask, set `mask_type` to any other name and `config.mask_fn` to a function of (module, r) that returns zeros and
 ones in the shape of the module's weight. Unlike in PEFT, GPT-2's Conv1D and convolutions can be targets.
 """
 
@@ -58,7 +58,7 @@ class SHiRA(Additive):
         return is_learned.nonzero().T.int()
 
     def _custom_mask(self, mask_fn: Callable[[nn.Module, int], Tensor], n: int) -> Tensor:
-        """Where the user's mask is one, (out, in). It must be one in n places."""
+        """Where the custom mask is one, (out, in). It must be one in exactly n places."""
         stored = mask_fn(self.target.base, self.config.r)
         mask = self.target.as_matrix(stored)
         is_one = mask == 1

@@ -2,10 +2,10 @@
 
     y'_t = y_t + w_i u_i,  i: the adapter of the part that token t is in, u_i: what it adds to y_t
 
-AdapterHub's `Split` (Poth et al., 2023, arXiv:2311.11077). Trainable: none, or k for each module with `learned`.
-Not mergeable: it depends on the position. Not a no-op. Left padding is not counted; tokens after the last part, such as
-those that `generate` adds, belong to the last part. The file holds the weights and the names of the adapters, which
-must be loaded first.
+AdapterHub's `Split` (Poth et al., 2023, arXiv:2311.11077). Trainable: none, or k for each module with `learned`. Not
+mergeable: the update depends on the position. Does not start as a no-op. Left padding is not counted; tokens after the
+last part, such as those that `generate` adds, belong to the last part. The file holds the weights and the names of the
+adapters, which must be loaded first.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class SplitConfig(WeightedConfig):
         super().__post_init__()
         if len(self.splits) != len(self.adapter_names) or min(self.splits) < 1:
             raise ConfigError(
-                f"splits must give each of the adapters {self.adapter_names} its tokens, not {self.splits}"
+                f"splits must give each of the adapters {self.adapter_names} a number of tokens, not {self.splits}"
             )
 
     def fill_targets(self, model: nn.Module) -> None:

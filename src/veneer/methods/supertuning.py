@@ -1,12 +1,12 @@
-"""Super-Tuning: learn the update of the weight's largest entries; with a rank ("Supra"), also a LoRA.
+"""Super-Tuning: learn an update for the largest entries of the weight; with a rank ("Supra"), also a LoRA.
 
     W' = W + S + s B A,  S zero except at the (1 - sparsity) in out largest |W|,  s = lora_alpha / r
 
-2026, arXiv:2607.09287, the number that PEFT's documentation gives. Trainable: (1 - sparsity) in out per target, and
-r (in + out) more with a rank. Mergeable. Starts as a no-op: S and B are zero. Like PEFT, it does not support the
-paper's selection by activations (as in Wanda). The file holds the positions of the entries; with
-`save_precomputed_indices=False` they are recomputed from the base model. Unlike in PEFT, GPT-2's Conv1D and
-convolutions can be targets, and S is added in the adapter's precision.
+Ilin et al., 2026, arXiv:2607.09287. Trainable: (1 - sparsity) in out per target, and r (in + out) more with a rank.
+Mergeable. Starts as a no-op: S and B are zero. Like PEFT, it does not support the paper's selection by activations (as
+in Wanda). The file holds the positions of the entries; with `save_precomputed_indices=False` they are recomputed from
+the base model. Unlike in PEFT, GPT-2's Conv1D and convolutions can be targets, and S is added in the adapter's
+precision.
 """
 
 from __future__ import annotations
@@ -117,11 +117,11 @@ class SupertuningConfig(LayerConfig):
     lora_alpha: int | float | None = None
     """Strength of the LoRA: it is scaled by lora_alpha / r; None: 2 r."""
     lora_dropout: float = 0.0
-    """Dropout on the LoRA's input, in training."""
+    """Dropout on the LoRA's input during training."""
     init_weights: bool = True
     """Start as a no-op; False: random (for tests)."""
     save_precomputed_indices: bool = True
-    """Write the entries' positions to the file; False: half the size, but it needs a bit-identical base model."""
+    """Write the entries' positions to the file; False: half the size, but loading needs a bit-identical base model."""
 
     peft_type = Name("SUPERTUNING")
     adapter = Supertuning
@@ -132,6 +132,6 @@ class SupertuningConfig(LayerConfig):
         check_range(self, 1, math.inf, "r")
         check_range(self, 0, 1, "sparsity", "lora_dropout")
         if self.r is None and self.lora_alpha is not None:
-            raise ConfigError("lora_alpha scales the LoRA, which needs its rank r; set r, or leave lora_alpha out")
+            raise ConfigError("lora_alpha scales the LoRA, which needs its rank r; set r, or omit lora_alpha")
         if self.r is not None and self.lora_alpha is None:
             self.lora_alpha = 2 * self.r

@@ -1,13 +1,13 @@
-"""TinyLoRA: learn a few numbers that mix frozen random matrices between the weight's principal directions.
+"""TinyLoRA: learn a few coefficients that mix frozen random matrices between the weight's principal directions.
 
     W' = W + B R A,  R = sum_i v_i P_i,  B = U_r sqrt(S_r),  A = sqrt(S_r) V_r^T  of the SVD of W
 
 The P_i (r, r) are random and frozen. Neighbouring targets may share a v. Morris et al., 2026, arXiv:2602.04118.
-Trainable: u numbers per v. Mergeable. Starts as a no-op: v is zero.
+Trainable: u parameters per v. Mergeable. Starts as a no-op: v is zero.
 
-As in PEFT's files, the singular values are split evenly between A and B (in the paper they are all in B), and A and B
-are in the file. On 60 rows of GSM8K, 3,840 numbers reach a third of LoRA's gain, and 15,360 (r=16, u=256, rate 3e-3)
-nine tenths.
+As in PEFT's files, the singular values are split evenly between A and B (in the paper they are all in B), and the file
+contains A and B. On 60 rows of GSM8K, 3,840 parameters reach a third of LoRA's gain, and
+15,360 (r=16, u=256, rate 3e-3) nine tenths.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class TinyLoRA(LowRank):
         W = self.target.original_weight()
         if self.target.kind == "embedding":
             W = W.T
-        if torch.empty(0).is_meta:  # their values will come from the file
+        if torch.empty(0).is_meta:  # the values will be loaded from the file
             return torch.empty(self.r, W.shape[1]), torch.empty(W.shape[0], self.r)
         return pissa(W, self.r, 1.0, "pissa")
 
@@ -94,19 +94,19 @@ class TinyLoRA(LowRank):
 @dataclass(kw_only=True)
 class TinyLoraConfig(LayerConfig):
     r: int = 2
-    """Rank of the update: how many of W's principal directions it connects."""
+    """Rank of the update: the number of W's principal directions that it connects."""
     u: int = 64
     """Length of a learned vector."""
     weight_tying: float = 0.0
-    """0: each target has its own vector; 1: all share one; between: neighbours share."""
+    """0: each target has its own vector; 1: all targets share one; in between: neighbouring targets share one."""
     projection_seed: int = 42
     """Seed of the random matrices."""
     save_projection: bool = True
-    """Write the random matrices to the file too; False: regenerate them from the seed."""
+    """Also write the random matrices to the file; False: regenerate them from the seed."""
     init_v_bound: float = 0.02
     """Bound b of a uniform start in [-b, b]."""
     tinylora_dropout: float = 0.0
-    """Dropout on the input of the update (for an embedding, on the rows it looks up), in training."""
+    """Dropout on the input of the update (for an embedding, on the rows it looks up) during training."""
     init_weights: bool | str = True
     """True: start as a no-op; "uniform": uniform within `init_v_bound`; False: normal (for tests)."""
 

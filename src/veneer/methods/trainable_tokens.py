@@ -2,7 +2,8 @@
 
     E'[i] = delta[i] for the chosen tokens i,  E' = E elsewhere; a tied output head uses E' too
 
-For new special tokens after `resize_token_embeddings`. Trainable: tokens x width. Mergeable. Starts as a no-op.
+Meant for special tokens that were added with `resize_token_embeddings`. Trainable: tokens x width. Mergeable. Starts as
+a no-op. The method is from PEFT; there is no paper.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class TrainableTokens(Adapter):
         if twin is None:
             start = rows[index] if config.init_weights else torch.randn_like(rows[index])
             self.trainable_tokens_delta = nn.Parameter(start.detach().clone())
-        # By token of the vocabulary, the token's row in delta; -1 if it is not learned.
+        # For each token of the vocabulary, its row in delta, or -1 if it is not learned.
         place = torch.full((len(rows),), -1, device=rows.device)
         order = torch.arange(len(index), device=rows.device)
         self.register_buffer("index", index, persistent=False)
@@ -71,7 +72,7 @@ class TrainableTokens(Adapter):
         return {name: f"{self.shared.target.path}.{name}"}
 
     def rows(self, W: Tensor) -> Tensor:
-        """W as (vocabulary, width), for an embedding and for a head."""
+        """W as (vocabulary, width), for an embedding or a head. It is its own inverse."""
         return W.T if self.target.kind == "embedding" else W
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
@@ -118,6 +119,6 @@ class TrainableTokensConfig(LayerConfig):
     def fill_targets(self, model: nn.Module) -> None:
         get_embedding = getattr(model, "get_input_embeddings", None)
         if get_embedding is None:
-            raise ConfigError(f"{type(model).__name__} does not say which module is its embedding; give target_modules")
+            raise ConfigError(f"{type(model).__name__} does not say which module is its embedding; set target_modules")
         embedding = bare(get_embedding())
         self.target_modules = next(path for path, module in walk(model) if module is embedding)

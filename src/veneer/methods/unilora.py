@@ -25,7 +25,7 @@ from ..targets.target import Target
 
 
 class Vector(nn.Module):
-    """theta and P. Holds each target's indices into theta until its adapter takes them."""
+    """theta and P. Holds the indices of each target into theta until the target's adapter is built."""
 
     def __init__(self, config: UniLoraConfig, targets: Sequence[Target]) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Vector(nn.Module):
 
 
 def draw_indices(total: int, d: int, seed: int) -> np.ndarray:
-    """Random indices below d, (total,), each of them about equally often."""
+    """Random indices below d, (total,), each about equally often."""
     rng = np.random.default_rng(seed)
     times, rest = divmod(total, d)
     numbers = torch.arange(d, device="cpu").numpy()
@@ -115,13 +115,13 @@ class UniLoraConfig(LayerConfig):
     theta_d_length: int = 256
     """d: length of the learned vector."""
     unilora_dropout: float = 0.0
-    """Dropout on the input of the update, in training."""
+    """Dropout on the input of the update during training."""
     init_theta_d_bound: float = 0.02
-    """Bound b of theta's uniform start in [-b, b]. At zero it would never learn."""
+    """Bound b of theta's uniform start in [-b, b]. With a start at zero, theta would never learn."""
     init_weights: bool = True
     """Start theta uniform within `init_theta_d_bound`; False: normal (for tests)."""
     save_indices: bool = False
-    """Write the positions and the entries of P to the file too; False: regenerate them from the seed."""
+    """Also write the positions and the entries of P to the file; False: regenerate them from the seed."""
 
     peft_type = Name("UNILORA")
     adapter = UniLoRA
@@ -134,7 +134,7 @@ class UniLoraConfig(LayerConfig):
         check_range(self, 0, 1, "unilora_dropout")
 
     def semantic_fields(self) -> list[str]:
-        """Also the fields that select targets: positions depend on all targets, and the tensors do not show them."""
+        """Includes the fields that select targets: positions depend on all targets, which the tensors do not show."""
         return [
             *super().semantic_fields(),
             "target_modules",

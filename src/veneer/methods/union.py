@@ -1,11 +1,11 @@
-"""A union of methods under one name: they are trained, saved, switched and merged as one adapter.
+"""Union: several methods under one name, which are trained, saved, switched and merged as one adapter.
 
     y' = f_k(... f_2(f_1(y))),  f_i: the i-th method
 
-He et al., 2022, arXiv:2110.04366, shows the gain of such unions; AdapterHub calls it ConfigUnion. Trainable: the sum of
-its methods. Mergeable if all of them are. Each method keeps its own targets; where two adapt the same module, the first
-is the innermost. At most one may be a prompt, at most one may share a module between its layers, and none may run on a
-schedule.
+He et al., 2022, arXiv:2110.04366, show the gain of such unions; AdapterHub calls it ConfigUnion. Trainable: the sum
+over its methods. Mergeable if all of them are. Each method keeps its own targets; if two adapt the same module, the
+first is applied first. At most one method may be a prompt, at most one may share a module between its layers, and none
+may have a schedule.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class UnionConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.derived: list[Config] = []  # members that follow from the others and are not in the file
+        self.derived: list[Config] = []  # members that are created from the others and are not in the file
         self.configs = [Config.from_dict(c) if isinstance(c, Mapping) else c for c in self.configs]
         for config in self.configs:
             self._check_member(config)
@@ -45,7 +45,7 @@ class UnionConfig(Config):
         has_schedule = type(config).schedule is not Config.schedule
         if has_schedule or config.modules_to_save:
             reason = "runs on a schedule" if has_schedule else "has modules_to_save"
-            raise ConfigError(f"{config.peft_type} {reason}, which a union cannot; give it a name of its own")
+            raise ConfigError(f"{config.peft_type} {reason}, which a union does not support; give it a name of its own")
 
     def members(self) -> Sequence[Config]:
         for config in self.configs:
@@ -78,7 +78,7 @@ class UnionConfig(Config):
         contents = []
         for config in self.configs:
             content = config.to_dict()
-            content["inference_mode"] = None  # the union's own
+            content["inference_mode"] = None  # set by the union
             for name in ALWAYS_WRITTEN:
                 if content.get(name) is None:
                     content.pop(name, None)

@@ -3,10 +3,10 @@
     y' = y + g * (what the method adds to y),  g = sigmoid(w h + c) for each token, h: the method's input
     prefix: its keys and values times g,  g = mean over the prompt of sigmoid(w h + c), h: the input of attention
 
-Mao et al., 2022, arXiv:2110.07577. Trainable: the methods and d + 1 for each gate. Not mergeable. Does not start as a
-no-op, because its prefix does not. The paper averages each gate over the whole sequence, so a causal model sees ahead
-and padding counts. Here gates are computed for each token, and the prefix's is averaged over the prompt (in an
-encoder-decoder it is that of the decoder's first token).
+Mao et al., 2022, arXiv:2110.07577. Trainable: the methods, and d + 1 for each gate. Not mergeable. Does not start as a
+no-op, because its prefix does not. The paper averages each gate over the whole sequence, so that a causal model sees
+ahead and padding counts. Here gates are computed for each token, and the prefix's gate is averaged over the prompt (in
+an encoder-decoder it is that of the decoder's first token).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Gate(nn.Linear):
 
 
 class Gated(Adapter):
-    """Another adapter with a gate, which is saved along with it as `<method>_gate`."""
+    """Another adapter with a gate, which is saved with it as `<method>_gate`."""
 
     def __init__(self, inner: Adapter) -> None:
         super().__init__(inner.config, inner.target, inner.shared)
@@ -77,7 +77,7 @@ class Gated(Adapter):
 
 
 class PrefixGate(Adapter):
-    """On an attention block: scales the prefix in that layer's cache entries before they are read."""
+    """An adapter of an attention block that scales the prefix in the layer's cache before attention reads it."""
 
     kinds = frozenset({"block"})
 
@@ -126,7 +126,7 @@ class PrefixGates(LayerConfig):
 
 @dataclass(kw_only=True)
 class UniPELTConfig(UnionConfig):
-    """Without `configs`: LoRA (r=8, alpha=2), a prefix of 10 positions, bottlenecks with a reduction of 16."""
+    """The default `configs`: LoRA (r=8, alpha=2), a prefix of 10 positions, and bottlenecks with a reduction of 16."""
 
     peft_type = Name("UNIPELT")
     adapter = UnionConfig.adapter

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import LowRank, Tensors
 from ..core.config import LayerConfig, Name, check_range
-from ..errors import CheckpointError, ConfigError, TargetError
+from ..errors import CheckpointError, ConfigError, NotResumable, TargetError
 from ..targets.target import Target
 
 
@@ -50,7 +50,7 @@ class VBLoRA(LowRank):
         self.set_dropout(config.vblora_dropout)
 
     def _add_choice(self, name: str, *shape: int) -> None:
-        """Register what chooses the vectors of one side: logits or, from a file without them, indices and weights."""
+        """Register what chooses the vectors of one side: logits or, for a file without them, indices and weights."""
         if self.has_logits:
             logits = torch.randn(*shape, self.config.num_vectors) * self.config.init_logits_std
             self.register_parameter(name, nn.Parameter(logits))
@@ -93,10 +93,7 @@ class VBLoRA(LowRank):
 
     def absorb(self, tensors: Tensors) -> None:
         if self.config.save_only_topk_weights and self.has_logits:
-            raise CheckpointError(
-                "the file holds only the chosen vectors, from which the logits cannot be recovered: load it with "
-                "is_trainable=False, or train with save_only_topk_weights=False to be able to resume"
-            )
+            raise NotResumable.because("the chosen vectors", "the logits", "save_only_topk_weights=False")
         for key, tensor in tensors.items():
             if "indices" in key and not 0 <= tensor.min() <= tensor.max() < self.config.num_vectors:
                 raise CheckpointError(f"{key} on {self.target.path!r} points outside the bank")
@@ -118,17 +115,17 @@ class VBLoRAConfig(LayerConfig):
     r: int = 4
     """Rank of the update."""
     num_vectors: int = 256
-    """Number of vectors in the bank; larger models need more."""
+    """Number of vectors in the bank. Larger models need more vectors."""
     vector_length: int = 256
-    """Length of a vector; must divide in and out of every target."""
+    """Length of a vector; must divide the input and output sizes of every target."""
     topk: int = 2
     """k: number of vectors that are mixed for each segment."""
     save_only_topk_weights: bool = False
-    """Write the chosen vectors' indices and weights instead of all logits: small, but training cannot be resumed."""
+    """Write the chosen vectors' indices and weights instead of all logits: smaller, but training cannot be resumed."""
     vblora_dropout: float = 0.0
-    """Dropout on the input of the update, in training."""
+    """Dropout on the input of the update during training."""
     init_vector_bank_bound: float = 0.02
-    """Bound b of the bank's uniform start in [-b, b]. At zero it would never learn."""
+    """Bound b of the bank's uniform start in [-b, b]. With a start at zero, the bank would never learn."""
     init_logits_std: float = 0.1
     """Initial standard deviation of the logits."""
 

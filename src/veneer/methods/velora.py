@@ -3,9 +3,9 @@
     dL/dA = (dL/d(A x))^T x~,  x~_g = c (v . x_g) v  for each of n groups x_g of x,  |v| = 1
 
 Miles et al., 2024, arXiv:2405.17991. Trainable: r (in + out) per target. Mergeable; the forward pass is LoRA's. Starts
-as a no-op. Only A's gradient is approximate; the input's gradient is exact, and in evaluation mode all gradients are. v
-is the mean group of the batch ("batch_average"), of the first batch ("batch_average_once"), or "random"; it is in the
-file.
+as a no-op. Only the gradient of A is approximate; the gradient of the input is exact, and so are all gradients in
+evaluation mode. v is the mean group of each batch ("batch_average") or of the first batch ("batch_average_once"), or
+random ("random"); the file contains it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from .lora import LoRA, LoraConfig
 @dataclass(kw_only=True)
 class VeloraConfig(Settings):
     num_groups: int = 64
-    """n: number of groups of features; more are more exact and need more memory."""
+    """n: number of groups of features. More groups are more accurate and need more memory."""
     scale: float = 1.0
-    """c: factor on the reconstructed inputs."""
+    """c: factor of the reconstructed inputs."""
     init_type: Literal["batch_average", "batch_average_once", "random"] = "batch_average"
     """The direction v: the mean group of each batch, of the first batch only, or random."""
 
@@ -71,7 +71,7 @@ class Compressed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         compressed, A, v = ctx.saved_tensors
-        grad = grad.to(A.dtype)  # under autocast, grad and compressed are of another dtype
+        grad = grad.to(A.dtype)  # under autocast, grad and compressed have another dtype
         compressed = compressed.to(A.dtype)
         grad_x = None
         grad_A = None
@@ -108,7 +108,7 @@ class VeLoRA(LoRA):
         return F.linear(narrow, B)
 
     def direction(self, x: Tensor) -> Tensor:
-        """v for this batch. A new tensor replaces the old one, which an earlier call's backward pass may need."""
+        """v for this batch. It is a new tensor, because the backward pass of an earlier call may need the old one."""
         if not self.has_direction:
             groups = grouped(x, self.compression.num_groups).flatten(0, -2)
             mean = groups.float().mean(0)
@@ -125,9 +125,9 @@ class VeLoRA(LoRA):
 
 @dataclass(kw_only=True)
 class VeloraLoraConfig(LoraConfig):
-    """`LoraConfig(velora_config=VeloraConfig())` under its own name."""
+    """Equivalent to `LoraConfig(velora_config=VeloraConfig())`."""
 
     velora_config: Settings | dict[str, Any] | None = field(default_factory=VeloraConfig)
-    """How inputs are compressed, a `VeloraConfig`."""
+    """`VeloraConfig`: how inputs are compressed."""
 
     adapter = Composition(VeLoRA)  # type: ignore[assignment]

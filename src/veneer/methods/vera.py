@@ -1,4 +1,4 @@
-"""VeRA: scale random projections that all layers share.
+"""VeRA: learn vectors that scale frozen random projections, which all layers share.
 
     W' = W + diag(b) B diag(d) A,  A (r, in) and B (out, r) random, frozen, sliced from one pair to each target's size
 
@@ -58,13 +58,13 @@ class VeRA(LowRank):
 @dataclass(kw_only=True)
 class VeraConfig(LayerConfig):
     r: int = 256
-    """Rank of the shared projections. It is cheap, and so larger than LoRA's."""
+    """Rank of the shared projections. Each unit of it has few parameters, so the default is larger than LoRA's."""
     projection_prng_key: int = 0
     """Seed of the projections."""
     save_projection: bool = True
-    """Write the projections to the file too; False: regenerate them from the seed, for a tenth of the size."""
+    """Also write the projections to the file; False: regenerate them from the seed, for a tenth of the file size."""
     vera_dropout: float = 0.0
-    """Dropout on the input of the update, in training."""
+    """Dropout on the input of the update during training."""
     d_initial: float = 0.1
     """Initial value of d."""
     init_weights: bool = True

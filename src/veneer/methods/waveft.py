@@ -5,7 +5,7 @@
 Bilican et al., 2025, arXiv:2505.12532. Trainable: n per target. Mergeable. Starts as a no-op. The transform is
 orthogonal and has one level. C is larger than W by the wavelet's overlap; the order of its quarters (low-low, high-low;
 low-high, high-high, as rows-columns) is that of PEFT's files. PEFT's filters for coif4 and coif5 are not orthonormal,
-so these two are refused, and so are the longer wavelets that PEFT lists without having filters for them.
+so these two are refused, and so are the longer wavelets that PEFT lists but has no filters for.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class WaveFT(Additive):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The shape of C: W's, padded for the overlap and to even sizes."""
+        """The shape of C: that of W, padded for the overlap and to even sizes."""
         rows = self.target.out_features
         columns = self.target.in_features
         if self.filters is None:
@@ -64,7 +64,7 @@ class WaveFT(Additive):
         return rows + overlap + rows % 2, columns + overlap + columns % 2
 
     def positions_in_C(self, positions: Tensor) -> Tensor:
-        """Flat positions in C of entries chosen in W: W is centred in C, then the quarters are put in file order."""
+        """Flat positions in C of entries chosen in W: W is centred in C, and C's quarters get the order of the file."""
         rows, columns = self.shape
         width = self.target.in_features
         top = (rows - self.target.out_features) // 2
@@ -109,7 +109,7 @@ class WaveFTConfig(LayerConfig):
     random_loc_seed: int = 777
     """Seed of the coefficients' positions."""
     n_frequency_pattern: dict[str, int] | None = mapping()
-    """`n_frequency` for individual targets, by name ending or regular expression."""
+    """`n_frequency` for specific targets, by name ending or regular expression."""
     proportional_parameters: bool = False
     """Larger targets get more coefficients, `n_frequency` on average; `n_frequency_pattern` is ignored."""
     init_weights: bool = True

@@ -26,7 +26,7 @@ from ..upstream import cache as caches
 from .families.experts import Expert, build_expert, common_targets, read_expert
 
 INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-"""Arguments of a model call that are passed to the first pass."""
+"""Arguments of a model call that are passed on to the first pass."""
 
 
 class Gate(nn.Module):
@@ -88,7 +88,7 @@ class XLoRA(Adapter):
         return y
 
     def sparse(self, s: Tensor) -> Tensor:
-        """The scalings (batch, length, experts) with all but the k largest set to zero; normalised again on request."""
+        """The scalings (batch, length, experts), with all but the k largest set to zero; renormalised on request."""
         config = self.config
         if config.top_k_lora is not None:
             strongest = s.topk(config.top_k_lora, dim=-1).indices
@@ -116,17 +116,17 @@ class XLoraConfig(LayerConfig):
     hidden_size: int | None = None
     """Width of the base model's hidden states; None: taken from the model."""
     enable_softmax: bool = True
-    """Normalise the scalings of each token to a sum of one."""
+    """Normalise the scalings of each token so that they sum to one."""
     enable_softmax_topk: bool = False
     """Normalise again after `top_k_lora`."""
     layerwise_scalings: bool = False
-    """Separate scalings for each layer, instead of the same for all layers."""
+    """Compute separate scalings for each layer; False: all layers use the same scalings."""
     xlora_depth: int = 1
     """Number of the gate's linear layers."""
     xlora_size: int = 2048
     """Width of the gate's hidden layers."""
     xlora_dropout_p: float = 0.2
-    """Dropout between the gate's layers, in training."""
+    """Dropout between the gate's layers during training."""
     use_trainable_adapters: bool = False
     """Train the experts too, and save them."""
     softmax_temperature: float = 1.0
@@ -158,7 +158,7 @@ class XLoraConfig(LayerConfig):
         return [read_expert(name, source, "X-LoRA") for name, source in self.adapters.items()]
 
     def fill_targets(self, model: nn.Module) -> None:
-        # An X-LoRA file is itself checked against the base model, in the same layers.
+        # An X-LoRA file has its own check against the base model, in the same layers.
         self.target_modules = common_targets(model, self.experts, check_base=not self.from_file)
         self.hidden_size = self.hidden_size or model.config.get_text_config().hidden_size
 
@@ -175,7 +175,7 @@ class XLoraConfig(LayerConfig):
         facts[shared] = shared(h.to(dtype))
 
     def to_dict(self) -> dict[str, Any]:
-        """Without `target_modules`: the targets follow from the experts, and PEFT's config has no such field."""
+        """Leave out `target_modules`: the experts determine the targets, and PEFT's config has no such field."""
         content = super().to_dict()
         del content["target_modules"]
         return content

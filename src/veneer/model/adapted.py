@@ -34,7 +34,7 @@ class Adapted(nn.Module):
         _state(self.model).enabled = False
 
     def update_and_allocate(self, global_step: int) -> None:
-        """Run the adapters' schedules by hand after `global_step`; without this call they run by themselves."""
+        """Run the adapters' schedules for `global_step`. Without any such call, the schedules run automatically."""
         for schedule in _state(self.model).schedules.values():
             schedule.by_hand = True
             schedule.step(global_step)
@@ -60,7 +60,7 @@ def _state(model: nn.Module) -> State:
     """
     state = state_of(model)
     if state is None:
-        raise VeneerError("the model has no adapters (they were merged or unloaded)")
+        raise VeneerError("the model has no adapters; they were merged or unloaded")
     return state
 
 

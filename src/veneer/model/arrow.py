@@ -21,7 +21,7 @@ def create_arrow_model(
     general_adapter_paths: Sequence[str] | None = None,
     **hub: Any,
 ) -> PeftModel:
-    """Create a model whose one adapter, "arrow_router", holds trained LoRA adapters and routes each token among them.
+    """Create a model with one adapter, "arrow_router", which routes each token among trained LoRA adapters.
 
     Args:
         base_model: the model that the LoRA adapters were trained on.

@@ -1,4 +1,4 @@
-"""Base model and adapter in one call: `AutoPeftModelForCausalLM.from_pretrained(adapter_dir)`."""
+"""Load a base model and an adapter in one call: `AutoPeftModelForCausalLM.from_pretrained(adapter_dir)`."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class AutoPeftModel:
         check_base: bool = True,
         allow_pickle: bool = False,
         follow_paths: bool = False,
+        allow_absent: bool = False,
         **kwargs: Any,
     ) -> PeftModel:
         """Load a base model and put an adapter on it.
@@ -42,10 +43,11 @@ class AutoPeftModel:
             adapter: a directory or a hub id.
             adapter_name: the name that the adapter gets on the model.
             is_trainable: load the adapter for further training.
-            config: used in place of the adapter's saved config.
+            config: a config to use instead of the adapter's saved one.
             check_base: refuse a base model other than the one the adapter was trained on.
             allow_pickle: read tensors from a pickle if there is no safetensors file.
             follow_paths: allow paths in the config that lead out of the adapter's directory.
+            allow_absent: pass over tensors for modules that the base model lacks, with a warning.
             kwargs: `subfolder`, `revision` and the like for the adapter; the rest goes to the base model's
                 `from_pretrained` (`dtype`, `device_map`, ...).
 
@@ -67,6 +69,7 @@ class AutoPeftModel:
             check_base=check_base,
             allow_pickle=allow_pickle,
             follow_paths=follow_paths,
+            allow_absent=allow_absent,
             **hub,
         )
 

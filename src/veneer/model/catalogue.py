@@ -1,4 +1,4 @@
-"""The catalogue of methods: a page for each, built from its source file, and its parameter count on a model."""
+"""The catalogue of methods: a page for each, built from its source file, and parameter counts on a model."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Page:
     formula: str
     paper: str
     text: str
-    """The module docstring, whole."""
+    """The whole module docstring."""
     mergeable: bool
     low_rank: bool
     kinds: tuple[str, ...]
-    """Kinds of module it adapts: linear, conv, embedding, norm, block; or prompt."""
+    """Kinds of modules that the method adapts: linear, conv, embedding, norm, block; or prompt."""
     learning_rate: float
     recommended: dict[str, Any]
     """Settings that `veneer train` uses by default."""
@@ -76,7 +76,7 @@ def config_for(name: str, **settings: Any) -> Config:
 
 
 def trainable(name: str, model: Any, **settings: Any) -> int | None:
-    """Number of parameters that a method trains on a model; None if it needs settings of its own.
+    """Number of parameters that a method trains on a model; None if the method needs further settings or real weights.
 
     The model is left unchanged.
     """

@@ -45,7 +45,7 @@ def add_weighted_adapter(
     """Add the adapter sum_i weights_i dW_i, a plain LoRA, to a model.
 
     Args:
-        model: holds the adapters, of any methods that are updates of the weights.
+        model: the model with the adapters, of any methods that are updates of the weights.
         adapters: names of the adapters to add.
         weights: one for each adapter; a negative weight subtracts.
         adapter_name: the name of the new adapter.
@@ -61,7 +61,7 @@ def add_weighted_adapter(
 
     Raises:
         VeneerError: an argument is out of range or names no adapter; the model is unchanged.
-        NotMergeable: an adapter is no update of the weights.
+        NotMergeable: an adapter is not an update of the weights.
     """
     state = _checked(model, adapters, weights, adapter_name, svd_rank)
     combine = rule(combination_type, density, majority_sign_method)
@@ -85,7 +85,9 @@ def check_weights(adapters: Sequence[str], weights: Sequence[float], rank: int |
             f"{len(adapters)} adapters and {len(weights)} weights were given; each adapter needs one weight"
         )
     if len(set(adapters)) < len(adapters):
-        raise VeneerError(f"adapters = {list(adapters)} names one twice; give it the sum of its weights")
+        raise VeneerError(
+            f"adapters = {list(adapters)} names an adapter twice; name it once, with the sum of its weights"
+        )
     if not all(math.isfinite(weight) for weight in weights):
         raise VeneerError(f"weights must be finite numbers, not {list(weights)}")
     if rank is not None and rank < 1:
@@ -101,7 +103,7 @@ def _checked(model: PeftModel, adapters: Sequence[str], weights: Any, adapter_na
         state = adapter_state(model, name)
         for path, adapter in state.adapters(name).items():
             if any(isinstance(part, Replace) for part in adapter.parts):
-                raise NotMergeable(f"{name!r} trains a whole copy of {path!r}, which a LoRA does not hold")
+                raise NotMergeable(f"{name!r} trains a full copy of {path!r}, which a LoRA cannot represent")
     return state
 
 
@@ -171,7 +173,7 @@ def rule(kind: str, density: float | None, election: str) -> Callable[[Weighted,
 def _concatenated(updates: Weighted, rank: int, path: str) -> Pair:
     pair = _exact_sum(updates)
     if pair is None:
-        raise NotMergeable(f"an adapter on {path!r} has no factors to put side by side; use combination_type='svd'")
+        raise NotMergeable(f"an adapter on {path!r} has no low-rank factors to concatenate; use combination_type='svd'")
     return pair
 
 

@@ -26,7 +26,7 @@ class Row:
 
     @property
     def formula(self) -> str:
-        """The count of a LoRA written out; empty for methods that count otherwise."""
+        """The count as a formula, for methods that count like LoRA; otherwise empty."""
         if self.r is not None and self.expected == self.r * (self.in_features + self.out_features):
             return f"{self.r} x ({self.in_features:,} + {self.out_features:,})"
         return ""
@@ -39,7 +39,7 @@ class Plan:
     adapter: str
     rows: tuple[Row, ...]
     other: int
-    """Parameters outside the layers: a prompt, a gate."""
+    """Parameters outside the adapted modules: of a prompt or a gate."""
 
     @property
     def expected(self) -> int:
@@ -59,7 +59,7 @@ class Plan:
 
         lines = [line(row.path, row.method, row.formula, row.added) for row in self.rows]
         if self.other:
-            lines.append(line("outside the layers", "", "", self.other))
+            lines.append(line("other parameters", "", "", self.other))
         lines.append(line("sum", "", "", self.total))
         return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""A detached shadow: the small network that `ShadowConfig` trains next to a model, as a model of its own.
+"""A detached shadow: the small network that `ShadowConfig` trains next to a model, as a separate model.
 
     small = veneer.unload_shadow(model)     # shares its modules with `model`
     small.generate(**batch)
@@ -96,7 +96,7 @@ class DetachedShadowModel(PreTrainedModel, GenerationMixin):
 
 
 def unload_shadow(model: PeftModel, adapter_name: str | None = None, copy: bool = False) -> DetachedShadowModel:
-    """Detach the shadow of an adapter as a model of its own; the large model is unchanged.
+    """Detach the shadow of an adapter as a separate model; the large model is unchanged.
 
     Args:
         model: the large model with a shadow adapter.

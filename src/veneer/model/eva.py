@@ -1,4 +1,4 @@
-"""EVA on a model: initialise a LoRA from data. EVA redistributes the ranks, so the adapter is rebuilt."""
+"""Initialise a LoRA on a model from data (EVA). EVA redistributes the ranks, so the adapter is rebuilt."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def initialize_lora_eva_weights(
     """
     config = model.peft_config[adapter_name]
     if getattr(config, "init_lora_weights", None) != "eva":
-        raise ConfigError(f'adapter {adapter_name!r} was not made with init_lora_weights="eva"')
+        raise ConfigError(f'adapter {adapter_name!r} was not created with init_lora_weights="eva"')
     if eva_state_dict is None:
         if dataloader is None:
-            raise ConfigError("EVA starts from data: give a dataloader, or an eva_state_dict from before")
+            raise ConfigError("EVA initialises from data: give a dataloader, or the eva_state_dict of an earlier call")
         eva_state_dict = get_eva_state_dict(
             model,
             dataloader,
@@ -71,12 +71,14 @@ def initialize_lora_eva_weights(
     expected = {name.removeprefix(PREFIX) for name in linear_layers(model, adapter_name)}
     difference = expected.symmetric_difference(starts)
     if difference:
-        raise VeneerError(f"eva_state_dict and the adapter differ in:{listing(sorted(difference))}")
+        raise VeneerError(
+            f"eva_state_dict does not fit the adapter; only one of them has:{listing(sorted(difference))}"
+        )
     rebuild(model, adapter_name, starts)
 
 
 def rebuild(model: PeftModel, name: str, starts: Mapping[str, Tensor]) -> None:
-    """Replace an adapter by one of other ranks.
+    """Replace an adapter by one with other ranks.
 
     Args:
         model: the model with the adapter.
@@ -97,7 +99,7 @@ def rebuild(model: PeftModel, name: str, starts: Mapping[str, Tensor]) -> None:
             loras[path] = lora
     config = with_ranks(state.configs[name], loras, starts)
     detach(base, name, state)
-    state = attach(base, config, name, trainable=is_trainable, lift=not is_half)
+    state = attach(base, config, name, trainable=is_trainable, lift=not is_half, layer_class=state.layer_class)
     state.activate(active)
     for path, adapter in state.adapters(name).items():
         if path in starts:

@@ -1,8 +1,8 @@
-"""Training that cannot work raises at the first step that shows it, under any loop: `Trainer`'s or one by hand.
+"""Checks that stop training which cannot work, at the first step that shows it, in `Trainer` or in any other loop.
 
-A model's guard sees its calls, through the root hooks, and the steps of torch's optimizers. For each call it looks at
-the labels and at the loss, or at the gradients where the loss is computed outside of the model; all other checks end
-with the first steps.
+A model's guard observes the model's calls, through hooks, and the steps of torch's optimizers. In each call it checks
+the labels and the loss, or the gradients if the loss is computed outside of the model; all other checks stop after the
+first steps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..targets.walk import walk
 PATIENCE = 10
 """Optimizer steps after which an adapter must have changed."""
 MASKED = -100
-"""The label of a token that is not learned, in transformers."""
+"""The label of tokens that transformers ignores in the loss."""
 
 _guards: weakref.WeakSet[Guard] = weakref.WeakSet()
 _hooks: list[Any] = []
@@ -41,7 +41,7 @@ class Guard:
         self.steps: dict[str, int] = {}
         self.changed: set[str] = set()
         self.blind = False
-        """The loss of a call since the last step is not known."""
+        """Whether the loss of a call since the last step is unknown."""
         self.seen_for: Any = None
         self.seen: Seen | None = None
         self.model: Any = None
@@ -51,11 +51,11 @@ class Guard:
         return {"state": self.state}
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
-        """A deep copy or an unpickled model is watched anew."""
+        """Start a new guard for a deep copy or an unpickled model."""
         self.__init__(attributes["state"])  # type: ignore[misc]
 
     def learning(self) -> list[str]:
-        """The adapters that a call now would train."""
+        """The adapters that a call at this moment would train."""
         return [name for name in self.state.live() if name in self.state.trainable]
 
     # Calls
@@ -86,13 +86,13 @@ class Guard:
         self._check_graph(loss, output)
 
     def _check_graph(self, loss: Any, output: Any) -> None:
-        """Raise where neither the loss nor the logits depend on anything that learns."""
+        """Raise TrainingError if neither the loss nor the logits depend on a trained parameter."""
         tensors = [value for value in (loss, getattr(output, "logits", None)) if isinstance(value, Tensor)]
         if self.called and tensors and not any(tensor.requires_grad for tensor in tensors):
-            raise TrainingError(_unreached(sorted(self.called), "the loss depends on none of its parameters"))
+            raise TrainingError(_unreached(sorted(self.called), "the loss does not depend on any of its parameters"))
 
     def _start_looking(self, model: nn.Module, kwargs: dict[str, Any]) -> None:
-        """Watch which layers the model runs, in the first whole call with a set of adapters."""
+        """Watch which layers the model runs, in the first complete call with a set of adapters."""
         if self.seen is not None:
             self.seen.stop()
             self.seen = None
@@ -107,7 +107,7 @@ class Guard:
     # Steps
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Look at the gradients, for as long as adapters have not been seen to change."""
+        """Check the gradients, until all adapters have been seen to change."""
         waiting = [name for name in self.called if name not in self.changed]
         if not waiting and not self.blind:
             return
@@ -115,7 +115,7 @@ class Guard:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 stepped[id(parameter)] = parameter
-        has_scaler = getattr(optimizer, "found_inf", None) is not None  # which has looked for infinite gradients
+        has_scaler = getattr(optimizer, "found_inf", None) is not None  # a GradScaler has already checked the gradients
         if self.blind and not has_scaler:
             self._check_gradients(stepped)
         for name in waiting:
@@ -131,13 +131,13 @@ class Guard:
         if not parameters:
             return
         if all(parameter.grad is None for parameter in parameters):
-            raise TrainingError(_unreached([name], "after a backward pass none of its parameters has one"))
+            raise TrainingError(_unreached([name], "after the backward pass none of its parameters has a gradient"))
         self.reached.add(name)
 
     def _own(self, name: str) -> list[nn.Parameter]:
-        """What the method itself learns, without copies of a head or a bias, which get gradients in any case.
+        """The method's own trained parameters, without copies of heads and biases, which always get gradients.
 
-        All that is learned where there is nothing else.
+        If there are only such copies, all trained parameters.
         """
         learned = [parameter for parameter in self.state.parameters(name) if parameter.requires_grad]
         copies: set[int] = set()
@@ -160,7 +160,7 @@ class Guard:
                 )
 
     def _check_holds(self, stepped: dict[int, Any]) -> None:
-        """Raise where an optimizer of this model's parameters holds none that learns."""
+        """Raise TrainingError if an optimizer holds parameters of this model, but none that is trained."""
         model = self.model() if self.model is not None else None
         if model is None:
             return
@@ -169,11 +169,11 @@ class Guard:
             names = ", ".join(map(repr, sorted(self.called)))
             raise TrainingError(
                 f"the optimizer holds {len(parameters)} parameters of the model, all of them frozen, and none of "
-                f"adapter {names}: make the optimizer after the adapter is on the model and active"
+                f"adapter {names}: create the optimizer after the adapter is attached and active"
             )
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Look whether the adapters have changed, after their first step and after `PATIENCE` steps."""
+        """Check whether the adapters have changed, after their first step and after `PATIENCE` steps."""
         if self.calls == self.looked:  # no call of this model led to the step
             return
         self.looked = self.calls
@@ -205,10 +205,10 @@ class Guard:
 
 
 class Seen:
-    """Which layers of the live adapters a call of the model runs, and of which it reads the weight instead."""
+    """Records which layers of the active adapters a call runs, and which it bypasses by reading their weight."""
 
     only_looks = True
-    """Its hooks change nothing of a call."""
+    """Its hooks only observe; they do not change the call."""
 
     def __init__(self, model: nn.Module, state: State) -> None:
         self.model, self.state = model, state
@@ -232,7 +232,7 @@ class Seen:
             handle.remove()
 
     def finish(self) -> None:
-        """Raise TargetError where an adapter has no effect although the model uses the weight it is on."""
+        """Raise TargetError if an adapter has no effect because the model reads the weight of its module directly."""
         self.stop()
         if self.run >= self.layers.keys():
             return
@@ -242,18 +242,18 @@ class Seen:
             if path in self.run:
                 continue
             if path in tied:
-                lines.append(f"{path} (it is {_listed(tied[path])} that run)")
+                lines.append(f"{path} (tied to {_listed(tied[path])}, which run instead)")
             elif path in self.read:
                 lines.append(path)
         if lines:
             raise TargetError(
                 f"adapter {_listed(self.names)} has no effect on modules whose weight the model reads without running "
-                f"them:{listing(lines)}\nTake them out of target_modules, or name those that run"
+                f"them:{listing(lines)}\nRemove them from target_modules, or target the modules that run"
             )
 
 
 def _tied(model: nn.Module, layers: dict[str, Any]) -> dict[str, list[str]]:
-    """For each layer, the other modules with the same weight, unless one of them has the same adapter."""
+    """For each layer, the other modules with the same weight, unless one of them is adapted too."""
     paths_by_weight: dict[int, list[str]] = {}
     for path, module in walk(model):
         weight = module._parameters.get("weight")
@@ -273,7 +273,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    """Whether some part of it is compiled: watching would compile that again."""
+    """Whether a part of the model is compiled; hooks would cause a recompilation."""
     return any(
         getattr(m, "_compiled_call_impl", None) is not None or type(m).__name__ == "OptimizedModule"
         for m in model.modules()
@@ -284,12 +284,12 @@ def _check_labels(kwargs: dict[str, Any]) -> None:
     labels, counted = kwargs.get("labels"), kwargs.get("num_items_in_batch")
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_meta or not labels.numel():
         return
-    if counted is not None and int(counted) > 0:  # other parts of the batch have labels
+    if counted is not None and int(counted) > 0:  # other micro-batches of the step have labels
         return
     if bool((labels == MASKED).all()):
         raise TrainingError(
-            f"all {labels.numel()} labels of the batch are {MASKED}, which means not to learn the token: nothing is "
-            "left to learn. Look at the template or the collator that masks the prompt, and at truncation"
+            f"all {labels.numel()} labels of the batch are {MASKED}, which excludes tokens from the loss: nothing is "
+            "left to learn. Check the template or the collator that masks the prompt, and the truncation"
         )
 
 
@@ -302,7 +302,7 @@ def _check_loss(loss: Any, calls: int) -> None:
 
 
 def _are_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all values are finite, with one look at the device."""
+    """Whether all values are finite, with a single synchronisation with the device."""
     finite: list[Tensor] = []
     for tensor in tensors:
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
@@ -315,21 +315,19 @@ def _are_finite(tensors: Iterable[Tensor]) -> bool:
 def _unreached(names: list[str], found: str) -> str:
     return (
         f"no gradient reaches adapter {_listed(names)}: {found}. If gradient checkpointing is on, call "
-        "model.enable_input_require_grads() or set use_reentrant to False; else look whether the model runs its modules"
+        "model.enable_input_require_grads() or set use_reentrant to False; otherwise check that the adapted modules run"
     )
 
 
 def _unchanged(name: str, held: int) -> str:
-    steps = f"adapter {name!r} is what it was before {PATIENCE} optimizer steps"
+    steps = f"adapter {name!r} has not changed in {PATIENCE} optimizer steps"
     if not held:
-        return (
-            f"{steps}: none of the optimizers that stepped holds its parameters. Make the optimizer from this model's"
-        )
-    return f"{steps}: the updates are lost to rounding. Raise the learning rate, or hold the adapter in fp32"
+        return f"{steps}: no optimizer that made a step holds its parameters. Create the optimizer from this model"
+    return f"{steps}: the updates are lost to rounding. Raise the learning rate, or keep the adapter in fp32"
 
 
 def _sum(parameters: Iterable[Tensor]) -> float:
-    """A number that changes, almost surely, with any of the values."""
+    """A checksum that almost certainly changes if any value changes."""
     total = 0.0
     for i, p in enumerate(parameters):
         local = p.detach()

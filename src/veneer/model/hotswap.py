@@ -1,4 +1,4 @@
-"""Hot swapping: overwrite an adapter with a saved one, in place, so that compiled models need not be recompiled.
+"""Hot swapping: overwrite an adapter with a saved one in place, without recompiling a compiled model.
 
     model = PeftModel.from_pretrained(base, "first")
     prepare_model_for_compiled_hotswap(model, target_rank=16)  # if the ranks of later adapters are higher

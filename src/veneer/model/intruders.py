@@ -53,7 +53,7 @@ def reduce_intruder_dimension(
     state = adapter_state(peft_model, old_adapter_name)
     config = state.configs[old_adapter_name]
     if str(config.peft_type).rpartition(".")[2] != "LORA":
-        raise VeneerError(f"{old_adapter_name!r} is {config.peft_type}; intruder dimensions are known of LoRA alone")
+        raise VeneerError(f"{old_adapter_name!r} is {config.peft_type}; intruder dimensions are defined for LoRA only")
     log = logging_sink or (lambda line: None)
     pairs: dict[str, Pair] = {}
     for path in state.adapters(old_adapter_name):
@@ -75,7 +75,7 @@ def _mitigated(layer: AdapterLayer, name: str, k: int, eps: float, strength: flo
     """The factors of the mitigated update, and the number of intruders."""
     update = update_of(layer, name)
     if update is None:
-        raise VeneerError(f"{name!r} trains a copy of {layer.path!r}, which is no update")
+        raise VeneerError(f"{name!r} trains a copy of {layer.path!r}, which is not an update of the weight")
     W = layer.target.original_weight().float()
     intruding = intruders(W, W + update.matrix(), k, eps)
     old = update.pair if update.pair is not None else truncate(update.matrix(), min(W.shape))

@@ -1,4 +1,4 @@
-"""Loading base models, and several adapters onto one base; the verbs that run a model start here."""
+"""Load base models, and several adapters onto one base model, for the commands that run a model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ..upstream.auto import AUTO_CLASSES, makes
 from .peft_model import PeftModel
 
 BASE = "base"
-"""The base model's name in the list of what can be run."""
+"""The name of the base model in `Loaded.names`."""
 HEADS = ("score", "classifier")
 """The names that transformers uses for a classifier's head."""
 
 
 @dataclass
 class Loaded:
-    """A base model with any number of adapters, of which one runs at a time."""
+    """A base model with any number of adapters, one of which can be active at a time."""
 
     model: Any
     """A PeftModel, or the base model itself if there is no adapter."""
@@ -35,7 +35,7 @@ class Loaded:
     labels: list[str] | None
     """The class names in order; None if the classes have no names, or the model is not a classifier."""
     base_is_whole: bool
-    """False if the base model has no trained head for the task, so that only its adapters can be evaluated."""
+    """False if the base model has no trained head for the task, so only its adapters can be evaluated."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -44,7 +44,7 @@ class Loaded:
 
     @property
     def facts(self) -> set[str]:
-        """Columns of the data that the adapters' methods read for each row."""
+        """Columns of the data that the adapters' methods read from each row."""
         if not self.adapters:
             return set()
         return self.model._state.fact_names() - {"adapter_names"}
@@ -56,8 +56,8 @@ class Loaded:
             ConfigError: there is no such name; the message gives the nearest.
         """
         if name not in self.names:
-            choices = f"there is {', '.join(self.names)}{nearest(name, self.names)}"
-            raise ConfigError(f"nothing is called {name!r}; {choices}")
+            choices = f"there are {', '.join(self.names)}{nearest(name, self.names)}"
+            raise ConfigError(f"there is no model or adapter called {name!r}; {choices}")
         return name
 
     @contextmanager
@@ -104,7 +104,7 @@ def load(
         base, AUTO_CLASSES[task], classes=classes, pad=pad_of(tokenizer), dtype=dtype_of(dtype)
     )
     if base_model.config.is_encoder_decoder:
-        raise ConfigError(f"{base!r} is an encoder-decoder; this takes causal language models and classifiers")
+        raise ConfigError(f"{base!r} is an encoder-decoder; only causal language models and classifiers are supported")
     class_names = _labels(places, base_model.config, labels) if is_classifier else None
     return Loaded(
         model=_adapted(base_model, places),
@@ -131,7 +131,9 @@ def named(adapters: Sequence[str]) -> dict[str, str]:
             place = text
         if name in places or name == BASE:
             other = "the base model" if name == BASE else f"{places[name]!r}"
-            raise ConfigError(f"{place!r} would be called {name!r}, as is {other}; give it another name, NAME={place}")
+            raise ConfigError(
+                f"{place!r} would have the name {name!r}, which {other} has; choose another name with NAME={place}"
+            )
         places[name] = place
     return places
 
@@ -196,11 +198,13 @@ def load_model(
             kwargs = {**kwargs, "config": _described(config, classes, pad)}
         auto = makes(auto_class, config)
         if auto is None:
-            raise ConfigError(f"{model!r} is a {config.model_type}, of which transformers has no {auto_class}")
+            raise ConfigError(f"{model!r} is a {config.model_type}, for which transformers has no {auto_class}")
         loaded, info = auto.from_pretrained(resolve(model), output_loading_info=True, **kwargs)
     except OSError as error:
         reason = first_line(error)
-        raise ConfigError(f"the base model {model!r} cannot be loaded; say where it is with model: {reason}") from None
+        raise ConfigError(
+            f"the base model {model!r} cannot be loaded: {reason}; give another directory or hub id with model"
+        ) from None
     return loaded, set(info["missing_keys"])
 
 
@@ -232,7 +236,7 @@ def load_base(
     config = config or Config.from_pretrained(adapter, **hub)
     name = model or config.base_model_name_or_path
     if not name:
-        raise ConfigError(f"{str(adapter)!r} does not name its base model; say which with model, or load it yourself")
+        raise ConfigError(f"{str(adapter)!r} does not name its base model; give it with model")
     if auto_class is None:
         if isinstance(config.task_type, TaskType):
             task = config.task_type
@@ -287,13 +291,13 @@ def _one_base(configs: dict[str, Config], model: str | None) -> str:
     bases = {name: config.base_model_name_or_path for name, config in configs.items()}
     resolved = {resolve(base) for base in bases.values() if base}
     if not resolved and not configs:
-        raise ConfigError("which base model? there is no adapter to name one; give it with model")
+        raise ConfigError("no base model is given, and no adapter that names one; give it with model (--model)")
     if not resolved:
         names = ", ".join(map(repr, configs))
-        raise ConfigError(f"which base model? {names} names no base model; give it with model")
+        raise ConfigError(f"no base model is given, and {names} names none; give it with model (--model)")
     if len(resolved) > 1:
         spelled = _spelled(bases, "on")
-        raise ConfigError(f"adapters run side by side on one base model, and these have several: {spelled}")
+        raise ConfigError(f"adapters can only be loaded together if they have the same base model: {spelled}")
     return resolved.pop()
 
 
@@ -302,7 +306,7 @@ def _one_task(configs: dict[str, Config], otherwise: TaskType) -> TaskType:
     tasks = {name: TaskType(config.task_type or otherwise) for name, config in configs.items()}
     if len(set(tasks.values())) > 1:
         spelled = _spelled(tasks, "is for")
-        raise ConfigError(f"adapters run side by side on one task, and these have several: {spelled}")
+        raise ConfigError(f"adapters can only be loaded together if they have the same task: {spelled}")
     return next(iter(tasks.values()), otherwise)
 
 
@@ -311,7 +315,7 @@ def _one_count(places: dict[str, str]) -> int | None:
     counts = {name: count_classes(place) for name, place in places.items()}
     if len(set(counts.values())) > 1:
         spelled = _spelled(counts, "has")
-        raise ConfigError(f"adapters run side by side need classifiers with the same number of classes: {spelled}")
+        raise ConfigError(f"classifiers can only be loaded together if they have the same number of classes: {spelled}")
     return next(iter(counts.values()), None)
 
 
@@ -333,7 +337,9 @@ def _labels(places: dict[str, str], config: Any, given: list[str] | None) -> lis
         raise ConfigError(f"the adapters were trained on different classes, or in another order: {spelled}")
     names = given or next(iter(trained.values()), None) or _classes_of(config)
     if names and len(names) != config.num_labels:
-        raise ConfigError(f"{len(names)} classes are named ({', '.join(names)}), the model has {config.num_labels}")
+        raise ConfigError(
+            f"{len(names)} class names are given ({', '.join(names)}), but the model has {config.num_labels} classes"
+        )
     return names
 
 

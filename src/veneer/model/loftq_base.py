@@ -1,4 +1,4 @@
-"""LoftQ on the base model: store the simulated quantised weights, or initialise a LoRA on a base that is quantised."""
+"""LoftQ and the base model: store the simulated quantised weights, or initialise a LoRA on a quantised base."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def quantise_base_(model: PeftModel, adapter_name: str = "default") -> None:
     for adapter in state.adapters(adapter_name).values():
         loras += [part for part in adapter.parts if isinstance(part, LoftQ)]
     if not any(lora.error is not None for lora in loras) or model._merged():
-        raise VeneerError(f'{adapter_name!r} must be a LoRA made with init_lora_weights="loftq", and nothing merged')
+        raise VeneerError(
+            f'{adapter_name!r} must be a LoRA created with init_lora_weights="loftq", and no adapter may be merged'
+        )
     for lora in loras:
         W = lora.target.weight()
         quantised = (W + lora.error).to(W.dtype)
@@ -131,4 +133,4 @@ class Pretrained:
         for key in (name, name.removeprefix(self.prefix), self.prefix + name):
             if key in self.shards:
                 return self._file(self.shards[key]).get_tensor(key)
-        raise CheckpointError(f"{str(self.directory)!r} holds no {name!r}; is it the base model's directory?")
+        raise CheckpointError(f"{str(self.directory)!r} has no tensor {name!r}; is it the base model's directory?")

@@ -1,4 +1,4 @@
-"""The rounding loss of a merge: a half-precision weight cannot hold all of an update."""
+"""The rounding loss of a merge: weights in half precision cannot represent an update exactly."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def merge_report(model: Any, adapter_names: list[str] | None = None) -> MergeRep
     if state is None or not names or any(name not in state.configs for name in names):
         raise VeneerError(f"merge_report: the model has no adapters {names}")
     if any(layer.merged_adapters for layer in state.layers.values()):
-        raise VeneerError("merge_report looks at a merge to come; call unmerge_adapter() first")
+        raise VeneerError(
+            "merge_report predicts a merge, but an adapter is already merged; call unmerge_adapter() first"
+        )
     losses = []
     for layer in state.layers.values():
         stack = layer.stack(names)

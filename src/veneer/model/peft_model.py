@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core import checkpoint
+from ..core import absent, checkpoint
 from ..core.attach import attach, detach
 from ..core.config import Config, PromptConfig
 from ..core.layer import AdapterLayer
@@ -82,8 +82,8 @@ class PeftModel(nn.Module):
         super().__init__()
         if isinstance(model, PeftModel) or any(state_of(part) is not None for part in model.modules()):
             raise VeneerError(
-                "the model, or a part of it, already has adapters; use add_adapter() for another one, or unload() to "
-                "start afresh"
+                "the model, or a part of it, already has adapters; use add_adapter() to add one, or unload() to "
+                "remove them first"
             )
         with _flags_kept_on_error(model):
             model.requires_grad_(False)
@@ -156,7 +156,7 @@ class PeftModel(nn.Module):
             return self.get_base_model().generate(*args, **kwargs)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
-        """The model's own, which recomputes each layer with the facts (adapter names, ...) of its forward pass."""
+        """Enable checkpointing; each layer is recomputed with the arguments (adapter names, ...) of its call."""
         settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if not settings["use_reentrant"]:
             settings.setdefault("context_fn", CheckpointContext(self._state))
@@ -177,15 +177,15 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Put another adapter on, of any method; it learns once `set_adapter` makes it active."""
+        """Add another adapter, of any method; it is trained once `set_adapter` makes it active."""
         self._attach(adapter_name, peft_config, on_meta=low_cpu_mem_usage, lift=autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make one adapter, or several in the order they compose, the active ones.
+        """Activate one adapter, or several in the order in which they apply.
 
         Args:
             adapter_name: one name, or several, innermost first.
-            inference_mode: the adapters are to run, not to learn.
+            inference_mode: activate the adapters without training them.
         """
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         for name in names:
@@ -202,7 +202,7 @@ class PeftModel(nn.Module):
         self._state.activate(names)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Declare adapters trainable or frozen; a trainable one learns while it is active."""
+        """Declare adapters trainable or frozen; a trainable adapter is trained while it is active."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in names:
             self._known(name)
@@ -213,7 +213,7 @@ class PeftModel(nn.Module):
             self._state.mark(name)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off. The last one cannot go; `unload()` gives the bare model back."""
+        """Remove an adapter. The last one cannot be removed; use `unload()` to get the bare model."""
         self._known(adapter_name)
         if adapter_name in self._merged():
             raise VeneerError(f"{adapter_name!r} is merged into the weights; call unmerge_adapter() before deleting it")
@@ -231,7 +231,7 @@ class PeftModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Inside, the model computes what the base model would, merged or not."""
+        """Context in which the model computes what the base model does, whether or not adapters are merged."""
         with self._state.lock, self._state.switched(enabled=False):
             yield
 
@@ -241,7 +241,7 @@ class PeftModel(nn.Module):
         """Fold adapters into the weights, the active ones by default; `unmerge_adapter` is bit-exact.
 
         Raises:
-            NotMergeable: a method has no form as a weight, or the merge would change the result; nothing is changed.
+            NotMergeable: a method cannot be merged, or the merge would change the outputs; nothing is changed.
         """
         self._merge(adapter_names, safe_merge)
 
@@ -253,9 +253,9 @@ class PeftModel(nn.Module):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
-        """The Hugging Face model with the adapters folded in and no trace of veneer.
+        """Merge the adapters and return the Hugging Face model, without any part of veneer.
 
-        A module whose weight was tied to another's gets a weight of its own, and the model's config says so.
+        If a merged weight was tied to another module's, the two are untied, and the model's config records it.
         """
         self._merge(adapter_names, safe_merge, progressbar, for_good=True)
         for layer in self._state.layers.values():
@@ -283,7 +283,7 @@ class PeftModel(nn.Module):
         """Merge in all layers or in none.
 
         Args:
-            for_good: nobody will unmerge, so sums are made in place where possible, after all that can fail.
+            for_good: the merge is final, so updates are added in place where possible, after everything that can fail.
         """
         names = self._merge_order(adapter_names)
         layers = list(self._state.layers.values())
@@ -306,7 +306,7 @@ class PeftModel(nn.Module):
         warn_of_rounding(layers)
 
     def _summed_in_place(self, names: Sequence[str]) -> list[AdapterLayer]:
-        """The layers whose merge is a sum into a weight that no other module shares."""
+        """The layers whose merge adds to a weight that no other module shares."""
         uses: Counter[int] = Counter()
         for module in self.base_model.model.modules():
             uses.update(id(parameter) for parameter in module._parameters.values() if parameter is not None)
@@ -314,16 +314,16 @@ class PeftModel(nn.Module):
         return [layer for layer in layers if uses[id(layer.base_layer.weight)] == 1]
 
     def _merge_order(self, adapter_names: Sequence[str] | None) -> tuple[str, ...]:
-        """The adapters to merge, inactive ones first, active ones in the order in which they act."""
+        """The adapters to merge: inactive ones first, then active ones in the order in which they apply."""
         state = self._state
         for name in adapter_names or ():
             self._known(name)
         names = state.active if adapter_names is None else tuple(adapter_names)
         for name in names:
             if name in state.prompts:
-                raise NotMergeable(f"{name!r} is a prompt: it lives in front of the input and has no form as a weight")
+                raise NotMergeable(f"{name!r} is a prompt, which precedes the input and has no form as a weight")
             if not state.adapters(name):
-                raise NotMergeable(f"{name!r} has no layers of its own, so there is nothing to merge")
+                raise NotMergeable(f"{name!r} adapts no layers, so there is nothing to merge")
         inactive = [name for name in names if name not in state.active]
         active = [name for name in state.active if name in names]
         return (*inactive, *active)
@@ -335,10 +335,10 @@ class PeftModel(nn.Module):
             names |= dict.fromkeys(layer.merged_adapters)
         return list(names)
 
-    # Looking
+    # Reports
 
     def parameter_plan(self, adapter_name: str | None = None) -> Plan:
-        """What an adapter adds, layer by layer: r, in, out, the count by formula and the real one, and the sums."""
+        """The parameters that an adapter adds to each layer: rank, sizes, counts by formula and by tensors, sums."""
         return plan(self._state, self._known(adapter_name or self.active_adapter))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -420,6 +420,7 @@ class PeftModel(nn.Module):
         check_base: bool = True,
         allow_pickle: bool = False,
         follow_paths: bool = False,
+        allow_absent: bool = False,
         **hub: Any,
     ) -> PeftModel:
         """Put a saved adapter on its base model.
@@ -432,6 +433,7 @@ class PeftModel(nn.Module):
             check_base: refuse a base model other than the adapter's own.
             allow_pickle: where there is no safetensors file, read tensors (and nothing else) from a pickle.
             follow_paths: paths in the file's config (X-LoRA's experts) may lead out of its directory.
+            allow_absent: pass over tensors for modules that the model lacks, with a warning that lists them.
             hub: `subfolder`, `revision`, `token`, `cache_dir` and the like.
 
         Raises:
@@ -439,11 +441,14 @@ class PeftModel(nn.Module):
         """
         check_hub_arguments(hub)
         saved = checkpoint.load(model_id, config, allow_pickle=allow_pickle, follow_paths=follow_paths, **hub)
+        saved = absent.fitted(model, saved, allow_absent)
         saved.config.inference_mode = not is_trainable
         lift = autocast_adapter_dtype
         with _flags_kept_on_error(model):
             adapted = cls(model, saved.config, adapter_name, autocast_adapter_dtype=lift, low_cpu_mem_usage=True)
             try:
+                if allow_absent:
+                    saved = absent.without_absent(model, adapted._state, adapter_name, saved)
                 checkpoint.fill(model, adapted._state, adapter_name, saved, lift=lift, check_base=check_base)
             except BaseException:
                 adapted.unload()
@@ -460,14 +465,16 @@ class PeftModel(nn.Module):
         check_base: bool = True,
         allow_pickle: bool = False,
         follow_paths: bool = False,
+        allow_absent: bool = False,
         **hub: Any,
     ) -> None:
-        """Load a further adapter, or new values for one of that name, whose Parameters stay the same objects."""
+        """Load another adapter, or new values into an existing one, whose Parameters stay the same objects."""
         check_hub_arguments(hub)
         is_present = adapter_name in self.peft_config
         follow = follow_paths or is_present  # the paths in a present adapter's config were followed when it was made
         saved = checkpoint.load(model_id, allow_pickle=allow_pickle, follow_paths=follow, **hub)
         model = self.get_base_model()
+        saved = absent.fitted(model, saved, allow_absent)
         lift = autocast_adapter_dtype
         if is_present:
             checkpoint.check_refill(self._state, adapter_name, saved.config)
@@ -476,6 +483,8 @@ class PeftModel(nn.Module):
         saved.config.inference_mode = not is_trainable
         self._attach(adapter_name, saved.config, on_meta=True, lift=lift)
         try:
+            if allow_absent:
+                saved = absent.without_absent(model, self._state, adapter_name, saved)
             checkpoint.fill(model, self._state, adapter_name, saved, lift=lift, check_base=check_base)
         except BaseException:
             detach(model, adapter_name, self._state)
@@ -487,7 +496,7 @@ class PeftModel(nn.Module):
         model = self.get_base_model()
         if not isinstance(config, Config):
             raise ConfigError(f"a veneer config describes an adapter, not a {type(config).__name__}")
-        config = copy.copy(config)  # what is found for this model is not written into the caller's own
+        config = copy.copy(config)  # values found for this model must not change the caller's config
         name_or_path = getattr(getattr(model, "config", None), "name_or_path", None)
         config.base_model_name_or_path = name_or_path or config.base_model_name_or_path
         if isinstance(config, PromptConfig) and config.task_type is None:

@@ -29,7 +29,7 @@ class Schedule:
         _watch(self)
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
-        """Restore a copied or unpickled schedule, and register it for the training of its own model."""
+        """Restore a copied or unpickled schedule, and register it for the training of its model."""
         self.__dict__.update(attributes)
         _watch(self)
 

@@ -76,7 +76,7 @@ def update_of(layer: AdapterLayer, name: str) -> Update | None:
     if not parts:
         return None
     if layer.target.kind not in ("linear", "conv", "embedding"):
-        raise NotMergeable(f"the adapter on {layer.path!r} changes a {layer.target.kind}, on which there is no LoRA")
+        raise NotMergeable(f"the adapter on {layer.path!r} changes a {layer.target.kind}, which LoRA cannot adapt")
     pair = factors_of(layer, name)
     with torch.no_grad():
         if pair is None:
@@ -109,7 +109,7 @@ def _dense(layer: AdapterLayer, parts: list[Adapter]) -> Update:
     for part in parts:
         new_W, new_b = part.fold(new_W, new_b)
     if not _is_same_bias(b, new_b):
-        raise NotMergeable(f"the adapter on {layer.path!r} changes the bias, which a plain LoRA does not hold")
+        raise NotMergeable(f"the adapter on {layer.path!r} changes the bias, which a plain LoRA cannot represent")
     noise = float(W.norm()) * torch.finfo(W.dtype).eps
     return Update(None, new_W - W, noise)
 
@@ -132,7 +132,7 @@ def adapter_state(model: nn.Module, name: str) -> State:
         known = ", ".join(state.configs) if state is not None else "none"
         raise VeneerError(f"no adapter is called {name!r}; the model has {known}")
     if not state.adapters(name):
-        raise NotMergeable(f"{name!r} has no layers of its own (it is a prompt or a gate), so it is no weight update")
+        raise NotMergeable(f"{name!r} adapts no layers (it is a prompt or a gate), so it is not an update of weights")
     return state
 
 
@@ -261,7 +261,9 @@ def to_plain_lora_(model: PeftModel, adapter_name: str = "default") -> None:
     for adapter in state.adapters(adapter_name).values():
         loras += [part for part in adapter.parts if isinstance(part, LoRA)]
     if any(getattr(lora, "error", None) is not None for lora in loras):
-        raise NotMergeable("LoftQ's update stands on a quantised weight; give the base that with quantise_base_(model)")
+        raise NotMergeable(
+            "LoftQ's update is relative to quantised weights; first store these with quantise_base_(model)"
+        )
     has_start = any(lora.start_A is not None for lora in loras)
     new_config = plain(config) if has_start else copy.copy(config)
     new_config.init_lora_weights = True

@@ -32,7 +32,7 @@ MOST_COLUMNS = 1024
 FLOOR = 16 * torch.finfo(torch.float32).eps
 """Relative difference of outputs that a changed order of summation can cause."""
 ROUNDINGS = 3.0
-"""Allowed difference of merged from unmerged outputs, in units of the effect of moving all merged weights by 1 ulp."""
+"""Allowed difference of merged from unmerged outputs, relative to the effect of moving all merged weights by 1 ulp."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _read_probe(directory: Path) -> _Probe | None:
                 batch[key.removeprefix("input.")] = t
         return _Probe(batch, tensors["output"], dict(started))
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{str(path)!r} is no record of outputs: {error}") from None
+        raise CheckpointError(f"{str(path)!r} is not a record of outputs: {error}") from None
 
 
 def _random_batch(model: Any) -> dict[str, Tensor]:
@@ -213,13 +213,13 @@ def _not_zero(tensors: Mapping[str, Tensor], started: Mapping[str, str]) -> Chec
         if t.numel() and t.is_floating_point() and not t.any():
             zero.append(key)
     if zero:
-        return Check("not all zero", False, f"{len(zero)} tensors hold nothing but zeros:{_inline(zero)}")
-    return Check("not all zero", True, f"{len(trained)} tensors hold values")
+        return Check("not all zero", False, f"{len(zero)} tensors are all zero:{_inline(zero)}")
+    return Check("not all zero", True, f"none of {len(trained)} tensors is all zero")
 
 
 def _changed(tensors: Mapping[str, Tensor], started: Mapping[str, str]) -> Check:
     if not started:
-        return Check("changed", None, "the run left no record of how the tensors started")
+        return Check("changed", None, "skipped: there is no record of the initial tensors")
     missing = [key for key in started if key not in tensors]
     if missing:
         detail = f"{len(missing)} trained tensors are not in the file:{_inline(missing)}"
@@ -229,17 +229,17 @@ def _changed(tensors: Mapping[str, Tensor], started: Mapping[str, str]) -> Check
         if _digest(tensors[key]) == digest:
             unchanged.append(key)
     if unchanged:
-        return Check("changed", False, f"{len(unchanged)} are as they started:{_inline(unchanged)}")
-    return Check("changed", True, f"all {len(started)} trained tensors moved from their start")
+        return Check("changed", False, f"{len(unchanged)} tensors have their initial values:{_inline(unchanged)}")
+    return Check("changed", True, f"all {len(started)} trained tensors changed")
 
 
 def _same_outputs(model: PeftModel, batch: dict[str, Tensor], recorded: Tensor | None) -> Check:
     """Check that the reloaded model's outputs match the recorded ones, far better than the base model's do."""
     if recorded is None:
-        return Check("same outputs", None, "the run left no record of its outputs")
+        return Check("same outputs", None, "skipped: there is no record of outputs")
     active = _output(model, batch)
     if active.shape != recorded.shape:
-        return Check("same outputs", False, f"shape {tuple(active.shape)}, recorded {tuple(recorded.shape)}")
+        return Check("same outputs", False, f"shape {tuple(active.shape)}, but {tuple(recorded.shape)} is recorded")
     with model.disable_adapter():
         base_output = _output(model, batch)
     without_prompt = active[:, -base_output.shape[1] :]
@@ -249,7 +249,7 @@ def _same_outputs(model: PeftModel, batch: dict[str, Tensor], recorded: Tensor |
     limit = min(_eps(model) ** 0.5 * size, 0.1 * effect)
     is_near = difference <= FLOOR * size or difference <= limit
     relative = difference / max(size, 1e-30)
-    return Check("same outputs", is_near, f"differ by {relative:.2g} of their size from the recorded")
+    return Check("same outputs", is_near, f"relative difference from the recorded outputs {relative:.2g}")
 
 
 def _merges(model: PeftModel, batch: dict[str, Tensor]) -> Check:
@@ -259,7 +259,7 @@ def _merges(model: PeftModel, batch: dict[str, Tensor]) -> Check:
         model.merge_adapter()
     except NotMergeable as error:
         reason = " ".join(str(error).split())
-        return Check("merges", None, f"has no form as a weight: {reason}")
+        return Check("merges", None, f"skipped, it cannot be merged: {reason}")
     merged = _output(model, batch)
     _jitter(model._state)
     rounding = _distance(merged, _output(model, batch))
@@ -267,7 +267,7 @@ def _merges(model: PeftModel, batch: dict[str, Tensor]) -> Check:
     difference = _distance(merged, active)
     size = max(float(active.double().norm()), 1e-30)
     limit = ROUNDINGS * rounding + FLOOR * size
-    detail = f"merged differs by {difference / size:.2g} from unmerged; rounding allows {limit / size:.2g}"
+    detail = f"merged differs by {difference / size:.2g} from unmerged; allowed for rounding {limit / size:.2g}"
     return Check("merges", difference <= limit, detail)
 
 

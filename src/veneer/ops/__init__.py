@@ -50,7 +50,7 @@ def plain(*names: str) -> Iterator[None]:
 def _check_names(names: tuple[str, ...]) -> None:
     unknown = sorted(set(names) - NAMES)
     if unknown:
-        raise ConfigError(f"no fast path is called {', '.join(unknown)}; there are {', '.join(sorted(NAMES))}")
+        raise ConfigError(f"unknown fast paths: {', '.join(unknown)}; known ones are {', '.join(sorted(NAMES))}")
 
 
 def _from_environment() -> set[str]:

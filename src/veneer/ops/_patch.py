@@ -24,7 +24,7 @@ class Adapters(Protocol):
     """What the fast paths need to know about the adapters on a model."""
 
     is_sharded: bool
-    """The model is part of one whose outputs FSDP looks at: it registers hooks on them, which need true tensors."""
+    """Whether FSDP shards the model. It registers hooks on the model's outputs, which must then be true tensors."""
 
     def are_by_token(self) -> bool:
         """Whether each of them treats every token independently in the current call."""

@@ -1,8 +1,8 @@
 """Keep freed memory blocks in the process instead of returning them to the kernel (glibc only).
 
-By default glibc maps each block above a threshold (128 KB at first, at most 32 MB) anew, and every 4 KB page of it
-costs a page fault; a training step frees and allocates the same blocks again and again. Meant for processes that train,
-because freed memory stays with the process.
+By default, glibc maps each block above a threshold (128 KB at first, at most 32 MB) again at every allocation, and
+every 4 KB page of it costs a page fault. A training step frees and allocates the same blocks again and again. This is
+meant for training processes, because freed memory stays with the process.
 """
 
 from __future__ import annotations

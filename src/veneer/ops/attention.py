@@ -3,10 +3,10 @@
     out = [softmax(q_s k_s^T * scale) v_s for s in sequences],  each causal, with its sliding window if it has one
 
 transformers recognises such a row by position ids that restart (its DataCollatorWithFlattening) and masks it with a
-matrix (tokens, tokens). Under `by_sequence` the mask is the lengths of the sequences instead, and attention is computed
-for each of them. The row is cut with `torch.split`, whose backward is one `cat` (that of a slice fills a tensor of the
-whole row), and sequences of equal length are computed as one batch. Registered through transformers' attention and mask
-interfaces.
+matrix (tokens, tokens). Under `by_sequence`, the mask is the lengths of the sequences instead, and attention is
+computed for each of them. The row is cut with `torch.split`, whose backward pass is one `cat`, whereas that of slices
+would fill a tensor of the whole row for each. Sequences of equal length are computed as one batch. The implementation
+is registered through transformers' attention and mask interfaces.
 """
 
 from __future__ import annotations
@@ -49,6 +49,24 @@ def by_sequence(model: nn.Module) -> Iterator[None]:
 def is_replaceable(model: nn.Module) -> bool:
     """Whether the model uses an attention implementation that `by_sequence` replaces."""
     return bool(upstream.configs(model, REPLACED))
+
+
+@torch.no_grad()
+def keeps_apart(call: Callable[..., Tensor], first: Tensor, second: Tensor) -> bool:
+    """Whether a sequence has the same output alone and after another sequence in the same row, by a trial.
+
+    Args:
+        call: returns the output (1, tokens, width) for input_ids (1, tokens) and, optionally, position_ids.
+        first: token ids, one-dimensional.
+        second: the token ids of the sequence whose output is compared.
+    """
+    ids = torch.cat([first, second])
+    positions = torch.cat([torch.arange(len(first)), torch.arange(len(second))]).to(ids.device)
+    in_row = call(input_ids=ids[None], position_ids=positions[None])[:, len(first) :]
+    alone = call(input_ids=second[None])
+    tolerance = 1e-4 if alone.dtype == torch.float32 else 1e-2
+    largest = float(alone.abs().max())
+    return torch.allclose(in_row, alone, rtol=tolerance, atol=tolerance * largest)
 
 
 # The mask
@@ -153,7 +171,7 @@ def _by_length(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def _batch(parts: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
-    """(n, heads, length, d) of n sequences of one length."""
+    """The sequences at `indices`, which have one length, as one tensor (n, heads, length, d)."""
     if len(indices) == 1:
         return parts[indices[0]]
     return torch.cat([parts[index] for index in indices])

@@ -1,4 +1,4 @@
-"""Cross-entropy of a language model's head, for supervised positions only, in chunks: full logits never exist.
+"""Cross-entropy of a language model's head, for supervised positions only and in chunks, without the full logits.
 
     loss = sum_i logsumexp(z_i) - z_i[t_i],  z_i = f(W h_i + b),  over positions whose label t_i is not ignored
 
@@ -27,7 +27,8 @@ from . import is_autocast, is_fast
 from ._conditions import takes_part
 
 CHUNK_BYTES = 64 << 20
-"""fp32 logits per chunk: smaller reads the weight more often, larger leaves the caches (measured, 49,152 tokens)."""
+"""Size of a chunk's fp32 logits. Smaller chunks read the weight more often, larger ones exceed the CPU's caches
+(measured with 49,152 tokens in the vocabulary)."""
 SAME_SHAPE = {"float", "to", "div", "true_divide", "__truediv__", "mul", "__mul__", "__rmul__", "tanh", "contiguous"}
 """Elementwise operations, recorded if their other arguments are numbers and dtypes only."""
 MOVING = {"view", "reshape", "flatten", "__getitem__"}
@@ -53,7 +54,7 @@ class Loss(NamedTuple):
     total: Tensor
     hidden: Tensor
     learned: tuple[Tensor, ...]
-    """With respect to the parameters that the head trains."""
+    """The gradients of the head's trained parameters."""
 
 
 class Logits(Tensor):
@@ -269,7 +270,7 @@ def _in_chunks(hidden: Tensor, labels: Tensor, head: Head, steps: Any, smoothing
 
 
 def _frozen_chunk(h: Tensor, t: Tensor, head: Head, steps: tuple[Step, ...], smoothing: float) -> Loss:
-    """A frozen linear head."""
+    """The loss of a chunk for a frozen linear head."""
     W, b = head.parameters()
     z = linear(h, W, b)
     if all(step.func.__name__ in CASTS for step in steps):
@@ -302,7 +303,7 @@ def _gradient(z: Tensor, t: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
 
 
 def _module_chunk(h: Tensor, t: Tensor, head: Head, steps: tuple[Step, ...], smoothing: float) -> Loss:
-    """Any other head: through the module, with autograd."""
+    """The loss of a chunk for any other head, computed through the module with autograd."""
     h = h.detach().requires_grad_()
     with torch.enable_grad():
         z = _after(head(h), steps).float()

@@ -1,9 +1,9 @@
-"""A linear layer through the folded weight of an adapter, which is recomputed for the backward pass.
+"""A linear layer with an adapter folded into its weight; the backward pass recomputes the folded weight.
 
     y = x W'^T + b',  (W', b') = fold(W, b);   dx = dy W',  dW' = dy^T x
 
-For adapters whose update is a whole matrix (out, in) anyway: one product covers base and update, and no layer keeps the
-update, or what it was computed from, until the backward pass.
+This is for adapters whose update is a full matrix (out, in) anyway: one product covers base and update, and no layer
+keeps the update, or what it was computed from, until the backward pass.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def suits(x: Tensor, *dtypes: torch.dtype | None) -> bool:
 
 
 def folded_linear(x: Tensor, W: Tensor, b: Tensor | None, fold: Fold, learned: Sequence[Tensor]) -> Tensor:
-    """x (..., in) through fold(W, b), W (out, in); `learned` are the trained parameters that `fold` reads."""
+    """Apply fold(W, b) to x (..., in), with W (out, in); `learned` are the trained parameters that `fold` reads."""
     if not torch.is_grad_enabled():
         return linear(x, *fold(W, b))
     flat = x.reshape(-1, x.shape[-1])
@@ -45,7 +45,7 @@ def reference(x: Tensor, W: Tensor, b: Tensor | None, fold: Fold, learned: Seque
 
 
 class FoldedLinear(torch.autograd.Function):
-    """x (rows, in); y (rows, out)."""
+    """y (rows, out) = x (rows, in) W'^T + b'."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, fold: Fold, *learned: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class FoldedLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, W, b, *_ = ctx.saved_tensors  # raises if one of them, also of `learned`, was changed in place
+        x, W, b, *_ = ctx.saved_tensors  # raises if one of them or of `learned` was changed in place
         with torch.enable_grad():
             folded = ctx.fold(W, b)
         dx = dy @ folded[0].detach() if ctx.needs_input_grad[0] else None

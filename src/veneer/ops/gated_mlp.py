@@ -1,10 +1,10 @@
 """Gated MLPs and activations that keep only their inputs for the backward pass.
 
-    down(act(gate(x)) * up(x));   of act(g) * u only g and u are kept, and act(g) is recomputed
+    down(act(gate(x)) * up(x));   for act(g) * u, only g and u are kept, and act(g) is recomputed
 
-Activations that transformers writes out in Python (its GELU for GPT-2 keeps five tensors) are replaced by torch's,
-which keep one. Both are recognised by comparing results on a probe, so that no class is named. On CUDA the kernel of
-liger-kernel is used if installed (arXiv:2410.10989).
+Activations that transformers implements in Python (its GELU for GPT-2 keeps five tensors) are replaced by torch's,
+which keep one. Both are recognised by comparing results on a probe, so no class names are needed. On CUDA, the kernel
+of liger-kernel is used if it is installed (arXiv:2410.10989).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def forward(self: Any, x: Tensor) -> Tensor:
 
 
 def activate(self: nn.Module, x: Tensor) -> Tensor:
-    """Replaces the `forward` of an activation that torch has too."""
+    """Replaces the `forward` of an activation that torch also implements."""
     function = None
     if is_fast("gated_mlp") and takes_part(self):
         function = torchs_own(self)
@@ -96,7 +96,7 @@ def recognised(module: nn.Module) -> bool:
 
 
 def is_written_out(module: nn.Module) -> bool:
-    """Whether a module is an activation of transformers in Python that torch has too."""
+    """Whether a module is a transformers activation in Python that torch also implements."""
     if module._parameters or module._modules or not is_from(module, "activations"):
         return False
     return torchs_own(module) is not None and _saved_tensors(module) > 1
@@ -120,7 +120,7 @@ _torchs_own: dict[Any, Activation | None] = {}
 
 
 def _is_gated(kind: type, module: nn.Module) -> bool:
-    """Whether the class computes the formula, found out once for each kind of activation."""
+    """Whether the class computes the formula; determined once for each kind of module."""
     key = kind_of(module)
     if key not in _gated:
         _gated[key] = _agrees(kind, module)

@@ -30,11 +30,11 @@ class Update(NamedTuple):
 
 
 Run = tuple[int, int, int]
-"""First row, end, and the index of the update that these rows use."""
+"""(first row, end, index of the update that these rows use)."""
 
 
 def low_rank_linear(x: Tensor, W: Tensor, b: Tensor | None, updates: Sequence[Update], runs: Sequence[Run]) -> Tensor:
-    """x (..., in) through W (out, in) and b; the rows of x, taken as a matrix, are updated by runs."""
+    """x W^T + b for x (..., in) and W (out, in), plus the updates for runs of rows of x, viewed as a matrix."""
     flat = x.reshape(-1, x.shape[-1])
     factors = []
     for update in updates:
@@ -64,7 +64,7 @@ FEW = 64
 
 
 def stack(updates: Sequence[Update], runs: Sequence[Run], rows: int, dtype: torch.dtype) -> Stack | None:
-    """The updates stacked, for several calls with the same runs; None if there is dropout, or there are many rows."""
+    """Stack the updates, for several calls with the same runs; None if there is dropout, or there are many rows."""
     is_one_run = len(runs) == 1 and runs[0][:2] == (0, rows)
     has_dropout = any(update.p for update in updates)
     if has_dropout or not (is_one_run or rows <= FEW):
@@ -82,7 +82,7 @@ def stack(updates: Sequence[Update], runs: Sequence[Run], rows: int, dtype: torc
 
 
 def stacked_linear(x: Tensor, W: Tensor, b: Tensor | None, stacked: Stack) -> Tensor:
-    """What `low_rank_linear` gives for the updates in a stack."""
+    """The result of `low_rank_linear` for the updates in a stack."""
     flat = x.reshape(-1, x.shape[-1])
     y = linear(flat, W, b)
     h = linear(flat, stacked.A)
@@ -106,7 +106,7 @@ def reference(x: Tensor, W: Tensor, b: Tensor | None, updates: Sequence[Update],
 
 
 class LowRankLinear(torch.autograd.Function):
-    """Factors A0, B0, A1, B1, ... in the dtype of x (rows, in); y (rows, out)."""
+    """`low_rank_linear` for x (rows, in) and factors A0, B0, A1, B1, ... in the dtype of x; returns y (rows, out)."""
 
     @staticmethod
     def forward(

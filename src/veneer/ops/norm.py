@@ -4,8 +4,8 @@
 
 In half precision, the RMSNorm of transformers keeps fp32 copies of its input and of the normalised input. torch's
 LayerNorm needs no replacement: it keeps only its input already. RMSNorms differ in two ways (w or 1 + w, and where they
-round), which are recognised by comparing results on a probe, so that no class is named. On CUDA the kernel of
-liger-kernel is used if installed (arXiv:2410.10989).
+round), which are recognised by comparing results on a probe, so no class names are needed. On CUDA, the kernel of
+liger-kernel is used if it is installed (arXiv:2410.10989).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ KINDS = (Kind(0.0, False), Kind(0.0, True), Kind(1.0, True))
 
 
 class RMSNorm(torch.autograd.Function):
-    """x (..., n) and w (n,), in the way of `Kind(offset, late)`."""
+    """RMSNorm of x (..., n) with the weight w (n,), scaled as in `Kind(offset, late)`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, eps: float, offset: float, late: bool) -> Tensor:

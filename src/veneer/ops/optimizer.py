@@ -32,7 +32,7 @@ class FlatAdamW(torch.optim.AdamW):
     def __init__(self, params: Any, **settings: Any) -> None:
         unsupported = [name for name in UNSUPPORTED if settings.get(name)]
         if unsupported:
-            raise ConfigError(f"FlatAdamW has no {', '.join(unsupported)}; use torch.optim.AdamW")
+            raise ConfigError(f"FlatAdamW does not support {', '.join(unsupported)}; use torch.optim.AdamW")
         settings["fused"] = True
         settings["foreach"] = False
         super().__init__(params, **settings)
@@ -112,7 +112,7 @@ class Flat:
         return [part.view_as(p) for p, part in zip(self.parameters, parts, strict=True)]
 
     def holds(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether these are the parameters, still in the buffer; `.to` and some loads give them other memory."""
+        """Whether the buffer holds exactly these parameters; `.to` and some ways of loading move them elsewhere."""
         if self.ids != list(map(id, parameters)):
             return False
         return not self.views or self.addresses == [p.data_ptr() for p in self.parameters]
@@ -148,7 +148,7 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _are_of_one_kind(parameters: Sequence[Tensor], steps: Sequence[Tensor]) -> bool:
-    """Whether the parameters can share a buffer: plain, contiguous, of one dtype and device, after as many steps."""
+    """Whether parameters can share a buffer: plain, contiguous, with the same dtype, device and number of steps."""
     for p in parameters:
         if type(p.data) is not Tensor or not p.is_contiguous():
             return False

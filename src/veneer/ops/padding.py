@@ -1,11 +1,11 @@
-"""A padded batch goes through the layers without its padding: as one row, with attention by sequence.
+"""Running a padded batch through the layers without its padding: as one row, with attention by sequence.
 
     h[is_token] = body(ids[is_token]),  is_token: True where the attention mask is 1;  h is zero elsewhere
 
 During a training call, the `forward` of a causal language model's body removes padding from its inputs and puts it back
 into the hidden states, so that the head, the loss and readers of `outputs.logits` see the usual shapes. Logits at
-padding, which no loss is computed from, differ from those of the plain path. Done if rows are padded on the right, and
-a trial has shown that the model keeps sequences in one row apart.
+padding, which no loss is computed from, differ from those of the plain path. This is done only if rows are padded on
+the right, and if a trial has shown that sequences in one row do not affect each other in this model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..upstream.sharding import is_sharded
 from . import is_fast
 from ._conditions import takes_part
 from ._patch import Adapters
-from .attention import by_sequence, is_replaceable
+from .attention import by_sequence, is_replaceable, keeps_apart
 
 KNOWN = {
     "input_ids",
@@ -34,7 +34,7 @@ KNOWN = {
     "num_items_in_batch",
     "return_dict",
 }
-"""Arguments that a body may be called with, besides flags that are off; Trainer passes num_items_in_batch along."""
+"""Arguments of a body that are supported, besides flags that are off; num_items_in_batch comes from Trainer."""
 SEEN = "_veneer_keeps_apart"
 
 
@@ -120,7 +120,7 @@ def without_padding(kwargs: dict[str, Any], is_token: Tensor) -> dict[str, Any] 
 
 
 def with_padding(hidden: Tensor, is_token: Tensor) -> Tensor:
-    """(rows, length, width) of hidden states (1, tokens, width), zero at padding."""
+    """Hidden states (1, tokens, width) as (rows, length, width), with zeros at padding."""
     flat = hidden.new_zeros(is_token.numel(), hidden.shape[-1])
     indices = is_token.flatten().nonzero().squeeze(1)
     return flat.index_copy(0, indices, hidden[0]).view(*is_token.shape, -1)
@@ -138,15 +138,15 @@ def _is_suitable(model: Any, adapters: Adapters) -> bool:
     if any(_is_special(module) for module in model.modules()):
         return False
     if SEEN not in model.__dict__:
-        model.__dict__[SEEN] = _keeps_apart(model, model.base_model)
+        model.__dict__[SEEN] = _keeps_apart(model)
     return bool(model.__dict__[SEEN])
 
 
 def _is_special(module: nn.Module) -> bool:
     """Whether the module's weights are sharded or quantised, so that the trial must not call the body alone.
 
-    Processes with sharded weights synchronise in calls of the whole model only, and libraries may lay out quantised
-    weights anew for a call without gradients, such as the trial.
+    Processes with sharded weights synchronise in calls of the whole model only, and libraries may change the layout of
+    quantised weights in a call without gradients, such as the trial.
     """
     if is_sharded(module):
         return True
@@ -157,18 +157,17 @@ def _is_special(module: nn.Module) -> bool:
     return False
 
 
-@torch.no_grad()
-def _keeps_apart(model: Any, body: Any) -> bool:
-    """Whether the hidden states of a sequence are the same after another sequence as alone."""
-    ids = torch.arange(14, device=model.device)[None] * 7 % model.config.get_text_config().vocab_size
-    positions = torch.cat([torch.arange(6), torch.arange(8)]).to(ids.device)[None]
+def _keeps_apart(model: Any) -> bool:
+    """Whether a sequence has the same hidden states alone and after another sequence in the same row."""
+    body = model.base_model
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(14, device=model.device) * 7 % vocabulary
+
+    def hidden_states(**inputs: Tensor) -> Tensor:
+        return body(**inputs, use_cache=False).last_hidden_state
+
     try:
-        with evaluating(body):
-            with by_sequence(model):
-                row = body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-            alone = body(input_ids=ids[:, 6:], use_cache=False).last_hidden_state
-        tolerance = 1e-4 if alone.dtype == torch.float32 else 1e-2
-        largest = float(alone.abs().max())
-        return torch.allclose(row[:, 6:], alone, rtol=tolerance, atol=tolerance * largest)
-    except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError):  # the model takes no such row
+        with evaluating(body), by_sequence(model):
+            return keeps_apart(hidden_states, ids[:6], ids[6:])
+    except Exception:  # a model fails on such a row in its own way; the plain path is taken then
         return False

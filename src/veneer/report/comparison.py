@@ -128,7 +128,7 @@ class _Side(NamedTuple):
     keys: set[str]
 
     def update(self, path: str) -> Pair | None:
-        """A and B of a module with the scaling in B; None if it has no low-rank update."""
+        """A and B of a module, with the scaling included in B; None if it has no low-rank update."""
         keys = {key for key in self.keys if place(key)[0] == path}
         pair = pair_at(self.file, path, keys)
         if pair is None:
@@ -138,7 +138,7 @@ class _Side(NamedTuple):
 
 
 def _angles(first: _Side, second: _Side) -> Iterator[Angle]:
-    """Yield the angles of the modules for which both adapters have low-rank updates of one size."""
+    """Yield the angles of the modules on which both adapters have low-rank updates of the same size."""
     paths: dict[str, None] = {}  # an ordered set
     for key in sorted(first.keys & second.keys):
         path, _ = place(key)

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..core import embeddings
 from ..core.config import Config, LayerConfig, at, default_of
+from ..dropin.tables.methods import METHODS as PEFT_METHODS
 from ..errors import ConfigError, nearest
 from ..files.find import find_weights
 from ..files.read import tensor_shapes
@@ -26,12 +27,6 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Possible values of vLLM's `--max-lora-rank`."""
 VLLM_DEFAULT = 16
 """The default of `--max-lora-rank`."""
-PEFT_TYPES = """
-PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING LORA ADALORA ADAMSS BOFT ADAPTION_PROMPT IA3 BEFT LILY
-LOHA LOKR OFT POLY LN_TUNING VERA FROD PVERA FOURIERFT GLORA XLORA HRA VBLORA UNILORA CPT MISS RANDLORA ROAD
-TRAINABLE_TOKENS HIRA SHIRA C3A WAVEFT OSF DELORA GRALORA CARTRIDGE TINYLORA PSOFT PEANUT SHADOW SUPERTUNING DEFT
-"""
-"""The values of `peft_type` that PEFT has."""
 PAIRS = (".lora_A.weight", ".lora_B.weight")
 """Endings of the keys of a linear layer's LoRA."""
 EMBEDDINGS = (".lora_embedding_A", ".lora_embedding_B")
@@ -240,7 +235,7 @@ def _llama_cpp(adapter: str, config: Config, shapes: Shapes) -> Iterator[Finding
 
 
 def _peft(adapter: str, config: Config, shapes: Shapes) -> Iterator[Finding]:
-    if str(config.peft_type) not in PEFT_TYPES.split():
+    if str(config.peft_type) not in PEFT_METHODS:
         yield Finding(f"PEFT has no {config.peft_type}", _way_out(adapter, config))
         return
     unknown = _unknown_to_peft(config)

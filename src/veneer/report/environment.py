@@ -35,7 +35,7 @@ class Environment:
     """Models that `veneer pull` has downloaded."""
     offline: bool
     untried: list[str] = field(default_factory=list)
-    """Installed packages outside the tested versions; they may still work."""
+    """Installed packages whose versions are not tested; they may still work."""
     problems: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -43,7 +43,7 @@ class Environment:
 
 
 def environment() -> Environment:
-    """Describe the environment. Imports torch; opens no socket."""
+    """Describe the environment. Imports torch; does not use the network."""
     import psutil
     import torch
 
@@ -90,5 +90,7 @@ def _problems(environment: Environment) -> list[str]:
     threads = environment.torch_threads
     processors = environment.processors
     if threads > processors:
-        problems.append(f"torch has {threads} threads for {processors} processors: set OMP_NUM_THREADS={processors}")
+        problems.append(
+            f"torch uses {threads} threads on {processors} processors, which is slow: set OMP_NUM_THREADS={processors}"
+        )
     return problems

@@ -26,7 +26,7 @@ class Epoch:
     rows: int
     """Rows read."""
     kept: int
-    """Rows with a token to learn, including those that are split off for evaluation."""
+    """Rows with at least one token to learn, including those held out for evaluation."""
     tokens: int
     supervised_tokens: int
     cut_rows: int
@@ -38,7 +38,7 @@ class Epoch:
     lengths: tuple[tuple[int, int, int], ...]
     """(first, last, rows): the number of rows with first to last tokens, before cutting."""
     sequences: int
-    """Sequences per epoch: training rows repeated by weight, and packed if the recipe says so."""
+    """Sequences per epoch: training rows, repeated by their weight, and packed if the recipe says so."""
     steps: int
     """Optimizer steps per epoch on one process."""
     evaluation_rows: int

@@ -20,7 +20,7 @@ from .memory import step_peak
 ADAM_BYTES = 8
 """Optimizer state per trained number: two fp32 moments."""
 PROCESS_BYTES = 600_000_000
-"""Python, torch, transformers and datasets in a training process, measured on Linux with torch for CPUs."""
+"""Memory of Python, torch, transformers and datasets in a training process, measured on Linux with torch for CPUs."""
 HOLES = 0.65
 """Fragmentation of glibc's heap as a share of a step without checkpointing: freed blocks lie between blocks in use.
 Measured on SmolLM2-135M with 512 to 2,048 tokens per step: 0.46 to 0.73; as many bytes with checkpointing."""
@@ -45,11 +45,11 @@ class Memory:
     optimizer: int
     """Two fp32 moments per trained number."""
     step: int | None
-    """Activations and gradients; None if the method reads values of tensors, which do not exist yet."""
+    """Activations and gradients; None if the method reads values of tensors, which the meta device does not have."""
     process: int
     """Python and its libraries; 0 with an accelerator, which has its own memory."""
     heap: int | None
-    """Fragmentation of the C library's heap; 0 with an accelerator."""
+    """Memory lost to fragmentation of the C library's heap; 0 with an accelerator."""
 
     @property
     def total(self) -> int | None:
@@ -61,7 +61,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a fine-tuning run trains and takes."""
+    """What a fine-tuning run trains and how much memory it needs."""
 
     model: str
     method: str
@@ -69,7 +69,7 @@ class Forecast:
     hits: tuple[Hit, ...]
     rows: tuple[Row, ...]
     outside: int
-    """Parameters trained outside the layers: a prompt, a gate, shared parts."""
+    """Trained parameters outside the adapted modules: of a prompt, a gate, or shared parts."""
     trainable: int
     total: int
     """Parameters of the model with the adapter."""
@@ -128,8 +128,8 @@ def _adapted(base: Any, config: Config) -> PeftModel:
         return get_peft_model(base, config, low_cpu_mem_usage=True)
     except NotImplementedError:  # torch raises it when the value of a meta tensor is read
         raise VeneerError(
-            f"{config.peft_type} sizes its parts by the values of the base weights, so a config cannot tell what it "
-            "trains; load the model and use get_peft_model(...).parameter_plan()"
+            f"the sizes of {config.peft_type}'s parts depend on the values of the base weights, which a config does "
+            "not have; load the model and call get_peft_model(...).parameter_plan()"
         ) from None
 
 
@@ -160,10 +160,15 @@ def _beyond_weights(model: PeftModel, batch_size: int, length: int, checkpointin
 
 
 def _step(model: PeftModel, batch_size: int, length: int) -> int | None:
-    """Bytes of activations and gradients, None if they cannot be told without values."""
+    """Bytes of activations and gradients; None if they depend on values of tensors."""
     try:
         return step_peak(model, batch_size, length)
-    except (RuntimeError, TypeError, ValueError, AttributeError):  # it reads values, or facts that the call lacks
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ):  # the method reads values, or arguments that this call does not pass
         return None
 
 
@@ -199,7 +204,7 @@ def _hit(entry: str, rows: Sequence[Row]) -> Hit:
 
 
 def settings_of(config: type[Config], rank: int | None, targets: str | None, given: Sequence[str]) -> dict[str, Any]:
-    """The fields of a config from command-line arguments.
+    """Parse command-line arguments as fields of a config.
 
     Args:
         rank: the field `r`.

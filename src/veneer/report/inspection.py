@@ -1,6 +1,6 @@
 """Inspect an adapter's files without its base model, and without trusting them.
 
-A damaged or hostile file is described and not refused: what cannot be read is listed under `problems`.
+A damaged or hostile file is not refused: what can be read is described, and the rest is listed under `problems`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PREFIX = "base_model."
 MOST_RANK = 2048
 """Highest rank for which singular values are computed; above it they would take minutes."""
 CHUNK = 1 << 24
-"""Numbers that are converted to fp64 at a time."""
+"""Number of values that are converted to fp64 at a time."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def inspect(directory: str | Path) -> Inspection:
     """
     home = Path(directory)
     if not any((home / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME)):
-        raise CheckpointError(f"{str(home)!r} holds no adapter: neither {CONFIG_NAME} nor {WEIGHTS_NAME} is there")
+        raise CheckpointError(f"{str(home)!r} holds no adapter: it has neither {CONFIG_NAME} nor {WEIGHTS_NAME}")
     inspection = Inspection(printable(home))
     config = _read_config(home, inspection)
     try:
@@ -177,7 +177,7 @@ def _norm(tensor: Tensor) -> tuple[float, bool]:
 
 
 def place(key: str) -> tuple[str, str]:
-    """(path of the module, name of the part): base_model.model.h.0.attn.lora_A.weight is (h.0.attn, lora_A)."""
+    """(path of the module, name of the part): base_model.model.h.0.attn.lora_A.weight becomes (h.0.attn, lora_A)."""
     inner = key.removeprefix("base_model.model.").removeprefix(PREFIX)
     path, _, name = inner.removesuffix(".weight").rpartition(".")
     if not path:
@@ -257,12 +257,12 @@ def _check_against(config: Config, inspection: Inspection) -> None:
     if isinstance(config, LayerConfig):
         others = [key for key in keys if not key.startswith(PREFIX)]
         if others:
-            problems.append(f"{len(others)} keys are not PEFT's, {others[0]} first; see `veneer convert`")
+            problems.append(f"{len(others)} keys are not in PEFT's layout, such as {others[0]}; see `veneer convert`")
     entries = getattr(config, "target_modules", None)
     if isinstance(entries, list) and keys:
         for entry in entries:
             if not any(matches(layer.path, entry) for layer in inspection.layers):
-                problems.append(f"target_modules: the file holds nothing for {printable(entry)}")
+                problems.append(f"target_modules: the file has no tensor for {printable(entry)}")
     if type(config) is LoraConfig and not config.target_parameters:
         problems += _rank_problems(config, inspection.layers)
 

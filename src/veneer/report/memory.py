@@ -21,7 +21,7 @@ from ..ops._patch import fit
 DEEP = 8
 """Stacks of at least this many layers are measured by running fewer layers."""
 SHORT = (2, 4)
-"""Numbers of layers that are run in place of a deep stack."""
+"""Numbers of layers that are run instead of a deep stack."""
 
 
 class Live(TorchDispatchMode):
@@ -38,7 +38,7 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             is_bool = args[0].dtype == torch.bool
-            return True if is_bool else 1  # the usual answer to questions such as "is nothing packed?"
+            return True if is_bool else 1  # the usual answer to checks such as "is nothing packed?"
         out = func(*args, **kwargs or {})
         tree_map_only(Tensor, self._note, out)
         return out
@@ -94,7 +94,7 @@ def step_peak(model: Any, batch_size: int, length: int) -> int:
     if stack is not None:
         try:
             return _extrapolated(model, ids, *stack)
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):  # it needs all of its layers
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):  # the model needs all of its layers
             pass
     peak, _ = _run(model, ids)
     return peak
@@ -102,7 +102,7 @@ def step_peak(model: Any, batch_size: int, length: int) -> int:
 
 def _run(model: Any, ids: Tensor) -> tuple[int, int]:
     """(bytes at the peak, bytes at the end) of a step; at the end the gradients are alive."""
-    # Not a TorchFunctionMode: it is off in the backward pass, so it would miss the layers that are recomputed there.
+    # A TorchFunctionMode is inactive in the backward pass, so it would miss the layers that are recomputed there.
     with Live(model) as live, patch("torch.nn.functional.scaled_dot_product_attention", _attention):
         _loss(model, ids).backward()
     peak = live.peak

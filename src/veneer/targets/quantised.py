@@ -28,6 +28,7 @@ class QuantisedTarget(LinearTarget):
 
     is_quantised = True
     is_readable = False
+    forwards = ()
     rounded: tuple[float, float] | None = None
     """(norm of the update, norm of the rounding error) of the last merge."""
 
@@ -44,15 +45,15 @@ class QuantisedTarget(LinearTarget):
         """The (out, in) matrix of a quantised weight that `bound` returned."""
         kind = type(self.base).__name__
         raise NotMergeable(
-            f"{self.path!r}: the weight of a {kind} cannot be read; use a method that does not look at it"
+            f"{self.path!r}: the weight of a {kind} cannot be read; use a method that does not read the weight"
         )
 
     def quantised(self, W: Tensor) -> Any:
         """Quantise an (out, in) matrix with the settings of the current weight; the result goes to `bind`."""
         kind = type(self.base).__name__
         raise NotMergeable(
-            f"{self.path!r}: a merged weight cannot be quantised into a {kind} again; merge into the model before it "
-            "was quantised, or keep the adapter unmerged"
+            f"{self.path!r}: a merged weight cannot be quantised as a {kind} again; merge into the unquantised model, "
+            "or keep the adapter unmerged"
         )
 
     def bound(self, module: Any) -> Any:
@@ -229,7 +230,7 @@ class TorchAO(QuantisedTarget):
 
 
 def _granularity(block: Any, shape: torch.Size) -> Any:
-    """torchao's granularity for blocks of a shape in a weight of a shape."""
+    """The torchao granularity for a block shape and a weight shape."""
     from torchao.quantization import PerGroup, PerRow, PerTensor
 
     if tuple(block) == tuple(shape):
@@ -304,9 +305,9 @@ def warn_of_rounding(layers: Iterable[Any]) -> None:
     error = math.hypot(*errors)
     if error > LARGE * change:
         warnings.warn(
-            f"quantising the merged weights again makes an error of {error / change:.0%} of what was merged: changes "
-            "smaller than a quantisation step vanish. Keep the adapter unmerged, or load the base model unquantised "
-            "and merge there; the adapter's file fits both",
+            f"quantising the merged weights again causes an error of {error / change:.0%} of the update: changes "
+            "smaller than a quantisation step vanish. Keep the adapter unmerged, or merge it into the unquantised base "
+            "model, for which the same adapter file can be used",
             RoundingWarning,
             stacklevel=4,
         )

@@ -71,7 +71,7 @@ def layers(model: Any, of_encoder: bool = False) -> list[str]:
         encoder = {bare(module) for module in model.get_encoder().modules()}
         paths = [path for path in paths if modules[path] in encoder]
     if not paths:
-        raise TargetError(f"{type(model).__name__} shows no repeated layers with attention; give target_modules")
+        raise TargetError(f"{type(model).__name__} has no recognisable layers with attention; give target_modules")
     return paths
 
 
@@ -96,7 +96,7 @@ def default_targets(model: nn.Module, wanted: Iterable[str]) -> list[str]:
     paths = [path for path in paths if path.startswith(prefix)] or paths
     if not paths:
         raise TargetError(
-            f"{type(model).__name__} shows no modules that are {', '.join(sorted(wanted))}; give target_modules"
+            f"{type(model).__name__} has no recognisable {', '.join(sorted(wanted))} modules; give target_modules"
         )
     return endings(paths, dict(walk(model)))
 
@@ -124,7 +124,7 @@ def blocks(model: nn.Module) -> list[str]:
     """
     paths = _layers(dict(walk(model)))
     if not paths:
-        raise TargetError(f"{type(model).__name__} shows no list of layers with attention; give target_modules")
+        raise TargetError(f"{type(model).__name__} has no list of layers with attention; give target_modules")
     return paths
 
 
@@ -157,7 +157,7 @@ def layer_list(model: nn.Module) -> str:
     lists = {path.rpartition(".")[0] for path in _layers(dict(walk(model)))}
     if len(lists) != 1:
         raise TargetError(
-            f"{type(model).__name__} shows {len(lists)} lists of layers, not one: {', '.join(sorted(lists))}"
+            f"{type(model).__name__} has {len(lists)} lists of layers instead of one: {', '.join(sorted(lists))}"
         )
     return lists.pop()
 
@@ -178,12 +178,12 @@ def _with_role(model: nn.Module, wanted: set[str]) -> list[str]:
 
 
 def _below(block: str, paths: Iterable[str]) -> list[str]:
-    """Those of `paths` that are inside the module at path `block`."""
+    """The paths in `paths` that are inside the module at path `block`."""
     return [path for path in paths if path.startswith(block + ".")]
 
 
 def _outermost(paths: list[str]) -> list[str]:
-    """Those of `paths` that are inside no other of them."""
+    """The paths in `paths` that are not inside another one of them."""
     nested: set[str] = set()
     for path in paths:
         nested.update(_below(path, paths))

@@ -40,7 +40,7 @@ class Layer(Protocol):
     kept: dict[str, Tensor]
     """The pretrained tensors by name while adapters are merged."""
     kept_module: Any
-    """The pretrained module if merging replaced it by another."""
+    """The pretrained module, if merging has replaced it."""
 
 
 class Target:
@@ -53,12 +53,16 @@ class Target:
     inside: ClassVar[Mapping[str, str]] = {}
     """Parameters that the module reads without calling the submodules that hold them; the values are key prefixes."""
     is_quantised: ClassVar[bool] = False
-    """The weight is stored quantised."""
+    """Whether the weight is stored quantised."""
     is_readable: ClassVar[bool] = True
-    """The weight can be read, dequantised if need be."""
+    """Whether the weight can be read, after dequantisation if necessary."""
+    forwards: ClassVar[tuple[Any, ...]] = ()
+    """The forward methods that `op` and `low_rank` repeat; () if the class of the module decides nothing."""
 
     def __init__(self, layer: Layer) -> None:
         self._layer = weakref.ref(layer)  # a cycle with the layer would delay the release of the base model's memory
+        self.by_weight = bool(self.forwards) and self._differs(layer.base_layer)
+        """The module computes something else than its class, so updates of its weight must be put into the weight."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_layer": self.layer}
@@ -66,6 +70,10 @@ class Target:
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         self.__dict__.update(attributes)
         self._layer = weakref.ref(attributes["_layer"])
+
+    def _differs(self, module: nn.Module) -> bool:
+        """Whether the module's forward is another than those that this kind repeats."""
+        return _forward_of(module) not in self.forwards
 
     @property
     def layer(self) -> Any:
@@ -208,7 +216,10 @@ class Target:
         """(weight as (out, in), bias) of a module of this kind."""
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor):
-            raise NotMergeable(f"{self.path!r} ({type(module).__name__}) is a block without a weight of its own")
+            raise NotMergeable(
+                f"{self.path!r} ({type(module).__name__}) is a block, which has no weight of its own; keep the adapter "
+                "unmerged"
+            )
         return self.as_matrix(weight), getattr(module, "bias", None)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
@@ -259,7 +270,18 @@ class Target:
         return tensors
 
     def replace(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Bind new Parameters and return the old ones. Writing to `.data` would change tied weights elsewhere."""
+        """Bind new Parameters and return the old ones. Writing to `.data` would change tied weights elsewhere.
+
+        Raises:
+            NotMergeable: a tensor is not a Parameter but computed from others.
+        """
+        for name in new:
+            if name not in self.base._parameters:
+                raise NotMergeable(
+                    f"the {name} of {self.path!r} ({type(self.base).__name__}) is not a Parameter but computed from "
+                    f"others; torch.nn.utils.parametrize.remove_parametrizations(module, {name!r}) makes it a tensor, "
+                    "which must then be an nn.Parameter"
+                )
         old = {name: self.base._parameters[name] for name in new}
         for name, tensor in new.items():
             dtype = old[name].dtype
@@ -282,6 +304,7 @@ class LinearTarget(Target):
     """`nn.Linear`."""
 
     kind = "linear"
+    forwards = (nn.Linear.forward,)
 
     @property
     def in_features(self) -> int:
@@ -312,6 +335,8 @@ class LinearTarget(Target):
 class Conv1DTarget(LinearTarget):
     """GPT-2's Conv1D: a linear layer that stores its weight as (in, out)."""
 
+    forwards = ()
+
     @property
     def in_features(self) -> int:
         return self.base.weight.shape[0]
@@ -337,6 +362,11 @@ class ConvTarget(Target):
     """`nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`: W is (out, in / groups * kernel), one row per output channel."""
 
     kind = "conv"
+    forwards = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+    def _differs(self, module: nn.Module) -> bool:
+        classes = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        return super()._differs(module) or type(module)._conv_forward not in [c._conv_forward for c in classes]
 
     @property
     def in_features(self) -> int:
@@ -379,7 +409,10 @@ class ConvTarget(Target):
         if r % self.groups:
             raise TargetError(f"rank {r} on {self.path!r} must be a multiple of its {self.groups} groups")
         if self.groups > 1 and self.base.padding_mode != "zeros":
-            raise TargetError(f"{self.path!r} pads a grouped convolution by {self.base.padding_mode}; only zeros work")
+            raise TargetError(
+                f"{self.path!r} is a grouped convolution with padding_mode={self.base.padding_mode!r}; only 'zeros' is "
+                "supported"
+            )
         kernel = self.base.weight.shape[2:]
         ones = (1,) * self.spatial
         A = Matrix(r, self.in_channels, *kernel)
@@ -413,6 +446,11 @@ class EmbeddingTarget(Target):
     """An embedding is a linear layer over one-hot inputs: W is (width, vocabulary), the stored weight transposed."""
 
     kind = "embedding"
+    forwards = (nn.Embedding.forward,)
+
+    def _differs(self, module: nn.Module) -> bool:
+        """A lookup whose rows are scaled is computed as the class does it, which spares the sum of whole tables."""
+        return super()._differs(module) and not _is_scaled_lookup(module)
 
     @property
     def in_features(self) -> int:
@@ -538,6 +576,37 @@ def _parameter(module: nn.Module, path: str) -> Any:
     return getattr(module.get_submodule(owner), name)
 
 
+def _forward_of(module: nn.Module) -> Any:
+    """The function that a call of the module runs, without that of accelerate around it."""
+    bound = module.__dict__.get("forward")
+    if bound is None:
+        return type(module).forward
+    if hasattr(module, "_hf_hook"):
+        bound = module._old_forward
+    return getattr(bound, "__func__", bound)
+
+
+@torch.no_grad()
+def _is_scaled_lookup(module: Any) -> bool:
+    """Try whether an embedding with a forward of its own gives the rows of its weight times a number.
+
+    Then a lookup in a product of factors is the product of a lookup in the first factor.
+    """
+    if hasattr(module, "embed_scale"):
+        return True
+    width, r = module.embedding_dim, 3
+    row = torch.linspace(0.5, 1.5, r, device=module.weight.device)
+    B = torch.linspace(-1, 2, width * r, device=row.device).view(width, r)
+    ids = torch.arange(1, device=row.device)[None]
+    shape = (module.num_embeddings, -1)
+    try:
+        of_factor = functional_call(module, {"weight": row.expand(shape)}, (ids,))
+        of_product = functional_call(module, {"weight": (B @ row).expand(shape)}, (ids,))
+        return torch.allclose(F.linear(of_factor, B), of_product, rtol=1e-4, atol=1e-5)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # it takes other arguments than ids
+        return False
+
+
 def adapts(kinds: Collection[str], module: nn.Module) -> bool:
     """Whether a method for these kinds of targets can adapt the module, or the parameters inside it."""
     target = kind_of(module)
@@ -581,7 +650,7 @@ def _block_width(module: Any) -> int:
             if is_conv1d(child):
                 return child.weight.shape[0]
             return child.in_features
-    raise TargetError(f"cannot tell the width of {type(module).__name__}: it holds no linear layer")
+    raise TargetError(f"the width of {type(module).__name__} is unknown, because it contains no linear layer")
 
 
 def is_bare(module: Any, forward: Any) -> bool:

@@ -34,7 +34,7 @@ from .watch import Watch
 STAGING = ".unfinished-"
 """Prefix of the hidden folder's name."""
 LAST = (PAGE_NAME, REPORT_NAME)
-"""Files that move last: if they are in the output directory, so is everything else."""
+"""Files that are moved last: once they are in the output directory, all other files are too."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ def finish(run: Run) -> dict[str, Any]:
 
 @contextmanager
 def _staging(output: Path, is_main: bool) -> Iterator[Path]:
-    """A hidden folder in the output directory, removed on exit. Only the main process makes one and writes."""
+    """Yield a hidden folder in the output directory, removed on exit; other processes get the directory itself."""
     if not is_main:
         yield output
         return
-    for leftover in output.glob(f"{STAGING}*"):  # of a run that was killed in this function
+    for leftover in output.glob(f"{STAGING}*"):  # left by a run that was killed in this function
         shutil.rmtree(leftover)
     folder = Path(tempfile.mkdtemp(dir=output, prefix=STAGING))
     try:
@@ -98,7 +98,7 @@ def _staging(output: Path, is_main: bool) -> Iterator[Path]:
 def _record_outputs(run: Run, folder: Path, unchanged: list[str], is_main: bool) -> None:
     """Record the trained model's outputs, and the initial digests of the tensors that must have changed.
 
-    Excused are unchanged tensors that no gradient had reached by the step that is the result.
+    A tensor may be unchanged if no gradient had reached it by the step whose checkpoint is the result.
     """
     state = run.trainer.state
     step = state.best_global_step if state.best_model_checkpoint else state.global_step
@@ -143,12 +143,12 @@ def _check(verification: Verification) -> None:
     failures = [f"{check.name}: {check.detail}" for check in verification.checks if check.passed is False]
     if failures:
         raise TrainingError(
-            f"the trained adapter does not work, and was not kept ({'; '.join(failures)}); the checkpoints are there"
+            f"the trained adapter does not work and was not kept ({'; '.join(failures)}); the checkpoints remain"
         )
 
 
 def _publish(folder: Path, output: Path) -> None:
-    """Move the files to their places: all of them, or none."""
+    """Move all files into the output directory; after an error, none of them remains there."""
     names = [file.name for file in folder.iterdir() if file.name not in LAST]
     moved: list[Path] = []
     try:

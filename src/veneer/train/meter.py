@@ -1,4 +1,4 @@
-"""The cost of a run in tokens, seconds and memory, kept across checkpoints."""
+"""Counts of a run's tokens, seconds and memory, which checkpoints store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 
 
 class Meter(TrainerCallback, ExportableState):
-    """Counts tokens, seconds and memory. Every checkpoint holds the counts, so that a resumed run continues them."""
+    """Counts tokens, seconds and memory. Checkpoints store the counts, and a resumed run continues from them."""
 
     def __init__(
         self,
@@ -28,9 +28,9 @@ class Meter(TrainerCallback, ExportableState):
             real_tokens: tokens without padding, over all processes.
             supervised_tokens: tokens that count in the loss, over all processes.
             seconds: time spent in training steps.
-            peak: the most memory of this process, in bytes.
-            data: fingerprint of the training data; a run must be resumed with the same.
-            batch: sequences per optimizer step; a run must be resumed with the same.
+            peak: peak memory of this process, in bytes.
+            data: fingerprint of the training data, which must be the same when a run is resumed.
+            batch: sequences per optimizer step, which must be the same when a run is resumed.
         """
         self.real_tokens = real_tokens
         self.supervised_tokens = supervised_tokens
@@ -43,7 +43,7 @@ class Meter(TrainerCallback, ExportableState):
         self._last_seconds = seconds
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint stores: the arguments that make this meter again."""
+        """What a checkpoint stores: the arguments that recreate this meter."""
         names = ("real_tokens", "supervised_tokens", "seconds", "peak", "data", "batch")
         return {"args": {name: getattr(self, name) for name in names}, "attributes": {}}
 
@@ -53,7 +53,7 @@ class Meter(TrainerCallback, ExportableState):
         self.supervised_tokens += supervised
 
     def start(self) -> None:
-        """Start the clock of a step. It runs until the step's end, so that evaluation and saving do not count."""
+        """Start the clock for a step. It runs until the end of the step, which excludes evaluation and saving."""
         self._step_start = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -83,7 +83,7 @@ def peak_rss() -> int:
     if sys.platform == "win32":
         return rss()
     status = Path("/proc/self/status")
-    if status.is_file():  # preferred: getrusage's peak survives exec, and may be that of the program before
+    if status.is_file():  # preferred: the peak of getrusage survives exec and may belong to the previous program
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) * 1024

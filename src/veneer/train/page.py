@@ -235,17 +235,17 @@ def _tick_text(value: float, digits: int, scientific: bool) -> str:
 
 
 def heats(layers: list[dict[str, Any]]) -> list[Heat]:
-    """Maps of how far each layer's weight moved, and in how many directions."""
+    """Maps of the size of each layer's update and of its effective rank."""
     if not layers:
         return []
     if all(layer["relative_norm"] is not None for layer in layers):
-        maps = [_heat("How far each weight moved: |ΔW| / |W|", layers, "relative_norm", _portion)]
+        maps = [_heat("Size of the update of each weight: |ΔW| / |W|", layers, "relative_norm", _portion)]
     else:
-        maps = [_heat("Size of each adapter's own numbers", layers, "norm", _short)]
+        maps = [_heat("Norm of each adapter's parameters", layers, "norm", _short)]
     if all(layer["effective_rank"] is not None for layer in layers):
         ranks = {layer["rank"] for layer in layers}
         limit = f" (of {ranks.pop()})" if len(ranks) == 1 else ""
-        title = f"In how many directions: effective rank{limit}"
+        title = f"Effective rank of the update{limit}"
         maps.append(_heat(title, layers, "effective_rank", _one_digit))
     return maps
 
@@ -271,7 +271,7 @@ def _heat(title: str, layers: list[dict[str, Any]], measure: str, spell: Callabl
 
 
 def _place(path: str) -> tuple[str, int | None]:
-    """(kind of module, depth): model.layers.3.mlp.up_proj is (mlp.up_proj, 3)."""
+    """(kind of module, depth): model.layers.3.mlp.up_proj becomes (mlp.up_proj, 3)."""
     match = re.match(r"(?:.*?\.)??(\d+)(?:\.(.+))?$", path)
     if match is None:
         return path, None
@@ -279,7 +279,7 @@ def _place(path: str) -> tuple[str, int | None]:
 
 
 def _shortest(kinds: list[str]) -> dict[str, str]:
-    """The last part of each name, or the whole name if several end the same."""
+    """The last part of each name, or the whole name if several names have the same last part."""
     ends = [kind.rpartition(".")[2] for kind in kinds]
     return {kind: end if ends.count(end) == 1 else kind for kind, end in zip(kinds, ends, strict=True)}
 

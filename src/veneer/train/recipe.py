@@ -34,9 +34,9 @@ class Recipe(Strict):
     method: str = "lora"
     """The method; `veneer methods` lists all of them."""
     rank: int | None = Field(None, ge=1)
-    """The rank, under whatever name the method has for it; None: the method's default."""
+    """The rank of the update, whatever the method calls it; None: the method's default."""
     targets: str | list[str] | None = None
-    """Modules to adapt: "all-linear", name endings, or a regular expression for whole paths; None: the default."""
+    """Modules to adapt: "all-linear", name endings, or a regular expression for paths; None: the method's default."""
     options: dict[str, Any] = {}
     """Further fields of the method's config."""
 
@@ -47,11 +47,11 @@ class Recipe(Strict):
     eval_split: float | None = Field(None, gt=0)
     """Rows held out from the training data for evaluation: a share below 1, or a number of rows."""
     task: Literal["auto", "text", "classification"] = "auto"
-    """What the model learns; auto: classification if the data has a label column, else text."""
+    """The task to train for; auto: classification if the data has a label column, else text."""
     labels: list[str] | None = None
     """Names of the classes, in order; None: those found in the data."""
     loss_on: Literal["assistant", "all"] = "assistant"
-    """Which tokens are learned: the assistant's answers with their end tokens, or all tokens."""
+    """Tokens that the loss is computed on: the assistant's answers with their end tokens, or all tokens."""
     chat_template: str | None = None
     """A file with a chat template that replaces the tokenizer's."""
     max_length: int = Field(1024, ge=2)
@@ -87,23 +87,23 @@ class Recipe(Strict):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     fast: bool = True
-    """Use the fast paths; results change by rounding only."""
+    """Use the fast implementations of operations; results differ only by rounding."""
     seed: int = 0
 
     eval_every: int | None = Field(None, ge=1)
     """Steps between evaluations; None: once an epoch."""
     save_every: int | None = Field(None, ge=1)
-    """Steps between checkpoints; None: with each evaluation, and otherwise every 100 steps or once an epoch."""
+    """Steps between checkpoints; None: at each evaluation; without evaluation, 100 or one epoch if shorter."""
     keep: int = Field(2, ge=2)
     """Number of checkpoints to keep. At least two, so that one is complete even if the run is killed while saving."""
     best: bool = True
-    """Return the checkpoint with the lowest evaluation loss (if there is an evaluation), not the last one."""
+    """With evaluation: keep the checkpoint with the lowest evaluation loss as the result, not the last one."""
     early_stopping: int | None = Field(None, ge=1)
-    """Stop after this many evaluations without a lower loss."""
+    """Stop after this many evaluations in a row without a lower loss."""
     log_every: int = Field(1, ge=1)
     """Steps between logged losses."""
     samples: int = Field(4, ge=0)
-    """Number of held-out rows for which the report shows the answers before and after training."""
+    """Number of held-out rows whose answers before and after training are shown in the report."""
     wandb: bool = False
     """Also log to Weights & Biases."""
     output: str
@@ -128,15 +128,15 @@ class Recipe(Strict):
     def _no_contradictions(self) -> Recipe:
         evaluates = bool(self.eval_data) or self.eval_split is not None
         if not self.data:
-            raise ValueError("data is empty; give at least one file")
+            raise ValueError("data is empty; give at least one source")
         if self.eval_data and self.eval_split is not None:
-            raise ValueError("eval_data and eval_split both say what to evaluate on; give one of them")
+            raise ValueError("eval_data and eval_split both say what to evaluate on; give only one of them")
         if self.streaming and self.max_steps is None:
-            raise ValueError("streaming data has no known end; give max_steps")
+            raise ValueError("the length of streaming data is unknown; set max_steps")
         if self.streaming and self.eval_split is not None:
             raise ValueError("streaming data cannot be split; give eval_data")
         if self.early_stopping is not None and not (evaluates and self.best):
-            raise ValueError("early_stopping compares evaluations; give eval_data or eval_split, and leave best on")
+            raise ValueError("early_stopping compares evaluations; give eval_data or eval_split, and keep best: true")
         return self
 
     def save(self, directory: Path) -> None:

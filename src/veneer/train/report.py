@@ -104,7 +104,7 @@ def _device(device: Any) -> str:
 
 
 def _cpu() -> str:
-    """The processor's model name, as well as the platform tells it."""
+    """The processor's model name, as far as the platform reports it."""
     if CPU_NAMES.is_file():
         for line in CPU_NAMES.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -113,7 +113,7 @@ def _cpu() -> str:
 
 
 def _evaluation(state: Any) -> dict[str, Any] | None:
-    """The measures of the result (the best checkpoint, else the last), those before training, and all of them."""
+    """The measures of the result (the best checkpoint, else the last), those before training, and the whole history."""
     history = []
     for entry in state.log_history:
         if "eval_loss" in entry:

@@ -36,7 +36,7 @@ from .trainer import ExactTrainer, arguments, last_checkpoint, metrics
 from .watch import Watch
 
 OURS = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, PROBE_NAME, RECIPE_NAME, REPORT_NAME, PAGE_NAME, "checkpoints", "logs")
-"""Everything that a run writes into its output directory."""
+"""Names of everything that a run writes into its output directory."""
 MAY_CHANGE = {
     "output",
     "batch_size",
@@ -48,7 +48,7 @@ MAY_CHANGE = {
     "samples",
     "wandb",
 }
-"""Recipe keys that may differ when a run is resumed. The sequences per optimizer step may not."""
+"""Recipe keys that may change when a run is resumed. The number of sequences per optimizer step must stay the same."""
 
 
 def train(
@@ -108,7 +108,7 @@ def train(
 
 
 def _silence_libraries() -> None:
-    """Turn off the progress bars and warnings of the libraries, so that only our display speaks."""
+    """Turn off the progress bars and warnings of the libraries; only our own display remains."""
     import datasets
 
     quiet()
@@ -133,8 +133,8 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
     present = [name for name in OURS if (output / name).exists()]
     if present and not resume and not overwrite:
         raise ConfigError(
-            f"output {str(output)!r} already holds {', '.join(present)}; go on with --resume, "
-            "begin afresh with --overwrite, or give another directory"
+            f"output {str(output)!r} already holds {', '.join(present)}; continue it with --resume, replace it with "
+            "--overwrite, or give another directory"
         )
     if os.environ.get("RANK", "0") == "0":
         output.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def _check_recipe_unchanged(output: Path, recipe: Recipe) -> None:
     changed = [key for key in now if key not in MAY_CHANGE and before[key] != now[key]]
     if changed:
         changes = [f"{key}: {before[key]!r}, now {now[key]!r}" for key in changed]
-        raise ConfigError(f"cannot resume with another recipe than {path}:{listing(changes)}")
+        raise ConfigError(f"cannot resume: the recipe differs from {path} in:{listing(changes)}")
 
 
 def _resolved(recipe: Recipe, data: Data) -> tuple[Recipe, int]:
@@ -178,8 +178,8 @@ def _resolved(recipe: Recipe, data: Data) -> tuple[Recipe, int]:
     save_every = recipe.save_every or eval_every or min(100, epoch_steps or steps, steps)
     if eval_every and recipe.best and save_every % eval_every:
         raise ConfigError(
-            f"save_every = {save_every} must be a multiple of eval_every = {eval_every}: the best checkpoint is one "
-            "that was evaluated (or set best: false)"
+            f"save_every = {save_every} must be a multiple of eval_every = {eval_every}, because only an evaluated "
+            "checkpoint can be the best one; change one of them, or set best: false"
         )
 
     filled = recipe.changed(
@@ -233,10 +233,10 @@ def _build_trainer(recipe: Recipe, data: Data, pad: int, steps: int, meter: Mete
 
 
 def _flat_collator(recipe: Recipe, model: Any, data: Data, pad: int) -> Collator | None:
-    """The collator that joins training rows without padding, or None if the rows, the model or the method forbid it.
+    """The collator that joins training rows without padding; None if the rows, the model or the method do not allow it.
 
     Raises:
-        TrainingError: packed rows would see each other.
+        TrainingError: packed rows would attend to each other.
     """
     if recipe.packing:
         check_packing(model, data.train)
@@ -246,13 +246,14 @@ def _flat_collator(recipe: Recipe, model: Any, data: Data, pad: int) -> Collator
 
 
 def _check_reloadable(recipe: Recipe, model: Any) -> None:
-    """Refuse a method whose adapter cannot be loaded back in training, as the best checkpoint is at the end."""
+    """Refuse a method whose adapter cannot be reloaded into the model: the best checkpoint is reloaded at the end."""
     try:
         tensors = checkpoint.slots(model._state, "default")
         checkpoint.absorb(model._state, "default", tensors)
     except CheckpointError:
         raise ConfigError(
-            f"{recipe.method} cannot go on from its file, so that no best checkpoint can come back; set best: false"
+            f"{recipe.method} cannot be reloaded into a model in training, so the best checkpoint cannot be restored; "
+            "set best: false"
         ) from None
 
 
@@ -264,9 +265,9 @@ def _tensorboard(output: Path) -> Any:
 
 
 def _announce(console: Console, recipe: Recipe, model: Any, data: Data, steps: int) -> None:
-    """Print what will be trained, on how much data, and what was lost of it."""
+    """Print what will be trained, on how much data, and which rows were cut or dropped."""
     trainable, total = model.get_nb_trainable_parameters()
-    console.print(f"{recipe.method} on {recipe.model}: {trainable:,} of {total:,} parameters learn")
+    console.print(f"{recipe.method} on {recipe.model}: {trainable:,} of {total:,} parameters are trained")
     if not recipe.streaming:
         account = data.account
         share = account.supervised_tokens / account.tokens
@@ -289,7 +290,7 @@ def _lost_rows(recipe: Recipe, data: Data) -> list[str]:
         lines.append(f"{too_long} dropped, longer than {recipe.max_length} tokens{first}")
     if account.unlearned_rows:
         unlearned = _counted(account.unlearned_rows, "row")
-        lines.append(f"{unlearned} dropped without a token to learn{first}")
+        lines.append(f"{unlearned} dropped, with no token to learn{first}")
     return lines
 
 
@@ -316,10 +317,10 @@ def _check_same_batches(folder: Path, meter: Meter) -> None:
     before = state["stateful_callbacks"]["Meter"]["args"]
     if before["data"] != meter.data:
         raise ConfigError(
-            "cannot resume: the data is not what the run began with; put it back, or begin with --overwrite"
+            "cannot resume: the data has changed since the run was started; restore it, or start again with --overwrite"
         )
     if before["batch"] != meter.batch:
         raise ConfigError(
-            f"cannot resume: a step was {before['batch']} sequences, and is now {meter.batch} (batch_size x accumulate "
-            "x processes); set batch_size or accumulate so that it stays the same"
+            f"cannot resume: a step had {before['batch']} sequences (batch_size x accumulate x processes), now "
+            f"{meter.batch}; set batch_size or accumulate so that the product stays the same"
         )

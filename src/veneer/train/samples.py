@@ -17,7 +17,7 @@ from ..model.peft_model import PeftModel
 MOST_TOKENS = 256
 """Maximum length of a generated answer."""
 COMPARED = 200
-"""Number of rows whose prompts are compared to find the chat template around them."""
+"""Number of rows whose prompts are compared to find the text that the chat template adds around them."""
 
 
 class Split(NamedTuple):
@@ -58,7 +58,7 @@ def probe(data: Data, pad: int, most: int = 64) -> dict[str, Tensor]:
 
 
 def _rows(data: Data) -> list[Encoded]:
-    """The held-out rows, or else the first training rows; of a packed sequence only its first row."""
+    """The held-out rows, or else the first training rows; a packed sequence is represented by its first row."""
     if data.evaluation is not None:
         return data.evaluation
     return [_unpacked(row) for row in islice(data.train, COMPARED)]
@@ -93,9 +93,9 @@ def _split(row: Encoded) -> Split:
 
 
 def _template_lengths(prompts: Sequence[list[int]], special_tokens: Container[int]) -> tuple[int, int]:
-    """Lengths of the chat template before and after the text of the prompts: what all prompts share.
+    """Lengths of the chat template before and after the text of the prompts, from the tokens that all prompts share.
 
-    The template after the text begins with a special token. What all prompts share before it, as a final "?", is text.
+    The part after the text begins with a special token; shared tokens before it, such as a final "?", are text.
     """
     if len(prompts) < 2:
         return 0, 0
@@ -140,7 +140,7 @@ def _generated(model: PeftModel, tokenizer: Any, rows: Sequence[Encoded], pad: i
 
 @torch.inference_mode()
 def _answers(model: PeftModel, tokenizer: Any, batch: dict[str, Tensor], pad: int, most: int) -> list[str]:
-    """Greedy answers. An answer that was cut at `most` tokens ends in an ellipsis."""
+    """Answers by greedy decoding. An answer that was cut at `most` tokens ends in an ellipsis."""
     batch = {name: t.to(model.device) for name, t in batch.items()}
     tokens = model.generate(**batch, max_new_tokens=most, do_sample=False, pad_token_id=pad)
     prompt_length = batch["input_ids"].shape[1]

@@ -14,7 +14,7 @@ from ..model.peft_model import PeftModel, get_peft_model
 from .recipe import Recipe
 
 ASSUMED = ("num_virtual_tokens",)
-"""Required settings of a method that take the value of its example, as no default exists."""
+"""Required settings without a default; they take the value of the method's example."""
 
 
 def load_tokenizer(recipe: Recipe) -> Any:
@@ -37,7 +37,9 @@ def load_base(recipe: Recipe, labels: list[str] | None, pad: int) -> Any:
         dtype=loading.dtype_of(recipe.dtype),
     )
     if base.config.is_encoder_decoder and labels is None:
-        raise ConfigError(f"{recipe.model!r} is an encoder-decoder; veneer train takes causal language models")
+        raise ConfigError(
+            f"{recipe.model!r} is an encoder-decoder; `veneer train` supports causal language models and classifiers"
+        )
     return base
 
 
@@ -70,32 +72,32 @@ def method_config(recipe: Recipe, task: TaskType, steps: int) -> Config:
     from_keys = _rank(recipe, method, field_names) | _targets(recipe, method, field_names)
     twice = from_keys.keys() & recipe.options.keys()
     if twice:
-        raise ConfigError(f"options set {', '.join(sorted(twice))}, and so does rank or targets; give one of them")
+        raise ConfigError(f"both options and rank or targets set {', '.join(sorted(twice))}; give only one of them")
     return config_class(**(settings | from_keys | recipe.options))
 
 
 def facts_of(recipe: Recipe) -> tuple[str, ...]:
-    """Names of the columns that the method needs of each row, as Poly needs `task_ids`."""
+    """Names of the columns that the method reads from each row, such as `task_ids` for Poly."""
     return all_methods()[page(recipe.method).name].facts
 
 
 def _rank(recipe: Recipe, method: str, field_names: set[str]) -> dict[str, Any]:
-    """The recipe's rank as the method's own fields."""
+    """The recipe's rank as fields of the method's config."""
     if recipe.rank is None:
         return {}
     if "r" in field_names:
         return {"r": recipe.rank}
-    if {"init_r", "target_r"} <= field_names:  # AdaLoRA starts with half as many again and prunes to the target
+    if {"init_r", "target_r"} <= field_names:  # AdaLoRA starts with 1.5 times the rank and prunes to the target
         return {"target_r": recipe.rank, "init_r": math.ceil(recipe.rank * 3 / 2)}
     known = [field.name for field in page(method).fields]
-    settings = ", ".join(known) or "none of its own"
-    raise ConfigError(f"{method} has no rank; its settings, to be given under options, are {settings}")
+    settings = ", ".join(known) or "none"
+    raise ConfigError(f"{method} has no rank; leave it out. Settings that can be given under options: {settings}")
 
 
 def _targets(recipe: Recipe, method: str, field_names: set[str]) -> dict[str, Any]:
-    """The recipe's targets as the method's own field."""
+    """The recipe's targets as a field of the method's config."""
     if recipe.targets is None:
         return {}
     if "target_modules" not in field_names:
-        raise ConfigError(f"{method} learns a prompt and has no targets; leave them out")
+        raise ConfigError(f"{method} learns a prompt and has no target modules; leave targets out")
     return {"target_modules": recipe.targets}

@@ -31,7 +31,7 @@ def shards(accelerator: Any) -> bool:
     if state.distributed_type is not DistributedType.FSDP:
         return False
     if not accelerator.is_fsdp2:
-        raise ConfigError("FSDP1 is not supported; launch with --fsdp_version 2")
+        raise ConfigError("FSDP1 is not supported; launch with `accelerate launch --use_fsdp --fsdp_version 2`")
     return True
 
 
@@ -58,7 +58,7 @@ def _with_shards(optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> d
 
 
 def plain_as_shares() -> Any:
-    """A context manager in which whole tensors can be copied into sharded parameters."""
+    """A context manager inside which whole tensors can be copied into sharded parameters."""
     from torch.distributed.tensor.experimental import implicit_replication
 
     return implicit_replication()

@@ -1,4 +1,4 @@
-"""What training made of each adapted layer: how far its weight moved, and in how many directions."""
+"""How training changed each adapted layer: the size of the update of its weight, and its effective rank."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def layers(model: PeftModel, adapter_name: str = "default") -> list[dict[str, An
 
 @torch.no_grad()
 def outside(model: PeftModel, adapter_name: str = "default") -> list[dict[str, Any]]:
-    """Name, shape and norm of each parameter outside the layers: of a prompt, a gate, or shared modules."""
+    """Name, shape and norm of each trained parameter outside the adapted layers, as of a prompt or a gate."""
     state = model._state
     facts = []
     for module in (state.shared.get(adapter_name), state.prompts.get(adapter_name)):
@@ -76,7 +76,7 @@ def _trained_low_rank(path: str, parameters: int, pair: tuple[Tensor, Tensor], W
 
 
 def _trained_dense(path: str, parameters: int, dW: Tensor, W: Tensor) -> Trained:
-    """The facts of an update that is given as a whole matrix."""
+    """The facts of an update that is given as a dense matrix."""
     norm = float(dW.norm())
     if dW.dim() != 2 or max(dW.shape) > MOST_DENSE:
         return Trained(path, parameters, norm, norm / _norm(W))
@@ -85,7 +85,7 @@ def _trained_dense(path: str, parameters: int, dW: Tensor, W: Tensor) -> Trained
 
 
 def _norm(W: Tensor) -> float:
-    """The norm of a pretrained weight; 1 if the weight is zero, since it divides."""
+    """The norm of a pretrained weight as a divisor: 1 if the weight is zero."""
     return float(W.float().norm()) or 1.0
 
 

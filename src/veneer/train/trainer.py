@@ -1,4 +1,4 @@
-"""transformers' Trainer, made exact: a loss independent of the batch layout, counted tokens, whole checkpoints."""
+"""A subclass of transformers' Trainer: the loss does not depend on the batch layout, and checkpoints are complete."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class ExactTrainer(Trainer):
         """Take Trainer's arguments and our own.
 
         Args:
-            sampler: the order of the training rows; None: the order of the data set.
+            sampler: the order of the training rows; None: the order of the dataset.
             meter: counts tokens, seconds and memory.
-            flat: collator that joins training rows without padding; None: they are padded, as in evaluation.
-            fast: use the fast paths.
+            flat: collator that joins training rows without padding; None: rows are padded, as in evaluation.
+            fast: use the fast implementations of operations.
         """
         super().__init__(*args, **kwargs)
         self.flat = flat
@@ -61,7 +61,7 @@ class ExactTrainer(Trainer):
         return self.sampler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Run an epoch, unless the resumed run is already finished: Trainer would take one step too many."""
+        """Run an epoch, unless the resumed run is already finished: Trainer would then take one step too many."""
         if self._is_over():
             self.control.should_training_stop = True
         else:
@@ -110,7 +110,7 @@ class ExactTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The batch's mean loss, weighted by its share of the learned tokens of the step; unweighted in evaluation."""
+        """The mean loss of the batch, in training weighted by the batch's share of the learned tokens of the step."""
         learned_tokens = _learned_tokens(inputs["labels"])
         if learned_tokens == 0:  # the mean over no tokens would be nan
             outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
@@ -127,8 +127,8 @@ class ExactTrainer(Trainer):
         for name in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise TrainingError(
-                    f"{name} is {logs[name]} at step {self.state.global_step}: the run cannot go on. Try a lower "
-                    f"learning_rate (now {self.args.learning_rate:g}), more warmup, or dtype: float32, and look at "
+                    f"{name} is {logs[name]} at step {self.state.global_step}: the run stops. Try a lower "
+                    f"learning_rate (now {self.args.learning_rate:g}), a longer warmup, or dtype: float32, and check "
                     "the data"
                 )
         if "loss" in logs:
@@ -136,7 +136,7 @@ class ExactTrainer(Trainer):
         super().log(logs, start_time)
 
     def _load_callback_state(self) -> None:
-        """Restore our own Meter in place: Trainer replaces it by a new one, but the display holds ours."""
+        """Restore our Meter in place: Trainer replaces it by a new object, but the display refers to ours."""
         super()._load_callback_state()
         callbacks = self.callback_handler.callbacks
         for position, callback in enumerate(callbacks):
@@ -153,7 +153,7 @@ class ExactTrainer(Trainer):
         return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter alone. The main process writes; all take part, to gather sharded tensors."""
+        """Save only the adapter. The main process writes; all processes take part, to gather sharded tensors."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         model.save_pretrained(output_dir or str(self.args.output_dir), is_main_process=self.args.should_save)
 
@@ -181,7 +181,7 @@ class ExactTrainer(Trainer):
             super()._load_best_model()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save a checkpoint, and mark it as whole once every process has written its part."""
+        """Save a checkpoint, and mark it as complete once every process has written its part."""
         step = self.state.global_step
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
         with writing(f"the checkpoint of step {step}", folder, RuntimeError):
@@ -192,7 +192,7 @@ class ExactTrainer(Trainer):
 
 
 class _Epochs(TrainerCallback):
-    """Tells the sampler the number of the epoch, also after a resume."""
+    """Sets the sampler's epoch number, also after a resume."""
 
     def __init__(self, sampler: Shuffled | None) -> None:
         self.sampler = sampler
@@ -212,7 +212,7 @@ def metrics(prediction: Any) -> dict[str, float]:
 
 
 def arguments(recipe: Recipe, steps: int) -> Any:
-    """The TrainingArguments of a resolved recipe that runs for so many optimizer steps."""
+    """The TrainingArguments for a resolved recipe and a number of optimizer steps."""
     assert recipe.learning_rate is not None, "the recipe is resolved"
     evaluates = bool(recipe.eval_every)
     on_cpu = not torch.accelerator.is_available()
@@ -256,7 +256,7 @@ def arguments(recipe: Recipe, steps: int) -> Any:
 
 
 def last_checkpoint(output: Path) -> Path | None:
-    """The newest complete checkpoint. Half-written ones, of a killed run, are removed."""
+    """The newest complete checkpoint. Incomplete ones, left by a killed run, are removed."""
     newest = None
     newest_step = -1
     for folder in (output / "checkpoints").glob("checkpoint-*"):
@@ -271,7 +271,7 @@ def last_checkpoint(output: Path) -> Path | None:
 
 
 def _real_tokens(batch: dict[str, Tensor]) -> int:
-    """Tokens of a batch that are no padding."""
+    """Number of tokens of a batch without the padding."""
     mask = batch.get("attention_mask")
     if mask is None:
         return batch["input_ids"].numel()
@@ -279,7 +279,8 @@ def _real_tokens(batch: dict[str, Tensor]) -> int:
 
 
 def _learned_tokens(labels: Tensor) -> int:
-    """Labels that count in the loss. The first of a sequence is never predicted; classes have one label per row."""
+    """Number of labels that count in the loss. The first token of a sequence is never predicted; classes have one label
+    per row."""
     if labels.dim() > 1:
         labels = labels[..., 1:]
     return int(labels.ne(IGNORED).sum())

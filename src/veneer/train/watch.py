@@ -1,4 +1,4 @@
-"""Checks during a run that gradients reach the adapter and that it changes; else the run ends with the reason."""
+"""Checks during a run that gradients reach the adapter and that it changes; otherwise the run stops with an error."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ..errors import TrainingError
 from ..model.guard import PATIENCE
 
 NEGLIGIBLE = 1e-7
-"""Largest gradient entry that counts as zero: at the size of Adam's eps it need not change a tensor."""
+"""Gradients with no entry above this count as zero: next to Adam's eps, they may leave a tensor unchanged."""
 
 
 class Watch(TrainerCallback):
-    """Checks that gradients reach the adapter and that it changes. Make it before training: it copies the start."""
+    """Checks that gradients reach the adapter and that it changes. Create it before training starts."""
 
     def __init__(self, model: Any) -> None:
         self.start: dict[str, Tensor] = {}
-        """The trained parameters before training, by name."""
+        """Copies of the trained parameters before training, by name."""
         self.keys: dict[str, str | None] = {}
-        """The parameter's name for each key of the adapter's file."""
+        """For each key of the adapter's file, the name of the parameter; None if it is not trained."""
         self.since: dict[str, int] = {}
         """The step at which a gradient first reached each parameter."""
         self.steps = 0
@@ -57,12 +57,12 @@ class Watch(TrainerCallback):
         self._check_moved(model)
 
     def unreached(self, step: int) -> set[str]:
-        """Keys in the adapter's file of the tensors that no gradient had reached by the end of a step."""
+        """Keys (in the adapter's file) of the tensors that no gradient had reached by the end of a step."""
         late = {name for name in self.start if self.since.get(name, step + 1) > step}
         return {key for key, name in self.keys.items() if name in late}
 
     def _look_for_gradients(self, model: nn.Module, step: int, learns: bool) -> None:
-        """Note which parameters have a gradient. One without, in a step where others have theirs, is an error."""
+        """Record which parameters have a gradient; a parameter without one is an error."""
         waiting: dict[str, nn.Parameter] = {}
         for name, parameter in model.named_parameters():
             if name in self.start and name not in self.since:
@@ -70,8 +70,8 @@ class Watch(TrainerCallback):
         cut_off = [name for name, parameter in waiting.items() if parameter.grad is None]
         if cut_off:
             raise TrainingError(
-                f"no gradient reaches {len(cut_off)} of {len(self.start)} trained tensors, {cut_off[0]} first; give "
-                "targets that take part in the loss"
+                f"no gradient reaches {len(cut_off)} of {len(self.start)} trained tensors, the first is {cut_off[0]}; "
+                "choose target modules that the loss depends on"
             )
         if not learns:
             return
@@ -85,10 +85,12 @@ class Watch(TrainerCallback):
 
     def _check_moved(self, model: nn.Module) -> None:
         if self._is_unchanged(model):
-            raise TrainingError("the adapter did not change in training; is the learning rate 0, or no label reached?")
+            raise TrainingError(
+                "the adapter did not change in training; is the learning rate 0, or are all labels masked?"
+            )
 
     def _is_unchanged(self, model: nn.Module) -> bool:
-        """Whether every trained parameter is as before training. Whole tensors are compared: all processes agree."""
+        """Whether every trained parameter has its initial value. Whole tensors are compared, so all processes agree."""
         parameters = dict(model.named_parameters())
         return all(before.equal(_on_cpu(parameters[name])) for name, before in self.start.items())
 

@@ -1,6 +1,6 @@
-"""What veneer knows of the insides of other libraries, transformers above all, and of the versions that were tried.
+"""Access to the internals of other libraries, above all transformers, and the versions that veneer was tested with.
 
-Anything that moved between releases, or may, is looked up here: by the signature or the attribute that tells, never by
-comparing version strings. Each look says which releases need it. A module here imports `errors` and `maths` alone, so
-that every other package may use it. Start with `cache.py`; `versions.py` says what was tried.
+Everything that differs between releases, or may, is looked up here: by signature or attribute, never by comparing
+version strings. Each module says which releases need it. Imports only `errors` and `maths`, so that all other packages
+can use it. Start with `cache.py`; `versions.py` lists the tested versions.
 """

@@ -1,6 +1,6 @@
-"""transformers' attention and mask interfaces: which implementation a model uses, and one of our own among them.
+"""transformers' attention and mask interfaces: finding, registering and choosing attention implementations.
 
-The interfaces and the private config field that chooses between them are the same in 5.20 to 5.24.
+The interfaces, and the private config field that names the implementation, are the same in 5.20 to 5.24.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ FIELD = "_attn_implementation"
 
 
 def configs(model: nn.Module, among: Container[str]) -> list[Any]:
-    """The configs in which the model's modules look attention up, where it is one of `among`."""
+    """The configs of the model's modules whose attention implementation is one of `among`."""
     by_identity = {}
     for module in model.modules():
         config = module.__dict__.get("config")
@@ -27,7 +27,7 @@ def configs(model: nn.Module, among: Container[str]) -> list[Any]:
 
 @contextmanager
 def implementation(configs: Sequence[Any], name: str) -> Iterator[None]:
-    """Inside, the models of `configs` compute attention by the implementation called `name`."""
+    """Use the attention implementation `name` inside the block, for the modules with these configs."""
     before = [getattr(config, FIELD) for config in configs]
     try:
         for config in configs:
@@ -39,7 +39,7 @@ def implementation(configs: Sequence[Any], name: str) -> Iterator[None]:
 
 
 def register(name: str, attention: Callable[..., Any], mask: Callable[..., Any]) -> None:
-    """Make an implementation known: what computes attention, and what makes its masks."""
+    """Register an attention implementation: a function that computes attention, and one that creates its masks."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(name, attention)
@@ -47,14 +47,14 @@ def register(name: str, attention: Callable[..., Any], mask: Callable[..., Any])
 
 
 def sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The mask of the implementation "sdpa"."""
+    """The mask that the "sdpa" implementation uses."""
     from transformers.masking_utils import sdpa_mask
 
     return sdpa_mask(*args, **kwargs)
 
 
 def sdpa_attention(*args: Any, **kwargs: Any) -> Any:
-    """Attention by the implementation "sdpa"."""
+    """Attention computed by the "sdpa" implementation."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward(*args, **kwargs)

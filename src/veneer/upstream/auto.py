@@ -1,4 +1,4 @@
-"""transformers' Auto classes: which of them makes a model of a config, and classes and architectures by name.
+"""transformers' Auto classes: finding the one for a config, and model classes and architectures by name.
 
 The private mapping of an Auto class and `_from_config` are the same in 5.20 to 5.24.
 """
@@ -11,7 +11,7 @@ from ..errors import ConfigError, nearest
 
 
 def makes(name: str, config: Any) -> Any:
-    """The Auto class called `name` if it has a model for a config; None otherwise."""
+    """The Auto class called `name` if it has a model class for the config; else None."""
     import transformers
 
     auto = getattr(transformers, name)
@@ -19,7 +19,7 @@ def makes(name: str, config: Any) -> Any:
 
 
 def model_class(name: str) -> Any:
-    """A model class of transformers by its name, with `from_config`; None where there is none."""
+    """An object whose `from_config` creates a model of the transformers class called `name`; None if there is none."""
     import transformers
 
     cls = getattr(transformers, name, None)
@@ -27,7 +27,7 @@ def model_class(name: str) -> Any:
 
 
 class _Direct:
-    """A model class with the call of the Auto classes."""
+    """A model class with the interface of the Auto classes."""
 
     def __init__(self, cls: Any) -> None:
         self.cls = cls
@@ -37,7 +37,7 @@ class _Direct:
 
 
 def default_config(model_type: str) -> Any:
-    """The config of an architecture at its default sizes.
+    """The config of an architecture with its default sizes.
 
     Raises:
         ConfigError: transformers has no such architecture.

@@ -1,11 +1,11 @@
-"""The cache of a transformers model: under which name it goes, what earlier calls left in it, a new one.
+"""The cache of a transformers model: its argument name, its content, and how to create and fill one.
 
 | release | causal and encoder-decoder models | recurrent models | RWKV, XLNet, Reformer |
 |---|---|---|---|
 | up to 5.23 | `past_key_values` | `cache_params` | `state`, `mems`, `past_buckets_states` |
 | from 5.24 on | `cache`; the old name with a warning | `cache`; the old name with a warning | the same |
 
-A model from outside transformers keeps the name it was written with, whatever release is installed.
+A model that is not part of transformers keeps the name in its own code, whatever release is installed.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from ..errors import VeneerError
 from .calls import parameters
 
 NAMES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
-"""Names of a model call's argument, and of an output's field.
+"""The names of the cache as an argument of a model call and as a field of an output.
 
-`cache` comes first: from 5.24 on an output answers to the old names too, with a warning.
+`cache` comes first, because from 5.24 on, reading an output's cache by its old name gives a warning.
 """
 
 
 def argument(model: nn.Module) -> str | None:
-    """The name under which a model takes its cache; None for a model without one."""
+    """The name of the argument by which a model takes its cache; None if it has no cache."""
     known = parameters(model)
     return next((name for name in NAMES if name in known), None)
 
 
 def of_call(kwargs: Mapping[str, Any]) -> Any:
-    """The cache that a call brings, under whichever name; None without one."""
+    """The cache among the arguments of a call, under any name; None if there is none."""
     for name in NAMES:
         if kwargs.get(name) is not None:
             return kwargs[name]
@@ -40,7 +40,7 @@ def of_call(kwargs: Mapping[str, Any]) -> Any:
 
 
 def with_cache(kwargs: Mapping[str, Any], name: str | None, cache: Any) -> dict[str, Any]:
-    """The arguments of a call with `cache` as its only cache, under a name that `argument` gave.
+    """The arguments of a call with `cache` as its only cache; `name` is the result of `argument`.
 
     Raises:
         VeneerError: the model takes no cache.
@@ -55,7 +55,7 @@ def with_cache(kwargs: Mapping[str, Any], name: str | None, cache: Any) -> dict[
 
 
 def of_output(output: Any) -> Any:
-    """The cache that a call returned, whole output or tuple; None without one."""
+    """The cache in the output of a call, which may be a tuple; None if there is none."""
     if isinstance(output, tuple):
         return next((part for part in output if hasattr(part, "get_seq_length")), None)
     for name in NAMES:
@@ -66,38 +66,38 @@ def of_output(output: Any) -> Any:
 
 
 def is_filled(cache: Any) -> bool:
-    """Whether earlier calls left anything in a cache."""
+    """Whether a cache holds anything from earlier calls."""
     if cache is None:
         return False
     if not hasattr(cache, "get_seq_length"):  # lists of tensors: RWKV, XLNet
         return len(cache) > 0
-    counted = length(cache)
-    return counted is None or counted > 0
+    count = length(cache)
+    return count is None or count > 0
 
 
 def length(cache: Any) -> int | None:
-    """The tokens that earlier calls left in a cache; None where it holds something and does not count tokens."""
+    """The number of tokens in a cache; None if it is filled but does not count tokens."""
     if cache is None:
         return 0
     if not hasattr(cache, "get_seq_length"):
         return None if len(cache) > 0 else 0
     layers = getattr(cache, "layers", None)
     if layers is not None and layers and not any(hasattr(layer, "get_seq_length") for layer in layers):
-        # recurrent states alone, for which `get_seq_length` raises
+        # only recurrent states, for which `get_seq_length` raises
         return None if any(_has_state(layer) for layer in layers) else 0
     return int(cache.get_seq_length())
 
 
 def _has_state(layer: Any) -> bool:
-    """Whether a layer's recurrent state holds anything: one flag up to 5.20, a flag for each state later."""
+    """Whether a layer's recurrent state is filled: one flag up to 5.20, one flag per state in later releases."""
     flags = layer.has_previous_state
     return any(flags.values()) if isinstance(flags, Mapping) else bool(flags)
 
 
 def is_static(cache: Any) -> bool:
-    """Whether a cache has a fixed size, with masks that `generate` makes of that size.
+    """Whether a cache has a fixed length, for which `generate` also makes its masks.
 
-    Recurrent states call themselves compileable too, but have no length that a prompt could not fit into.
+    Recurrent states are marked as compileable too, but have no length that a prompt could exceed.
     """
     layers = getattr(cache, "layers", None)
     if not layers:
@@ -106,7 +106,7 @@ def is_static(cache: Any) -> bool:
 
 
 def new(model: Any, is_encoder_decoder: bool) -> Any:
-    """An empty cache of the kind that the model makes for itself."""
+    """An empty cache of the kind that the model creates by default."""
     from transformers.cache_utils import DynamicCache, EncoderDecoderCache  # torch 2.9 does not trace lazy modules
 
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
@@ -114,34 +114,37 @@ def new(model: Any, is_encoder_decoder: bool) -> Any:
 
 
 def fill(cache: Any, pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Put keys and values, each (batch, heads, n, head_dim), into a cache: a pair for each layer."""
-    into = getattr(cache, "self_attention_cache", cache)
+    """Append keys and values, each (batch, heads, n, head_dim), to a cache: one pair per layer."""
+    self_attention = getattr(cache, "self_attention_cache", cache)
     for i, (keys, values) in enumerate(pairs):
-        into.update(keys, values, i)
+        self_attention.update(keys, values, i)
 
 
 def pairs(cache: Any) -> list[tuple[Tensor, Tensor]]:
-    """The keys and values of each layer of a cache, or of a tuple of them."""
+    """(keys, values) of each layer in a cache, or in a tuple of such pairs."""
     if hasattr(cache, "layers"):
         return [(layer.keys, layer.values) for layer in cache.layers]
     return [(layer[0], layer[1]) for layer in cache]
 
 
 def part_of(cache: Any, network: nn.Module, layers_before: int, config: Any) -> Any:
-    """A second network's layers of a model's cache, behind the model's: reordered and cut together with them."""
+    """The part of a model's cache that belongs to a second network; its layers follow the model's own.
+
+    Because they are in the same cache, `generate` reorders and crops them together with the model's.
+    """
     from transformers.cache_utils import DynamicCache
 
     if cache is None:
         return None
     if is_static(cache):
-        raise VeneerError("a second network cannot lengthen a static cache; generate with the default dynamic one")
+        raise VeneerError("a second network cannot extend a static cache; use the default dynamic cache")
     part = DynamicCache(config=config)
     starts = cache.__dict__.setdefault("_veneer_starts", {})
     if id(network) not in starts:
         if is_filled(cache):
             raise VeneerError(
-                "the cache was filled without the adapter's own network, which has to see all tokens: give the first "
-                "call an empty one, DynamicCache()"
+                "the cache was filled without the adapter's own network, which must process all tokens; pass an empty "
+                "cache, DynamicCache(), to the first call"
             )
         while len(cache.layers) < layers_before:
             cache.layers.append(cache.layer_class_to_replicate())

@@ -1,4 +1,4 @@
-"""The call of a transformers model: the names of its arguments, its tokens, and what kind of model it is."""
+"""Calls of a transformers model: argument names, input tokens, and whether it is an encoder-decoder."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ COLLECTING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def parameters(model: nn.Module) -> tuple[str, ...]:
-    """The names of the arguments of a model's `forward`, in order, without those of `*args` and `**kwargs`.
+    """The names of the arguments of a model's `forward`, in order, without `*args` and `**kwargs`.
 
-    Decorators (transformers' renaming of arguments from 5.24 on, accelerate's hooks) leave the original's signature to
-    be found. A `forward` put on the instance, as by a hook or by code of one's own, goes before that of the class.
+    Decorators (transformers' renaming of arguments from 5.24 on, accelerate's hooks) keep the original signature. A
+    `forward` that was set on the instance takes precedence over that of the class.
     """
     own = model.__dict__.get("forward")
     return _parameters(type(model).forward)[1:] if own is None else _parameters(own)
@@ -25,19 +25,19 @@ def parameters(model: nn.Module) -> tuple[str, ...]:
 @cache
 def _parameters(function: Any) -> tuple[str, ...]:
     try:
-        found = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # a builtin, which shows none
+        arguments = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a builtin without a signature
         return ()
-    return tuple(parameter.name for parameter in found if parameter.kind not in COLLECTING)
+    return tuple(argument.name for argument in arguments if argument.kind not in COLLECTING)
 
 
 def tokens_of(kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The input of a call, (rows, length) ids or (rows, length, width) embeddings; None for a call without."""
+    """The input of a call: ids (rows, length) or embeddings (rows, length, width); None if there is neither."""
     return next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
 
 
 def is_causal(model: Any) -> bool:
-    """Whether a model generates from its own tokens alone."""
+    """Whether a model generates text and has no separate encoder."""
     generates = hasattr(model, "can_generate") and model.can_generate()
     return generates and not is_encoder_decoder(model)
 
@@ -47,7 +47,7 @@ def is_encoder_decoder(model: Any) -> bool:
 
 
 def encoder_of(model: Any) -> nn.Module | None:
-    """The encoder of an encoder-decoder model."""
+    """The encoder of an encoder-decoder model; None for other models."""
     if not is_encoder_decoder(model):
         return None
     encoder = model.get_encoder() if hasattr(model, "get_encoder") else None

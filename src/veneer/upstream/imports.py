@@ -1,6 +1,6 @@
-"""Amending a module of another library, now or when it is imported.
+"""Changing a module of another library as soon as it is imported.
 
-Importing it here would cost seconds, and some are only amended for programs that use them.
+Importing it only to change it would take seconds, and many programs never use it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Amend = Callable[[ModuleType], None]
 
 
 def when_imported(name: str, amend: Amend) -> None:
-    """Call `amend` on the module called `name`: at once if it is imported, else right after its code has run."""
+    """Call `amend` on the module called `name`: at once if it is imported, else right after it is imported."""
     module = sys.modules.get(name)
     if module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False):
         amend(module)
@@ -25,7 +25,7 @@ def when_imported(name: str, amend: Amend) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module through the other finders, once, and amends it after its code has run."""
+    """Finds one module through the other finders, once, and calls `amend` on it after it is imported."""
 
     def __init__(self, name: str, amend: Amend) -> None:
         self.name = name

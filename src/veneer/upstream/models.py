@@ -1,4 +1,4 @@
-"""transformers' model classes: what a class is for, and weights that were tied."""
+"""transformers' model classes: the task of a class, untied embeddings, and recognising modules by class."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ TASKS = {
 
 
 def task_of(model: nn.Module) -> str:
-    """The task type that a transformers class is for, by its name: PEFT ignores a saved prompt that states none."""
+    """The task type of a transformers class, from its name. Saved prompts need one, or PEFT ignores them."""
     for ending, task in TASKS.items():
         if type(model).__name__.endswith(ending):
             return task
-    raise ConfigError(f"cannot tell the task of {type(model).__name__}; set task_type in the config")
+    raise ConfigError(f"the task of {type(model).__name__} is unknown; set task_type in the config")
 
 
 def note_untied(model: Any) -> None:
-    """A model whose embeddings were tied and no longer are says so in its config, or a reload would tie them again."""
+    """Record in the config that embeddings are untied, if they were tied before; else a reload would tie them again."""
     config = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if not getattr(text, "tie_word_embeddings", False):
@@ -44,11 +44,11 @@ def note_untied(model: Any) -> None:
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is transformers' Conv1D: a linear layer whose weight is stored as (in, out).
 
-    Told by its name, so that transformers need not be imported to ask.
+    It is recognised by its name, to avoid importing transformers.
     """
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def is_from(module: nn.Module, place: str) -> bool:
-    """Whether a module's class is from the module `place` of transformers (such as "activations")."""
+    """Whether a module's class is defined in the module `place` of transformers, such as "activations"."""
     return type(module).__module__ == f"transformers.{place}"

@@ -1,6 +1,6 @@
-"""accelerate's hooks on single modules: where one computes, and its weights in memory while they are needed.
+"""accelerate's hooks on modules, which set the device of the computation and load offloaded weights.
 
-The hook is a private attribute, the same in accelerate 1.0 to 1.15.
+The hook is a private attribute, which is the same in accelerate 1.0 to 1.15.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Where accelerate makes a module compute; None where it has no hook on it."""
+    """The device on which accelerate runs a module; None if it has no hook on the module."""
     hook = getattr(module, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     return None if device is None else torch.device(device)
@@ -21,7 +21,7 @@ def execution_device(module: nn.Module) -> torch.device | None:
 
 @contextmanager
 def present(module: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the module has its weights in memory, also where accelerate has offloaded them."""
+    """Keep a module's weights in memory inside the block, even if accelerate has offloaded them."""
     hook = getattr(module, "_hf_hook", None)
     if hook is None:
         yield module

@@ -1,7 +1,7 @@
-"""What transformers asks of the PEFT that is installed, when it puts an adapter on a model by itself.
+"""The PEFT version that transformers requires before it loads an adapter itself.
 
-transformers 5.24 asks for PEFT 0.22, which is not out, and uses nothing that 0.21 lacks. Under the name peft veneer has
-the interface of 0.21: transformers' lower bound is lowered to that, rather than a version claimed that is not there.
+transformers 5.24 requires PEFT 0.22, which is not released, but uses nothing that 0.21 lacks. Under the name peft,
+veneer has the interface of 0.21. It lowers the bound in transformers, because claiming to be 0.22 would be false.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ MODULE = "transformers.integrations.peft"
 
 
 def accept(version: str) -> None:
-    """Make transformers take `version` of PEFT, now or when its integration is imported."""
+    """Make transformers accept `version` of PEFT, now or as soon as its PEFT integration is imported."""
     when_imported(MODULE, partial(_lower, version))
 
 
 def _lower(version: str, module: ModuleType) -> None:
-    asked = getattr(module, "MIN_PEFT_VERSION", None)
-    if asked is not None and Version(asked) > Version(version):
+    required = getattr(module, "MIN_PEFT_VERSION", None)
+    if required is not None and Version(required) > Version(version):
         module.MIN_PEFT_VERSION = version  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Where each token and each prompt of a model call is."""
+"""The positions of the tokens and of the prompts in a model call."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .calls import is_causal, tokens_of
 
 
 def prompts_of(model: Any, kwargs: dict[str, Any], lengths: Any = None) -> Tensor | None:
-    """Where the prompts of a model call are, as `maths.positions.prompts` says it; nowhere if a cache goes before.
+    """The start and end of each row's prompt (rows, 2), as in `maths.positions.prompts`; None without tokens.
 
-    None for a call without tokens. Only the labels of a causal model end a prompt: those of others are not its tokens.
+    Prompts are empty in a call that continues from a cache. Labels mark the end of a prompt only in causal models.
     """
     tokens = tokens_of(kwargs)
     if tokens is None:
@@ -31,12 +31,12 @@ def prompts_of(model: Any, kwargs: dict[str, Any], lengths: Any = None) -> Tenso
 
 
 def places_of(kwargs: dict[str, Any]) -> Tensor | None:
-    """(rows, length): each token's index in its row, padding in front not counted, what is in the cache counted.
+    """Each token's position in its row (rows, length): left padding is not counted, tokens in the cache are.
 
     None for a call without tokens.
 
     Raises:
-        VeneerError: the cache does not count tokens, and there is no mask to count them by.
+        VeneerError: the cache does not count its tokens, and there is no attention mask.
     """
     tokens = tokens_of(kwargs)
     if tokens is None:
@@ -47,7 +47,7 @@ def places_of(kwargs: dict[str, Any]) -> Tensor | None:
     past = length(of_call(kwargs))
     if past is None and not is_mask:
         raise VeneerError(
-            "the model's cache does not count its tokens, so the call needs an attention_mask of (rows, all tokens)"
+            "the model's cache does not count its tokens; pass an attention_mask of shape (rows, all tokens)"
         )
     past = mask.shape[1] - n if past is None else past
     start = (mask != 0).long().argmax(1, keepdim=True) if is_mask and mask.shape == (rows, past + n) else 0

@@ -1,7 +1,7 @@
-"""Modules whose parameters torch shards over processes.
+"""Recognising modules whose parameters FSDP shards across processes.
 
-Told by the names of their classes, the same in torch 2.9 to 2.13: `fully_shard` gives a module a class of its own below
-`FSDPModule`, the older wrapper is `FullyShardedDataParallel`.
+They are recognised by class names, which are the same in torch 2.9 to 2.13: `fully_shard` changes a module's class to a
+subclass of `FSDPModule`, and the older wrapper is `FullyShardedDataParallel`.
 """
 
 from __future__ import annotations
@@ -12,5 +12,5 @@ NAMES = ("FSDPModule", "FullyShardedDataParallel")
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether a module is the root of a sharded unit itself."""
+    """Whether FSDP was applied to the module itself, not only to a module around it or inside it."""
     return any(kind.__name__ in NAMES for kind in type(module).__mro__)

@@ -1,8 +1,8 @@
-"""transformers' `Trainer` takes a veneer model for an adapter model: it saves and resumes as it should.
+"""Making transformers' `Trainer` recognise veneer models as adapter models, so that it saves and resumes adapters.
 
-`Trainer` asks through module globals that it looks up at each call; adding our class to them is all that is needed.
-The names are the same in 5.20 to 5.24. Up to 5.22 a run with several adapters that is resumed does not load the one
-called "default", and says nothing; see `_load_all`.
+`Trainer` checks model classes through module globals, which it looks up at each call, so adding veneer's class to them
+is enough. The names are the same in 5.20 to 5.24. Up to 5.22, resuming a run with several adapters silently skips the
+adapter called "default"; see `_load_all`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MODULES = ("transformers.trainer_utils", "transformers.trainer")
 
 
 def recognise(ours: type) -> None:
-    """Make both modules know our model class, now or when they are imported."""
+    """Add our model class to the globals of `MODULES`, now or as soon as they are imported."""
     if ours not in _amends:
         _amends[ours] = partial(_amend, ours)
     for name in MODULES:
@@ -27,7 +27,7 @@ def recognise(ours: type) -> None:
 
 
 _amends: dict[type, Any] = {}
-"""One function for each class, so that a module which waits to be imported is not amended twice."""
+"""One function per class, so that a module that is imported later is not amended twice."""
 
 
 def _amend(ours: type, module: ModuleType) -> None:
@@ -43,9 +43,9 @@ def _amend(ours: type, module: ModuleType) -> None:
 
 
 def _load_all(trainer: Any, ours: Any) -> None:
-    """Let a resumed run load the adapter in the checkpoint's own directory, too.
+    """Make a resumed run also load the adapter in the checkpoint directory itself, which is the one called "default".
 
-    transformers 5.23 does so itself; then the same values are loaded twice.
+    transformers does so from 5.23 on; the same values are then loaded twice.
     """
     load = trainer._load_from_checkpoint
 

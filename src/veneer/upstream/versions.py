@@ -1,7 +1,7 @@
-"""The versions of other libraries that veneer was tried with: lower bounds, and the newest.
+"""The oldest and newest versions of other libraries that veneer was tested with.
 
-The lower bounds are those of `pyproject.toml` and `constraints-oldest.txt`, the newest those of `constraints.txt`;
-`tests/test_versions.py` holds them together.
+The oldest are those in `pyproject.toml` and `constraints-oldest.txt`, the newest those in `constraints.txt`;
+`tests/test_versions.py` checks that they agree.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ from packaging.version import InvalidVersion, Version
 
 @dataclass(frozen=True)
 class Range:
-    """Versions from `oldest` to `newest`, both included."""
+    """The versions from `oldest` to `newest`, inclusive."""
 
     oldest: str
     newest: str
 
     def place_of(self, version: str) -> str | None:
-        """ "older" or "newer" for a version outside of the range; None inside. Builds ("+cpu") and fixes of the newest
-        release ("5.24.3") are inside."""
+        """Whether a version is "older" or "newer" than the range; None if it is inside.
+
+        Builds ("+cpu") and patch releases of the newest version ("5.24.3") are inside.
+        """
         try:
-            found = Version(version)
+            parsed = Version(version)
         except InvalidVersion:
             return None
-        if found < Version(self.oldest):
+        if parsed < Version(self.oldest):
             return "older"
-        return "newer" if found.release[:2] > Version(self.newest).release[:2] else None
+        return "newer" if parsed.release[:2] > Version(self.newest).release[:2] else None
 
     def __str__(self) -> str:
         return f"{self.oldest} to {self.newest}"
@@ -52,12 +54,12 @@ TRIED = {
     "bitsandbytes": Range("0.49.0", "0.50.2"),
     "torchao": Range("0.17.0", "0.18.0"),
 }
-"""By the names of the distributions; the last five are optional."""
+"""The tested versions by distribution name; the last five are optional."""
 
 
 @dataclass(frozen=True)
 class Untried:
-    """An installed version outside of what was tried."""
+    """An installed library whose version is outside the tested range."""
 
     name: str
     version: str
@@ -72,7 +74,7 @@ class Untried:
 
 
 def installed(name: str) -> str | None:
-    """The version of a distribution; None where it is not installed."""
+    """The installed version of a distribution; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -80,27 +82,27 @@ def installed(name: str) -> str | None:
 
 
 def untried() -> list[Untried]:
-    """The installed libraries whose versions are outside of what was tried."""
-    found = []
+    """The installed libraries whose versions are outside the tested ranges."""
+    outside = []
     for name, tried in TRIED.items():
         version = installed(name)
         place = None if version is None else tried.place_of(version)
         if version is not None and place is not None:
-            found.append(Untried(name, version, place, tried))
-    return found
+            outside.append(Untried(name, version, place, tried))
+    return outside
 
 
 def remark() -> str | None:
-    """One line on untried versions, to stand beside an error; None where all were tried."""
-    found = untried()
-    if not found:
+    """A line about untested versions, to add to an error; None if all versions were tested."""
+    outside = untried()
+    if not outside:
         return None
-    return f"note: {'; '.join(map(str, found))}; the error may come from that (`veneer doctor` lists the versions)"
+    return f"note: {'; '.join(map(str, outside))}; the error may come from that (`veneer doctor` lists the versions)"
 
 
 @contextmanager
 def remarked() -> Iterator[None]:
-    """An error that leaves the block gets a note on untried versions, the first one of a process alone."""
+    """Add a note about untested versions to an error that leaves the block; only to the first error of a process."""
     try:
         yield
     except Exception as error:

@@ -1,7 +1,7 @@
-"""transformers' own conversion of checkpoints to and from the parameters of a model (`core_model_loading`).
+"""transformers' conversion between the tensors in checkpoint files and a model's parameters (`core_model_loading`).
 
-A mixture of experts, for one, has a tensor for each expert in its files and one parameter for all in memory. The names
-are the same in 5.20 to 5.24.
+For example, a mixture of experts has one tensor per expert in its files, but one parameter for all of them in memory.
+The names used here are the same in 5.20 to 5.24.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conversions:
-    """What is done to the tensors of a model's files when they are loaded."""
+    """The conversions that the tensors in a model's files go through when they are loaded."""
 
     transforms: list[Any]
     renamings: list[Any]
     converters: list[Any]
 
     def rename(self, key: str, prefix: str, names: dict[str, Tensor]) -> tuple[str, str | None]:
-        """(the model's name of a file's key, the pattern of the converter that takes it or None).
+        """(parameter name for a key in a file, pattern of the converter for it or None).
 
         Args:
             prefix: the model's `base_model_prefix`.
@@ -33,7 +33,7 @@ class Conversions:
         return rename_source_key(key, self.renamings, self.converters, prefix, names)
 
     def used(self) -> list[Any]:
-        """The transforms that took part in a renaming so far, which `revert` undoes."""
+        """The conversions that took part in a renaming so far, which `revert` undoes."""
         return [transform for transform in self.transforms if transform.was_used()]
 
 
@@ -48,19 +48,19 @@ def conversions(model: Any) -> Conversions:
 
 
 def remember(model: Any, transforms: list[Any]) -> None:
-    """Note on a model which transforms its files went through, as transformers does in loading."""
+    """Store on a model which conversions its files went through, as transformers does when it loads a model."""
     model._weight_conversions = transforms
 
 
 def revert(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters of a model as its files have them."""
+    """Convert a model's parameters to the tensors that its files hold, by key."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(model, dict(tensors))
 
 
 def order_of(key: str) -> Any:
-    """A sort key that puts numbered parts of names in the order of their numbers."""
+    """A sort key by which the numbers in names are in numerical order."""
     from transformers.core_model_loading import dot_natural_key
 
     return dot_natural_key(key)

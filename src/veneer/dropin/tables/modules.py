@@ -33,6 +33,7 @@ from .. import (
     tuners,
     utils,
 )
+from ..wording import pefts_words
 from . import methods as table
 
 PARTS = (
@@ -90,7 +91,8 @@ def everything() -> dict[str, Any]:
     for made_class in (*configs.CONFIGS.values(), *tuners.TUNERS.values()):
         objects[made_class.__name__] = made_class
     for name in FROM_VENEER:
-        objects[name] = getattr(veneer, name)
+        value = getattr(veneer, name)
+        objects[name] = _settings(value) if isinstance(value, type) else pefts_words()(value)
     objects |= RENAMED
     for name in dir(veneer):
         if name.startswith("AutoPeftModel"):
@@ -100,6 +102,16 @@ def everything() -> dict[str, Any]:
     for name, (library, version) in VERSIONS.items():
         objects[name] = _is_at_least(library, version)
     return objects
+
+
+def _settings(ours: type) -> type:
+    """A class of settings for LoRA whose errors are in PEFT's words."""
+    namespace = {
+        "__module__": "peft.tuners.lora.config",
+        "__doc__": ours.__doc__,
+        "__post_init__": pefts_words()(ours.__post_init__),  # type: ignore[attr-defined]
+    }
+    return type(ours.__name__, (ours,), namespace)
 
 
 def _default_targets() -> dict[str, Any]:

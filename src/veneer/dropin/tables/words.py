@@ -1,16 +1,12 @@
 """Errors in PEFT's words: PEFT's sentence, which programs match on, comes first, and veneer's own follows in brackets.
 
-There is one row per sentence. Rows of `AT_ONCE` are for what PEFT refuses when a config is made, those of `LATER` for
-what it refuses when the config is used.
+There is one row per sentence; `dropin/wording.py` applies them. Rows of `AT_ONCE` are for what PEFT refuses when a
+config is made, those of `LATER` for what it refuses when the config is used.
 """
 
 from __future__ import annotations
 
-import functools
-import re
 from typing import NamedTuple
-
-from ...errors import VeneerError
 
 
 class Row(NamedTuple):
@@ -141,7 +137,7 @@ LATER = (
         "Base layer has no bias, cannot merge bias adapter",
     ),
     Row(
-        r"target_parameters: target_modules has '(.*)', whose weight this is, already",
+        r"target_parameters: the weight of '(.*)' is already adapted by target_modules",
         r"Trying to wrap an `nn.Parameter` of layer '\1', which is not a valid target.",
     ),
     Row(
@@ -165,48 +161,11 @@ LATER = (
         "No adapter layers found on the model, make sure that the adapter is loaded first.",
     ),
     Row(
-        r"'.*' is \S+; intruder dimensions are known of LoRA alone",
+        r"'.*' is \S+; intruder dimensions are defined for LoRA only",
         "The provided model is not using LoRA and is therefore not supported.",
     ),
     Row(
-        r"adapter '.*' is PeftType\.(\w+), the file (\w+)",
+        r"adapter '.*' is PeftType\.(\w+), but the file is (\w+)",
         r"Incompatible PEFT types found: \1 and \2",
     ),
 )
-
-
-def use() -> None:
-    """Make all of veneer's errors use PEFT's words and classes."""
-    VeneerError.wording = staticmethod(as_peft)
-    VeneerError.also = staticmethod(kind)
-
-
-def as_peft(text: str) -> str:
-    """A message of veneer's behind PEFT's, if there is a row for it."""
-    found = _find(text)
-    if found is None:
-        return text
-    row, match = found
-    return f"{match.expand(row.peft)} ({text})"
-
-
-def kind(text: str) -> type[Exception] | None:
-    """The class that PEFT raises for a message of veneer's, if it is not ValueError."""
-    found = _find(text)
-    return None if found is None else found[0].also
-
-
-def is_at_once(error: Exception) -> bool:
-    """Whether PEFT raises an error when the config is made."""
-    found = _find(str(error.args[0]) if error.args else "")
-    return found is not None and found[0] in AT_ONCE
-
-
-@functools.cache
-def _find(text: str) -> tuple[Row, re.Match[str]] | None:
-    """(row, match) of the row for a message of veneer's."""
-    for row in (*AT_ONCE, *LATER):
-        match = re.match(row.ours, text)
-        if match:
-            return row, match
-    return None

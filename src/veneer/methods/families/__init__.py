@@ -1,1 +1,1 @@
-"""Parts that several methods share: LoRA's variants, bottlenecks, experts, second networks, compositions."""
+"""Code that several methods share: LoRA's variants, bottlenecks, experts, side networks, compositions."""

@@ -39,7 +39,7 @@ STARTS = {"bert": normal_, "mam_adapter": zero_last_, "houlsby": truncated_}
 
 
 class Placement(NamedTuple):
-    """Where a bottleneck is inserted, and the defaults of the paper that introduced it there."""
+    """Where a bottleneck is inserted, and the defaults of the paper that introduced this placement."""
 
     roles: tuple[str, ...]
     """The roles of the target modules."""
@@ -81,11 +81,11 @@ class Bottleneck(Adapter):
         return max(1, int(size))
 
     def reads(self, target: Target) -> int:
-        """The width of the hidden states that the bottleneck reads."""
+        """The width of the bottleneck's input."""
         return target.out_features
 
     def project(self, width: int, size: int, last: bool) -> nn.Module:
-        """A linear layer from `width` to `size`, initialised as the config asks."""
+        """A linear layer from `width` to `size`, initialised according to the config."""
         layer = nn.Linear(width, size)
         start = self.config.init_weights
         if start is True:

@@ -1,4 +1,4 @@
-"""Module categories, as PEFT forms them: one category holds the modules with the same role in every layer."""
+"""Module categories as in PEFT: a category contains the modules that have the same role in different layers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 
 def category(path: str) -> str:
-    """The last two parts of a path, as in `self_attn_q_proj`.
+    """The category of a module: the last two parts of its path, as in `self_attn_q_proj`.
 
-    Only the last part if there is no other, or if the one before it is an index.
+    If the path has only one part, or the part before the last is an index, it is the last part alone.
     """
     *_, outer, block, name = ["", "", *path.split(".")]
     if (outer, block, name) == ("attention", "output", "dense"):
@@ -19,7 +19,7 @@ def category(path: str) -> str:
 
 
 def layer_number(path: str, otherwise: int) -> int:
-    """The index after `layers` in a path, else the first index, else `otherwise`."""
+    """The index that follows `layers` in a path, else the first index in it, else `otherwise`."""
     parts = path.split(".")
     if "layers" in parts:
         following = parts[parts.index("layers") + 1 :]
@@ -32,7 +32,7 @@ def layer_number(path: str, otherwise: int) -> int:
 
 
 def by_category(paths: Iterable[str]) -> dict[str, list[str]]:
-    """Paths grouped by category and sorted by layer; where one layer has several, the last is used."""
+    """Group paths by category and sort them by layer. If a layer has several in one category, the last is used."""
     grouped: dict[str, dict[int, str]] = {}
     for i, path in enumerate(paths):
         layers = grouped.setdefault(category(path), {})

@@ -1,7 +1,7 @@
-"""Methods that read other adapters of the model: the parts that AdapterFusion, averages and splits share.
+"""Methods that combine other adapters of the model: shared code of AdapterFusion, averages and splits.
 
-In the terms of AdapterHub, a stack is `set_adapter(["a", "b"])`. A fusion, an average and a split are methods whose
-configs name the adapters that they read. `parallel` runs the same rows through several adapters.
+These are AdapterHub's compositions. A stack is `set_adapter(["a", "b"])`. A fusion, an average or a split is a method
+whose config names the adapters that it reads. `parallel` runs the same rows through several adapters.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ...targets.target import Target
 
 
 class Reader(Adapter):
-    """An adapter that combines the outputs of other adapters on its module; those stay unchanged and inactive."""
+    """An adapter that combines the outputs of other adapters on its module, which stay unchanged and inactive."""
 
     def __init__(self, config: ReaderConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
@@ -37,7 +37,7 @@ class Reader(Adapter):
             if part.target is not target or not has_output:
                 names = ", ".join(self.names)
                 raise TargetError(
-                    f"{config.title} reads the outputs of adapters on {target.path!r}; one of {names} has none to read"
+                    f"{config.title} reads the outputs of adapters on {target.path!r}; one of {names} has no output"
                 )
 
     def sibling(self, name: str) -> Adapter:
@@ -45,7 +45,7 @@ class Reader(Adapter):
         adapter = self.target.layer.adapters.get(name)
         if adapter is None:
             raise VeneerError(
-                f"{self.config.title} reads adapter {name!r}: not on {self.target.path!r}; load or add it first"
+                f"{self.config.title} reads adapter {name!r}, not found on {self.target.path!r}; add or load it first"
             )
         return adapter
 
@@ -55,7 +55,7 @@ class Reader(Adapter):
         return output.to(y.dtype) - y
 
     def _output(self, parts: Sequence[Adapter], x: Tensor, y: Tensor) -> Tensor:
-        """The module's output with the parts applied, to its output y where that is enough."""
+        """The module's output with the parts applied; if possible, they are applied to its output y."""
         if not all(map(_follows, parts)):
             return self._output_folded(parts, x)
         output = y
@@ -106,7 +106,7 @@ class ReaderConfig(LayerConfig):
         return [path for path, layer in state.layers.items() if not names.isdisjoint(layer.adapters)]
 
     def before(self, shared: nn.Module | None, facts: dict[Any, Any], model: nn.Module, kwargs: dict[str, Any]) -> None:
-        """Compute the facts of the adapters to read, which are not active themselves."""
+        """Compute the facts of the adapters to read, because nothing else does while they are inactive."""
         state = state_of(model)
         if state is None:
             return
@@ -148,9 +148,9 @@ class Weighted(Reader):
 @dataclass(kw_only=True)
 class WeightedConfig(ReaderConfig):
     weights: list[float] | None = None
-    """The weight of each adapter."""
+    """The weight of each adapter; None: 1 for each."""
     learned: bool = False
-    """Train the weights, one for each adapter and module."""
+    """Train the weights; there is one for each adapter and module."""
 
     learning_rate = 1e-2
 
@@ -166,8 +166,9 @@ class WeightedConfig(ReaderConfig):
 def parallel(batch: Mapping[str, Any], adapter_names: Sequence[str]) -> dict[str, Any]:
     """Repeat a batch so that each adapter sees every row: `model(**parallel(batch, ["one", "two"]))`.
 
-    Tensors (rows, ...) become (adapters x rows, ...), with all rows of the first adapter first; outputs have the same
-    layout. The base model runs once. "__base__" names the model without adapters. Also for `model.generate`.
+    A tensor (rows, ...) becomes (adapters x rows, ...): all rows for the first adapter, then all rows for the second.
+    Outputs have the same layout. The base model runs once. The name "__base__" stands for the model without adapters.
+    The result can also be passed to `model.generate`.
     """
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.dim()}
     row_counts = set(map(len, tensors.values()))

@@ -1,4 +1,4 @@
-"""Trained LoRA adapters as the experts of another adapter, which mixes them."""
+"""Trained LoRA adapters that serve as the experts of another adapter, which mixes them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_expert(name: str, source: str, mixer: str) -> Expert:
     """Read a plain LoRA adapter from a directory.
 
     Raises:
-        ConfigError: it is another method, or LoRA with extras.
+        ConfigError: the adapter is not LoRA, or is LoRA with variants, modules_to_save or biases.
     """
     config, tensors, provenance = checkpoint.load(source)
     if not isinstance(config, LoraConfig) or type(config).adapter is not LoRA:
@@ -61,7 +61,7 @@ def less_mean(tensors: Tensors, others: Sequence[Tensors]) -> Tensors:
     shapes = _shapes(tensors)
     for other in others:
         if _shapes(other) != shapes:
-            raise ConfigError("factors are subtracted as they are: give all adapters the same targets and ranks")
+            raise ConfigError("factors can be subtracted only if all adapters have the same targets and ranks")
     differences = {}
     for key, tensor in tensors.items():
         stacked = torch.stack([other[key] for other in others])
@@ -78,9 +78,9 @@ def _spelled(shapes: dict[str, tuple[int, ...]]) -> str:
 
 
 def common_targets(model: nn.Module, experts: Iterable[Expert], check_base: bool = True) -> list[str]:
-    """The paths that any of the experts adapts.
+    """The paths of the modules that at least one expert adapts.
 
-    Raises an error unless each expert fits `model`, and was trained on it if `check_base`.
+    Raises an error unless each expert fits `model` and, if `check_base`, was trained on it.
     """
     paths: list[str] = []
     for i, (config, tensors, provenance) in enumerate(experts):

@@ -1,4 +1,4 @@
-"""The LoRA that LoftQ starts: its update also holds the error of the quantised base (see `inits/loftq.py`)."""
+"""LoRA with a LoftQ start: its update includes the quantisation error of the base (see `inits/loftq.py`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..lora import LoRA
 class LoftQ(LoRA):
     """W' = Q + s B A, computed as W + (Q - W) + s B A.
 
-    The base keeps its weight W, and Q - W is computed again at each load.
+    The base model keeps its weight W; Q - W is recomputed whenever the adapter is loaded.
     """
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
-"""Bottlenecks in parallel to an MLP, including an MLP without a module of its own.
+"""Bottlenecks in parallel to an MLP, including an MLP that is not a module.
 
-Such an MLP is only a first and a last linear layer. An adapter on the first stores its input for the bottleneck on the
-last.
+Such an MLP consists only of a first and a last linear layer. An adapter on the first layer stores its input, which the
+bottleneck on the last layer reads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Inputs(nn.Module):
-    """The inputs of the MLPs that are running, by layer."""
+    """The inputs of the MLPs that are being computed, by layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,9 @@ class Tapped(Bottleneck):
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         mlp_input = self.shared.held.pop(layer_of(self.target.path), None)
         if mlp_input is None:
-            raise VeneerError(f"no input of its MLP came before {self.target.path!r}; target_modules must pair them")
+            raise VeneerError(
+                f"{self.target.path!r} got no input from its MLP's first layer; target_modules must name both layers"
+            )
         return y + self.update(mlp_input.to(y.dtype))
 
 

@@ -1,4 +1,4 @@
-"""Layer replication: a deeper model made of ranges of a model's layers, in which repeated layers share weights."""
+"""Layer replication: build a deeper model from ranges of a model's layers; repeated layers share their weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...errors import ConfigError, TargetError
 from ...targets.roles import layer_list
 
 LENGTH_FIELDS = ("num_hidden_layers", "n_layer")
-"""The fields of a model's config that may hold its number of layers."""
+"""The names that model configs use for the number of layers."""
 
 
 @dataclass(eq=False)
@@ -26,11 +26,11 @@ class Replication:
     name: str
     """The name of the list in `holder`."""
     old: nn.ModuleList
-    """The list before."""
+    """The original list."""
     config: Any
     """The model's config."""
     settings: dict[str, Any]
-    """The changed fields of `config`, as they were before."""
+    """The original values of the changed fields of `config`."""
 
     def undo(self) -> None:
         self.holder._modules[self.name] = self.old
@@ -38,15 +38,15 @@ class Replication:
 
 
 def replicate(model: nn.Module, ranges: Sequence[Sequence[int]]) -> Replication:
-    """Rebuild the model's list of layers from ranges [start, end) of it, in place.
+    """Replace the model's list of layers, in place, by ranges [start, end) of it.
 
     Raises:
-        ConfigError: a range is malformed or exceeds the layers.
+        ConfigError: a range is malformed or exceeds the number of layers.
         TargetError: no list of layers is found in the model, or the model already has adapters.
     """
     if state_of(model) is not None:
         raise TargetError(
-            "layer_replication changes the model's layers, on which there are adapters; unload them first"
+            "layer_replication changes the model's layers, which already have adapters; unload them first"
         )
     path = layer_list(model)
     parent, _, name = path.rpartition(".")
@@ -71,7 +71,7 @@ def _order(ranges: Sequence[Sequence[int]], length: int) -> list[int]:
 
 
 def _resize(config: Any, order: list[int]) -> dict[str, Any]:
-    """Adjust the model's config to its new layers; returns the former values of the changed fields."""
+    """Adjust the model's config to its new layers; return the former values of the changed fields."""
     values = config.__dict__
     former = {}
     for key in LENGTH_FIELDS:
@@ -87,7 +87,7 @@ def _resize(config: Any, order: list[int]) -> dict[str, Any]:
 
 
 def _sharing(layer: nn.Module, place: int) -> nn.Module:
-    """A copy of a layer that shares its tensors and has its own index (in the cache)."""
+    """A copy of a layer that shares its tensors but has its own index, which selects its part of the cache."""
     tensors: dict[int, Any] = {id(t): t for t in (*layer.parameters(), *layer.buffers())}
     twin = copy.deepcopy(layer, memo=tensors)
     for module in twin.modules():

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ...errors import CheckpointError, ConfigError
 
 OTHER_NAMES = {"intermediate_size": ("n_inner", "ffn_dim")}
-"""Names that some architectures give to a config field."""
+"""Other names of a config field in some architectures."""
 PROJECTED = "causal_lm_with_hidden_projection"
 """The model type of a network that is saved with a projection."""
 
@@ -31,7 +31,7 @@ def config_of(block: nn.Module) -> Any:
 def mirror(config: Any, sizes: Mapping[str, int | None]) -> Any:
     """Build a new network of the same architecture in other sizes.
 
-    Sizes that are None stay as in the config, except that the number of layers becomes one.
+    A size of None keeps the config's value, except that the number of layers becomes one.
     """
     from transformers import AutoModel
 
@@ -48,13 +48,13 @@ def mirror(config: Any, sizes: Mapping[str, int | None]) -> Any:
         config.layer_types = types[:n] + types[-1:] * (n - len(types))
     if getattr(config, "max_window_layers", None) is not None:
         config.max_window_layers = min(config.max_window_layers, config.num_hidden_layers)
-    # never on the meta device, even when adapters are built there: buffers such as position tables are in no file
+    # On the CPU even when adapters are built on the meta device: buffers such as position tables are not in any file.
     with torch.device("cpu"):
         return AutoModel.from_config(config)
 
 
 def _resize(config: Any, name: str, size: int) -> None:
-    """Set a size under the name that this config gives it."""
+    """Set a size under the name that this config uses for it."""
     for known in (name, *OTHER_NAMES.get(name, ())):
         if hasattr(config, known):
             setattr(config, known, size)
@@ -63,13 +63,13 @@ def _resize(config: Any, name: str, size: int) -> None:
 
 
 def saved(directory: str) -> tuple[Any, nn.Module | None]:
-    """Load a network from a directory, and its projection to the width of a larger model if it has one."""
+    """Load a network from a directory, with its projection to the width of a larger model, if it has one."""
     from transformers import AutoConfig, AutoModel
 
     path = Path(directory)
     config_file = path / "config.json"
     if not config_file.is_file():
-        raise CheckpointError(f"{directory!r} is no directory of a transformers model; download one first")
+        raise CheckpointError(f"there is no directory {directory!r} with a transformers model; download one first")
     content = json.loads(config_file.read_text(encoding="utf-8"))
     with torch.device("cpu"):
         if content.get("model_type") != PROJECTED:
@@ -99,7 +99,7 @@ def _projected(path: Path, network: Any) -> tuple[Any, nn.Module]:
 
 
 def freeze_(module: nn.Module) -> nn.Module:
-    """Turn parameters into buffers: they are still saved, and nothing trains them."""
+    """Turn parameters into buffers, which are still saved but not trained."""
     for part in module.modules():
         for name, parameter in list(part._parameters.items()):
             if parameter is not None:

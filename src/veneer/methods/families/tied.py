@@ -1,4 +1,4 @@
-"""Adapters that accompany a LoRA under its name: trained tokens, and the same update on a module with tied weights."""
+"""Additional adapters under the name of a LoRA: trained tokens, and its update on a module with tied weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..trainable_tokens import TrainableTokens, TrainableTokensConfig
 
 
 class TokenAdapter(TrainableTokens):
-    """Trainable tokens that accompany another method under its name."""
+    """Trainable tokens under the name of another method's adapter."""
 
     key = "token_adapter."
 
@@ -19,13 +19,13 @@ class TokenAdapter(TrainableTokens):
 
 
 class Tokens(TrainableTokensConfig):
-    """The config that `trainable_token_indices` of another method's config stands for."""
+    """The config that is created from the `trainable_token_indices` of another method's config."""
 
     adapter = TokenAdapter
 
 
 def beside(indices: list[int] | dict[str, list[int]] | None) -> list[Tokens]:
-    """Configs for the tokens that another method also trains: in the input embedding, or in the named modules."""
+    """Configs for tokens that are trained along with another method, in the input embedding or in named modules."""
     if isinstance(indices, dict):
         return [Tokens(token_indices=tokens, target_modules=[module]) for module, tokens in indices.items()]
     if not indices:
@@ -34,7 +34,7 @@ def beside(indices: list[int] | dict[str, list[int]] | None) -> list[Tokens]:
 
 
 class TiedLoRA(LowRank):
-    """The update of an embedding on the output head that shares its weight, or the reverse: the transposed update."""
+    """Applies an embedding's update, transposed, to the output head that shares its weight, or the reverse."""
 
     kinds = frozenset({"linear", "embedding"})
 

@@ -1,7 +1,7 @@
-"""Methods with variants that combine: each variant is a class that overrides one aspect and calls `super()`.
+"""Methods whose variants can be combined: each variant is a class that overrides one aspect and calls `super()`.
 
-A `Variants` config knows which of its fields requests which variant; its `adapter` is the class composed of the
-requested ones.
+A `Variants` config determines which of its fields request which variants. Its `adapter` is a class composed of the
+requested variants.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ...files.checked import Settings
 
 
 class Aspect:
-    """What a variant may contribute to the config that requests it."""
+    """Hooks of a variant, which are called by the config that requests it."""
 
     settings: ClassVar[type[Settings] | None] = None
-    """The class of the config field that requests it, if that is not a bool or a name."""
+    """The class of the settings that request the variant; None if a bool or a name requests it."""
     pads: ClassVar[bool] = True
-    """Padding the rank with zeros does not change the result."""
+    """Whether the rank can be padded with zeros without changing the result."""
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """Raise ConfigError if the settings of the variant, or others combined with it, are invalid."""
+        """Raise ConfigError if the variant's settings are invalid, alone or with the config's other settings."""
 
     @classmethod
     def before(cls, config: Any, facts: dict[Any, Any], model: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -53,7 +53,7 @@ CLASSES: dict[str, type[Adapter]] = {}
 class Composition:
     """`Config.adapter` of a method with variants.
 
-    On a config it is the class composed of the config's `classes()`; on the config's class it is the variant alone.
+    On a config instance it is the class composed of the config's `classes()`; on the config class, the variant alone.
     """
 
     def __init__(self, variant: type[Adapter]) -> None:
@@ -74,7 +74,7 @@ def _file_of(config_class: type[Config]) -> str:
 
 
 class Composed(type):
-    """The type of composed classes. No module holds them by name, so a pickle refers to their bases instead."""
+    """The type of composed classes. They are not attributes of a module, so they are pickled by their base classes."""
 
 
 def _reduce(cls: type) -> tuple[Any, ...]:
@@ -86,9 +86,9 @@ copyreg.pickle(Composed, _reduce)  # type: ignore[arg-type]
 
 @cache
 def compose(*parts: type[Adapter]) -> type[Adapter]:
-    """Compose one class of several, outermost first, for the kinds of target that all of them support.
+    """Compose one class from several, outermost first, for the kinds of target that all of them support.
 
-    The same parts always give the same class.
+    The same parts always result in the same class.
     """
     if len(parts) == 1:
         return parts[0]
@@ -105,13 +105,13 @@ class Variants(Config):
     """
 
     files: ClassVar[Mapping[str, str]]
-    """The file of each variant by what requests it, a field or the name of a start; outermost first."""
+    """The file of each variant, by the field or the initialisation that requests it; outermost first."""
     plain: ClassVar[Any]
     """The class without variants."""
     starts: ClassVar[str]
-    """The field that holds the name of a start."""
+    """The field that names the initialisation."""
     details: ClassVar[Mapping[str, str]] = {}
-    """Fields that have an effect only together with another field: its name."""
+    """Fields that have an effect only together with another field, with the name of that field."""
 
     def variants(self) -> list[str]:
         """The keys of `files` that this config requests."""
@@ -133,7 +133,7 @@ class Variants(Config):
         return [CLASSES[file] for file in files]
 
     def complete_settings(self) -> None:
-        """Convert settings that a file holds as a mapping to the variant's own class."""
+        """Convert settings that are given as a mapping, as in a file, to the variant's settings class."""
         for name, variant in zip(self.variants(), self.classes(), strict=False):  # without variants there is one class
             settings_class = variant.settings
             if settings_class is None:
@@ -178,7 +178,7 @@ class Variants(Config):
         return torch.stack(terms).sum() if terms else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Leave out fields of variants that are not requested: older readers know few of them."""
+        """Leave out the fields of variants that are not requested, because older versions do not know all of them."""
         requested = self.variants()
         content = super().to_dict()
         for name in self.files:

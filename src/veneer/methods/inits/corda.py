@@ -1,10 +1,10 @@
-"""CorDA: start the update along the directions of the weight that matter most, or least, for some data.
+"""CorDA: start the update along the directions of the weight that matter most, or least, for given data.
 
     C = E[x x^T] of a layer's inputs,  U S V^T = W C,  A0 = sqrt(S_k / s) V_k^T C^-1,  B0 = U_k sqrt(S_k / s)
 
-k: the first r directions (instruction-previewed mode, "ipm") or the last r (knowledge-preserved mode, "kpm").
-Yang et al., 2024, arXiv:2406.05223. As in the authors' code, each sequence is first divided by its largest entry, and
-1 % of C's mean diagonal (or more, until the inverse is accurate) is added to its diagonal.
+k: the first r directions (instruction-previewed mode, "ipm") or the last r (knowledge-preserved mode, "kpm"). Yang
+et al., 2024, arXiv:2406.05223. As in the authors' code, each sequence is first divided by its largest entry, and the
+diagonal of C is increased by 1 % of its mean (by more, if the inverse is not accurate otherwise).
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class CordaConfig(Settings):
     """How CorDA computes its start."""
 
     cache_file: str | Path | None = None
-    """File for the computed start; if it exists, it is read and nothing is computed."""
+    """File for the computed start; if it exists, the start is read from it and not computed."""
     covariance_file: str | Path | None = None
     """File for the covariances, which can be reused with other ranks."""
     corda_method: Literal["ipm", "kpm"] = "ipm"
-    """"ipm" learns along the data's main directions; "kpm" along its least ones, which preserves prior knowledge."""
+    """"ipm": learn along the main directions of the data; "kpm": along its minor ones, to preserve prior knowledge."""
     verbose: bool = False
     """Show progress."""
     use_float16_for_covariance: bool = False
-    """Sum the covariances in the dtype of the activations, not in float32."""
+    """Sum the covariances in the dtype of the activations instead of float32."""
     prune_temporary_fields: bool = True
     """Ignored; kept for PEFT compatibility."""
 
@@ -59,9 +59,9 @@ def preprocess_corda(
 
     Args:
         model: the bare model.
-        lora_config: the config that `get_peft_model` will get.
+        lora_config: the config that you will pass to `get_peft_model`.
         run_model: runs the model on a few hundred samples; not needed if the config names files that exist.
-        hooked_model: the model that `run_model` runs, if it is another one.
+        hooked_model: the model that `run_model` runs, if it is not `model`.
 
     Raises:
         VeneerError: `run_model` is missing, or some target never ran.
@@ -105,7 +105,9 @@ def covariances(
         source = str(settings.covariance_file)
         return {path: cached(stored, path, source) for path in modules}
     if run_model is None:
-        raise ConfigError("preprocess_corda needs run_model, which runs the model on samples, or files from before")
+        raise ConfigError(
+            "preprocess_corda needs run_model, which runs the model on samples, or the files of an earlier run"
+        )
 
     sums = {path: Covariance(settings.use_float16_for_covariance) for path in modules}
     _run_hooked(model, linear_targets(model, config), sums, run_model)
@@ -120,7 +122,7 @@ def covariances(
 def _run_hooked(
     model: nn.Module, modules: Mapping[str, nn.Module], sums: Mapping[str, Covariance], run_model: Callable[[], None]
 ) -> None:
-    """Run the model while each module's inputs are added to its covariance."""
+    """Run the model and add each module's inputs to its covariance."""
     handles = []
     for path, covariance in sums.items():
         if path in modules:
@@ -138,7 +140,7 @@ class Covariance:
 
     def __init__(self, as_is: bool) -> None:
         self.as_is = as_is
-        """Sum in the dtype of the inputs, not in float32."""
+        """Sum in the dtype of the inputs instead of float32."""
         self.samples = 0
         self.total = torch.tensor(0.0)
 
@@ -175,7 +177,7 @@ def corda(W: Tensor, C: Tensor, r: int, method: str) -> tuple[Tensor, Tensor]:
 
 
 def inverted(C: Tensor) -> tuple[Tensor, Tensor]:
-    """C with enough added to its diagonal for an accurate inverse, and that inverse."""
+    """C, with its diagonal increased until its inverse is accurate, and that inverse."""
     eye = torch.eye(len(C), device=C.device)
     mean = C.diagonal().mean()
     damping = 0.01
@@ -192,8 +194,8 @@ def corda_start(target: Target, r: int, scaling: float, config: LoraConfig) -> t
     A0, B0 = taken(target, "corda", config)
     if A0.shape != (r, target.in_features) or B0.shape != (target.out_features, r):
         raise ConfigError(
-            f"preprocess_corda found a start of rank {len(A0)} for {target.path!r}, the config says r = {r}; give both "
-            "the same config, or another cache_file"
+            f"preprocess_corda computed a start of rank {len(A0)} for {target.path!r}, but the config has r = {r}; use "
+            "the same config for both, or another cache_file"
         )
     device = target.weight().device
     root = scaling**0.5

@@ -2,10 +2,11 @@
 
     A = the first r' right singular vectors of a layer's centred inputs,  B = 0
 
-r' of a layer: among the components of all layers, the r times (number of layers) that explain the largest share of
-their layer's variance are kept, at most rho r in one layer. Paischer et al., 2024, arXiv:2410.07170. The components
-come from an incremental SVD over batches (Ross et al., 2008), which ends when they have converged to within tau.
-Starts as a no-op, since B is zero; a layer whose rank is 0 gets no adapter.
+r' of a layer: the number of its components that are kept. Of the components of all layers, those that explain the
+largest share of their layer's variance are kept: r times the number of layers in total, and at most rho r in one layer.
+Paischer et al., 2024, arXiv:2410.07170. The components come from an incremental SVD over batches (Ross et al., 2008),
+which ends when they have converged to within tau. Starts as a no-op, since B is zero. A layer whose rank is 0 gets no
+adapter.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class EvaConfig(Settings):
     rho: float = 2.0
     """A layer's rank is at most rho r; with 1 every layer has rank r."""
     tau: float = 0.99
-    """A component has converged when its cosine similarity to the one after the batch before is at least this."""
+    """A component has converged when its cosine similarity to its value one batch earlier is at least this."""
     use_label_mask: bool = True
     """Ignore positions whose label is `label_mask_value`."""
     label_mask_value: int = -100
@@ -66,7 +67,7 @@ class Components:
         self.n = n
         self.tau = tau
         self.count = 0
-        """Rows so far."""
+        """The number of rows added so far."""
         self.mean = torch.tensor(0.0)
         self.scatter = torch.tensor(0.0)
         """The sum of squared distances from the mean."""
@@ -81,7 +82,8 @@ class Components:
         rows, correction = self._add_to_moments(x)
         if not is_first:
             rows = torch.cat([self.values[:, None] * before, rows, correction])
-        # PEFT's seed, and from the second batch on its float64, so that both find the same; in float32, 4 times as fast
+        # As in PEFT, the random numbers are drawn with seed 42 and, from the second batch on, in float64, so that both
+        # find the same components. The SVD itself runs in float32, which is 4 times as fast.
         draw = None if is_first else torch.float64
         _, S, Vh = randomised_svd(rows, 2 * self.n, 4, seed=42, draw=draw)
         self.vectors = upright(Vh[: self.n])
@@ -92,7 +94,7 @@ class Components:
     def _add_to_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Update the count, the mean and the scatter.
 
-        Returns the centred rows, and one more row (1, in) that corrects for the change of the mean.
+        Returns the centred rows, and an additional row (1, in) that corrects for the change of the mean.
         """
         n = len(x)
         total = self.count + n
@@ -127,7 +129,7 @@ def forward_fn_dict(model: nn.Module, inputs: Any) -> Any:
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: LoraConfig) -> Tensor:
-    """The positions (row, column) to use: those that are neither padding nor masked by their label."""
+    """The positions (row, column) to use: those that are neither padding nor masked by the labels."""
     settings = peft_config.eva_config or EvaConfig()
     everywhere = torch.ones_like(model_input["input_ids"])
     mask = model_input.get("attention_mask", everywhere).bool()
@@ -161,9 +163,9 @@ class Reader:
     config: LoraConfig
     forward: Callable[[nn.Module, Any], Any]
     positions: Callable[[Any, LoraConfig], Any] | None
-    """Prepares the batch for `rows`; None: the batch itself."""
+    """Prepares the batch for `rows`; None: `rows` gets the batch itself."""
     rows: RowsFunction | Mapping[str, RowsFunction] | None
-    """One function for all modules, or one for each name; None: all rows."""
+    """One function for all modules, or a mapping with one for each name; None: all rows are used."""
     gather: bool
     """Use the rows of all processes of a distributed run."""
 
@@ -193,7 +195,7 @@ class Reader:
         return rows or flat
 
     def gathered(self, rows: Tensor) -> Tensor:
-        """The rows of all processes of a distributed run, if they are to be used."""
+        """The rows of all processes of a distributed run if `gather` is set, else those of this process."""
         if not (self.gather and dist.is_available() and dist.is_initialized()):
             return rows
         parts: list[Any] = [None] * dist.get_world_size()
@@ -202,7 +204,7 @@ class Reader:
 
 
 def moved(batch: Any, device: torch.device) -> Any:
-    """A batch with its tensors on a device, inside mappings, lists and tuples too."""
+    """A batch with its tensors on a device, including those in mappings, lists and tuples."""
     if hasattr(batch, "to"):
         return batch.to(device)
     if isinstance(batch, Mapping):
@@ -213,9 +215,9 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 
 def served_by(read: Reader, modules: Mapping[str, nn.Module], batch: Any) -> dict[str, str]:
-    """For each module its leader, the first module with the same inputs (q_proj leads k_proj and v_proj).
+    """The leader of each module: the first module with the same inputs, such as q_proj for k_proj and v_proj.
 
-    Leaders come first.
+    Leaders come first in the result.
     """
     first: dict[Any, str] = {}
     leaders: dict[str, str] = {}
@@ -244,7 +246,7 @@ def distribute(shares: Mapping[str, Tensor], served: Mapping[str, str], budget: 
     ranks = dict.fromkeys(served, 0)
     for i in order[:budget].tolist():
         ranks[owners[i]] += 1
-    for name, leader in served.items():  # a leader's components must converge as far as any that it serves needs
+    for name, leader in served.items():  # convergence is checked up to the leader's rank
         if ranks[leader] < ranks[name]:
             ranks[leader], ranks[name] = ranks[name], ranks[leader]
     return ranks
@@ -253,7 +255,7 @@ def distribute(shares: Mapping[str, Tensor], served: Mapping[str, str], budget: 
 def compute_starts(
     read: Reader, modules: Mapping[str, nn.Module], dataloader: Any, progress: bool
 ) -> dict[str, Tensor]:
-    """Compute A of each module, with the rank that the module gets."""
+    """Compute A of each module, with the rank assigned to the module."""
     config = read.config
     settings = config.eva_config or EvaConfig()
     served = served_by(read, modules, next(iter(dataloader)))
@@ -289,7 +291,7 @@ def compute_starts(
 def components_of(
     modules: Mapping[str, nn.Module], served: Mapping[str, str], ranks: Mapping[str, int], settings: EvaConfig
 ) -> dict[str, Components]:
-    """For each leader, as many components as the modules that it serves may need."""
+    """The components of each leader, as many as the modules that it leads may need."""
     counts: dict[str, int] = {}
     for name, leader in served.items():
         most = min(round(ranks[name] * settings.rho), width_of(modules[name]))
@@ -303,10 +305,10 @@ def width_of(module: Any) -> int:
 
 
 def batches(dataloader: Any, parts: Mapping[str, Components]) -> Iterator[Any]:
-    """Repeat the data without end.
+    """Repeat the batches endlessly.
 
     Raises:
-        VeneerError: after a whole pass, some layer has not had a batch with enough rows.
+        VeneerError: after a full pass over the data, some layer has not had a batch with enough rows.
     """
     stored = list(dataloader)
     yield from stored
@@ -333,25 +335,25 @@ def get_eva_state_dict(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> dict[str, Tensor]:
-    """Compute EVA's A for each target, by the name of its module in `model`.
+    """Compute EVA's A for each target. The keys are the names of the modules in `model`.
 
     Args:
         model: the bare model, or one that has the adapter.
-        dataloader: batches to run, a sized iterable.
+        dataloader: the batches to run; an iterable with a length.
         peft_config: the config of the adapter to start; required for a bare model.
         forward_fn: runs the model on a batch.
-        prepare_model_inputs_fn: takes a batch and the config; its result is passed on to `prepare_layer_inputs_fn`.
-            None passes on the batch.
+        prepare_model_inputs_fn: takes a batch and the config; its result is passed to `prepare_layer_inputs_fn`.
+            None: the batch itself is passed.
         prepare_layer_inputs_fn: takes a layer's arguments, the result of `prepare_model_inputs_fn` and the layer's
-            name; returns the rows to use. Or a mapping with one function for each name; None uses all rows.
-        adapter_name: the adapter to start, in a model that has it.
+            name; returns the rows to use. It can be a mapping with one function for each name. None: all rows are used.
+        adapter_name: the adapter to start, if the model already has it.
         gather_distributed_inputs: use the rows of all processes.
         show_progress_bar: show progress.
     """
     adapted = hasattr(model, "peft_config")
     config: Any = peft_config or (model.peft_config[adapter_name] if adapted else None)  # type: ignore[index]
     if config is None:
-        raise ConfigError("peft_config must say what would be adapted, since the model has no adapters")
+        raise ConfigError("the model has no adapters; pass the peft_config of the adapter to start")
     if not len(dataloader):
         raise VeneerError("the dataloader is empty; EVA starts from data")
     modules = linear_layers(model, adapter_name) if adapted else linear_targets(model, config)
@@ -367,7 +369,7 @@ def get_eva_state_dict(
 
 
 def linear_layers(model: Any, adapter_name: str) -> dict[str, nn.Module]:
-    """The linear layers that have a LoRA, by name."""
+    """The linear layers that have a LoRA adapter, by name."""
     state = state_of(model.get_base_model())
     modules = {}
     for path, adapter in state.adapters(adapter_name).items():
@@ -386,7 +388,7 @@ def lora_of(adapter: Any) -> Any:
 
 
 def with_ranks(config: Any, loras: Mapping[str, Any], starts: Mapping[str, Tensor]) -> LoraConfig:
-    """A copy of the config with the ranks of `starts` (A by path), as patterns of whole paths."""
+    """A copy of the config whose patterns give each path the rank of its A in `starts`."""
     config = copy.copy(config)
     settings = config.eva_config or EvaConfig()
     config.rank_pattern = {}

@@ -1,4 +1,4 @@
-"""What initialisations from data compute before the adapter exists: stored on the bare model's modules until then."""
+"""Stores what initialisations compute from data before the adapter exists: on the bare model's modules, or in files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..lora import LoraConfig
 
 NOTES = "_veneer_start"
-"""The attribute of a module that holds what was computed for it."""
+"""The attribute of a module that holds the values computed for it."""
 
 
 def linear_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
@@ -46,7 +46,7 @@ def note(module: nn.Module, name: str, value: Any) -> None:
 
 
 def taken(target: Target, name: str, config: Any) -> Any:
-    """Take the value that `note` stored off a target's module.
+    """Remove and return the value that `note` stored on a target's module.
 
     Raises:
         ConfigError: nothing was stored.
@@ -59,13 +59,14 @@ def taken(target: Target, name: str, config: Any) -> Any:
         return value
     if config.from_file:
         raise ConfigError(
-            f"the file says init_lora_weights = {name!r}: it was made for a base model that its start was taken off, "
-            "and does not hold that start. PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) "
-            "writes one for the untouched base; on the changed base, load it with a config that says True"
+            f"the file has init_lora_weights = {name!r}: it was trained on a base model from which its start was "
+            "subtracted, and does not contain that start. PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...) writes a file for the unchanged base model; "
+            "to load this file on the changed base model, set init_lora_weights to true in its config"
         )
     functions = {"corda": "preprocess_corda", "lora_ga": "preprocess_loraga"}
     raise ConfigError(
-        f"init_lora_weights {name!r} starts from data; call {functions[name]}(model, config, ...) before (see it)"
+        f"init_lora_weights {name!r} is computed from data; call {functions[name]}(model, config, ...) first"
     )
 
 
@@ -77,7 +78,7 @@ def alone(model: Any) -> AbstractContextManager[None]:
 
 
 def read_cache(path: str | Path | None) -> dict[str, Tensor] | None:
-    """The tensors that an earlier run stored; None if there is no file."""
+    """The tensors that an earlier run stored; None if there is no such file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -89,7 +90,7 @@ def read_cache(path: str | Path | None) -> dict[str, Tensor] | None:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ConfigError(f"{path!r} was not written by veneer (it is no safetensors file): {error}") from None
+        raise ConfigError(f"{path!r} was not written by veneer, since it is not a safetensors file: {error}") from None
 
 
 def write_cache(path: str | Path | None, tensors: dict[str, Tensor]) -> None:
@@ -105,11 +106,11 @@ def write_cache(path: str | Path | None, tensors: dict[str, Tensor]) -> None:
 
 
 def cached(tensors: dict[str, Tensor], key: str, path: str) -> Tensor:
-    """A tensor of a cache file.
+    """A tensor from a cache file.
 
     Raises:
-        ConfigError: the file has no such tensor, so it was made for other targets.
+        ConfigError: the file has no such tensor, so it was written for other targets.
     """
     if key not in tensors:
-        raise ConfigError(f"{path!r} was made for other targets: it holds nothing for {key!r}")
+        raise ConfigError(f"{path!r} was written for other targets: it has no entry for {key!r}")
     return tensors[key]

@@ -2,8 +2,8 @@
 
     P_K, P_V = the keys and values of the text's first n tokens
 
-Eyuboglu et al., 2025, arXiv:2506.06266. For prefixes stored as keys and values: cartridges, and prefix tuning without a
-projection.
+Eyuboglu et al., 2025, arXiv:2506.06266. For prefixes that are stored as keys and values: cartridges, and prefix tuning
+without a projection.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
     """The first positions of a cache in the layout of a checkpoint: (n, layers x 2 x heads x head_dim).
 
     Args:
-        past_key_values: a `DynamicCache` or (keys, values) of each layer, for one sequence.
+        past_key_values: a `DynamicCache`, or the (keys, values) of each layer, for one sequence.
         num_virtual_tokens: n, the number of positions.
     """
     blocks = []
@@ -49,7 +49,7 @@ def _first_positions(t: Tensor, n: int) -> Tensor:
 def initialize_kv_prefix_from_past_key_values(
     model: Any, *, adapter_name: str | None = None, past_key_values: Any, num_virtual_tokens: int | None = None
 ) -> Tensor:
-    """Copy the first positions of a cache into a prefix of `model`; returns them."""
+    """Copy the first positions of a cache into a prefix of `model`, and return them."""
     prompt = _prefix(model, adapter_name)
     if num_virtual_tokens not in (None, prompt.n):
         raise ConfigError(f"num_virtual_tokens = {num_virtual_tokens}, but the prefix has {prompt.n} positions")
@@ -57,7 +57,7 @@ def initialize_kv_prefix_from_past_key_values(
     expected = prompt.export()["prompt_embeddings"].shape
     if embeddings.shape != expected:
         raise ConfigError(
-            f"the cache has {tuple(embeddings.shape)} numbers, the prefix {tuple(expected)}: another model's?"
+            f"the cache has shape {tuple(embeddings.shape)}, the prefix {tuple(expected)}; is it from another model?"
         )
     prompt.absorb({"prompt_embeddings": embeddings})
     return embeddings
@@ -77,10 +77,10 @@ def initialize_kv_prefix_from_text(
     """Initialise a prefix of `model` with a text, as a system message if the tokenizer has a chat template.
 
     Args:
-        text: at least as many tokens as the prefix has positions; further tokens are ignored.
-        adapter_name: the prefix; None: the active adapter.
+        text: must have at least as many tokens as the prefix has positions; further tokens are ignored.
+        adapter_name: the name of the prefix; None: the active adapter.
         num_virtual_tokens: if given, checked against the prefix.
-        use_chat_template: False uses the text as it is.
+        use_chat_template: False: use the text as it is.
         max_length: use at most this many tokens of the text.
     """
     prompt = _prefix(model, adapter_name)
@@ -114,7 +114,7 @@ def _prefix(model: Any, name: str | None) -> Any:
     """The adapter called `name` (by default the active one).
 
     Raises:
-        ConfigError: it is not a prefix that can be set.
+        ConfigError: it is not a prefix whose keys and values can be set.
     """
     name = name or model.active_adapter
     state = state_of(model.get_base_model())
@@ -126,5 +126,5 @@ def _prefix(model: Any, name: str | None) -> Any:
     if prompt is None or not fills_cache or is_projected:
         raise ConfigError(f"adapter {name!r} holds no keys and values of its own that could be set")
     if prompt.spec.submodules == 2:
-        raise ConfigError(f"adapter {name!r}: a prefix of an encoder-decoder cannot be started from a cache")
+        raise ConfigError(f"adapter {name!r}: a prefix of an encoder-decoder cannot be initialised from a cache")
     return prompt

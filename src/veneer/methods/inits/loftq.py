@@ -1,9 +1,10 @@
 """LoftQ: quantise the weight and start the update at the quantisation error.
 
-    W' = Q + s B A,  by turns  Q = q(W - s B A)  and  s B A = the best rank-r approximation of W - Q
+    W' = Q + s B A,  alternating  Q = q(W - s B A)  and  s B A = the best rank-r approximation of W - Q
 
 Li et al., 2023, arXiv:2310.08659, algorithm 1. q: 4-bit NormalFloat in blocks of 64 (Dettmers et al., 2023,
-arXiv:2305.14314, appendix E), or 8-bit integers with one scale for each row. Unlike PEFT, the scaling is divided out.
+arXiv:2305.14314, appendix E), or 8-bit integers with one scale for each row. Unlike in PEFT, the scaling s is divided
+out of A and B.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ...files.checked import Settings
 from ...targets.target import Target
 
 BLOCK = 64
-"""Values that share a scale in 4-bit NormalFloat."""
+"""Number of values that share a scale in 4-bit NormalFloat."""
 
 
 @dataclass
@@ -33,7 +34,7 @@ class LoftQConfig(Settings):
     loftq_bits: Literal[4, 8] = 4
     """4: NormalFloat in blocks of 64. 8: integers, one scale for each row."""
     loftq_iter: int = 1
-    """Number of times that the weight is quantised and the update fitted to the error."""
+    """Number of iterations; each one quantises the weight and fits the update to the error."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,7 +61,7 @@ def quantised(W: Tensor, target: Target, bits: int) -> Tensor:
 
 
 def best_fit(residual: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r) for which s B A approximates a matrix best.
+    """A (r, in) and B (out, r) such that s B A is the best approximation of a matrix.
 
     Raises:
         ConfigError: the rank exceeds that of the matrix.
@@ -105,6 +106,6 @@ def int8(W: Tensor) -> Tensor:
 
 
 def _largest(rows: Tensor) -> Tensor:
-    """The largest magnitude of each row (rows, 1), and never zero."""
+    """The largest magnitude of each row, (rows, 1); never zero."""
     smallest = torch.finfo(rows.dtype).tiny
     return rows.abs().amax(1, keepdim=True).clamp_min(smallest)

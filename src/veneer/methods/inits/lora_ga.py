@@ -2,9 +2,9 @@
 
     U S V^T = dL/dW,  A0 = c V[:, i]^T,  B0 = c U[:, j],  c = out^(1/4) / sqrt(gamma)
 
-with i the first r directions and j the next r ("ArB2r"). Wang et al., 2024, arXiv:2407.05000. PEFT multiplies B0 by
-the singular values of the gradient as well and scales B0 alone; the paper and its code do neither, nor do we. The
-start is subtracted again, so that the adapter starts as a no-op.
+with i the first r directions and j the next r ("ArB2r"). Wang et al., 2024, arXiv:2407.05000. PEFT also multiplies B0
+by the singular values of the gradient and scales only B0; the paper and its code do neither, nor do we. The start is
+subtracted, so that the adapter starts as a no-op.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class LoraGAConfig(Settings):
     """How LoRA-GA computes its start from gradients."""
 
     direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
-    """Which singular directions go to A and which to B: odd and even ones, the second r and the first r, the first r
-    and the second r, or a fixed random half each."""
+    """Which of the first 2 r singular directions A gets; B gets the others. "ArBr": every second one; "A2rBr": the last
+    r; "ArB2r": the first r; "random": a fixed random half."""
     scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
-    """The norm of A's rows and B's columns: from the width and `stable_gamma`, from the weight's singular values,
-    1 / scaling, or 1."""
+    """The norm of A's rows and B's columns. "stable": from the width and `stable_gamma`; "weight_svd": from the
+    singular values of the weight; "gd_scale": 1 / scaling; "unit": 1."""
     stable_gamma: int = 16
-    """The norm is divided by its square root, under "stable"."""
+    """With "stable", the norm is divided by the square root of this number."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,9 +55,9 @@ def preprocess_loraga(
 
     Args:
         model: the bare model.
-        lora_config: the config that `get_peft_model` will get.
+        lora_config: the config that you will pass to `get_peft_model`.
         train_step: runs the model forward and backward on some batches, without an optimizer.
-        cache_file: file for the gradients; if it exists, it is read and `train_step` does not run.
+        cache_file: file for the gradients; if it exists, they are read from it and `train_step` does not run.
 
     Raises:
         VeneerError: some target got no gradient.
@@ -102,9 +102,9 @@ def gradients(model: nn.Module, modules: Mapping[str, Any], train_step: Callable
 
 @contextmanager
 def only_learning(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
-    """A context in which the model is in training mode and only these weights collect gradients, starting from none.
+    """A context in which the model is in training mode and only these weights accumulate gradients, from zero.
 
-    Everything is restored at the end.
+    On exit, the mode, `requires_grad` and the gradients are restored.
     """
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     was_training = model.training
@@ -154,7 +154,7 @@ def norm_of(W: Tensor, r: int, scaling: float, scale: str, gamma: float) -> Tens
 
 
 def halves(direction: str, r: int) -> tuple[Tensor, Tensor]:
-    """The indices of A's and of B's among the first 2 r directions."""
+    """The indices of A's directions and of B's among the first 2 r."""
     if direction == "random":
         generator = torch.Generator(device="cpu").manual_seed(0)
         order = torch.randperm(2 * r, generator=generator, device="cpu")
@@ -181,6 +181,6 @@ def lora_ga_start(target: Target, r: int, scaling: float, config: LoraConfig) ->
     G = target.as_matrix(taken(target, "lora_ga", config).to(W.device))
     if G.shape != W.shape:
         raise ConfigError(
-            f"preprocess_loraga found a gradient of {tuple(G.shape)} for {target.path!r}; use another cache"
+            f"preprocess_loraga found a gradient of {tuple(G.shape)} for {target.path!r}; use another cache_file"
         )
     return lora_ga(G, W, r, scaling, settings.direction, settings.scale, settings.stable_gamma)

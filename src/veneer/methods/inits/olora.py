@@ -2,8 +2,8 @@
 
     W = Q R,  A0 = R[:r],  B0 = Q[:, :r]
 
-Büyükakyüz, 2024, arXiv:2406.01775. The scaling is not divided out, so s B0 A0 is subtracted. PEFT decomposes GPT-2's
-Conv1D as stored, (in, out), and so has the right shapes only if it is square.
+Büyükakyüz, 2024, arXiv:2406.01775. The scaling s is not divided out of the factors, so s B0 A0 is subtracted. PEFT
+decomposes GPT-2's Conv1D as stored, (in, out), so its factors have the right shapes only if the weight is square.
 """
 
 from __future__ import annotations

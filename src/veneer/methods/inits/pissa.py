@@ -2,8 +2,8 @@
 
     A0 = sqrt(S_r / s) V_r^T,  B0 = U_r sqrt(S_r / s)   so that s B0 A0 is the best rank-r approximation of W
 
-Meng et al., 2024, arXiv:2404.02948. "pissa": exact SVD; "pissa_niter_N": randomised, N power iterations. PEFT draws a
-new random projection whenever it loads such a file, so it recovers the residual only approximately; here the
+Meng et al., 2024, arXiv:2404.02948. "pissa": exact SVD; "pissa_niter_N": randomised SVD with N power iterations. PEFT
+draws a new random projection whenever it loads such a file, so it recovers the residual only approximately; here the
 projection is fixed.
 """
 

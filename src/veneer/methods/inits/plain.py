@@ -1,4 +1,4 @@
-"""Convert any start to a plain LoRA of twice the rank on the untouched base.
+"""Convert any start to a plain LoRA of twice the rank on the unchanged base model.
 
 s (B A - B0 A0) = s [B, -B0] [A; A0]
 """
@@ -52,15 +52,15 @@ def parted(lora: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_joined(lora: Any) -> None:
-    """Raise ConfigError if a variant has other tensors that depend on the rank, so that a start cannot be appended."""
+    """Raise ConfigError if a variant has further tensors that depend on the rank: no start can be appended to them."""
     config = plain(lora.config)
     with torch.device("meta"):
         expected = config.build(lora.target).state_dict()
     tensors = joined(lora, lora.state_dict())
     if _shapes(tensors) != _shapes(expected):
         raise ConfigError(
-            f"{type(lora).__name__} has tensors of rank {lora.r} besides A and B, which cannot take in a start "
-            f"({lora.config.init_lora_weights!r}); use an init_lora_weights that takes nothing off"
+            f"{type(lora).__name__} has tensors of rank {lora.r} besides A and B, which cannot hold a start "
+            f"({lora.config.init_lora_weights!r}); use an init_lora_weights that does not subtract a start"
         )
 
 

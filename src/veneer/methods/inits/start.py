@@ -1,8 +1,8 @@
-"""Where a LoRA starts: the initialisations by name, and starts that are subtracted so that the base stays unchanged.
+"""LoRA's initialisations by name, including starts that are subtracted so that the base model stays unchanged.
 
 With a start A0, B0 the adapter is W' = W + s (B A - B0 A0): a no-op at first, which learns along the directions of A0
-and B0. If A0 and B0 follow from W, they are computed again at load. If they came from data, the file is that of a
-plain LoRA of twice the rank, [A; A0] and [B, -B0].
+and B0. If A0 and B0 are computed from W, they are recomputed when the adapter is loaded. If they are computed from
+data, the file is that of a plain LoRA of twice the rank, [A; A0] and [B, -B0].
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from .plain import check_joined, joined, parted, plain
 
 NAMES = "gaussian|orthogonal|olora|eva|corda|lora_ga|loftq|pissa|mica"
 FROM_DATA = ("corda", "lora_ga")
-"""Starts that cannot be computed again at load."""
+"""Starts that cannot be recomputed when the adapter is loaded."""
 SETTINGS = {"eva": EvaConfig, "corda": CordaConfig, "lora_ga": LoraGAConfig, "loftq": LoftQConfig}
 
 
 @dataclass(kw_only=True)
 class StartConfig(LayerConfig):
-    """The fields of a method with LoRA's initialisations."""
+    """The config fields of a method that has LoRA's initialisations."""
 
     init_lora_weights: bool | str = True
     """True: the paper's start. False: B is random too. "gaussian": A is normal. "orthogonal": A and B are random, and
-    B A is zero. From the weight: "pissa", "pissa_niter_N", "olora", "mica", "loftq". From data, which is run through
-    the model first: "eva", "corda", "lora_ga"."""
+    B A is zero. Computed from the weight: "pissa", "pissa_niter_N", "olora", "mica", "loftq". Computed from data, which
+    must first be run through the model: "eva", "corda", "lora_ga"."""
     eva_config: EvaConfig | None = None
     """Settings of "eva"."""
     corda_config: CordaConfig | None = None
@@ -65,7 +65,7 @@ class StartConfig(LayerConfig):
             setattr(self, f"{how}_config", SETTINGS[how]())
 
     def check_settings(self) -> None:
-        """Raise ConfigError for settings of another initialisation than the one named. PEFT's files may have some."""
+        """Raise ConfigError for settings of an initialisation that is not selected. PEFT's files may contain them."""
         if self.from_file:
             return
         for name in SETTINGS:
@@ -73,7 +73,7 @@ class StartConfig(LayerConfig):
                 raise ConfigError(f"{name}_config has no effect without init_lora_weights={name!r}")
 
     def check_start(self, lora: Any) -> None:
-        """Raise ConfigError if the adapter's file could not hold its start."""
+        """Raise ConfigError if the adapter's file cannot hold its start."""
         if self.init_lora_weights in FROM_DATA and len(list(lora.state_dict())) > 2:
             check_joined(lora)
 
@@ -92,12 +92,12 @@ class StartConfig(LayerConfig):
 
 
 class Started(LowRank):
-    """A pair of factors A and B with a start."""
+    """A pair of factors A and B with a selectable start."""
 
     r: int
     scaling: float
     holds_A: bool = False
-    """A is not trained (LoRA-FA)."""
+    """Whether A is kept fixed (LoRA-FA)."""
 
     def __init__(self, config: StartConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
@@ -127,7 +127,7 @@ class Started(LowRank):
             start_linear_(A, B, how, self.r)
 
     def start_from(self, A0: Tensor, B0: Tensor) -> None:
-        """Start at A0, B0 and subtract them: a no-op that learns along their directions."""
+        """Start at A0, B0 and subtract their product: a no-op that learns along their directions."""
         self.start_A = A0
         self.start_B = B0
         for matrix, start in zip(self.matrices(), (A0, B0), strict=True):
@@ -185,7 +185,7 @@ def check_whole(target: Target, how: str) -> None:
 
 
 def start_of(target: Target, r: int, scaling: float, config: Any) -> tuple[Tensor, Tensor] | None:
-    """A0 (r, in) and B0 (out, r) to start at and to subtract; None if nothing is to be subtracted.
+    """A0 (r, in) and B0 (out, r), to start at and to subtract; None if the start is not subtracted.
 
     Raises:
         ConfigError: the rank is too large, or the data that the start needs is missing.

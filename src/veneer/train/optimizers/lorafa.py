@@ -38,7 +38,7 @@ def create_lorafa_optimizer(
 
     Raises:
         ConfigError: one of them differs from the adapter's config.
-        TargetError: some A is zero, as on embeddings at the start, so that its layer would never learn.
+        TargetError: some A is zero, as on embeddings at the start, so its layer would never learn.
     """
     layers = pairs(model)
     _check(layers, {"r": r, "lora_alpha": lora_alpha, "use_rslora": use_rslora})
@@ -57,11 +57,13 @@ def _check(layers: Sequence[Pair], settings: dict[str, Any]) -> None:
         for name, value in settings.items():
             actual = getattr(lora.config, name)
             if value is not None and value != actual:
-                raise ConfigError(f"create_lorafa_optimizer was given {name} = {value}, the adapter has {actual}")
+                raise ConfigError(
+                    f"create_lorafa_optimizer got {name} = {value}, but the adapter has {actual}; leave it out"
+                )
         if not A.any():
-            raise TargetError(f"A is zero on {lora.target.path!r}; LoRA-FA freezes it, so nothing there would learn")
+            raise TargetError(f"A is zero on {lora.target.path!r}; LoRA-FA freezes A, so this layer would never learn")
         if lora.target.groups > 1:
-            raise TargetError(f"{lora.target.path!r} is a grouped convolution, for which LoRA-FA has no formula")
+            raise TargetError(f"{lora.target.path!r} is a grouped convolution, which LoRA-FA does not support")
 
 
 class Projection:

@@ -33,7 +33,7 @@ def pairs(model: Any) -> list[Pair]:
             for adapter in state.adapters(name).values():
                 result.extend(_pair(part) for part in adapter.parts if isinstance(part, Started))
     if not result:
-        raise VeneerError("the model has no active LoRA adapter, whose A and B this optimizer is made for")
+        raise VeneerError("the model has no active LoRA adapter; this optimizer trains the matrices A and B of LoRA")
     return result
 
 

@@ -26,7 +26,7 @@ def create_riemannian_optimizer(
     """An optimizer of the given class that preconditions the gradients of A and B before each step.
 
     Args:
-        reg: d, which bounds the inverse where a factor is small (as B at the start).
+        reg: d, which bounds the inverse while a factor is small, such as B at the start.
         kwargs: passed to the optimizer.
 
     Raises:
@@ -35,11 +35,11 @@ def create_riemannian_optimizer(
     closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise VeneerError(
-            f"{optimizer_cls.__name__} computes gradients anew inside its step; use AdamW, SGD or the like"
+            f"{optimizer_cls.__name__} recomputes the gradients inside its step; use AdamW, SGD or a similar optimizer"
         )
     layers = [pair for pair in pairs(model) if _learns_both(pair)]
     if not layers:
-        raise VeneerError("no LoRA layer learns both A and B, whose gradients would be preconditioned")
+        raise VeneerError("no LoRA layer trains both A and B, so there are no gradients to precondition")
     optimizer = optimizer_cls(learning(model), lr=lr, **kwargs)  # type: ignore[call-arg]
     optimizer.register_step_pre_hook(Preconditioner(layers, reg))
     return optimizer
@@ -62,7 +62,7 @@ class Preconditioner:
         closures = (*args[1:], kwargs.get("closure"))
         if any(closure is not None for closure in closures):
             raise VeneerError(
-                "a closure would compute the gradients anew after they were preconditioned; step without one"
+                "a closure would recompute the gradients after they were preconditioned; call step() without a closure"
             )
         for A, B, _ in self.layers:
             a = A.flatten(1)  # (r, in)

@@ -1,0 +1,146 @@
+"""Saved adapters that name modules which a model lacks.
+
+Other programs write one list of names for all architectures ("q_proj", "gate_proj", ...). When such a file is loaded,
+its tensors decide: a name without a module and without tensors adapts nothing, and is passed over with a warning.
+Tensors for modules that the model lacks are passed over only if the caller allows it.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from ..errors import TargetError, listing
+from ..files.regex import fits
+from ..targets.walk import matches, walk
+from . import checkpoint
+from .adapter import Tensors
+from .checkpoint import Saved
+from .config import TASK_HEADS, Config, LayerConfig
+from .select import targeted
+from .state import State
+
+PREFIX = "base_model.model."
+
+
+def fitted(model: nn.Module, saved: Saved, allow_absent: bool = False) -> Saved:
+    """A saved adapter whose config names only what there is on a model.
+
+    Args:
+        allow_absent: also pass over names for which the file has tensors; `without_absent` then drops the tensors.
+    """
+    config = copy.copy(saved.config)
+    tensors = {} if allow_absent else saved.tensors
+    paths = [path for path, _ in walk(model) if path]
+    passed_over = _drop_names(config, "modules_to_save", paths, tensors)
+    if isinstance(config, LayerConfig):
+        passed_over += _drop_names(config, "exclude_modules", paths, {})
+        passed_over += _drop_targets(model, config, paths, tensors)
+    if not passed_over:
+        return saved
+    warnings.warn(
+        f"the adapter's config names what {type(model).__name__} lacks, which is passed over:{listing(passed_over)}",
+        stacklevel=3,
+    )
+    return saved._replace(config=config)
+
+
+def without_absent(model: nn.Module, state: State, name: str, saved: Saved) -> Saved:
+    """A saved adapter without the tensors for modules that a model lacks.
+
+    The adapter `name` is attached already: its own keys show how a key ends behind the path of a module.
+    """
+    paths = {path for path, _ in walk(model)}
+    expected = checkpoint.slots(state, name)
+    endings = set()
+    for key in expected:
+        path = _path_in(key, paths)
+        endings.add(key.removeprefix(f"{PREFIX}{path}"))
+    kept = {}
+    dropped = []
+    for key, tensor in saved.tensors.items():
+        ending = next((ending for ending in endings if key.endswith(ending)), None)
+        if ending is None or key in expected or key.removeprefix(PREFIX).removesuffix(ending) in paths:
+            kept[key] = tensor
+        else:
+            dropped.append(key)
+    if dropped:
+        warnings.warn(
+            f"{len(dropped)} of the file's {len(saved.tensors)} tensors are for modules that {type(model).__name__} "
+            f"lacks, and are passed over:{listing(dropped)}",
+            stacklevel=3,
+        )
+    return saved._replace(tensors=kept)
+
+
+def _path_in(key: str, paths: set[str]) -> str:
+    """The longest path of a module that a key begins with."""
+    parts = key.removeprefix(PREFIX).split(".")
+    for length in range(len(parts), 0, -1):
+        path = ".".join(parts[:length])
+        if path in paths:
+            return path
+    return ""
+
+
+def _drop_names(config: Config, field: str, paths: Iterable[str], tensors: Tensors) -> list[str]:
+    """Drop the names of a field that match no module and no tensor; return what was dropped."""
+    names = getattr(config, field)
+    if not isinstance(names, list):
+        return []
+    heads = TASK_HEADS.get(config.task_type, ())  # type: ignore[call-overload]
+    kept = []
+    for name in names:
+        is_present = any(matches(path, name) for path in paths)
+        if is_present or name in heads or _has_tensors(name, tensors):
+            kept.append(name)
+    setattr(config, field, kept or None)
+    return [f"{field}: {name!r}" for name in names if name not in kept]
+
+
+def _has_tensors(name: str, tensors: Tensors) -> bool:
+    return any(f".{name}." in f".{key}" for key in tensors)
+
+
+def _drop_targets(model: nn.Module, config: LayerConfig, paths: Iterable[str], tensors: Tensors) -> list[str]:
+    """Drop the names of `target_modules` that adapt nothing, and the keys of patterns that match no target."""
+    names = config.target_modules
+    if not isinstance(names, list) or not names:
+        return []
+    present = []
+    for name in names:
+        if any(matches(path, name) for path in paths) or _has_tensors(name, tensors):
+            present.append(name)
+    config.target_modules = present
+    if not present:
+        raise TargetError(f"target_modules = {names!r}: {type(model).__name__} has no module of these names")
+    try:
+        chosen = targeted(model, config)
+    except TargetError:  # attaching explains it
+        return [f"target_modules: {name!r}" for name in names if name not in present]
+    kept = []
+    for name in present:
+        if any(matches(path, name) for path in chosen) or _has_tensors(name, tensors):
+            kept.append(name)
+    config.target_modules = kept
+    passed_over = [f"target_modules: {name!r}" for name in names if name not in kept]
+    for field in config.patterns:
+        passed_over += _drop_patterns(config, field, chosen)
+    return passed_over
+
+
+def _drop_patterns(config: Any, field: str, chosen: Iterable[str]) -> list[str]:
+    """Drop the keys of a field like `rank_pattern` that match none of the targets; return what was dropped."""
+    patterns = getattr(config, field)
+    if not patterns:
+        return []
+    kept = {}
+    for key, value in patterns.items():
+        if any(fits(rf"(.*\.)?({key})", path, field) for path in chosen):
+            kept[key] = value
+    setattr(config, field, kept)
+    return [f"{field}: {key!r}" for key in patterns if key not in kept]
