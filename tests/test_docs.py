@@ -99,6 +99,9 @@ def test_the_command_line_page_has_every_verb_and_option(site):
     for name, command in group.commands.items():
         section = re.search(rf'<h2 id="veneer-{name}">.*?(?=<h2|</article>)', page, re.DOTALL)
         assert section, name
+        text = re.sub(r"<[^>]+>", "", section[0])
+        examples = [line.strip() for line in command.help.splitlines() if line.startswith("  ")]
+        assert all(line in text for line in examples), name
         for option in command.params:
             assert all(word in section[0] for word in option.opts), f"{name}: {option.opts}"
 

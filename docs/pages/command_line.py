@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from textwrap import dedent
 from typing import Any
 
 import typer
@@ -10,7 +11,6 @@ import typer
 from veneer.cli import app
 
 PATH = "reference/command-line.md"
-COMMENT = re.compile(r"^(?P<command>\S.*?)(?: {2,}(?P<comment>.*))?$", re.DOTALL)
 DEFAULT = re.compile(r"\s*\[(default: [^\]]*|required)\]$")
 
 
@@ -43,7 +43,7 @@ def summary(group: Any) -> str:
 
 
 def first_line(command: Any) -> str:
-    return _cell(command.help.partition("\n")[0])
+    return _plain(command.help.partition("\n")[0])
 
 
 def verb(command: Any, context: Any) -> str:
@@ -59,8 +59,8 @@ def row(parameter: Any, context: Any) -> str:
     found = DEFAULT.search(text)
     default = found[1].removeprefix("default: ") if found else ""
     if default and default != "required":
-        default = f"`{default}`"
-    return f"| {flags(name)} | {_cell(DEFAULT.sub('', text))} | {_cell(default)} |"
+        default = f"`{default.removeprefix('(').removesuffix(')')}`"
+    return f"| {flags(name)} | {_plain(DEFAULT.sub('', text))} | {_cell(default)} |"
 
 
 def flags(name: str) -> str:
@@ -69,25 +69,34 @@ def flags(name: str) -> str:
 
 
 def prose(text: str) -> str:
-    """The help of a verb as Markdown; its indented examples become code, each comment a line above its command."""
+    """The help of a verb as Markdown: paragraphs of indented lines become blocks of code."""
     blocks: list[str] = []
+    code: list[str] = []
     for paragraph in text.split("\n\n"):
-        if not paragraph.startswith("  "):
-            blocks.append(" ".join(paragraph.split("\n")))
-        elif blocks and blocks[-1].startswith("```sh"):
-            blocks[-1] = blocks[-1].removesuffix("\n```") + f"\n{example(paragraph)}\n```"
-        else:
-            blocks.append(f"```sh\n{example(paragraph)}\n```")
-    return "\n\n".join(blocks)
+        if paragraph.startswith("  "):
+            code.append(dedent(paragraph))
+            continue
+        blocks += fenced(code)
+        code = []
+        blocks.append(" ".join(paragraph.split()))
+    return "\n\n".join([*blocks, *fenced(code)])
 
 
-def example(paragraph: str) -> str:
-    found = COMMENT.match(paragraph.strip())
-    comment = found["comment"]
-    if not comment:
-        return found["command"]
-    return f"# {' '.join(comment.split())}\n{found['command']}"
+def fenced(paragraphs: list[str]) -> list[str]:
+    """A block of code of several paragraphs; nothing if there is none."""
+    if not paragraphs:
+        return []
+    text = "\n\n".join(paragraphs)
+    language = "sh" if "veneer " in text else "text"
+    return [f"```{language}\n{text}\n```"]
 
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
+
+
+def _plain(text: str) -> str:
+    """Text of a cell whose stars and angle brackets are shown as they are, outside of its code."""
+    parts = text.split("`")
+    parts[::2] = [part.replace("*", "\\*").replace("<", "&lt;") for part in parts[::2]]
+    return _cell("`".join(parts))
