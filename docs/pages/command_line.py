@@ -64,8 +64,8 @@ def row(parameter: Any, context: Any) -> str:
 
 
 def flags(name: str) -> str:
-    """`--name TYPE` of "--name <type>"."""
-    return f"`{_cell(name)}`"
+    """The names of an option as code, one below the other: `--packing` and `--no-packing`."""
+    return "<br>".join(f"`{_cell(part)}`" for part in name.split(" / "))
 
 
 def prose(text: str) -> str:
