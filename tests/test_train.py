@@ -182,6 +182,21 @@ def test_classification_trains_a_head(base, tmp_path):
     assert config["task_type"] == "SEQ_CLS" and any("score" in name for name in tensors(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("method", ["lora", "prompt_tuning"])
+def test_rows_longer_than_the_positions_of_the_model_are_cut(tmp_path, method: str):
+    """Of GPT-2, whose positions are learned; a prompt takes some of them."""
+    models.gpt2(vocab_size=300, n_positions=32).save_pretrained(tmp_path / "gpt2")
+    tokenizer(TEMPLATES[0]).save_pretrained(tmp_path / "gpt2")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((json.dumps({"text": "x" * 100}) + "\n") * 8)
+    settings = {"method": method, "max_length": 1024}
+    if method == "prompt_tuning":
+        settings |= {"rank": None, "options": {"num_virtual_tokens": 5}}
+    report = run(str(tmp_path / "gpt2"), str(rows), tmp_path / "out", **settings)
+    assert report["data"]["cut_rows"] == 8
+    assert report["recipe"]["max_length"] == (27 if method == "prompt_tuning" else 32)
+
+
 def test_weights_and_files_of_all_kinds(base, data, tmp_path):
     import pyarrow
     from pyarrow import parquet
@@ -304,7 +319,7 @@ def test_untrustworthy_runs_end_with_the_reason(base, data, tmp_path, monkeypatc
         ('{"question": "x", "answer": 5}', r"rows.jsonl:1: answer must be text, not 5"),
         ('{"questions": "x", "answer": "y"}', r"columns questions, answer \(questions; nearest: question\)"),
         ('{"question": "x"', "rows.jsonl:1 is not JSON"),
-        ('["x"]', "rows.jsonl:1 holds a list"),
+        ('["x"]', "rows.jsonl:1 holds a str"),
         ('{"messages": [{"content": "x"}]}', "a message is {role, content}"),
         ('{"text": "x", "label": "a"}', "a classifier needs two classes"),
         ('{"text": "x", "label": null}', "label must be a name or a whole number"),

@@ -135,3 +135,54 @@ def test_text_is_learned_whole_and_ends():
     row = encoder.tokens(Example("here:1", text="Oak and ash."))
     assert encoder.tokenizer.decode(row["input_ids"]) == "Oak and ash.<|endoftext|>"
     assert row["labels"] == row["input_ids"]
+
+
+@pytest.mark.parametrize("stock", TEMPLATES, ids=str)
+def test_many_turns_are_found_where_a_few_are(stock: Stock, monkeypatch):
+    """Long conversations are located in a few renderings, and each turn is the one that is found by itself."""
+    encoder = Encoder(tokenizer(stock), 100_000)
+    messages = [SYSTEM] if stock.system else []
+    for number in range(9):
+        messages += [{"role": "user", "content": f"What is {number}? "}]
+        messages += [{"role": "assistant", "content": f" It is {number}.\n" if number % 2 else "Z7q and x"}]
+    quick = encoder.template.render("here:1", messages)
+    monkeypatch.setattr("veneer.data.chat.SAMPLED_FROM", 100)
+    assert encoder.template.render("here:1", messages) == quick
+
+
+def test_the_time_of_a_conversation_grows_with_its_turns(monkeypatch):
+    encoder = Encoder(tokenizer(TEMPLATES[0]), 100_000)
+    calls = []
+    text = encoder.template.text
+    monkeypatch.setattr(encoder.template, "text", lambda *args, **kwargs: calls.append(1) or text(*args, **kwargs))
+    counts = []
+    for turns in (10, 100):
+        calls.clear()
+        encoder.template.render("here:1", FIRST * turns)
+        counts.append(len(calls))
+    assert counts[0] == counts[1]
+
+
+def test_a_call_of_a_tool_that_the_template_leaves_out_is_refused():
+    stock = next(stock for stock in TEMPLATES if not stock.tools)
+    with pytest.raises(DataError, match="here:1: the chat template does not write the tool call 'look' of message 2"):
+        learned(Encoder(tokenizer(stock), 1000), [LOOKED[0], CALL | {"content": ""}])
+
+
+def test_a_start_token_is_not_written_twice():
+    from tokenizers.processors import TemplateProcessing
+
+    stock = next(stock for stock in TEMPLATES if stock.bos)
+    made = tokenizer(stock)
+    start = made.bos_token_id
+    made._tokenizer.post_processor = TemplateProcessing(single=f"{stock.bos} $A", special_tokens=[(stock.bos, start)])
+    encoder = Encoder(made, 1000)
+    for text in ("hi", stock.bos + "hi"):
+        ids = encoder.tokens(Example("here:1", text=text))["input_ids"]
+        assert ids.count(start) == 1 and ids[0] == start
+
+
+def test_a_row_is_named_once_though_it_is_cut_and_dropped():
+    encoder = Encoder(tokenizer(TEMPLATES[0]), 4)
+    assert not list(encoder.encode([Example("here:1", FIRST)]))
+    assert encoder.account.examples == ["here:1"] and encoder.account.cut_rows == 1

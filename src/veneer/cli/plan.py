@@ -135,9 +135,13 @@ def plan(
     from veneer.model.catalogue import config_for, page
     from veneer.report.forecast import forecast, settings_of
     from veneer.terminal import quiet
+    from veneer.upstream.models import positions_of
 
     quiet()
     fields = settings_of(all_methods()[page(method).name], rank, targets, settings or [])
+    base = skeleton(model, model_type)
+    positions = positions_of(base.config)
+    max_length = max_length if positions is None else min(max_length, positions)
     epoch = None
     length = max_length
     if data:
@@ -145,7 +149,6 @@ def plan(
         sources = [source(text) | {"columns": columns} for text in data]
         epoch = _epoch(model, method, sources, batch_size, accumulate, max_length, packing)
         length = math.ceil(epoch.largest_batch / batch_size)
-    base = skeleton(model, model_type)
     result = forecast(base, config_for(method, **fields), batch_size, length, gradient_checkpointing)
     if as_json:
         content = result.as_dict()

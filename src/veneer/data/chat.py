@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DataError
+from .shapes import LEARNED_ROLES
 
 VARIATIONS = ("q7Z", "K2x")
 """Replacement answers. Their first and last characters differ, so at most one can agree with the true answer there."""
-ASSISTANT = ("assistant", "model")
-"""Roles whose messages are learned."""
+
+SAMPLED_FROM = 4
+"""Conversations with more of the assistant's turns than this have most of them located in two renderings."""
 
 Span = tuple[int, int]
 
@@ -84,10 +86,14 @@ class Template:
         ended = True
         try:
             text = self.text(messages, tools)
-            for i, message in enumerate(messages):
-                if message["role"] in ASSISTANT:
-                    span, ended = self._turn(text, messages, i, tools)
-                    spans.append(span)
+            _check_tool_calls(text, messages)
+            turns = [i for i, message in enumerate(messages) if message["role"] in LEARNED_ROLES]
+            located = self._located(text, messages, turns, tools) if len(turns) > SAMPLED_FROM else None
+            if located is None:
+                located = [self._turn(text, messages, i, tools) for i in turns]
+            for span, has_stop in located:
+                spans.append(span)
+                ended = has_stop
         except DataError as error:
             raise DataError(f"{place}: {error}") from None
         except Exception as error:  # templates raise jinja2's errors and any others that their authors chose
@@ -95,6 +101,56 @@ class Template:
         if not _are_ordered(spans, len(text)):
             raise DataError(f"{place}: the assistant's turns overlap in the chat template's text; it cannot be used")
         return Rendered(text, spans, ended)
+
+    def _located(
+        self, text: str, messages: Sequence[Any], turns: Sequence[int], tools: Any
+    ) -> list[tuple[Span, bool]] | None:
+        """What `_turn` returns for each of many turns, in a time that grows with the text and not with its square.
+
+        One rendering with a marker in the place of each answer shows what the template writes between the answers. If
+        the text is just that with the answers in between, their words are known, and a turn starts as far from its
+        words as the first, the second and the last turn do. None if any of this does not hold.
+        """
+        words = self._words(text, messages, turns, tools)
+        if words is None:
+            return None
+        offsets = set()
+        for place in (0, 1, len(turns) - 1):
+            (start, _), _ = self._turn(text, messages, turns[place], tools)
+            offsets.add(start - words[place][0])
+        if len(offsets) > 1:
+            return None
+        offset = offsets.pop()
+        located = []
+        for start, end in words:
+            stop_end = self._stop_end(text, end)
+            located.append(((start + offset, stop_end or end), stop_end is not None))
+        return located
+
+    def _words(self, text: str, messages: Sequence[Any], turns: Sequence[int], tools: Any) -> list[Span] | None:
+        """The spans of the words of several turns; None if the template writes the answers in their context."""
+        marked = list(messages)
+        for place, i in enumerate(turns):
+            if not isinstance(messages[i].get("content"), str) or messages[i].get("tool_calls"):
+                return None
+            marked[i] = {**messages[i], "content": f"{VARIATIONS[0]}{place}{VARIATIONS[1]}"}
+        rest = self.text(marked, tools)
+        spans = []
+        position = 0
+        for place, i in enumerate(turns):
+            before, marker, rest = rest.partition(marked[i]["content"])
+            if not marker or not text.startswith(before, position):
+                return None
+            start = position + len(before)
+            content = messages[i]["content"]
+            following = rest.partition(f"{VARIATIONS[0]}{place + 1}{VARIATIONS[1]}")[0]
+            forms = (content, content.strip(), content.lstrip(), content.rstrip())
+            written = next((form for form in forms if text.startswith(form + following, start)), None)
+            if written is None:
+                return None
+            position = start + len(written)
+            spans.append((start, position))
+        return spans if text[position:] == rest else None
 
     def _turn(self, text: str, messages: Sequence[Any], i: int, tools: Any) -> tuple[Span, bool]:
         """The span of message `i`, and whether it ends with a stop token."""
@@ -189,12 +245,26 @@ class Template:
             start = text.find(stop, max(0, end - len(stop) + 1), end + len(stop) - 1)
             if 0 <= start < end < start + len(stop):
                 return start + len(stop)
-        rest = text[end:]
-        spaces = len(rest) - len(rest.lstrip())
+        start = end
+        while text[start : start + 1].isspace():
+            start += 1
         for stop in self.stops:
-            if text.startswith(stop, end + spaces):
-                return end + spaces + len(stop)
+            if text.startswith(stop, start):
+                return start + len(stop)
         return None
+
+
+def _check_tool_calls(text: str, messages: Sequence[Any]) -> None:
+    """Raise if the template leaves out a tool call, which would be learned as an empty answer."""
+    for i, message in enumerate(messages):
+        for call in message.get("tool_calls") or ():
+            function = call.get("function", call) if isinstance(call, dict) else {}
+            name = function.get("name")
+            if isinstance(name, str) and name not in text:
+                raise DataError(
+                    f"the chat template does not write the tool call {name!r} of message {i + 1}; give a template that "
+                    "writes tool calls with chat_template (--chat-template)"
+                )
 
 
 def _refused(place: str, error: Exception) -> DataError:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError
-from .chat import ASSISTANT, Rendered, Span, Template
-from .shapes import Example
+from .chat import Rendered, Span, Template
+from .shapes import LEARNED_ROLES, Example
 
 IGNORED = -100
 """The label of a token that is masked: it is not learned."""
@@ -43,7 +43,7 @@ class Account:
 
     def touched(self, place: str) -> None:
         """Keep the place of a row that was cut or dropped, if it is one of the first."""
-        if len(self.examples) < 5:
+        if len(self.examples) < 5 and place not in self.examples:
             self.examples.append(place)
 
     def as_dict(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class Encoder:
         """
         *before, last = example.messages or [{}]
         answer = last.get("content")
-        if not before or last["role"] not in ASSISTANT or not isinstance(answer, str):
+        if not before or last["role"] not in LEARNED_ROLES or not isinstance(answer, str):
             raise DataError(f"{example.place} has no question with an answer as text, which generation needs")
         if self.template is None:
             text = self._question(example.place, example.messages or [])
@@ -146,8 +146,8 @@ class Encoder:
         question = messages[0]["content"]
         answer = messages[1]["content"]
         start = ""
-        if self._adds_bos():
-            start = self.tokenizer.bos_token or ""
+        if self._adds_bos() and not question.startswith(self.tokenizer.bos_token):
+            start = self.tokenizer.bos_token
         is_separated = question[-1:].isspace() or answer[:1].isspace()
         separator = "" if is_separated else "\n"
         return start + question + separator
@@ -159,7 +159,7 @@ class Encoder:
 
     def _plain(self, text: str) -> Encoded:
         """A plain text followed by the end-of-text token; all tokens are learned."""
-        ids = list(self.tokenizer(text).input_ids)
+        ids = self._with_specials(text)
         end = self.tokenizer.eos_token_id
         if end is not None and (not ids or ids[-1] != end):
             ids.append(end)
@@ -169,8 +169,16 @@ class Encoder:
         assert self.numbers is not None
         if example.label not in self.numbers:
             raise DataError(f"{example.place}: the label {example.label!r} is not one of {', '.join(self.numbers)}")
-        ids = list(self.tokenizer(example.text).input_ids)
+        ids = self._with_specials(example.text or "")
         return {"input_ids": ids, "labels": self.numbers[example.label]}
+
+    def _with_specials(self, text: str) -> list[int]:
+        """The tokens of a text with the tokenizer's special ones; a start token that the text has is not repeated."""
+        ids = list(self.tokenizer(text).input_ids)
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            del ids[0]
+        return ids
 
     def _masked(self, text: str, spans: list[Span]) -> Encoded:
         """The tokens of a text; those inside the spans are learned.
@@ -183,7 +191,7 @@ class Encoder:
         ids = list(encoded.input_ids)
         inside: list[bool | None] | None = None
         if is_fast:
-            inside = [_is_inside(offset, spans) for offset in encoded.offset_mapping]
+            inside = _inside(encoded.offset_mapping, spans)
         if inside is None or None in inside:
             ids, inside = self._by_pieces(text, spans)
         if self.loss_on == "all":
@@ -242,12 +250,20 @@ def learned_tokens(encoded: Encoded) -> int:
     return sum(label != IGNORED for label in labels[1:])
 
 
-def _is_inside(offset: Span, spans: list[Span]) -> bool | None:
-    """Whether a token is inside a span; None if it crosses the edge of one."""
-    start, end = offset
-    for low, high in spans:
+def _inside(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool | None]:
+    """For each token, whether it is inside a span; None if it crosses the edge of one. Both are in order."""
+    inside: list[bool | None] = []
+    following = 0
+    for start, end in offsets:
+        while following < len(spans) and spans[following][1] <= start:
+            following += 1
+        if following == len(spans):
+            inside.append(False)
+            continue
+        low, high = spans[following]
         if low <= start and end <= high and start < end:
-            return True
-        if start < low < end or start < high < end:
-            return None
-    return False
+            inside.append(True)
+        else:
+            crosses = start < low < end or start < high < end
+            inside.append(None if crosses else False)
+    return inside

@@ -1,6 +1,7 @@
 """The shapes of rows: conversations, prompts with completions, labelled texts and plain texts.
 
     messages                      a conversation, a list of {role, content, ...}; optional column `tools`
+    conversations                 the same, of {from, value} as in ShareGPT or of {role, content}
     prompt, completion            the completion is learned; both are texts or lists of messages
     instruction, input, output    the same; `input` is optional
     question, answer              the same
@@ -21,6 +22,7 @@ from ..errors import DataError, nearest
 
 SHAPES: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
+    "conversations": ("conversations",),
     "prompt": ("prompt", "completion"),
     "instruction": ("instruction", "output"),
     "question": ("question", "answer"),
@@ -30,6 +32,22 @@ SHAPES: dict[str, tuple[str, ...]] = {
 """The columns of each shape."""
 QUESTIONS = {"prompt": "completion", "instruction": "output", "question": "answer"}
 """Shapes with a question and an answer: the column of the question, and that of the answer."""
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "observation": "tool",
+}
+"""Other names of roles, in lower case, and the names that chat templates have."""
+TEMPLATE_ROLES = ("system", "user", "assistant", "tool")
+"""Roles that are recognised in any case, such as "Assistant"."""
+LEARNED_ROLES = ("assistant", "model")
+"""Roles whose messages are learned."""
+KNOWN_ROLES = (*TEMPLATE_ROLES, "model", "developer", "function", "ipython")
+PREFERENCES = ("chosen", "rejected")
+"""Columns of pairs of a better and a worse answer."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,11 @@ def shape_of(place: str, row: Mapping[str, Any], task: str = "auto") -> str:
             continue
         if all(column in row for column in columns):
             return name
+    if all(column in row for column in PREFERENCES):
+        raise DataError(
+            f"{place} has a chosen and a rejected answer. veneer train learns from one answer: name it with columns "
+            "(--column completion=chosen), or train on preferences with TRL's DPOTrainer and peft_config=LoraConfig()"
+        )
     present = ", ".join(row) or "(none)"
     slips = _likely_slips(row, shapes)
     needed = ", or ".join(" and ".join(columns) for columns in shapes.values())
@@ -91,8 +114,8 @@ def understand(place: str, row: Mapping[str, Any], shape: str, facts: tuple[str,
         label = _label(place, row) if shape == "label" else None
         return Example(place, text=text, label=label, facts=numbers)
     tools = row.get("tools")
-    if shape == "messages":
-        return Example(place, _messages(place, row, "messages"), tools, facts=numbers)
+    if shape in ("messages", "conversations"):
+        return Example(place, _messages(place, row, shape), tools, facts=numbers)
     return Example(place, _exchange(place, row, shape), tools, facts=numbers)
 
 
@@ -112,16 +135,59 @@ def _exchange(place: str, row: Mapping[str, Any], question_column: str) -> list[
 
 
 def _messages(place: str, row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
-    """The messages in a column, without the null fields that Arrow tables add."""
+    """The messages in a column: without null fields, with the roles of chat templates, content parts joined."""
     messages = row.get(column)
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{place}: {column} must be a list of messages, not {_short(messages)}")
     cleaned = []
     for message in messages:
+        if isinstance(message, dict) and "role" not in message and "from" in message:
+            message = {"role": message["from"], "content": message.get("value")}
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f"{place}: a message is {{role, content}}, not {_short(message)}")
-        cleaned.append({key: value for key, value in message.items() if value is not None})
+        fields = {key: value for key, value in message.items() if value is not None}
+        fields["role"] = _role(message["role"])
+        if isinstance(fields.get("content"), list):
+            fields["content"] = _joined(place, fields["content"])
+        cleaned.append(fields)
+    _check_roles(place, cleaned)
     return cleaned
+
+
+def _check_roles(place: str, messages: list[dict[str, Any]]) -> None:
+    """Raise for a conversation in which nothing is said to be the assistant's, because a role has an unknown name."""
+    roles = list(dict.fromkeys(message["role"] for message in messages))
+    unknown = [role for role in roles if role not in KNOWN_ROLES]
+    if unknown and not set(roles).intersection(LEARNED_ROLES):
+        raise DataError(
+            f"{place}: no message is the assistant's; the roles are {', '.join(roles)}. Name them system, user, "
+            "assistant and tool"
+        )
+
+
+def _role(name: str) -> str:
+    """The name that chat templates have for a role; a name that is not known stays as it is."""
+    lower = name.lower()
+    if lower in TEMPLATE_ROLES:
+        return lower
+    return ROLES.get(lower, name)
+
+
+def _joined(place: str, parts: list[Any]) -> str:
+    """The text of a content that is given in parts, as in OpenAI's API.
+
+    Raises:
+        DataError: a part is no text.
+    """
+    texts = []
+    for part in parts:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            raise DataError(f"{place}: a message has a part that is not text: {_short(part)}")
+    return "".join(texts)
 
 
 def _text(place: str, row: Mapping[str, Any], column: str) -> str:

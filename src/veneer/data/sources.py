@@ -6,9 +6,11 @@ keys of all other rows (the arguments of a tool call get nulls), and turn a CSV'
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 from collections.abc import Callable, Iterator
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..errors import DataError, nearest
 
 Row = dict[str, Any]
+LONGEST_CELL = 2**31 - 1
+"""Characters that a cell of a CSV file may have; Python's own limit is 131,072."""
 OTHER_SPLITS = ("test", "valid", "val", "dev", "eval")
 """Prefixes of the names of files that belong to a split other than train."""
 SAVED = ("dataset_info.json", "dataset_dict.json")
@@ -53,18 +57,38 @@ def _check_text(place: str, value: Any) -> None:
 
 def _raw(source: Source, streaming: bool) -> Iterator[tuple[str, Row]]:
     """Yield (place, row) with the columns as they are named in the data."""
-    path = Path(source.path)
+    path = Path(source.path).expanduser()
     if path.is_file():
         yield from _read(path)
+    elif _is_pattern(source.path):
+        for file in _matching(path):
+            yield from _read(file)
     elif path.is_dir() and any((path / name).is_file() for name in SAVED):
         yield from _from_disk(path, source.split)
     elif path.is_dir():
         for file in files_of(path, source.split):
             yield from _read(file)
-    elif _looks_local(source.path):
+    elif _looks_local(str(path)):
         raise DataError(f"there is no data file {source.path!r}{_near(path)}")
     else:
         yield from _from_hub(source.path, source.split, streaming)
+
+
+def _is_pattern(name: str) -> bool:
+    return any(wildcard in name for wildcard in "*?[")
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """The data files that a pattern such as `data/train-*.parquet` matches.
+
+    Raises:
+        DataError: it matches none.
+    """
+    paths = [Path(name) for name in sorted(glob(str(pattern), recursive=True))]
+    files = [path for path in paths if path.suffix.lower() in READERS and path.is_file()]
+    if not files:
+        raise DataError(f"no data file matches the pattern {str(pattern)!r}")
+    return files
 
 
 def _looks_local(name: str) -> bool:
@@ -78,11 +102,15 @@ def _looks_local(name: str) -> bool:
 def files_of(directory: Path, split: str) -> list[Path]:
     """The data files of a split: those whose names begin with it, or all files of a directory without splits.
 
+    The files of a dataset cloned from the hub are in its subdirectory `data`.
+
     Raises:
         DataError: there are none.
     """
     paths = sorted(directory.iterdir())
     files = [p for p in paths if p.suffix.lower() in READERS]
+    if not files and (directory / "data").is_dir():
+        return files_of(directory / "data", split)
     files_of_split = [p for p in files if p.stem.lower().startswith(split.lower())]
     if files_of_split:
         return files_of_split
@@ -105,14 +133,50 @@ def _read(path: Path) -> Iterator[tuple[str, Row]]:
                 raise DataError(f"{path}:{number} holds a {type(row).__name__}, not an object with columns")
             yield f"{path}:{number}", row
     except UnicodeDecodeError as error:
-        raise DataError(f"{str(path)!r} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise DataError(
+            f"{str(path)!r} is not UTF-8 text: {error.reason} at byte {error.start}{_way_to_utf8(path)}"
+        ) from None
+
+
+def _encoding(path: Path) -> str:
+    """UTF-8, or UTF-16 if the file begins with its byte-order mark."""
+    with open(path, "rb") as file:
+        start = file.read(2)
+    return "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+
+
+def _way_to_utf8(path: Path) -> str:
+    """How to convert a file, if its beginning can be read as GBK, the usual encoding of Chinese text besides UTF-8."""
+    with open(path, "rb") as file:
+        lines = file.readlines(100_000)
+    try:
+        text = b"".join(lines).decode("gb18030")
+    except UnicodeDecodeError:
+        return ""
+    has_chinese = any("\u4e00" <= character <= "\u9fff" for character in text)
+    if not has_chinese:
+        return ""
+    return f"; it reads as GBK: iconv -f GB18030 -t UTF-8 {path} > utf8{path.suffix} converts it"
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    with open(path, encoding="utf-8-sig") as file:
+    """Rows of JSON Lines, or of a JSON list under this name."""
+    if _first_character(path) == "[":
+        yield from _json(path)
+        return
+    with open(path, encoding=_encoding(path)) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield number, _parse(path, number, line)
+
+
+def _first_character(path: Path) -> str:
+    """The first character of a text file that is not a space; "" if there is none."""
+    with open(path, encoding=_encoding(path)) as file:
+        for line in file:
+            if line.strip():
+                return line.lstrip()[0]
+    return ""
 
 
 def _parse(path: Path, number: int, line: str) -> Any:
@@ -125,8 +189,15 @@ def _parse(path: Path, number: int, line: str) -> Any:
 
 
 def _json(path: Path) -> Iterator[tuple[int, Any]]:
-    """Rows of a JSON file: a list of them, or an object with exactly one list."""
-    content = _parse(path, 1, path.read_text(encoding="utf-8-sig"))
+    """Rows of a JSON file: a list of them, or an object with exactly one list; or JSON Lines under this name."""
+    text = path.read_text(encoding=_encoding(path))
+    lines = text.split("\n")
+    if len(lines) > 1 and _is_object(lines[0]) and _is_object(next(filter(None, lines[1:]), "")):
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, _parse(path, number, line)
+        return
+    content = _parse(path, 1, text)
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
         if len(lists) == 1:
@@ -136,8 +207,19 @@ def _json(path: Path) -> Iterator[tuple[int, Any]]:
     yield from enumerate(content, 1)
 
 
-def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[int, Any]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
+def _is_object(line: str) -> bool:
+    """Whether a line is a JSON object by itself."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _csv(path: Path) -> Iterator[tuple[int, Any]]:
+    csv.field_size_limit(LONGEST_CELL)
+    with open(path, encoding=_encoding(path), newline="") as file:
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(file.readline())
+        file.seek(0)
         reader = csv.DictReader(file, delimiter=delimiter)
         for row in reader:
             if None in row or None in row.values():
@@ -148,8 +230,13 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[int, Any]]:
             yield reader.line_num, row
 
 
-def _tsv(path: Path) -> Iterator[tuple[int, Any]]:
-    return _csv(path, "\t")
+def _delimiter(heading: str) -> str:
+    """What separates the columns of a CSV file: what separates most names of its heading; a comma if nothing does."""
+    counts = {}
+    for delimiter in (",", ";", "\t"):
+        names = next(csv.reader([heading], delimiter=delimiter), [])
+        counts[delimiter] = len(names)
+    return max(counts, key=counts.__getitem__)
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
@@ -164,14 +251,27 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
     for batch in file.iter_batches(1024):
         for row in batch.to_pylist():
             number += 1
-            yield number, row
+            yield number, _without_nulls(row)
+
+
+def _without_nulls(row: Row) -> Row:
+    """The row without the nulls in its columns: a column of an Arrow table gives each object the keys of all others."""
+    return {name: _stripped(value) for name, value in row.items()}
+
+
+def _stripped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _stripped(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_stripped(item) for item in value]
+    return value
 
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,
-    ".tsv": _tsv,
+    ".tsv": _csv,
     ".parquet": _parquet,
 }
 
@@ -187,7 +287,7 @@ def _from_disk(path: Path, split: str) -> Iterator[tuple[str, Row]]:
             raise DataError(f"{str(path)!r} has no split {split!r}; it has {splits}")
         dataset = dataset[split]
     for number, row in enumerate(dataset, 1):
-        yield f"{path}:{number}", dict(row)
+        yield f"{path}:{number}", _without_nulls(dict(row))
 
 
 def _from_hub(name: str, split: str, streaming: bool) -> Iterator[tuple[str, Row]]:
@@ -199,7 +299,7 @@ def _from_hub(name: str, split: str, streaming: bool) -> Iterator[tuple[str, Row
         reason = str(error).strip().split("\n")[0]
         raise DataError(f"{name!r} is not a file or directory, and loading it from the hub failed: {reason}") from error
     for number, row in enumerate(dataset, 1):
-        yield f"{name}:{number}", dict(row)
+        yield f"{name}:{number}", _without_nulls(dict(row))
 
 
 def _near(path: Path) -> str:
@@ -234,7 +334,7 @@ class Source(Strict):
     """A source of rows."""
 
     path: str
-    """A file (.jsonl, .json, .csv, .tsv, .parquet), a directory of such files, or a hub id."""
+    """A file (.jsonl, .json, .csv, .tsv, .parquet), a pattern (data/*.jsonl), a directory of files, or a hub id."""
     weight: float = Field(1.0, gt=0)
     """How often each row is seen in an epoch; 0.5 takes a random half. When streaming: the share of the rows drawn."""
     columns: dict[str, str] = {}

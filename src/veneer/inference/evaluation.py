@@ -28,6 +28,7 @@ from ..data.shapes import Example
 from ..data.sources import Source
 from ..errors import ConfigError, DataError
 from ..model.loading import Loaded, pad_of
+from ..upstream.models import positions_of
 from .generation import Answer, Sampling, Writer
 
 MAJORITY = "most frequent class"
@@ -131,6 +132,9 @@ def evaluate(
         classes = _classes(loaded, rows)
         if exact or extract is not None:
             raise ConfigError("a classifier does not write answers; leave out exact and extract")
+    positions = positions_of(loaded.model.config)
+    if positions is not None:
+        max_length = min(max_length, positions)
     encoder = Encoder(loaded.tokenizer, max_length, loss_on=loss_on, template_file=template_file, labels=classes)
     judged: list[Example] = []
     encoded: list[Encoded] = []

@@ -12,6 +12,7 @@ from ..core.config import Config, TaskType
 from ..errors import CheckpointError, ConfigError, first_line, nearest
 from ..files.find import find_weights
 from ..files.pull import resolve
+from ..upstream import models as upstream_models
 from ..upstream.auto import AUTO_CLASSES, makes
 from .peft_model import PeftModel
 
@@ -148,8 +149,19 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(resolve(model), revision=revision or "main")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError if there are no tokenizer files
         raise ConfigError(f"the tokenizer of {model!r} cannot be loaded: {first_line(error)}") from None
+
+
+def positions_of(model: str, revision: str | None = None) -> int | None:
+    """How many tokens a sequence of a base model may have; None if its config sets no limit."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(resolve(model), revision=revision or "main")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the config of {model!r} cannot be read: {first_line(error)}") from None
+    return upstream_models.positions_of(config)
 
 
 def pad_of(tokenizer: Any) -> int:

@@ -11,7 +11,7 @@ from ..data.collate import Shuffled
 from ..data.encode import Account
 from ..data.prepare import prepare
 from ..train.recipe import Recipe
-from ..train.setup import facts_of, load_tokenizer
+from ..train.setup import facts_of, load_tokenizer, within_positions
 
 BINS = 10
 """Approximate number of bars in the histogram."""
@@ -55,6 +55,7 @@ def epoch_of(recipe: Recipe) -> Epoch:
     Raises:
         DataError: there is nothing to train on, or the data cannot be read.
     """
+    recipe = within_positions(recipe)
     data = prepare(recipe, load_tokenizer(recipe), facts_of(recipe))
     account = data.account
     counts = {name: getattr(account, name) for name in COUNTED}

@@ -304,7 +304,7 @@ class LinearTarget(Target):
     """`nn.Linear`."""
 
     kind = "linear"
-    forwards = (nn.Linear.forward,)
+    forwards: ClassVar[tuple[Any, ...]] = (nn.Linear.forward,)
 
     @property
     def in_features(self) -> int:
@@ -362,11 +362,12 @@ class ConvTarget(Target):
     """`nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`: W is (out, in / groups * kernel), one row per output channel."""
 
     kind = "conv"
-    forwards = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+    forwards: ClassVar[tuple[Any, ...]] = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
     def _differs(self, module: nn.Module) -> bool:
-        classes = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        return super()._differs(module) or type(module)._conv_forward not in [c._conv_forward for c in classes]
+        convolution: Any = type(module)
+        plain = (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward)
+        return super()._differs(module) or convolution._conv_forward not in plain
 
     @property
     def in_features(self) -> int:
@@ -446,7 +447,7 @@ class EmbeddingTarget(Target):
     """An embedding is a linear layer over one-hot inputs: W is (width, vocabulary), the stored weight transposed."""
 
     kind = "embedding"
-    forwards = (nn.Embedding.forward,)
+    forwards: ClassVar[tuple[Any, ...]] = (nn.Embedding.forward,)
 
     def _differs(self, module: nn.Module) -> bool:
         """A lookup whose rows are scaled is computed as the class does it, which spares the sum of whole tables."""

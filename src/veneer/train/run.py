@@ -31,7 +31,7 @@ from .meter import Meter
 from .page import PAGE_NAME
 from .recipe import Recipe, make
 from .report import REPORT_NAME
-from .setup import adapt, facts_of, load_base, load_tokenizer
+from .setup import adapt, facts_of, load_base, load_tokenizer, within_positions
 from .trainer import ExactTrainer, arguments, last_checkpoint, metrics
 from .watch import Watch
 
@@ -71,6 +71,7 @@ def train(
     _check_output(output, resume, overwrite)
 
     tokenizer = load_tokenizer(recipe)
+    recipe = within_positions(recipe)
     data = prepare(recipe, tokenizer, facts_of(recipe))
     recipe, steps = _resolved(recipe, data)
     if resume:

@@ -13,6 +13,7 @@ from ..data.collate import Collator
 from ..data.encode import IGNORED, Encoded
 from ..data.prepare import Data
 from ..model.peft_model import PeftModel
+from ..upstream.models import positions_of
 
 MOST_TOKENS = 256
 """Maximum length of a generated answer."""
@@ -120,11 +121,21 @@ def _shared_length(prompts: Sequence[list[int]], most: int) -> int:
     return most
 
 
+def _room(model: PeftModel, prompt: int) -> int:
+    """How many tokens the model can write after a prompt of so many, within its positions; at least 1."""
+    positions = positions_of(model.config)
+    if positions is None:
+        return MOST_TOKENS
+    learned = sum(part.n for part in model._state.prompts.values())
+    return max(1, positions - prompt - learned)
+
+
 def _generated(model: PeftModel, tokenizer: Any, rows: Sequence[Encoded], pad: int) -> list[dict[str, Any]]:
     """Expected and generated answers, with the adapter (after) and without (before)."""
     splits = [_split(row) for row in rows]
     longest = max(len(split.answer) for split in splits)
-    most = min(MOST_TOKENS, 8 + longest * 5 // 4)
+    longest_prompt = max(len(split.prompt) for split in splits)
+    most = min(MOST_TOKENS, 8 + longest * 5 // 4, _room(model, longest_prompt))
     batch = _left_padded([split.prompt for split in splits], pad)
     for name in rows[0].keys() - {"input_ids", "labels"}:
         batch[name] = torch.tensor([row[name] for row in rows])

@@ -6,7 +6,7 @@ import math
 from dataclasses import fields
 from typing import Any
 
-from ..core.config import Config, TaskType, all_methods
+from ..core.config import Config, PromptConfig, TaskType, all_methods
 from ..errors import ConfigError
 from ..model import loading
 from ..model.catalogue import page
@@ -19,6 +19,27 @@ ASSUMED = ("num_virtual_tokens",)
 
 def load_tokenizer(recipe: Recipe) -> Any:
     return loading.load_tokenizer(recipe.model, recipe.revision)
+
+
+def within_positions(recipe: Recipe) -> Recipe:
+    """The recipe with `max_length` no longer than a sequence of the base model may be, learned prompt included."""
+    positions = loading.positions_of(recipe.model, recipe.revision)
+    if positions is None:
+        return recipe
+    room = positions - _prompt_length(recipe)
+    if room < 2:
+        raise ConfigError(f"the prompt of {recipe.method} takes all {positions} positions of {recipe.model!r}")
+    return recipe.changed(max_length=min(recipe.max_length, room))
+
+
+def _prompt_length(recipe: Recipe) -> int:
+    """The number of positions that the method's prompt takes."""
+    config_class = all_methods()[page(recipe.method).name]
+    if not issubclass(config_class, PromptConfig):
+        return 0
+    settings = {**config_class.example, **config_class.recommended, **recipe.options}
+    length = settings.get("num_virtual_tokens") or 0
+    return length if isinstance(length, int) else 0
 
 
 def load_base(recipe: Recipe, labels: list[str] | None, pad: int) -> Any:

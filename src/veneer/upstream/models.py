@@ -27,6 +27,24 @@ def task_of(model: nn.Module) -> str:
     raise ConfigError(f"the task of {type(model).__name__} is unknown; set task_type in the config")
 
 
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+"""What model configs call the length of a sequence that the model was made for."""
+AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "ibert", "esm", "mpnet")
+"""Model types that count positions from the padding token's id, so that the first positions are not used."""
+
+
+def positions_of(config: Any) -> int | None:
+    """How many tokens a sequence may have, by a model's config; None if it sets no limit."""
+    text = config.get_text_config()
+    for name in POSITIONS:
+        positions = getattr(text, name, None)
+        if isinstance(positions, int) and positions > 0:
+            if text.model_type in AFTER_PADDING:
+                positions -= (text.pad_token_id or 0) + 1
+            return positions
+    return None
+
+
 def note_untied(model: Any) -> None:
     """Record in the config that embeddings are untied, if they were tied before; else a reload would tie them again."""
     config = getattr(model, "config", None)
