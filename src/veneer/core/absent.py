@@ -128,8 +128,9 @@ def _drop_targets(model: nn.Module, config: LayerConfig, paths: Iterable[str], t
             kept.append(name)
     config.target_modules = kept
     passed_over = [f"target_modules: {name!r}" for name in names if name not in kept]
+    bare = [name for name, _ in model.named_parameters()] if config.bare_parameters() else []
     for field in config.patterns:
-        passed_over += _drop_patterns(config, field, chosen)
+        passed_over += _drop_patterns(config, field, [*chosen, *bare])
     return passed_over
 
 

@@ -8,7 +8,7 @@ W1 + B1 A1 and W3 + B3 A3 of [W1; W3] become one update of twice the rank, with 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,20 +17,27 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..targets.roles import head_paths, is_linear
 from ..targets.walk import walk
+from ..upstream.conversions import expert_family
 from .configs import Names
 
-HALVES = (("w1", "w3"), ("gate_proj", "up_proj"))
-"""The old names of the two halves of the fused matrix, by architecture."""
+HALVES = {"mixtral": ("w1", "w3"), "qwen2_moe": ("gate_proj", "up_proj")}
+"""The old names of the two halves of the fused matrix, by family of architectures."""
 OLD = {
-    "w1": "gate_up_proj",
-    "w3": "gate_up_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-    "w2": "down_proj",
-    "down_proj": "down_proj",
-    "gate": "gate.weight",
+    "mixtral": {
+        "w1": "gate_up_proj",
+        "w3": "gate_up_proj",
+        "w2": "down_proj",
+        "gate": "gate.weight",
+    },
+    "qwen2_moe": {
+        "gate_proj": "gate_up_proj",
+        "up_proj": "gate_up_proj",
+        "down_proj": "down_proj",
+        "gate": "gate.weight",
+    },
 }
-"""Old layers, each with the fused parameter that contains its weight."""
+"""Old layers by family, each with the fused parameter that contains its weight."""
+LAYERS = OLD["mixtral"] | OLD["qwen2_moe"]
 
 
 def experts(model: nn.Module) -> list[str]:
@@ -43,6 +50,13 @@ def experts(model: nn.Module) -> list[str]:
     return paths
 
 
+def family(model: nn.Module) -> str | None:
+    """The family of a model whose old layers are converted; None for others, whose targets mean real modules."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    name = expert_family(model_type)
+    return name if name in OLD else None
+
+
 def modernise(model: nn.Module, config: Any) -> None:
     """Replace, in a LoRA's config, targets that name old layers by the fused parameters.
 
@@ -50,43 +64,44 @@ def modernise(model: nn.Module, config: Any) -> None:
         ConfigError: one half of a fused matrix is targeted without the other.
     """
     is_lora = getattr(config.peft_type, "value", None) == "LORA"
-    if not is_lora or not config.target_modules or not hasattr(model, "config") or not experts(model):
+    architecture = family(model)
+    if not is_lora or not config.target_modules or architecture is None:
         return
-    targets = _targets(model, config)
+    old = OLD[architecture]
+    targets = _targets(model, config, old)
     parameters = set(config.target_parameters or ())
     old_targets = set()
     old_layers = set()
     for name in targets:
         layer = _last_part(name)
-        if layer in OLD:
+        if layer in old:
             old_targets.add(name)
             old_layers.add(layer)
-            parameters.add(OLD[layer])
+            parameters.add(old[layer])
     if not targets or (not old_targets and not isinstance(config.target_modules, str)):
         return
     config.target_modules = Names(targets - old_targets)
     config.target_parameters = sorted(parameters) or None
-    for halves in HALVES:
-        _double_rank(config, halves, old_layers)
+    _double_rank(config, HALVES[architecture], old_layers)
 
 
 def _last_part(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def _targets(model: nn.Module, config: Any) -> set[str]:
+def _targets(model: nn.Module, config: Any, old: Mapping[str, str]) -> set[str]:
     """The names in a config's targets; for a pattern, the last parts of all paths that it matches, old layers' too."""
     targets = config.target_modules
     if not isinstance(targets, str):
         return set(targets)
     if targets.lower() == "all-linear":
-        return _linear_layers(model) | {"gate", "gate_proj", "up_proj", "down_proj"}
+        return _linear_layers(model) | old.keys()
     paths = []
     for path, module in walk(model):
         paths.append(path)
         paths += [f"{path}.{name}" for name in module._parameters]
     for path in experts(model):
-        paths += [f"{path}.{name}" for name in OLD]
+        paths += [f"{path}.{name}" for name in old]
     return {_last_part(path) for path in paths if re.fullmatch(targets, path)}
 
 
@@ -149,12 +164,12 @@ def _joined(by_layer: dict[str, dict[int, Tensor]], side: str) -> dict[str, Tens
         stacks[layer] = torch.stack([by_expert[expert] for expert in sorted(by_expert)])
     joined = {}
     halves = []
-    for names in HALVES:
+    for names in HALVES.values():
         halves += [stacks[name] for name in names if name in stacks]
     if halves:
         joined["gate_up_proj"] = both(halves, side)
     for layer, stack in stacks.items():
-        if OLD[layer] == "down_proj":
+        if LAYERS[layer] == "down_proj":
             joined["down_proj"] = stack
     return joined
 

@@ -126,7 +126,8 @@ def _room(model: PeftModel, prompt: int) -> int:
     positions = positions_of(model.config)
     if positions is None:
         return MOST_TOKENS
-    learned = sum(part.n for part in model._state.prompts.values())
+    prompts: Any = model._state.prompts
+    learned = sum(prompt.n for prompt in prompts.values())
     return max(1, positions - prompt - learned)
 
 
