@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
 
-from ..errors import TargetError, listing
+from ..errors import CheckpointError, TargetError, listing, nearest
 from ..files.regex import fits
 from ..targets.walk import matches, walk
 from . import checkpoint
@@ -36,9 +36,10 @@ def fitted(model: nn.Module, saved: Saved, allow_absent: bool = False) -> Saved:
     config = copy.copy(saved.config)
     tensors = {} if allow_absent else saved.tensors
     paths = [path for path, _ in walk(model) if path]
-    passed_over = _drop_names(config, "modules_to_save", paths, tensors)
+    _check_no_tensors(model, config, paths, tensors)
+    passed_over = _drop_names(config, "modules_to_save", paths)
     if isinstance(config, LayerConfig):
-        passed_over += _drop_names(config, "exclude_modules", paths, {})
+        passed_over += _drop_names(config, "exclude_modules", paths)
         passed_over += _drop_targets(model, config, paths, tensors)
     if not passed_over:
         return saved
@@ -77,6 +78,18 @@ def without_absent(model: nn.Module, state: State, name: str, saved: Saved) -> S
     return saved._replace(tensors=kept)
 
 
+def _check_no_tensors(model: nn.Module, config: Config, paths: Collection[str], tensors: Tensors) -> None:
+    """Raise if the config names a module that the model lacks and for which the file has tensors."""
+    for field in ("target_modules", "modules_to_save"):
+        names = getattr(config, field, None)
+        for name in names if isinstance(names, list) else ():
+            if _has_tensors(name, tensors) and not any(matches(path, name) for path in paths):
+                raise CheckpointError(
+                    f"{field}: {type(model).__name__} has no module {name!r}{nearest(name, paths)}, for which the file "
+                    "has tensors. Load it onto its own base model, or pass allow_absent=True to pass over the tensors"
+                )
+
+
 def _path_in(key: str, paths: set[str]) -> str:
     """The longest path of a module that a key begins with."""
     parts = key.removeprefix(PREFIX).split(".")
@@ -87,16 +100,15 @@ def _path_in(key: str, paths: set[str]) -> str:
     return ""
 
 
-def _drop_names(config: Config, field: str, paths: Iterable[str], tensors: Tensors) -> list[str]:
-    """Drop the names of a field that match no module and no tensor; return what was dropped."""
+def _drop_names(config: Config, field: str, paths: Collection[str]) -> list[str]:
+    """Drop the names of a field that match no module; return what was dropped."""
     names = getattr(config, field)
     if not isinstance(names, list):
         return []
     heads = TASK_HEADS.get(config.task_type, ())  # type: ignore[call-overload]
     kept = []
     for name in names:
-        is_present = any(matches(path, name) for path in paths)
-        if is_present or name in heads or _has_tensors(name, tensors):
+        if name in heads or any(matches(path, name) for path in paths):
             kept.append(name)
     setattr(config, field, kept or None)
     return [f"{field}: {name!r}" for name in names if name not in kept]
@@ -106,15 +118,12 @@ def _has_tensors(name: str, tensors: Tensors) -> bool:
     return any(f".{name}." in f".{key}" for key in tensors)
 
 
-def _drop_targets(model: nn.Module, config: LayerConfig, paths: Iterable[str], tensors: Tensors) -> list[str]:
+def _drop_targets(model: nn.Module, config: LayerConfig, paths: Collection[str], tensors: Tensors) -> list[str]:
     """Drop the names of `target_modules` that adapt nothing, and the keys of patterns that match no target."""
     names = config.target_modules
     if not isinstance(names, list) or not names:
         return []
-    present = []
-    for name in names:
-        if any(matches(path, name) for path in paths) or _has_tensors(name, tensors):
-            present.append(name)
+    present = [name for name in names if any(matches(path, name) for path in paths)]
     config.target_modules = present
     if not present:
         raise TargetError(f"target_modules = {names!r}: {type(model).__name__} has no module of these names")
