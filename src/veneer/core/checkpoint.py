@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -266,12 +266,23 @@ def fill(model: Any, state: State, name: str, saved: Saved, *, lift: bool = True
     """
     others = [other for other in state.configs if other != name]
     brought = embeddings.among(saved.tensors, model, slots(state, name), others)
-    check_fit(model, state, name, saved.tensors, saved.notes, check_base)
+    check_fit(model, state, name, saved.tensors, saved.notes, check_base, brought)
     if brought:
         state.reshaped.append(embeddings.Brought(brought))
     absorb(state, name, saved.tensors)
     settle(model, state, name, lift=lift)
     state.mark(name)
+
+
+def _brought_weights(state: State, name: str, brought: Sequence[embeddings.Embedding]) -> dict[str, Tensor]:
+    """The weights that a file brings for adapted embeddings, by path: the adapter was trained on these."""
+    weights = {}
+    for path in state.adapters(name):
+        target = state.layers[path].target
+        for module, weight in brought:
+            if target.base is module:
+                weights[path] = target.as_matrix(weight)
+    return weights
 
 
 def check_refill(state: State, name: str, config: Config) -> None:
@@ -300,13 +311,20 @@ def check_refill(state: State, name: str, config: Config) -> None:
 
 
 def check_fit(
-    model: Any, state: State, name: str, tensors: Tensors, notes: Mapping[str, Any], check_base: bool = True
+    model: Any,
+    state: State,
+    name: str,
+    tensors: Tensors,
+    notes: Mapping[str, Any],
+    check_base: bool = True,
+    brought: Sequence[embeddings.Embedding] = (),
 ) -> None:
     """Raise unless a file's tensors fit the adapter, are undamaged, and were trained on this base model."""
     check(state, name, tensors)
     provenance.check_undamaged(notes)
     if check_base:
-        provenance.check_base(base_weights(model, state, name), notes, is_rounded(state, name))
+        weights = base_weights(model, state, name) | _brought_weights(state, name, brought)
+        provenance.check_base(weights, notes, is_rounded(state, name))
 
 
 def check(state: State, name: str, tensors: Tensors) -> None:

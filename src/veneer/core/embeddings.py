@@ -7,19 +7,25 @@ pretrained ones, for example because the vocabulary was resized.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..files.pretrained import vocabulary_size
 from ..targets.walk import walk
-from .adapter import Tensors
+from .adapter import Replace, Tensors
 from .config import Config
 from .state import State
 
+if TYPE_CHECKING:
+    from .layer import AdapterLayer
+
 NAMES = ("embed_tokens", "lm_head")
 """Names of the modules that PEFT saves in full if `target_modules` lists them."""
+OTHER_NAMES = ("wte", "word_embeddings", "embed_in", "embed_out", "embeddings", "shared", "output_layer")
+"""Further names of embeddings and heads, which are saved if the vocabulary was resized."""
 
 
 class Embedding(NamedTuple):
@@ -36,13 +42,43 @@ def to_save(model: Any, state: State, config: Config, wanted: bool | None) -> Te
         wanted: whether to save them; None: follow PEFT's rule.
     """
     names = _names_to_save(config, wanted)
+    whole: list[Any] = []
+    is_whole = wanted or (wanted is None and is_resized(model, config))
+    if is_whole and config.file_holds_embedding and hasattr(model, "get_input_embeddings"):
+        whole = [_base(model.get_input_embeddings()), _base(model.get_output_embeddings())]
+    copied = {id(layer.base_layer) for layer in state.layers.values() if _is_copied(layer)}
     tensors: Tensors = {}
     for path, module in walk(model):
         weight = getattr(module, "weight", None)
-        if path.rpartition(".")[2] in names and isinstance(weight, Tensor):
+        is_wanted = path.rpartition(".")[2] in names or any(part is module for part in whole)
+        if is_wanted and isinstance(weight, Tensor) and id(module) not in copied:
             infix = "base_layer." if path in state.layers else ""
             tensors[f"base_model.model.{path}.{infix}weight"] = weight
     return tensors
+
+
+def is_resized(model: Any, config: Config) -> bool:
+    """Whether the model's vocabulary has another size than that of its pretrained config, if this is here.
+
+    PEFT then saves the embeddings too, because the rows of new tokens are nowhere else.
+    """
+    if not hasattr(model, "get_input_embeddings") or not hasattr(getattr(model, "config", None), "get_text_config"):
+        return False
+    before = vocabulary_size(config.base_model_name_or_path, config.revision)
+    now = getattr(model.config.get_text_config(), "vocab_size", None)
+    return before is not None and now is not None and before != now
+
+
+def _is_copied(layer: AdapterLayer) -> bool:
+    """Whether a whole copy of the module is saved (`modules_to_save`)."""
+    parts: list[Any] = []
+    for adapter in layer.adapters.values():
+        parts += adapter.parts  # type: ignore[arg-type, operator]
+    return any(isinstance(part, Replace) for part in parts)
+
+
+def _base(module: Any) -> Any:
+    return getattr(module, "base_layer", module)
 
 
 def _names_to_save(config: Config, wanted: bool | None) -> tuple[str, ...]:
@@ -58,7 +94,7 @@ def _names_to_save(config: Config, wanted: bool | None) -> tuple[str, ...]:
 def is_one(key: str) -> bool:
     """Whether a key in a file belongs to a base embedding or head."""
     path = key.removesuffix(".weight").removesuffix(".base_layer")
-    return key.endswith(".weight") and path.rpartition(".")[2] in NAMES and path != key
+    return key.endswith(".weight") and path.rpartition(".")[2] in (*NAMES, *OTHER_NAMES) and path != key
 
 
 def among(tensors: Tensors, model: nn.Module, slots: Collection[str], others: Iterable[str]) -> list[Embedding]:

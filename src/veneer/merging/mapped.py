@@ -52,6 +52,7 @@ class MappedModel:
         groups: for each parameter that results from a conversion, its group.
         ties: the Parameters, by each of their names.
         strays: keys in the files for which the model has no tensor.
+        brought: values of parameters that an adapter was trained with, and that replace those in the files.
     """
 
     def __init__(self, model: Any, shards: Shards) -> None:
@@ -61,6 +62,7 @@ class MappedModel:
         self.homes: dict[str, str] = {}
         self.groups: dict[str, Group] = {}
         self.strays: list[str] = []
+        self.brought: dict[str, Tensor] = {}
         self._assign_keys()
 
     def _assign_keys(self) -> None:
@@ -126,7 +128,10 @@ class MappedModel:
         """Bind some parameters; each gets a separate mapping of its file."""
         for name in names:
             home = self.home(name)
-            if name in self.groups:
+            brought = [self.brought[tied] for tied in self.ties[name].names if tied in self.brought]
+            if brought:
+                self._bind_tensor(self.ties[name], brought[0])
+            elif name in self.groups:
                 self._bind_group(self.groups[name])
             elif home is not None and self.fits(name):
                 self._bind_tensor(self.ties[name], self.shards.tensor(home))

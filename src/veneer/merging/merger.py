@@ -58,6 +58,7 @@ class Merger:
         for name, tensor in embeddings.items():
             if name in mapped.ties and self._is_new(name, tensor):
                 self.embeddings[name] = tensor
+        mapped.brought = self.embeddings
         self._check_values()
         mapped.release()
         changed: set[str] = set()
