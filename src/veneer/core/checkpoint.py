@@ -90,14 +90,19 @@ def repeats(state: State, name: str) -> dict[str, str]:
 # Writing
 
 
-def collect(model: nn.Module, state: State, name: str, whole: bool | None) -> tuple[Tensors, dict[str, Any]]:
+def collect(
+    model: nn.Module, state: State, name: str, whole: bool | None, values: Tensors | None = None
+) -> tuple[Tensors, dict[str, Any]]:
     """(tensors by key, notes) of an adapter, gathered on the CPU. In a sharded run, every process must call this.
 
     Args:
         whole: whether to save the base embeddings too; None: follow PEFT's rule.
+        values: the adapter's tensors by key, if they are not those in the model.
     """
-    _checkgathered(state, name)
-    tensors = slots(state, name)
+    if values is None:
+        _checkgathered(state, name)
+        values = slots(state, name)
+    tensors = dict(values)
     tensors |= embeddings.to_save(model, state, state.configs[name], whole)
     notes: dict[str, Any] = {"base": provenance.fingerprint(base_weights(model, state, name))}
     if is_rounded(state, name):

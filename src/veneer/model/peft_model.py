@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..core import absent, checkpoint
+from ..core import absent, checkpoint, given
 from ..core.attach import attach, detach
 from ..core.config import Config, PromptConfig
 from ..core.layer import AdapterLayer
@@ -367,6 +367,7 @@ class PeftModel(nn.Module):
         save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | Path | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
         **ignored: Any,
     ) -> None:
         """Write each adapter: "default" into the directory, any other into a folder of its name.
@@ -377,7 +378,8 @@ class PeftModel(nn.Module):
             is_main_process: false on the processes of a distributed run that must not write.
             path_initial_model_for_weight_conversion: if given, each is written as a plain LoRA on the base as it was,
                 as by `veneer.save_as_lora`. PEFT reads the start from that path; here the adapter knows its own.
-            ignored: what callers written for PEFT pass (`state_dict`); an adapter's tensors come from the model.
+            state_dict: a state dict of this model with the values to save; None (or empty): the model's own.
+            ignored: settings of whole models that callers pass, such as `max_shard_size`; they mean nothing here.
         """
         if not safe_serialization:
             raise CheckpointError("veneer writes safetensors only; pickles can run code when they are loaded")
@@ -395,7 +397,10 @@ class PeftModel(nn.Module):
             config.inference_mode = True
             into = directory if name == "default" else directory / name
             if path_initial_model_for_weight_conversion is None:
-                tensors, notes = checkpoint.collect(self.get_base_model(), self._state, name, whole)
+                if state_dict and not is_main_process:
+                    continue
+                values = given.slots(self, self._state, name, state_dict) if state_dict else None
+                tensors, notes = checkpoint.collect(self.get_base_model(), self._state, name, whole, values)
                 if is_main_process:
                     checkpoint.write(into, tensors, notes, config)
             elif is_main_process:
