@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from veneer import CheckpointError, LoraConfig, NotMergeable, PeftModel, VeneerError, get_peft_model
 from veneer.errors import BaseMismatch
 from veneer.merging.merge import merge
+from veneer.model.loading import load_base
 
 from . import models
 from .cases import CASES
@@ -267,3 +268,38 @@ def test_the_command(tmp_path):
     assert len(report["tensors"]) == 6 and 0 < report["lost"] < 0.1
     done = veneer(*words, "--out", str(tmp_path / "out"))
     assert done.returncode == 2 and "nothing is overwritten" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def composite(tmp_path_factory) -> str:
+    """A model of vision and language on disk, which transformers also loads as the language model alone."""
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    text = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    text |= dict(num_key_value_heads=2, head_dim=8, layer_types=["linear_attention", "full_attention"])
+    text |= dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
+    vision = dict(depth=1, hidden_size=32, intermediate_size=48, num_heads=4, out_hidden_size=32)
+    tokens = dict(image_token_id=90, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93)
+    torch.manual_seed(0)
+    where = tmp_path_factory.mktemp("composite")
+    config = Qwen3_5Config(text_config=text, vision_config=vision | {"num_position_embeddings": 16}, **tokens)
+    Qwen3_5ForConditionalGeneration(config).save_pretrained(where)
+    return str(where)
+
+
+@pytest.mark.parametrize("auto", ["AutoModelForImageTextToText", "AutoModelForCausalLM"])
+def test_an_adapter_of_a_composite_model_is_merged_into_the_class_it_was_trained_on(composite, auto: str, tmp_path):
+    """Whatever its task says: TRL and others write CAUSAL_LM for both."""
+    import transformers
+
+    base = getattr(transformers, auto).from_pretrained(composite)
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
+    model = models.perturb(get_peft_model(base, config), "default", 3).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    expected = model(input_ids=ids).logits
+    model.save_pretrained(tmp_path / "adapter")
+    merge([tmp_path / "adapter"], tmp_path / "merged")
+    merged = getattr(transformers, auto).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert type(merged) is type(base)
+    assert load_base(tmp_path / "adapter").__class__ is type(base)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,12 @@ def find_base(name: str, revision: str | None = None) -> Path:
     return Path(downloaded)
 
 
-def model_class(config: Any, adapters: Sequence[Config]) -> Any:
+def model_class(config: Any, adapters: Sequence[Config], keys: Collection[str]) -> Any:
     """The transformers class, with `from_config`, that the adapters were trained on.
+
+    Args:
+        config: the base model's config.
+        keys: the keys of the adapters' files, which say what modules the class has.
 
     Raises:
         ConfigError: the adapters are for several tasks, or neither they nor the base's config name a class.
@@ -71,7 +75,7 @@ def model_class(config: Any, adapters: Sequence[Config]) -> Any:
         raise ConfigError(f"the adapters are for several tasks ({names}); merge only adapters for one task")
     for task in tasks:
         assert isinstance(task, TaskType)
-        auto = auto_classes.makes(AUTO_CLASSES[task], config)
+        auto = auto_classes.fitting(AUTO_CLASSES[task], config, keys)
         if auto is not None:
             return auto
     for name in config.architectures or ():

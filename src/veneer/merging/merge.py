@@ -149,7 +149,7 @@ def _skeleton(home: Path, configs: Sequence[Config], adapters: Sequence[str | Pa
     for count in labels - {config.num_labels}:
         config.num_labels = count
     with torch.device("meta"):
-        model = model_class(config, configs).from_config(config)
+        model = model_class(config, configs, [key for shapes in files for key in shapes]).from_config(config)
     for count in words - {model.get_input_embeddings().weight.shape[0]}:
         model.resize_token_embeddings(count, mean_resizing=False)
     return model

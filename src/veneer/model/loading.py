@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from ..core.config import Config, TaskType
 from ..errors import CheckpointError, ConfigError, first_line, nearest
 from ..files.find import find_weights
 from ..files.pull import resolve
+from ..files.read import tensor_shapes
 from ..upstream import models as upstream_models
-from ..upstream.auto import AUTO_CLASSES, makes
+from ..upstream.auto import AUTO_CLASSES, fitting
 from .peft_model import PeftModel
 
 BASE = "base"
@@ -102,7 +103,12 @@ def load(
     tokenizer = load_tokenizer(base)
     classes = _one_count(places) if is_classifier else None
     base_model, missing = load_model(
-        base, AUTO_CLASSES[task], classes=classes, pad=pad_of(tokenizer), dtype=dtype_of(dtype)
+        base,
+        AUTO_CLASSES[task],
+        classes=classes,
+        pad=pad_of(tokenizer),
+        keys=_keys(places.values()),
+        dtype=dtype_of(dtype),
     )
     if base_model.config.is_encoder_decoder:
         raise ConfigError(f"{base!r} is an encoder-decoder; only causal language models and classifiers are supported")
@@ -185,8 +191,23 @@ def dtype_of(name: str) -> Any:
     return torch.float32
 
 
+def _keys(places: Iterable[str], **hub: Any) -> list[str]:
+    """The keys of adapters' files; none of a file that cannot be read, which loading the adapter explains."""
+    keys: list[str] = []
+    for place in places:
+        with suppress(CheckpointError):
+            keys += tensor_shapes(find_weights(place, **hub))
+    return keys
+
+
 def load_model(
-    model: str, auto_class: str, *, classes: int | list[str] | None = None, pad: int | None = None, **kwargs: Any
+    model: str,
+    auto_class: str,
+    *,
+    classes: int | list[str] | None = None,
+    pad: int | None = None,
+    keys: Collection[str] = (),
+    **kwargs: Any,
 ) -> tuple[Any, set[str]]:
     """Load a base model; returns it with the names of its parameters that the checkpoint lacks.
 
@@ -195,6 +216,7 @@ def load_model(
         auto_class: name of the transformers class.
         classes: the number of classes or their names, for a classifier.
         pad: the padding token if the config has none.
+        keys: the keys of the adapters' files; of a composite model they say whether it is loaded whole.
         kwargs: `dtype`, `revision` and other arguments of `from_pretrained`.
 
     Raises:
@@ -208,7 +230,7 @@ def load_model(
         config = transformers.AutoConfig.from_pretrained(resolve(model), **hub)
         if classes is not None or pad is not None:
             kwargs = {**kwargs, "config": _described(config, classes, pad)}
-        auto = makes(auto_class, config)
+        auto = fitting(auto_class, config, keys)
         if auto is None:
             raise ConfigError(f"{model!r} is a {config.model_type}, for which transformers has no {auto_class}")
         loaded, info = auto.from_pretrained(resolve(model), output_loading_info=True, **kwargs)
@@ -261,7 +283,8 @@ def load_base(
             kwargs.setdefault("num_labels", classes)
     shared = {key: value for key, value in hub.items() if key in ("token", "cache_dir", "local_files_only")}
     revision = "main" if model else config.revision or "main"
-    base_model, _ = load_model(name, auto_class, revision=revision, **shared, **kwargs)
+    keys = _keys([str(adapter)], **hub)
+    base_model, _ = load_model(name, auto_class, keys=keys, revision=revision, **shared, **kwargs)
     return base_model
 
 
