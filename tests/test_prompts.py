@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
-from veneer import ConfigError, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from veneer import (
+    CartridgeConfig,
+    ConfigError,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from veneer.core.state import state_of
 
 from . import models
+from .models import perturb
 
 WORDS = ["[UNK]", "say", "yes", "or", "no", "to", "this"]
 
@@ -140,3 +150,74 @@ def test_an_encoder_decoders_prompt_needs_no_rows_for_the_decoder(tmp_path):
     torch.testing.assert_close(ours(**batch).logits, theirs(**batch).logits, rtol=1e-5, atol=1e-5)
     with pytest.raises(ConfigError, match="num_transformer_submodules = 1"):
         get_peft_model(models.build("t5"), PrefixTuningConfig(**settings))
+
+
+SEVERAL = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=67,
+    head_dim=8,
+    sliding_window=4,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+    pad_token_id=0,
+)
+
+
+def gemma4(shared: int):
+    """Heads of two sizes; the last layers may read the keys of earlier ones."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    by_layer = dict(hidden_size_per_layer_input=6, vocab_size_per_layer_input=67)
+    own = dict(global_head_dim=16, num_kv_shared_layers=shared) | by_layer
+    return Gemma4ForCausalLM(Gemma4TextConfig(**SEVERAL | own))
+
+
+def gemma3n():
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    own = dict(hidden_size_per_layer_input=6, vocab_size_per_layer_input=67, num_kv_shared_layers=2, laurel_rank=3)
+    own |= dict(altup_num_inputs=2, altup_active_idx=0, activation_sparsity_pattern=[0.0] * 4)
+    return Gemma3nForCausalLM(Gemma3nTextConfig(**SEVERAL | own | dict(intermediate_size=[48] * 4)))
+
+
+def qwen35():
+    """Layers with linear attention among those with full attention."""
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    own = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
+    own |= dict(layer_types=["linear_attention", "full_attention"] * 2)
+    return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**SEVERAL | own))
+
+
+UNEQUAL = {
+    "gemma4": lambda: gemma4(0),
+    "gemma4 sharing": lambda: gemma4(2),
+    "gemma3n": gemma3n,
+    "qwen3.5": qwen35,
+}
+
+
+@pytest.mark.parametrize("make", UNEQUAL.values(), ids=UNEQUAL)
+@pytest.mark.parametrize("config", [PrefixTuningConfig, CartridgeConfig])
+def test_a_prefix_on_layers_whose_caches_differ(config, make, tmp_path):
+    """In size, or in that they have one: with the cache as without, acting, and the same when loaded."""
+    torch.manual_seed(0)
+    base = make().eval()
+    settings = dict(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = perturb(get_peft_model(copy.deepcopy(base), config(**settings)), "default", 3).eval()
+    ids = torch.tensor([[5, 9, 11, 7, 13]])
+    with torch.no_grad():
+        plain = base(input_ids=ids).logits
+        whole = model(input_ids=ids, use_cache=False).logits
+    assert (whole - plain).abs().max() > 1e-3
+    written = [model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, use_cache=c) for c in (True, False)]
+    assert torch.equal(*written)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids, use_cache=False).logits, whole)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -268,7 +268,7 @@ def _filled(model: nn.Module, cache: Any, pairs: list[tuple[Tensor, Tensor]], ro
         keys = keys.to(dtype).expand(rows, -1, -1, -1)
         values = values.to(dtype).expand(rows, -1, -1, -1)
         expanded.append((keys, values))
-    caches.fill(cache, expanded)
+    caches.fill(cache, expanded, model.config.get_text_config(decoder=True))  # type: ignore[union-attr]
     return cache
 
 

@@ -104,13 +104,17 @@ def _sizes(text: Any, of_cache: bool) -> dict[str, int]:
     """The width, attention heads and layers; for a cache, width and heads of the keys (grouped-query attention)."""
     width = _read(text, "hidden_size", "n_embd", "d_model")
     names = ("num_attention_heads", "n_head", "num_heads")
+    layers = _read(text, "num_hidden_layers", "num_layers", "n_layer")
     has_attention = of_cache or any(getattr(text, name, None) is not None for name in names)
     heads = _read(text, *names) if has_attention else 1  # PEFT rejects a file without this field
     if of_cache:
-        head_dim = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or width // heads
-        heads = getattr(text, "num_key_value_heads", None) or heads
-        width = heads * head_dim
-    layers = _read(text, "num_hidden_layers", "num_layers", "n_layer")
+        first = caches.config_of(text, 0)
+        head_dim = getattr(first, "head_dim", None) or getattr(first, "d_kv", None) or width // heads
+        heads = getattr(first, "num_key_value_heads", None) or heads
+        entries = caches.entries(text, layers, caches.Entry(heads, head_dim))
+        kept = [entry for entry in entries if entry is not None]
+        heads = max(entry.heads for entry in kept)
+        width = heads * max(entry.head_dim for entry in kept)
     return {"token_dim": width, "num_attention_heads": heads, "num_layers": layers}
 
 

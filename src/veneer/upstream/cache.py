@@ -11,7 +11,7 @@ A model that is not part of transformers keeps the name in its own code, whateve
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -113,10 +113,70 @@ def new(model: Any, is_encoder_decoder: bool) -> Any:
     return EncoderDecoderCache(cache, DynamicCache()) if is_encoder_decoder else cache
 
 
-def fill(cache: Any, pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Append keys and values, each (batch, heads, n, head_dim), to a cache: one pair per layer."""
+WITHOUT_KEYS = ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "moe", "mlp")
+"""Kinds of layers, in the `layer_types` of a config, that keep no keys and values."""
+
+
+class Entry(NamedTuple):
+    """The shape of what one layer of a model keeps in the cache for each position."""
+
+    heads: int
+    head_dim: int
+
+
+def config_of(config: Any, layer: int) -> Any:
+    """The config of one layer: of a model whose layers have several sizes, some are not to be read off the whole."""
+    by_layer = getattr(config, "per_layer_config", None)
+    return config if by_layer is None else by_layer[layer]
+
+
+def entries(config: Any, layers: int, usual: Entry) -> list[Entry | None]:
+    """What each layer of a model keeps in the cache; None for layers that keep no keys of their own.
+
+    Gemma 4 has other heads in its layers with full attention. The last layers of Gemma 3n and 4 read the keys of
+    earlier ones, and recurrent layers keep a state.
+
+    Args:
+        config: the config of the text model.
+        layers: how many layers the model has.
+        usual: the entry of layers for which the config names no other.
+    """
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    own = layers - (getattr(config, "num_kv_shared_layers", 0) or 0)
+    differ = getattr(config, "per_layer_config", None) is not None
+    wide = getattr(config, "global_head_dim", None)
+    shapes: list[Entry | None] = []
+    for i in range(layers):
+        if i >= own or kinds[i] in WITHOUT_KEYS:
+            shapes.append(None)
+        elif differ:
+            layer = config_of(config, i)
+            heads = getattr(layer, "num_key_value_heads", None) or usual.heads
+            shapes.append(Entry(heads, getattr(layer, "head_dim", None) or usual.head_dim))
+        elif wide is not None and kinds[i] == "full_attention":
+            heads = getattr(config, "num_global_key_value_heads", None) or usual.heads
+            shapes.append(Entry(heads, wide))
+        else:
+            shapes.append(usual)
+    return shapes
+
+
+def fill(cache: Any, pairs: list[tuple[Tensor, Tensor]], config: Any) -> None:
+    """Append keys and values, each (batch, heads, n, head_dim), to a cache: one pair per layer.
+
+    As in PEFT, a layer whose entry is smaller takes the first heads and features, and one without an entry takes none.
+
+    Args:
+        config: the config of the text model.
+    """
     self_attention = getattr(cache, "self_attention_cache", cache)
-    for i, (keys, values) in enumerate(pairs):
+    usual = Entry(pairs[0][0].shape[1], pairs[0][0].shape[3])
+    for i, entry in enumerate(entries(config, len(pairs), usual)):
+        if entry is None:
+            continue
+        keys, values = pairs[i]
+        keys = keys[:, : entry.heads, :, : entry.head_dim]
+        values = values[:, : entry.heads, :, : entry.head_dim]
         self_attention.update(keys, values, i)
 
 
