@@ -836,3 +836,12 @@ def test_latent_attention_has_its_keys_and_values_in_one():
         "kv_a_proj_with_mqa",
         "kv_b_proj",
     }
+
+
+def test_default_targets_tell_which_layers_of_a_hybrid_they_leave_out():
+    from .test_prompts import qwen35
+
+    with pytest.warns(UserWarning, match=r"(?s)lie in 2 of its 4 layers.*model.layers.0\n  model.layers.2") as told:
+        get_peft_model(qwen35(), LoraConfig(task_type="CAUSAL_LM"))
+    [warning] = [warning for warning in told if "default targets" in str(warning.message)]
+    assert warning.filename == __file__

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+PACKAGE = __name__.partition(".")[0]
 
 
 class VeneerError(ValueError):
@@ -75,6 +79,16 @@ def printable(text: str, most: int = 300) -> str:
         c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text[:most]
     )
     return escaped if len(text) <= most else f"{escaped}..."
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn of something in the user's code: the warning shows the line that called veneer."""
+    level = 2
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(f"{PACKAGE}."):
+        frame = frame.f_back
+        level += 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 def first_line(error: BaseException) -> str:

@@ -8,13 +8,12 @@ Tensors for modules that the model lacks are passed over only if the caller allo
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
 
-from ..errors import CheckpointError, TargetError, listing, nearest
+from ..errors import CheckpointError, TargetError, listing, nearest, warn
 from ..files.regex import fits
 from ..targets.walk import matches, walk
 from . import checkpoint
@@ -43,10 +42,7 @@ def fitted(model: nn.Module, saved: Saved, allow_absent: bool = False) -> Saved:
         passed_over += _drop_targets(model, config, paths, tensors)
     if not passed_over:
         return saved
-    warnings.warn(
-        f"the adapter's config names what {type(model).__name__} lacks, which is passed over:{listing(passed_over)}",
-        stacklevel=3,
-    )
+    warn(f"the adapter's config names what {type(model).__name__} lacks, which is passed over:{listing(passed_over)}")
     return saved._replace(config=config)
 
 
@@ -70,10 +66,9 @@ def without_absent(model: nn.Module, state: State, name: str, saved: Saved) -> S
         else:
             dropped.append(key)
     if dropped:
-        warnings.warn(
+        warn(
             f"{len(dropped)} of the file's {len(saved.tensors)} tensors are for modules that {type(model).__name__} "
-            f"lacks, and are passed over:{listing(dropped)}",
-            stacklevel=3,
+            f"lacks, and are passed over:{listing(dropped)}"
         )
     return saved._replace(tensors=kept)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import TargetError
+from ..errors import TargetError, listing, warn
 from ..upstream.calls import is_encoder_decoder
 from ..upstream.models import is_conv1d
 from .target import kind_of
@@ -98,7 +98,31 @@ def default_targets(model: nn.Module, wanted: Iterable[str]) -> list[str]:
         raise TargetError(
             f"{type(model).__name__} has no recognisable {', '.join(sorted(wanted))} modules; give target_modules"
         )
-    return endings(paths, dict(walk(model)))
+    modules = dict(walk(model))
+    names = endings(paths, modules)
+    _tell_of_layers_without(paths, names, modules, type(model).__name__)
+    return names
+
+
+def _tell_of_layers_without(
+    paths: list[str], names: list[str], modules: dict[str, nn.Module], model_class: str
+) -> None:
+    """Warn if some layers of a hybrid have no target: those with linear attention or a state in place of attention."""
+    lists = {layer.rpartition(".")[0] for layer in _layers(modules) if _below(layer, paths)}
+    without = []
+    count = 0
+    for path in modules:
+        parent, _, name = path.rpartition(".")
+        if parent in lists and name.isdigit():
+            count += 1
+            if not _below(path, paths):
+                without.append(path)
+    if without:
+        warn(
+            f"the default targets of {model_class}, {', '.join(names)}, lie in {count - len(without)} of its {count} "
+            f'layers. To adapt the others too, give target_modules, for example "all-linear". Without a target:'
+            f"{listing(without)}"
+        )
 
 
 def language_model(model: Any) -> str:
