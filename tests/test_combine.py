@@ -150,7 +150,7 @@ def test_what_cannot_be_combined_is_refused_and_nothing_changes():
         (dict(adapters=["one"], weights=[1], adapter_name="two"), "already has an adapter"),
         (dict(adapters=["one"], weights=[1], combination_type="tie"), "ties"),
         (dict(adapters=["one"], weights=[1], combination_type="ties"), "density"),
-        (dict(adapters=["one", "dora"], weights=[1, 1], combination_type="cat"), "no factors"),
+        (dict(adapters=["one", "dora"], weights=[1, 1], combination_type="cat"), "no low-rank factors"),
         (dict(adapters=["one"], weights=[1], svd_rank=0), "at least 1"),
     ]
     for arguments, message in bad:

@@ -78,7 +78,7 @@ def _check_no_tensors(model: nn.Module, config: Config, paths: Collection[str], 
     for field in ("target_modules", "modules_to_save"):
         names = getattr(config, field, None)
         for name in names if isinstance(names, list) else ():
-            if _has_tensors(name, tensors) and not any(matches(path, name) for path in paths):
+            if _has_tensors(name, tensors) and not _is_in(name, paths):
                 raise CheckpointError(
                     f"{field}: {type(model).__name__} has no module {name!r}{nearest(name, paths)}, for which the file "
                     "has tensors. Load it onto its own base model, or pass allow_absent=True to pass over the tensors"
@@ -95,6 +95,10 @@ def _path_in(key: str, paths: set[str]) -> str:
     return ""
 
 
+def _is_in(name: str, paths: Iterable[str]) -> bool:
+    return any(matches(path, name) for path in paths)
+
+
 def _drop_names(config: Config, field: str, paths: Collection[str]) -> list[str]:
     """Drop the names of a field that match no module; return what was dropped."""
     names = getattr(config, field)
@@ -103,9 +107,14 @@ def _drop_names(config: Config, field: str, paths: Collection[str]) -> list[str]
     heads = TASK_HEADS.get(config.task_type, ())  # type: ignore[call-overload]
     kept = []
     for name in names:
-        if name in heads or any(matches(path, name) for path in paths):
+        if name in heads or _is_in(name, paths):
             kept.append(name)
     setattr(config, field, kept or None)
+    return _dropped(field, names, kept)
+
+
+def _dropped(field: str, names: Iterable[str], kept: Collection[str]) -> list[str]:
+    """A line for each name that was not kept."""
     return [f"{field}: {name!r}" for name in names if name not in kept]
 
 
@@ -118,20 +127,20 @@ def _drop_targets(model: nn.Module, config: LayerConfig, paths: Collection[str],
     names = config.target_modules
     if not isinstance(names, list) or not names:
         return []
-    present = [name for name in names if any(matches(path, name) for path in paths)]
+    present = [name for name in names if _is_in(name, paths)]
     config.target_modules = present
     if not present:
         raise TargetError(f"target_modules = {names!r}: {type(model).__name__} has no module of these names")
     try:
         chosen = targeted(model, config)
     except TargetError:  # attaching explains it
-        return [f"target_modules: {name!r}" for name in names if name not in present]
+        return _dropped("target_modules", names, present)
     kept = []
     for name in present:
-        if any(matches(path, name) for path in chosen) or _has_tensors(name, tensors):
+        if _is_in(name, chosen) or _has_tensors(name, tensors):
             kept.append(name)
     config.target_modules = kept
-    passed_over = [f"target_modules: {name!r}" for name in names if name not in kept]
+    passed_over = _dropped("target_modules", names, kept)
     bare = [name for name, _ in model.named_parameters()] if config.bare_parameters() else []
     for field in config.patterns:
         passed_over += _drop_patterns(config, field, [*chosen, *bare])
@@ -148,4 +157,4 @@ def _drop_patterns(config: Any, field: str, chosen: Iterable[str]) -> list[str]:
         if any(fits(rf"(.*\.)?({key})", path, field) for path in chosen):
             kept[key] = value
     setattr(config, field, kept)
-    return [f"{field}: {key!r}" for key in patterns if key not in kept]
+    return _dropped(field, patterns, kept)

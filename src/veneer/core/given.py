@@ -40,13 +40,15 @@ def slots(model: nn.Module, state: State, name: str, state_dict: Mapping[str, Te
                 values[key] = given[full]
             else:
                 lacking.append(full)
-        keys = [prefix + key for key in checkpoint.export(part)]
-        if lacking and all(key in given for key in keys):
-            tensors |= {key: given[key] for key in keys}
+        keys = {prefix + key for key in checkpoint.export(part)}
+        if lacking and keys <= given.keys():
+            for key in keys:
+                tensors[key] = given[key]
             continue
         missing += lacking
         with _holding(part, values):
-            tensors |= {prefix + key: tensor for key, tensor in checkpoint.export(part).items()}
+            for key, tensor in checkpoint.export(part).items():
+                tensors[prefix + key] = tensor
     if missing:
         raise CheckpointError(
             f"state_dict lacks {len(missing)} tensors of adapter {name!r}:{listing(missing)}\n"

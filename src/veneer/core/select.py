@@ -78,11 +78,10 @@ def targeted(model: nn.Module, config: LayerConfig) -> list[str]:
         TargetError: an entry of another field than `target_modules` matches nothing.
     """
     modules = _outside(model, ())
-    entries = config.target_modules or ()
-    if isinstance(entries, str):
+    if isinstance(config.target_modules, str):
         matching = _targeted(model, modules, config)
     else:
-        matching = [path for path in modules if _matches_any(path, entries)]
+        matching = _matching_any(modules, config.target_modules or ())
     return _narrowed(modules, matching, config)
 
 
@@ -181,6 +180,11 @@ def _matching(paths: Iterable[str], wanted: str | Sequence[str] | None, field: s
     for entry in entries:
         if not _any_matches(paths, entry):
             raise TargetError(_no_match(field, entry, paths))
+    return _matching_any(paths, entries)
+
+
+def _matching_any(paths: Iterable[str], entries: Sequence[str]) -> list[str]:
+    """The paths that match an entry of a list."""
     return [path for path in paths if _matches_any(path, entries)]
 
 

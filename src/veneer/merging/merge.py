@@ -148,8 +148,11 @@ def _skeleton(home: Path, configs: Sequence[Config], adapters: Sequence[str | Pa
         )
     for count in labels - {config.num_labels}:
         config.num_labels = count
+    keys: list[str] = []
+    for shapes in files:
+        keys += shapes
     with torch.device("meta"):
-        model = model_class(config, configs, [key for shapes in files for key in shapes]).from_config(config)
+        model = model_class(config, configs, keys).from_config(config)
     for count in words - {model.get_input_embeddings().weight.shape[0]}:
         model.resize_token_embeddings(count, mean_resizing=False)
     return model
