@@ -132,3 +132,13 @@ def test_bars_count_every_row():
     assert counted == sum(lengths.values()) and [bar["over"] for bar in found["bars"]] == sorted(
         bar["over"] for bar in found["bars"]
     )
+
+
+def test_the_smoothed_line_does_not_lag():
+    """In the middle of a straight line it lies on the line, and a step of the values is half way up where it happens."""
+    straight = page.smooth([(x, 2.0 * x) for x in range(101)])
+    assert straight[50] == pytest.approx((50, 100.0))
+    step = page.smooth([(x, float(x > 50)) for x in range(102)])
+    assert (step[50][1] + step[51][1]) / 2 == pytest.approx(0.5)
+    assert page.smooth([(1, 3.0)]) == [(1, 3.0)]
+    assert all(y == pytest.approx(4.0) for _, y in page.smooth([(x, 4.0) for x in range(7)]))

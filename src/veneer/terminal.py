@@ -1,14 +1,17 @@
-"""Terminal output: progress, sizes and durations, and silencing the messages of other libraries."""
+"""Terminal output: progress, sizes and durations, and silencing the messages of other libraries.
+
+rich is imported when something is shown: it takes as long to import as all of veneer.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LINES = 5
 """The number of progress lines per task if stderr is not a terminal."""
@@ -24,6 +27,9 @@ def showing() -> Iterator[Step]:
 
     On a terminal it draws bars, which are removed at the end; elsewhere it prints a few lines.
     """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
         yield _lines(console)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -20,8 +20,8 @@ MOST_BARS = 32
 """Maximum number of bars of a histogram."""
 MARGIN = 0.06
 """Room above and below the values of a curve, as a share of their range."""
-SMOOTHING = 0.9
-"""Decay of the running mean."""
+SMOOTHING = 0.8
+"""How much less each step weighs in the smoothed line than its neighbour nearer to the point."""
 
 Point = tuple[float, float]
 Points = Sequence[Point]
@@ -169,16 +169,35 @@ def _axis(values: Sequence[float], margin: float, floor: float | None = None) ->
     return Axis(low if floor is not None else low - room, high + room)
 
 
+class Sum(NamedTuple):
+    """A weighted sum of values, and the sum of the weights."""
+
+    total: float
+    weight: float
+
+
 def smooth(line: Points) -> list[Point]:
-    """Running means; those at the start are over fewer values."""
+    """Weighted means over the neighbours on both sides, so that the line does not lag behind the values."""
+    forward = _decaying_sums([y for _, y in line])
+    backward = _decaying_sums([y for _, y in reversed(line)])[::-1]
     means = []
-    mean = 0.0
-    weight = 0.0
-    for x, y in line:
-        mean = SMOOTHING * mean + (1 - SMOOTHING) * y
-        weight = SMOOTHING * weight + 1 - SMOOTHING
-        means.append((x, mean / weight))
+    for (x, y), before, after in zip(line, forward, backward, strict=True):
+        total = before.total + after.total - y  # each of the two holds the value itself
+        weight = before.weight + after.weight - 1
+        means.append((x, total / weight))
     return means
+
+
+def _decaying_sums(values: Sequence[float]) -> list[Sum]:
+    """For each value, the sum of it and all before it, with weights that fall with the distance."""
+    sums = []
+    total = 0.0
+    weight = 0.0
+    for value in values:
+        total = SMOOTHING * total + value
+        weight = SMOOTHING * weight + 1
+        sums.append(Sum(total, weight))
+    return sums
 
 
 def thinned(line: Points) -> list[Point]:
