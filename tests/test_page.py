@@ -135,7 +135,7 @@ def test_bars_count_every_row():
 
 
 def test_the_smoothed_line_does_not_lag():
-    """In the middle of a straight line it lies on the line, and a step of the values is half way up where it happens."""
+    """In the middle of a straight line it lies on the line, and where the values jump it is half way up."""
     straight = page.smooth([(x, 2.0 * x) for x in range(101)])
     assert straight[50] == pytest.approx((50, 100.0))
     step = page.smooth([(x, float(x > 50)) for x in range(102)])
