@@ -141,9 +141,12 @@ def _drop_targets(model: nn.Module, config: LayerConfig, paths: Collection[str],
             kept.append(name)
     config.target_modules = kept
     passed_over = _dropped("target_modules", names, kept)
-    bare = [name for name, _ in model.named_parameters()] if config.bare_parameters() else []
+    adapted = list(chosen)
+    if config.bare_parameters():
+        for path, module in walk(model):
+            adapted += [f"{path}.{name}" for name in module._parameters]
     for field in config.patterns:
-        passed_over += _drop_patterns(config, field, [*chosen, *bare])
+        passed_over += _drop_patterns(config, field, adapted)
     return passed_over
 
 

@@ -53,14 +53,18 @@ def targets(
         TargetError: an entry matches nothing, or a module that the method cannot adapt.
     """
     modules = _outside(model, saved)
-    if config.target_modules is None:
+    is_given = config.target_modules is not None
+    if not is_given:
         config.fill_targets(model)
     if saved and isinstance(config.target_modules, list):
         _check_not_inside(model, modules, config.target_modules, saved)
     chosen = _narrowed(modules, _targeted(model, modules, config), config)
     if not chosen:
         raise TargetError(f"target_modules = {config.target_modules!r}: exclude_modules excludes all matching modules")
-    _check_nothing_vanished(modules, chosen, config)
+    if is_given:
+        _check_nothing_vanished(modules, chosen, config)
+    elif isinstance(config.target_modules, list):
+        config.target_modules = [entry for entry in config.target_modules if _any_matches(chosen, entry)]
     _check_kinds(chosen, modules, config)
     for field in config.subsets:
         _matching(chosen, getattr(config, field), field)
