@@ -31,7 +31,7 @@ def lora():
     return perturb(get_peft_model(models.build("llama"), LoraConfig(r=2, target_modules=["q_proj"])), "default", 3)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_keys_of_a_wrapped_model(prefix: str, tmp_path):
     model = lora()
     model.save_pretrained(tmp_path, state_dict={prefix + key: t * 0 + 1 for key, t in model.state_dict().items()})

@@ -288,3 +288,13 @@ def test_plan_and_train_begin_with_the_same_settings():
     trained = {name: field.default for name, field in Recipe.model_fields.items()}
     both = planned.keys() & trained.keys() - {"model", "data"}
     assert "batch_size" in both and {name: planned[name] for name in both} == {name: trained[name] for name in both}
+
+
+@pytest.mark.parametrize("targets", ["q_proj,v_proj", "all-linear", r".*layers\.0\.self_attn\.[qv]_proj"])
+def test_targets_mean_what_they_mean_in_a_recipe(targets: str):
+    from veneer import LoraConfig
+    from veneer.report.forecast import settings_of
+    from veneer.train.recipe import make
+
+    recipe = make({"model": "x", "output": "y", "data": "z", "targets": targets})
+    assert settings_of(LoraConfig, None, targets, [])["target_modules"] == recipe.targets

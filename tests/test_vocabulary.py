@@ -57,8 +57,6 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_new_rows_come_back_and_are_merged(base: str, case: str, tmp_path):
     config = lora(base, **CASES[case])
-    if case == "on both" and AutoModelForCausalLM.from_pretrained(base).config.tie_word_embeddings:
-        pytest.skip("one weight takes one LoRA of its own")
     model = perturb(get_peft_model(resized(base), config), "default", 3)
     expected = logits(model)
     model.save_pretrained(tmp_path / "adapter")
@@ -99,3 +97,25 @@ def test_peft_reads_what_veneer_wrote(base: str, tmp_path):
     fresh.resize_token_embeddings(fresh.config.vocab_size + NEW)
     theirs = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter")
     torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_too_are_those_of_the_given_state_dict(base: str, tmp_path):
+    model = get_peft_model(resized(base), lora(base, target_modules=["attention"]))
+    model.save_pretrained(tmp_path, state_dict={key: t * 0 + 1 for key, t in model.state_dict().items()})
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        assert all((file.get_tensor(key) == 1).all() for key in file.keys())  # noqa: SIM118 (not a dict)
+
+
+def test_a_weight_that_is_no_embedding_is_not_taken_for_one(tmp_path):
+    """Though its module has the name of one elsewhere: the base model is not changed by a file."""
+    from safetensors.torch import load_file, save_file
+
+    base = torch.nn.Sequential()
+    base.shared, base.other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    get_peft_model(base, LoraConfig(r=2, target_modules=["other"])).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file) | {"base_model.model.shared.weight": torch.ones(4, 4)}, file)
+    fresh = torch.nn.Sequential()
+    fresh.shared, fresh.other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    with pytest.raises(CheckpointError, match="neither the adapter's nor an embedding of the model"):
+        PeftModel.from_pretrained(fresh, tmp_path, check_base=False)

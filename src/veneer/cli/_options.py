@@ -15,6 +15,21 @@ Column = Annotated[
     ),
 ]
 
+Rank = Annotated[
+    int | None,
+    typer.Option(help="Rank of the update.", show_default="set by the method", rich_help_panel="Model and method"),
+]
+Targets = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES",
+        help="Modules to adapt: all-linear, endings of module names separated by commas, such as q_proj,v_proj, or a "
+        "regular expression for whole paths.",
+        show_default="set by the method",
+        rich_help_panel="Model and method",
+    ),
+]
+
 
 def source(text: str) -> dict[str, Any]:
     """Parse PATH or PATH*WEIGHT as a data source. A `*` without a number after it is part of the path."""

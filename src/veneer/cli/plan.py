@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.cli._options import Column, pairs, source
+from veneer.cli._options import Column, Rank, Targets, pairs, source
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,19 +65,8 @@ def plan(
     method: Annotated[
         str, typer.Option(help="The method; `veneer methods` lists all.", rich_help_panel="Model and method")
     ] = "lora",
-    rank: Annotated[
-        int | None,
-        typer.Option(help="Rank of the update.", show_default="set by the method", rich_help_panel="Model and method"),
-    ] = None,
-    targets: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES",
-            help="Modules to adapt: all-linear, or endings of module names separated by commas, such as q_proj,v_proj.",
-            show_default="set by the method",
-            rich_help_panel="Model and method",
-        ),
-    ] = None,
+    rank: Rank = None,
+    targets: Targets = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ._options import Column, pairs, source
+from ._options import Column, Rank, Targets, pairs, source
 
 EXAMPLES = """
 Data can be JSONL, JSON, CSV, TSV or Parquet files, directories of them, or
@@ -84,20 +84,8 @@ def train(
             help="The method; `veneer methods` lists all.", show_default="lora", rich_help_panel="Model and method"
         ),
     ] = None,
-    rank: Annotated[
-        int | None,
-        typer.Option(help="Rank of the update.", show_default="set by the method", rich_help_panel="Model and method"),
-    ] = None,
-    targets: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES",
-            help="Modules to adapt: all-linear, endings of module names separated by commas, such as q_proj,v_proj, or "
-            "a regular expression for whole paths.",
-            show_default="set by the method",
-            rich_help_panel="Model and method",
-        ),
-    ] = None,
+    rank: Rank = None,
+    targets: Targets = None,
     option: Annotated[
         list[str] | None,
         typer.Option(

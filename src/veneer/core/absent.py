@@ -14,13 +14,12 @@ from typing import Any
 from torch import nn
 
 from ..errors import CheckpointError, TargetError, listing, nearest, warn
-from ..files.regex import fits
-from ..targets.walk import matches, walk
+from ..targets.walk import walk
 from . import checkpoint
 from .adapter import Tensors
 from .checkpoint import Saved
 from .config import TASK_HEADS, Config, LayerConfig
-from .select import targeted
+from .select import any_matches, pattern_matches, targeted
 from .state import State
 
 PREFIX = "base_model.model."
@@ -78,7 +77,7 @@ def _check_no_tensors(model: nn.Module, config: Config, paths: Collection[str], 
     for field in ("target_modules", "modules_to_save"):
         names = getattr(config, field, None)
         for name in names if isinstance(names, list) else ():
-            if _has_tensors(name, tensors) and not _is_in(name, paths):
+            if _has_tensors(name, tensors) and not any_matches(paths, name):
                 raise CheckpointError(
                     f"{field}: {type(model).__name__} has no module {name!r}{nearest(name, paths)}, for which the file "
                     "has tensors. Load it onto its own base model, or pass allow_absent=True to pass over the tensors"
@@ -95,10 +94,6 @@ def _path_in(key: str, paths: set[str]) -> str:
     return ""
 
 
-def _is_in(name: str, paths: Iterable[str]) -> bool:
-    return any(matches(path, name) for path in paths)
-
-
 def _drop_names(config: Config, field: str, paths: Collection[str]) -> list[str]:
     """Drop the names of a field that match no module; return what was dropped."""
     names = getattr(config, field)
@@ -107,7 +102,7 @@ def _drop_names(config: Config, field: str, paths: Collection[str]) -> list[str]
     heads = TASK_HEADS.get(config.task_type, ())  # type: ignore[call-overload]
     kept = []
     for name in names:
-        if name in heads or _is_in(name, paths):
+        if name in heads or any_matches(paths, name):
             kept.append(name)
     setattr(config, field, kept or None)
     return _dropped(field, names, kept)
@@ -127,7 +122,7 @@ def _drop_targets(model: nn.Module, config: LayerConfig, paths: Collection[str],
     names = config.target_modules
     if not isinstance(names, list) or not names:
         return []
-    present = [name for name in names if _is_in(name, paths)]
+    present = [name for name in names if any_matches(paths, name)]
     config.target_modules = present
     if not present:
         raise TargetError(f"target_modules = {names!r}: {type(model).__name__} has no module of these names")
@@ -137,7 +132,7 @@ def _drop_targets(model: nn.Module, config: LayerConfig, paths: Collection[str],
         return _dropped("target_modules", names, present)
     kept = []
     for name in present:
-        if _is_in(name, chosen) or _has_tensors(name, tensors):
+        if any_matches(chosen, name) or _has_tensors(name, tensors):
             kept.append(name)
     config.target_modules = kept
     passed_over = _dropped("target_modules", names, kept)
@@ -157,7 +152,7 @@ def _drop_patterns(config: Any, field: str, chosen: Iterable[str]) -> list[str]:
         return []
     kept = {}
     for key, value in patterns.items():
-        if any(fits(rf"(.*\.)?({key})", path, field) for path in chosen):
+        if pattern_matches(key, chosen, field):
             kept[key] = value
     setattr(config, field, kept)
     return _dropped(field, patterns, kept)

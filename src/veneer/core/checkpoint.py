@@ -46,6 +46,15 @@ class Saved(NamedTuple):
     """What veneer recorded about the adapter's origin; see `provenance`."""
 
 
+class Given(NamedTuple):
+    """The values of a model at another moment, or gathered from its shards."""
+
+    adapter: Tensors
+    """An adapter's tensors by key."""
+    base: Tensors
+    """Tensors of the whole model by name; the name of a base embedding is also its key."""
+
+
 # Keys
 
 
@@ -91,19 +100,22 @@ def repeats(state: State, name: str) -> dict[str, str]:
 
 
 def collect(
-    model: nn.Module, state: State, name: str, whole: bool | None, values: Tensors | None = None
+    model: nn.Module, state: State, name: str, whole: bool | None, given: Given | None = None
 ) -> tuple[Tensors, dict[str, Any]]:
     """(tensors by key, notes) of an adapter, gathered on the CPU. In a sharded run, every process must call this.
 
     Args:
         whole: whether to save the base embeddings too; None: follow PEFT's rule.
-        values: the adapter's tensors by key, if they are not those in the model.
+        given: values to save in place of those in the model.
     """
-    if values is None:
+    tensors = embeddings.to_save(model, state, state.configs[name], whole)
+    if given is None:
         _checkgathered(state, name)
-        values = slots(state, name)
-    tensors = dict(values)
-    tensors |= embeddings.to_save(model, state, state.configs[name], whole)
+        tensors |= slots(state, name)
+    else:
+        for key in tensors.keys() & given.base.keys():
+            tensors[key] = given.base[key]
+        tensors |= given.adapter
     notes: dict[str, Any] = {"base": provenance.fingerprint(base_weights(model, state, name))}
     if is_rounded(state, name):
         notes["rounded"] = True

@@ -42,10 +42,8 @@ def to_save(model: Any, state: State, config: Config, wanted: bool | None) -> Te
         wanted: whether to save them; None: follow PEFT's rule.
     """
     names = _names_to_save(config, wanted)
-    whole: list[Any] = []
     is_whole = wanted or (wanted is None and is_resized(model, config))
-    if is_whole and config.file_holds_embedding and hasattr(model, "get_input_embeddings"):
-        whole = [_base(model.get_input_embeddings()), _base(model.get_output_embeddings())]
+    whole = of_model(model) if is_whole and config.file_holds_embedding else []
     copied = {id(layer.base_layer) for layer in state.layers.values() if _is_copied(layer)}
     tensors: Tensors = {}
     for path, module in walk(model):
@@ -93,8 +91,20 @@ def _names_to_save(config: Config, wanted: bool | None) -> tuple[str, ...]:
 
 def is_one(key: str) -> bool:
     """Whether a key in a file belongs to a base embedding or head."""
-    path = key.removesuffix(".weight").removesuffix(".base_layer")
+    path = path_of(key)
     return key.endswith(".weight") and path.rpartition(".")[2] in (*NAMES, *OTHER_NAMES) and path != key
+
+
+def path_of(key: str) -> str:
+    """The path of the module that the key of a base embedding belongs to."""
+    return key.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer")
+
+
+def of_model(model: Any) -> list[Any]:
+    """A model's input embedding and its head, without the layers around them."""
+    if not hasattr(model, "get_input_embeddings"):
+        return []
+    return [_base(model.get_input_embeddings()), _base(model.get_output_embeddings())]
 
 
 def among(tensors: Tensors, model: nn.Module, slots: Collection[str], others: Iterable[str]) -> list[Embedding]:
@@ -112,10 +122,14 @@ def among(tensors: Tensors, model: nn.Module, slots: Collection[str], others: It
     for key, tensor in tensors.items():
         if key in slots or not is_one(key):
             continue
-        path = key.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer")
+        path = path_of(key)
         module = modules.get(path)
         if module is None:
             raise CheckpointError(f"the file holds {key!r}, but the model has no module {path!r}")
+        if path.rpartition(".")[2] not in NAMES and not any(part is module for part in of_model(model)):
+            raise CheckpointError(
+                f"the file holds {key!r}, which is neither the adapter's nor an embedding of the model"
+            )
         if module.weight.shape != tensor.shape:
             raise CheckpointError(
                 f"{path!r} has the shape {tuple(tensor.shape)} in the file and {tuple(module.weight.shape)} in the "

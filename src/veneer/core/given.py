@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, listing
 from . import checkpoint
 from .adapter import Tensors
+from .checkpoint import Given
 from .state import State
 
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes that DistributedDataParallel and torch.compile put in front of a model's keys."""
 
 
-def slots(model: nn.Module, state: State, name: str, state_dict: Mapping[str, Tensor]) -> Tensors:
-    """What `checkpoint.slots` gives if the adapter's parameters have the values in `state_dict`.
+def values(model: nn.Module, state: State, name: str, state_dict: Mapping[str, Tensor]) -> Given:
+    """The values for an adapter's file if the model's tensors are those in `state_dict`.
 
     Args:
         model: the model that `state_dict` is of.
@@ -27,17 +28,17 @@ def slots(model: nn.Module, state: State, name: str, state_dict: Mapping[str, Te
     Raises:
         CheckpointError: tensors of the adapter are missing.
     """
-    given = {_unwrapped(key): tensor for key, tensor in state_dict.items()}
+    given = _unwrapped(state_dict)
     paths = {id(module): path for path, module in model.named_modules()}
     tensors: Tensors = {}
     missing: list[str] = []
     for prefix, part in checkpoint.parts(state, name):
-        values: Tensors = {}
+        part_values: Tensors = {}
         lacking = []
         for key in part.state_dict():
             full = f"{paths[id(part)]}.{key}"
             if full in given:
-                values[key] = given[full]
+                part_values[key] = given[full]
             else:
                 lacking.append(full)
         keys = {prefix + key for key in checkpoint.export(part)}
@@ -46,7 +47,7 @@ def slots(model: nn.Module, state: State, name: str, state_dict: Mapping[str, Te
                 tensors[key] = given[key]
             continue
         missing += lacking
-        with _holding(part, values):
+        with _holding(part, part_values):
             for key, tensor in checkpoint.export(part).items():
                 tensors[prefix + key] = tensor
     if missing:
@@ -54,13 +55,17 @@ def slots(model: nn.Module, state: State, name: str, state_dict: Mapping[str, Te
             f"state_dict lacks {len(missing)} tensors of adapter {name!r}:{listing(missing)}\n"
             "Leave state_dict out to save the model's own values."
         )
+    return Given(tensors, given)
+
+
+def _unwrapped(state_dict: Mapping[str, Tensor]) -> Tensors:
+    """A state dict under the names of the model without wrappers, of which there may be several in any order."""
+    tensors = {}
+    for key, tensor in state_dict.items():
+        while key.startswith(WRAPPERS):
+            key = key.partition(".")[2]
+        tensors[key] = tensor
     return tensors
-
-
-def _unwrapped(key: str) -> str:
-    for prefix in WRAPPERS:
-        key = key.removeprefix(prefix)
-    return key
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def saved_modules(model: nn.Module, config: Config) -> list[str]:
     heads = list(TASK_HEADS.get(config.task_type, ()))  # type: ignore[call-overload]
     names = list(config.modules_to_save or ())
     for entry in names:
-        if entry not in heads and not _any_matches(paths, entry):
+        if entry not in heads and not any_matches(paths, entry):
             raise TargetError(_no_match("modules_to_save", entry, paths))
     for head in heads:
         if head not in names:
@@ -64,7 +64,7 @@ def targets(
     if is_given:
         _check_nothing_vanished(modules, chosen, config)
     elif isinstance(config.target_modules, list):
-        config.target_modules = [entry for entry in config.target_modules if _any_matches(chosen, entry)]
+        config.target_modules = [entry for entry in config.target_modules if any_matches(chosen, entry)]
     _check_kinds(chosen, modules, config)
     for field in config.subsets:
         _matching(chosen, getattr(config, field), field)
@@ -107,7 +107,7 @@ def _check_nothing_vanished(modules: Modules, chosen: Sequence[str], config: Lay
     if not fields:
         return
     for entry in config.target_modules:
-        if _any_matches(chosen, entry):
+        if any_matches(chosen, entry):
             continue
         matching = [path for path in modules if matches(path, entry)]
         raise TargetError(
@@ -136,10 +136,15 @@ def parameters(model: nn.Module, config: LayerConfig, wanted: Sequence[str]) -> 
     return [places[full] for full in chosen]
 
 
+def pattern_matches(key: str, paths: Iterable[str], field: str) -> bool:
+    """Whether a key of a field like `rank_pattern` matches one of the paths, whole or from a dot on."""
+    return any(fits(rf"(.*\.)?({key})", path, field) for path in paths)
+
+
 def check_patterns(field: str, patterns: Iterable[str], paths: Sequence[str]) -> None:
     """Raise TargetError unless each key of a field like `rank_pattern` matches the path of a target."""
     for key in patterns:
-        if not any(fits(rf"(.*\.)?({key})", path, field) for path in paths):
+        if not pattern_matches(key, paths, field):
             raise TargetError(_no_match(field, key, paths))
 
 
@@ -157,7 +162,7 @@ def _check_not_inside(model: nn.Module, modules: Modules, entries: Sequence[str]
     """Raise TargetError if an entry only matches modules inside those that are trained in full."""
     everything = [path for path, _ in walk(model)]
     for entry in entries:
-        if not _any_matches(modules, entry) and _any_matches(everything, entry):
+        if not any_matches(modules, entry) and any_matches(everything, entry):
             raise TargetError(
                 f"target_modules: {entry!r} only matches modules inside those that modules_to_save trains in full "
                 f"({', '.join(saved)}); remove it from one of the two"
@@ -182,7 +187,7 @@ def _matching(paths: Iterable[str], wanted: str | Sequence[str] | None, field: s
         return _matching_expression(paths, wanted, field)
     entries = wanted or ()
     for entry in entries:
-        if not _any_matches(paths, entry):
+        if not any_matches(paths, entry):
             raise TargetError(_no_match(field, entry, paths))
     return _matching_any(paths, entries)
 
@@ -196,7 +201,7 @@ def _matching_expression(paths: Sequence[str], expression: str, field: str) -> l
     matching = [path for path in paths if fits(expression, path, field)]
     if matching:
         return matching
-    if _any_matches(paths, expression):
+    if any_matches(paths, expression):
         raise TargetError(
             f"{field}: a string is a regular expression for whole paths, and {expression!r} matches none; to select "
             f"modules by name, give a list: [{expression!r}]"
@@ -204,7 +209,8 @@ def _matching_expression(paths: Sequence[str], expression: str, field: str) -> l
     raise TargetError(_no_match(field, expression, paths))
 
 
-def _any_matches(paths: Iterable[str], entry: str) -> bool:
+def any_matches(paths: Iterable[str], entry: str) -> bool:
+    """Whether an entry such as "q_proj" matches one of the paths."""
     return any(matches(path, entry) for path in paths)
 
 

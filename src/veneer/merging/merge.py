@@ -138,24 +138,31 @@ def _skeleton(home: Path, configs: Sequence[Config], adapters: Sequence[str | Pa
     if getattr(config, "quantization_config", None):
         raise NotMergeable(f"the weights of {str(home)!r} are quantised; give the original model with --model")
     labels: set[int] = set()
-    words: set[int] = set()
+    keys: list[str] = []
     for adapter_config, shapes in zip(configs, files, strict=True):
         labels |= _labels(adapter_config, shapes)
-        words |= {shape[0] for key, shape in shapes.items() if embeddings.is_one(key)}
-    if len(labels) > 1 or len(words) > 1:
-        raise ConfigError(
-            f"the adapters differ in the number of labels ({labels}) or the vocabulary size ({words}); merge only one"
-        )
+        keys += shapes
+    if len(labels) > 1:
+        raise ConfigError(f"the adapters differ in the number of labels ({labels}); merge only one")
     for count in labels - {config.num_labels}:
         config.num_labels = count
-    keys: list[str] = []
-    for shapes in files:
-        keys += shapes
     with torch.device("meta"):
         model = model_class(config, configs, keys).from_config(config)
+    words: set[int] = set()
+    for shapes in files:
+        words |= _words(model, shapes)
+    if len(words) > 1:
+        raise ConfigError(f"the adapters differ in the vocabulary size ({words}); merge only one")
     for count in words - {model.get_input_embeddings().weight.shape[0]}:
         model.resize_token_embeddings(count, mean_resizing=False)
     return model
+
+
+def _words(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> set[int]:
+    """The vocabulary sizes of the model's embedding and head in an adapter's file; empty without them."""
+    own = embeddings.of_model(model)
+    paths = {path for path, module in model.named_modules() if any(part is module for part in own)}
+    return {shape[0] for key, shape in shapes.items() if embeddings.is_one(key) and embeddings.path_of(key) in paths}
 
 
 def _labels(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> set[int]:
@@ -195,8 +202,7 @@ def _embeddings(adapters: Sequence[str | Path]) -> Tensors:
     for adapter in adapters:
         with safe_open(find_weights(adapter), framework="pt") as file:
             for key in filter(embeddings.is_one, file.keys()):
-                name = key.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer")
-                tensors[f"{name}.weight"] = file.get_tensor(key)
+                tensors[f"{embeddings.path_of(key)}.weight"] = file.get_tensor(key)
     return tensors
 
 

@@ -399,7 +399,7 @@ class PeftModel(nn.Module):
             if path_initial_model_for_weight_conversion is None:
                 if state_dict and not is_main_process:
                     continue
-                values = given.slots(self, self._state, name, state_dict) if state_dict else None
+                values = given.values(self, self._state, name, state_dict) if state_dict else None
                 tensors, notes = checkpoint.collect(self.get_base_model(), self._state, name, whole, values)
                 if is_main_process:
                     checkpoint.write(into, tensors, notes, config)

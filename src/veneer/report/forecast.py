@@ -15,6 +15,7 @@ from ..errors import ConfigError, VeneerError, nearest
 from ..model.counting import Row
 from ..model.peft_model import PeftModel, get_peft_model
 from ..targets.walk import matches
+from ..train.recipe import target_names
 from .memory import step_peak
 
 ADAM_BYTES = 8
@@ -208,7 +209,7 @@ def settings_of(config: type[Config], rank: int | None, targets: str | None, giv
 
     Args:
         rank: the field `r`.
-        targets: names separated by commas, or "all-linear".
+        targets: names separated by commas, "all-linear", or a regular expression for paths, as in a recipe.
         given: items "field=value", with the value as JSON or a plain word.
 
     Raises:
@@ -223,7 +224,7 @@ def settings_of(config: type[Config], rank: int | None, targets: str | None, giv
     if rank is not None:
         settings["r"] = rank
     if targets is not None:
-        settings["target_modules"] = targets if targets == "all-linear" else targets.split(",")
+        settings["target_modules"] = target_names(targets)
     known = [f.name for f in fields(config)]
     for name in settings:
         if name not in known:

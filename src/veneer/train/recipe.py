@@ -119,10 +119,7 @@ class Recipe(Strict):
     @field_validator("targets")
     @classmethod
     def _name_endings(cls, value: Any) -> Any:
-        """Turn "q_proj,v_proj" into a list of name endings; any other string is a regular expression."""
-        if isinstance(value, str) and value != "all-linear" and PLAIN_NAME.fullmatch(value):
-            return [name.strip() for name in value.split(",")]
-        return value
+        return target_names(value)
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Recipe:
@@ -147,6 +144,13 @@ class Recipe(Strict):
     def changed(self, **values: Any) -> Recipe:
         """A copy of the recipe with other values, validated."""
         return make(self.model_dump() | values)
+
+
+def target_names(value: Any) -> Any:
+    """Turn "q_proj,v_proj" into a list of name endings; any other string is "all-linear" or a regular expression."""
+    if isinstance(value, str) and value != "all-linear" and PLAIN_NAME.fullmatch(value):
+        return [name.strip() for name in value.split(",")]
+    return value
 
 
 def make(content: Mapping[str, Any]) -> Recipe:
