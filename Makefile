@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-oldest test-newest differential reference guides fuzz check docs clean
+.PHONY: install demo test test-oldest test-newest differential reference architectures guides fuzz check docs clean
 
 install: .venv/installed
 
@@ -53,6 +53,10 @@ differential: install
 # PEFT's own tests, on PEFT and on veneer under its name; see tests/reference.
 reference: install
 	$(BIN)/python -m tests.reference
+
+# Every model class of transformers that generates text, built tiny; writes docs/architectures.json.
+architectures: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures
 
 # The commands of docs/guides on the real model.
 guides: install

@@ -10,7 +10,7 @@ from typing import Any
 
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
-from pages import api, command_line, home, methods, project, recipe
+from pages import api, architectures, command_line, home, methods, project, recipe
 
 LANGUAGES = ("en", "zh")
 PART = re.compile(r"<!-- part: (\w+) -->")
@@ -41,7 +41,10 @@ def on_files(files: Files, config: Any) -> Files:
 
 def _generated() -> dict[str, str]:
     """The Markdown of each generated page by its path in docs/."""
-    return methods.generated() | api.generated() | command_line.generated() | recipe.generated() | project.generated()
+    pages: dict[str, str] = {}
+    for section in (methods, api, command_line, recipe, architectures, project):
+        pages |= section.generated()
+    return pages
 
 
 def _page(path: str, text: str, config: Any, language: str) -> File:

@@ -435,6 +435,13 @@ def test_kinds_that_a_method_cannot_adapt_are_refused_by_name(config, model, tar
     assert [n for n, _ in base.named_modules()] == names
 
 
+def test_all_linear_leaves_out_what_the_method_refuses_and_says_so():
+    """The output layer of nn.MultiheadAttention is a Linear that is never called."""
+    with pytest.warns(UserWarning, match="(?s)leaves out linear layers that LORA cannot adapt.*attention.out_proj"):
+        model = get_peft_model(Odd(), LoraConfig(target_modules="all-linear"))
+    assert list(model._state.layers) == ["fine"]
+
+
 def test_an_expression_that_also_matches_other_kinds_is_refused_with_their_names():
     message = refused("llama", target_modules=r"model\.layers\.0\..*")
     assert "input_layernorm: norm (LlamaRMSNorm)" in message and "mlp: block (LlamaMLP)" in message

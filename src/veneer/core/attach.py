@@ -15,7 +15,7 @@ from ..files.limits import Bounded
 from ..files.read import WEIGHTS_NAME
 from ..targets.target import ParamTarget, Target
 from ..targets.walk import walk
-from . import checkpoint
+from . import checkpoint, trial
 from .adapter import Adapter, Additive, Bias, Replace, Tensors, TiedReplace
 from .config import CONFIG_NAME, Config, LayerConfig, PromptConfig
 from .hooks import install, uninstall
@@ -49,7 +49,10 @@ def attach(
     reshaped = config.reshape(model)
     state.reshaped += [] if reshaped is None else [reshaped]
     try:
-        return _put_on(model, config, name, state, trainable=trainable, on_meta=on_meta, lift=lift)
+        _put_on(model, config, name, state, trainable=trainable, on_meta=on_meta, lift=lift)
+        if not on_meta:
+            trial.check(model, state, name)
+        return state
     except BaseException:
         detach(model, name, state)
         raise
@@ -57,7 +60,7 @@ def attach(
 
 def _put_on(
     model: nn.Module, config: Config, name: str, state: State, *, trainable: bool, on_meta: bool, lift: bool
-) -> State:
+) -> None:
     saved = saved_modules(model, config)
     places = []
     for member in config.members():
@@ -82,7 +85,6 @@ def _put_on(
         module.train(model.training)
     state.trainable |= {name} if trainable else set()
     state.mark(name)
-    return state
 
 
 def _places(model: nn.Module, config: Config, saved: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

@@ -25,7 +25,7 @@ from ..files.write import identity, replacing, write_tensors
 from ..targets.quantised import quantised
 from ..targets.target import kind_of
 from ..targets.walk import walk
-from . import embeddings, provenance
+from . import embeddings, provenance, trial
 from .adapter import Adapter, Replace, Tensors
 from .config import CONFIG_NAME, METHODS, Config, PromptConfig
 from .placement import settle
@@ -289,6 +289,7 @@ def fill(model: Any, state: State, name: str, saved: Saved, *, lift: bool = True
     absorb(state, name, saved.tensors)
     settle(model, state, name, lift=lift)
     state.mark(name)
+    trial.check(model, state, name)
 
 
 def _brought_weights(state: State, name: str, brought: Sequence[embeddings.Embedding]) -> dict[str, Tensor]:

@@ -97,6 +97,8 @@ class Config(Checked):
     """Keyword arguments of a model call (and of `generate`) that are meant for the adapter, not for the model."""
     generate_with: ClassVar[Mapping[str, Any]] = {}
     """Arguments that `generate` must be called with."""
+    changes_call: ClassVar[bool] = False
+    """Whether the method changes the model's inputs or cache, so that not every model can take it."""
     reads_encoder: ClassVar[bool] = False
     """Whether `before` is also called for the encoder, which `generate` calls directly and not through the model."""
     foreign: ClassVar[Mapping[str, Any]] = {}
@@ -303,6 +305,7 @@ class PromptConfig(Config):
     """The number of layers; None: read from the model."""
 
     prompt: ClassVar[type[Prompt]]
+    changes_call = True
     example = {"num_virtual_tokens": 20}
     fills_cache: ClassVar[bool] = False
     """Whether the method learns keys and values for the cache, not embeddings."""

@@ -24,6 +24,8 @@ from .calls import batch_size, by_row
 from .prompt import Prompt
 from .state import BASE, State, state_of
 
+OF_PAIRS = ("perm_mask", "target_mapping")
+"""Arguments of XLNet that say which positions see which others."""
 CHILDREN = {"veneer_shared": "shared", "veneer_prompts": "prompts"}
 """Names of the Hugging Face model's children that hold shared modules and prompts, if there are any."""
 
@@ -217,6 +219,9 @@ def _with_embeds(model: nn.Module, prompt: Prompt, facts: dict[str, Any], kwargs
         kwargs["attention_mask"] = _longer_mask(kwargs.get("attention_mask"), n)
         kwargs["position_ids"] = _shifted(kwargs.get("position_ids"), n)
         return _given(kwargs)
+    for name in OF_PAIRS:
+        if kwargs.get(name) is not None:
+            raise VeneerError(f"a learned prompt cannot lengthen {name}; use a method that adapts layers, such as LoRA")
     inputs = kwargs.pop("inputs_embeds", None)
     ids = kwargs.pop("input_ids", None)
     if inputs is None:

@@ -88,6 +88,9 @@ def spec_for(model: nn.Module, config: PromptConfig) -> Spec:
         config.refuse_cacheless(type(model).__name__)
     text = model.config.get_text_config()
     sizes = _sizes(text, config.fills_cache)
+    if not config.fills_cache:
+        # narrower than the stream in RemBERT, ALBERT and OPT-350m, which project it
+        sizes["token_dim"] = model.get_input_embeddings().weight.shape[-1]
     encoder_only = config.num_transformer_submodules == 1 and not config.fills_cache
     sizes["num_transformer_submodules"] = (
         2 if getattr(model.config, "is_encoder_decoder", False) and not encoder_only else 1
@@ -113,6 +116,8 @@ def _sizes(text: Any, of_cache: bool) -> dict[str, int]:
         heads = getattr(first, "num_key_value_heads", None) or heads
         entries = caches.entries(text, layers, caches.Entry(heads, head_dim))
         kept = [entry for entry in entries if entry is not None]
+        if not kept:
+            raise ConfigError("a prompt in the cache needs layers that keep keys and values, and this model has none")
         heads = max(entry.heads for entry in kept)
         width = heads * max(entry.head_dim for entry in kept)
     return {"token_dim": width, "num_attention_heads": heads, "num_layers": layers}

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
-from ..errors import TargetError, listing, nearest
+from ..errors import TargetError, listing, nearest, warn
 from ..files.regex import fits, pattern
 from ..targets.roles import head_paths, is_linear
 from ..targets.target import adapts, is_conv1d, kind_of
@@ -174,10 +174,25 @@ def _targeted(model: nn.Module, modules: Modules, config: LayerConfig) -> list[s
     if config.target_modules != "all-linear":
         return _matching(modules, config.target_modules, "target_modules")
     heads = head_paths(model, dict(modules))
-    linear = [path for path, module in modules.items() if is_linear(module) and path not in heads]
+    linear: list[str] = []
+    refused: list[str] = []
+    for path, module in modules.items():
+        if is_linear(module) and path not in heads:
+            fits_method = adapts(config.adapter.kinds, module) and not _is_uncalled(module)
+            (linear if fits_method else refused).append(path)
     if not linear:
         raise TargetError(f'target_modules = "all-linear": {type(model).__name__} has no linear layers')
+    if refused:
+        warn(
+            f'target_modules = "all-linear" leaves out linear layers that {config.peft_type} cannot adapt, because '
+            f"they compute something else or the model does not call them:{listing(refused)}"
+        )
     return linear
+
+
+def _is_uncalled(module: nn.Module) -> bool:
+    """Whether this is the output layer of nn.MultiheadAttention, which reads its weight without calling it."""
+    return type(module).__name__ == "NonDynamicallyQuantizableLinear"
 
 
 def _matching(paths: Iterable[str], wanted: str | Sequence[str] | None, field: str) -> list[str]:
@@ -278,7 +293,7 @@ def _check_kinds(chosen: list[str], modules: Modules, config: LayerConfig) -> No
         class_name = type(module).__name__
         if not adapts(kinds, module):
             unfit.append(f"{path}: {kind_of(module).kind} ({class_name})")
-        if class_name == "NonDynamicallyQuantizableLinear":
+        if _is_uncalled(module):
             uncalled.append(path)
     if unfit:
         raise TargetError(
@@ -288,7 +303,7 @@ def _check_kinds(chosen: list[str], modules: Modules, config: LayerConfig) -> No
     if uncalled:
         raise TargetError(
             "nn.MultiheadAttention reads the weights of these modules without calling them, so adapters on them would "
-            "never run:" + listing(uncalled)
+            "never run. Leave them out with exclude_modules:" + listing(uncalled)
         )
 
 

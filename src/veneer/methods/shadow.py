@@ -192,6 +192,7 @@ class ShadowConfig(LayerConfig):
 
     peft_type = Name("SHADOW")
     adapter = Shadow
+    changes_call = True
     learning_rate = 5e-4
 
     def __post_init__(self) -> None:

@@ -248,7 +248,7 @@ class Seen:
         if lines:
             raise TargetError(
                 f"adapter {_listed(self.names)} has no effect on modules whose weight the model reads without running "
-                f"them:{listing(lines)}\nRemove them from target_modules, or target the modules that run"
+                f"them:{listing(lines)}\nLeave them out, with exclude_modules or by naming others in target_modules"
             )
 
 

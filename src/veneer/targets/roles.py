@@ -141,12 +141,14 @@ def language_model(model: Any) -> str:
 
 
 def blocks(model: nn.Module) -> list[str]:
-    """Paths of the transformer's layers, in order.
+    """Paths of the transformer's layers, in order; in a multimodal model, those of its language model.
 
     Raises:
         TargetError: there is no list of modules that hold attention.
     """
     paths = _layers(dict(walk(model)))
+    prefix = language_model(model)
+    paths = [path for path in paths if path.startswith(prefix)] or paths
     if not paths:
         raise TargetError(f"{type(model).__name__} has no list of layers with attention; give target_modules")
     return paths

@@ -134,7 +134,8 @@ def entries(config: Any, layers: int, usual: Entry) -> list[Entry | None]:
     """What each layer of a model keeps in the cache; None for layers that keep no keys of their own.
 
     Gemma 4 has other heads in its layers with full attention. The last layers of Gemma 3n and 4 read the keys of
-    earlier ones, and recurrent layers keep a state.
+    earlier ones, and recurrent layers keep a state. Under multi-query attention (Falcon, GPTBigCode), all heads share
+    one entry.
 
     Args:
         config: the config of the text model.
@@ -145,6 +146,9 @@ def entries(config: Any, layers: int, usual: Entry) -> list[Entry | None]:
     own = layers - (getattr(config, "num_kv_shared_layers", 0) or 0)
     differ = getattr(config, "per_layer_config", None) is not None
     wide = getattr(config, "global_head_dim", None)
+    is_grouped = getattr(config, "new_decoder_architecture", False)  # Falcon's, which overrides its multi_query
+    if getattr(config, "multi_query", False) and not is_grouped:
+        usual = Entry(1, usual.head_dim)
     shapes: list[Entry | None] = []
     for i in range(layers):
         if i >= own or kinds[i] in WITHOUT_KEYS:

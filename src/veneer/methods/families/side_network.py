@@ -32,14 +32,32 @@ def mirror(config: Any, sizes: Mapping[str, int | None]) -> Any:
     """Build a new network of the same architecture in other sizes.
 
     A size of None keeps the config's value, except that the number of layers becomes one.
+
+    Raises:
+        ConfigError: the config has no such size, or no network can be built from it alone.
     """
     from transformers import AutoModel
 
-    config = copy.deepcopy(config)
-    config.dtype = torch.float32
     new_sizes = dict(sizes)
     new_sizes["num_hidden_layers"] = sizes["num_hidden_layers"] or 1
-    for name, size in new_sizes.items():
+    try:
+        small = _small(config, new_sizes)
+        # On the CPU even when adapters are built on the meta device: buffers such as position tables are in no file.
+        with torch.device("cpu"):
+            return AutoModel.from_config(small)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"no small copy of a model can be built from its {type(config).__name__} ({type(error).__name__}: "
+            f"{reason}); give the directory of a model to be the shadow, shadow_model"
+        ) from error
+
+
+def _small(config: Any, sizes: Mapping[str, int | None]) -> Any:
+    """A copy of a config in other sizes; None keeps its own."""
+    config = copy.deepcopy(config)
+    config.dtype = torch.float32
+    for name, size in sizes.items():
         if size is not None:
             _resize(config, name, size)
     if getattr(config, "layer_types", None):
@@ -48,9 +66,7 @@ def mirror(config: Any, sizes: Mapping[str, int | None]) -> Any:
         config.layer_types = types[:n] + types[-1:] * (n - len(types))
     if getattr(config, "max_window_layers", None) is not None:
         config.max_window_layers = min(config.max_window_layers, config.num_hidden_layers)
-    # On the CPU even when adapters are built on the meta device: buffers such as position tables are not in any file.
-    with torch.device("cpu"):
-        return AutoModel.from_config(config)
+    return config
 
 
 def _resize(config: Any, name: str, size: int) -> None:

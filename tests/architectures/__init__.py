@@ -1,0 +1,1 @@
+"""veneer on every architecture of transformers that generates text; see `__main__`."""
