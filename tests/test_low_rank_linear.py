@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from veneer import LoraConfig, VeraConfig, get_peft_model, ops
+from veneer.core.config import all_methods
 from veneer.core.state import state_of
 from veneer.maths.dropout import drop_bits, mask_of
 from veneer.ops.low_rank_linear import LowRankLinear, Update, low_rank_linear, reference, stack, stacked_linear
@@ -240,3 +243,104 @@ def test_what_generate_keeps_ends_with_it():
     layer = state_of(model.get_base_model()).layers["model.layers.0.mlp.down_proj"]
     layer.lora_B["three"].weight.data.mul_(-30)
     assert not torch.equal(model.generate(input_ids=ids, adapter_names=names, **settings), first)
+
+
+# What is smaller than a rounding error
+
+
+class Wide(nn.Module):
+    """A linear layer of which a call gives enough outputs to see the mean of what is below their rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lin = nn.Linear(64, 256)
+
+    def forward(self, x):
+        return self.lin(x)
+
+
+ROWS = 128
+
+
+def slope(found, exact, update) -> float:
+    """How much of an update the rounded results hold in the mean: 1 is all of it, 0 nothing."""
+    found, exact, update = found.double().flatten(), exact.flatten(), update.flatten()
+    return float((found - (exact - update)) @ update / (update @ update))
+
+
+def small(config):
+    """(a model in bfloat16, the same in float64), with an update far below a rounding error of the output."""
+    x = torch.randn(ROWS, 64, generator=torch.Generator().manual_seed(1)).bfloat16().double()
+    for factor in (1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001):
+        model = get_peft_model(Wide().bfloat16(), copy.deepcopy(config))
+        models.perturb(model).eval()
+        with torch.no_grad():
+            for parameter in model._state.parameters("default"):
+                parameter.mul_(factor)
+        exact = copy.deepcopy(model).double()
+        with torch.no_grad(), exact.disable_adapter():
+            base = exact(x)
+        with torch.no_grad():
+            update = exact(x) - base
+        if update.std() < 2e-3:
+            break
+    assert 1e-5 < update.std() < 2e-3 and base.std() > 0.3
+    return model, exact, x, update
+
+
+SIZES = {"c3a": {"block_size": 32}, "vblora": {"vector_length": 32}}
+
+
+NOT_SMALL = ("adalora", "adapter_plus", "bdlora", "delora", "frod", "kasa", "osf", "psoft")
+"""Methods whose update is not made small by small parameters, or that need more than one layer."""
+
+
+def adds_only(name: str, kind) -> bool:
+    adapter = getattr(kind, "adapter", None)
+    is_linear = "linear" in getattr(adapter, "kinds", ())
+    return name not in NOT_SMALL and is_linear and bool(getattr(adapter, "only_adds", False))
+
+
+ADDING = [name for name, kind in all_methods().items() if adds_only(name, kind)]
+
+
+@pytest.mark.parametrize("name", ADDING)
+def test_an_update_below_the_rounding_of_the_base_is_not_lost(name):
+    """x W^T rounded first would swallow it: half precision would learn less, and always less."""
+    model, exact, x, update = small(all_methods()[name](target_modules=["lin"], **SIZES.get(name, {})))
+    with torch.no_grad():
+        assert slope(model(x.bfloat16()), exact(x), update) == pytest.approx(1, abs=0.2)
+
+
+def test_methods_that_only_add_are_found():
+    assert {"lora", "loha", "lokr", "miss", "vera", "fourierft"} <= set(ADDING)
+
+
+@pytest.mark.parametrize("how", ["training", "dropout", "mixed", "generation", "gradient"])
+def test_an_update_below_the_rounding_is_not_lost_on_any_path(how):
+    model, exact, x, update = small(LoraConfig(r=4, target_modules=["lin"]))
+    rows = x.bfloat16()
+    if how == "training":
+        assert slope(model.train()(rows).detach(), exact(x), update) == pytest.approx(1, abs=0.2)
+    elif how == "dropout":
+        model.peft_config["default"].lora_dropout = 0.0
+        model._state.layers["lin"].adapters["default"].set_dropout(1e-6)
+        assert slope(model.train()(rows).detach(), exact(x), update) == pytest.approx(1, abs=0.2)
+    elif how == "mixed":
+        names = ["default"] * (ROWS // 2) + ["__base__"] * (ROWS // 2)
+        found = model(rows, adapter_names=names)[: ROWS // 2].detach()
+        half = slice(0, ROWS // 2)
+        assert slope(found, exact(x)[half], update[half]) == pytest.approx(1, abs=0.2)
+    elif how == "generation":
+        with torch.no_grad(), model._state.remembering({}):
+            assert slope(model(rows), exact(x), update) == pytest.approx(1, abs=0.2)
+    else:
+        dy = torch.randn(ROWS, 256, generator=torch.Generator().manual_seed(2)).bfloat16()
+        leaves = []
+        for adapted, leaf in ((model.train(), rows.clone()), (exact.train(), x.clone())):
+            leaf.requires_grad_()
+            adapted(leaf).backward(dy.to(leaf.dtype))
+            leaves.append(leaf.grad)
+        of_update = leaves[1] - dy.double() @ exact._state.layers["lin"].base_layer.weight
+        assert slope(leaves[0], leaves[1], of_update) == pytest.approx(1, abs=0.2)

@@ -42,6 +42,8 @@ class Adapter(nn.Module):
     is_product: ClassVar[bool] = False
     """Whether it adds x A^T B^T to the output and then only applies `finish` (see `LowRank`)."""
     has_finish: ClassVar[bool] = False
+    only_adds: ClassVar[bool] = False
+    """Whether the output is that of the module below plus a term (see `Additive`)."""
     key: str = ""
     """The prefix of its tensors' names in the file."""
     has_pre: bool = False
@@ -214,13 +216,18 @@ class Parts(Adapter):
 class Additive(Adapter):
     """W' = W + delta(), with delta of shape (out, in)."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.only_adds = cls.post is Additive.post and not cls.has_pre
+
     @property
     def commutes(self) -> bool:
         return not self.reads_weight
 
     @property
     def is_dense(self) -> bool:
-        return type(self).post is Additive.post and self.shared is None
+        kind = type(self)
+        return kind.post is Additive.post and kind.term is Additive.term and self.shared is None
 
     def delta(self) -> Tensor:
         raise NotImplementedError  # a subclass without it fails `tests/test_laws.py`
@@ -228,8 +235,12 @@ class Additive(Adapter):
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return W + self.delta().to(W.dtype), b
 
+    def term(self, x: Tensor) -> Tensor:
+        """What the update adds to the output for an input x."""
+        return self.target.op(x, self.delta())
+
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.target.op(x, self.delta())
+        return y + self.term(x)
 
 
 class LowRank(Additive):
@@ -241,8 +252,9 @@ class LowRank(Additive):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.is_product = cls.post is LowRank.post and cls.update is LowRank.update and not cls.has_pre
+        cls.is_product = cls.post is LowRank.post and cls.term is LowRank.term and not cls.has_pre
         cls.has_finish = cls.finish is not LowRank.finish
+        cls.only_adds = cls.post is LowRank.post and not (cls.has_pre or cls.has_finish)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError  # a subclass without it fails `tests/test_laws.py`
@@ -270,15 +282,14 @@ class LowRank(Additive):
         A, B = self.factors()
         return torch.addmm(W, B.to(W.dtype), A.to(W.dtype)), b
 
-    def update(self, x: Tensor) -> Tensor:
-        """The term that it adds to the output for an input x."""
+    def term(self, x: Tensor) -> Tensor:
         A, B = self.factors()
         if self.dropout is not None:
             x = self.dropout(x)
         return self.target.low_rank(x, A, B)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.finish(y + self.update(x))
+        return self.finish(y + self.term(x))
 
     def finish(self, z: Tensor) -> Tensor:
         """Change the output after the update was added; does nothing by default."""

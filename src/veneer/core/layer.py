@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import NotMergeable, TargetError, VeneerError
+from ..maths.precision import HALF
 from ..ops import folded_linear as folded
 from ..ops import is_autocast, is_fast
 from ..ops import low_rank_linear as low_rank
@@ -124,12 +125,23 @@ class AdapterLayer(WrapperModule):
             base = self._direct(x)
             if base is not None:
                 return self._fused(above, x, base)
+        if not below and x.dtype in HALF and all(adapter.only_adds for adapter in above):
+            base = self._direct(x)
+            if base is not None:
+                return self._added(above, x, base)
         inputs, x = _down(above, x)
         args, kwargs = _with_first(x, args, kwargs)
         out = self._through(below, args, kwargs) if below else self.base_layer(*args, **kwargs)
         if self.target.by_weight and above:
             self._check_width(_output(out), above[0])
         return _with_output(out, _up(above, inputs, _output(out)))
+
+    def _added(self, stack: Stack, x: Tensor, base: tuple[Tensor, Tensor | None]) -> Tensor:
+        """Run adapters that only add to the output, so that in half precision it is rounded once."""
+        terms = []
+        for adapter in stack:
+            terms.append(adapter.term(_cast(x, adapter.dtype)))  # type: ignore[attr-defined]
+        return low_rank.with_base(_cast(sum(terms), x.dtype), x, *base)  # type: ignore[arg-type]
 
     def _check_width(self, y: Tensor, adapter: Adapter) -> None:
         """Raise if a module with a forward of its own gives activations that a method for its class cannot change."""

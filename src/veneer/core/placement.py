@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ..maths.precision import HALF
 from .adapter import Adapter, modules_of
 from .state import State
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 def settle(model: nn.Module, state: State, name: str, *, lift: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Computing in the dtype of the operands, even if autocast would choose another one."""
+"""The dtypes of half precision, and computing in the dtype of the operands even if autocast would choose another."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 def without_autocast(operand: Tensor) -> AbstractContextManager[object]:

@@ -106,7 +106,7 @@ class Arrow(Aspect, Adapter):
             return y
         shares = self.route(x).unbind(-1)
         for share, lora in zip(shares, self.experts, strict=True):
-            y = y + share[..., None] * lora.update(x)  # type: ignore[operator]
+            y = y + share[..., None] * lora.term(x)  # type: ignore[operator]
         return y
 
     def route(self, x: Tensor) -> Tensor:

@@ -64,8 +64,8 @@ class C3A(Additive):
     def delta(self) -> Tensor:
         return circulant(self.kernels())
 
-    def post(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + circulant_product(self.kernels(), x)
+    def term(self, x: Tensor) -> Tensor:
+        return circulant_product(self.kernels(), x)
 
     def expected_parameters(self) -> int:
         return self.target.in_features * self.target.out_features // self.block_size

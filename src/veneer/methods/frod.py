@@ -104,10 +104,10 @@ class FRoD(Additive):
         V = self.V.to(self.frod_lambda_l)
         return U @ self.change() @ V.T
 
-    def post(self, x: Tensor, y: Tensor) -> Tensor:
+    def term(self, x: Tensor) -> Tensor:
         U = self.U.to(x)
         V = self.V.to(x)
-        return y + self.dropout(x) @ V @ self.change().T @ U.T
+        return self.dropout(x) @ V @ self.change().T @ U.T
 
     def expected_parameters(self) -> int:
         return self.target.in_features + self.config.entries(self.target.in_features)

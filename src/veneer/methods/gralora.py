@@ -67,7 +67,7 @@ class GraLoRA(LowRank):
             B = torch.cat([B, self.gralora_B_general.weight], dim=1)
         return A, B * self.scaling
 
-    def update(self, x: Tensor) -> Tensor:
+    def term(self, x: Tensor) -> Tensor:
         if self.dropout is not None:
             x = self.dropout(x)
         x_blocks = x.unflatten(-1, (self.k, -1))  # (..., j, in / k)

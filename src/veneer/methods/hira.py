@@ -72,13 +72,13 @@ class HiRA(Additive):
         A, B = self.matrices()
         return self.target.original_weight().to(A.dtype) * (B @ A)
 
-    def post(self, x: Tensor, y: Tensor) -> Tensor:
+    def term(self, x: Tensor) -> Tensor:
         if self.target.kind != "embedding":
-            return y + self.target.op(self.dropout(x), self.delta())
+            return self.target.op(self.dropout(x), self.delta())
         A, B = self.matrices()
         W0 = self.target.original_weight().to(A.dtype)
         scale = F.linear(F.embedding(x, A.T), B)  # of the tokens in x only, not of the whole vocabulary
-        return y + self.target.op(x, W0) * scale
+        return self.target.op(x, W0) * scale
 
     def expected_parameters(self) -> int:
         return self.r * (self.target.in_features + self.target.out_features)

@@ -75,11 +75,11 @@ class KaSA(LoRA):
         B = torch.cat([B, -self.dropped_B], dim=1)
         return A, B
 
-    def update(self, x: Tensor) -> Tensor:
+    def term(self, x: Tensor) -> Tensor:
         """The update. Dropout, and what other variants do to its input, apply only to the learned part."""
         self.excludes_dropped = True
         try:
-            return super().update(x) - self.target.low_rank(x, self.dropped_A, self.dropped_B)
+            return super().term(x) - self.target.low_rank(x, self.dropped_A, self.dropped_B)
         finally:
             self.excludes_dropped = False
 

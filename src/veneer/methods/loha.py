@@ -78,7 +78,7 @@ class LoHa(LowRank):
         A2, B2 = self.pair(2)
         return (A1 @ B1) * (A2 @ B2) * self.scaling
 
-    def update(self, x: Tensor) -> Tensor:
+    def term(self, x: Tensor) -> Tensor:
         y = self.full_update(x)
         config = self.config
         if not self.training or config.rank_dropout == config.module_dropout == 0:
@@ -98,7 +98,7 @@ class LoHa(LowRank):
         out_features = self.target.out_features
         is_thin = self.r**2 * (in_features + out_features) < in_features * out_features
         if is_thin and self.target.groups == 1:
-            return super().update(x)
+            return super().term(x)
         return self.target.op(x, self.delta())
 
     def expected_parameters(self) -> int:

@@ -104,7 +104,7 @@ class LoKr(Additive):
             return product.reshape(self.target.out_features, -1)
         return torch.kron(W1, W2.flatten(1))
 
-    def post(self, x: Tensor, y: Tensor) -> Tensor:
+    def term(self, x: Tensor) -> Tensor:
         if self.kernel:
             update = self.target.op(x, self.delta())
         else:
@@ -117,10 +117,10 @@ class LoKr(Additive):
                 p=config.rank_dropout,
                 p_all=config.module_dropout,
                 rescale=config.rank_dropout_scale,
-                like=y,
+                like=update,
             )
-            update = update * self.target.channels(mask, y)
-        return y + update
+            update = update * self.target.channels(mask, update)
+        return update
 
     def expected_parameters(self) -> int:
         return sum(map(math.prod, self.shapes().values()))

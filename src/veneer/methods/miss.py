@@ -54,7 +54,7 @@ class MiSS(LowRank):
         A = eye.repeat(1, shards)[:, :in_features]
         return A, D.T
 
-    def update(self, x: Tensor) -> Tensor:
+    def term(self, x: Tensor) -> Tensor:
         if self.dropout is not None:
             x = self.dropout(x)
         padding = -x.shape[-1] % self.r

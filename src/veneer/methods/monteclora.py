@@ -125,11 +125,11 @@ class MonteCLoRA(LoRA):
             A = A + self.noise
         return A, B
 
-    def update(self, x: Tensor) -> Tensor:
+    def term(self, x: Tensor) -> Tensor:
         if self.training:
             self.noise = self.lora_monteclora_sampler(self.lora_A.weight)
         try:
-            return super().update(x)
+            return super().term(x)
         finally:
             self.noise = None
 

@@ -59,9 +59,9 @@ class PVeRA(LowRank):
         A, B = self.scaled()
         return A[: self.r], B
 
-    def update(self, x: Tensor) -> Tensor:
+    def term(self, x: Tensor) -> Tensor:
         if not (self.training or self.samples_always):
-            return super().update(x)
+            return super().term(x)
         A, B = self.scaled()
         if self.dropout is not None:
             x = self.dropout(x)

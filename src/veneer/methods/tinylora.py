@@ -77,9 +77,9 @@ class TinyLoRA(LowRank):
             return B.T, (R @ A).T
         return A, B @ R
 
-    def update(self, x: Tensor) -> Tensor:
+    def term(self, x: Tensor) -> Tensor:
         if self.target.kind != "embedding" or self.dropout is None:
-            return super().update(x)
+            return super().term(x)
         A, B = self.factors()
         narrow = self.dropout(self.target.op(x, A))
         return nn.functional.linear(narrow, B)

@@ -97,9 +97,9 @@ class VeLoRA(LoRA):
         v = unit(torch.randn(width)) if self.has_direction else torch.zeros(width)
         self.register_buffer("lora_velora_embed", v)
 
-    def update(self, x: Tensor) -> Tensor:
+    def term(self, x: Tensor) -> Tensor:
         if not (self.training and torch.is_grad_enabled()):
-            return super().update(x)
+            return super().term(x)
         if self.dropout is not None:
             x = self.dropout(x)
         A, B = self.factors()

@@ -84,7 +84,7 @@ class XLoRA(Adapter):
         s = self.sparse(scalings[:, :, layer])  # (batch, length, experts)
         for i, lora in self.experts.items():
             weight = s[..., int(i)] * self.config.global_scaling_weight
-            y = y + lora.update(x) * weight.unsqueeze(-1).to(y.dtype)
+            y = y + lora.term(x) * weight.unsqueeze(-1).to(y.dtype)
         return y
 
     def sparse(self, s: Tensor) -> Tensor:

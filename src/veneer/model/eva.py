@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.attach import attach, detach
-from ..core.placement import HALF
 from ..errors import ConfigError, VeneerError, listing
+from ..maths.precision import HALF
 from ..methods.inits.eva import (
     PREFIX,
     forward_fn_dict,

@@ -2,11 +2,15 @@
 
     y = x W^T + b + s dropout(x) A^T B^T
 
-The update is added into y in place, and its gradient into the gradient of x. Kept for the backward pass: x (which the
-layers that read the same input share), x A^T, and one bit for each entry that dropout decides on. Rows may use
-different pairs A, B: each run of rows is one slice. Everything is computed in the base's dtype, so that no fp32 copy of
-an activation exists; the gradients of the factors have the factors' dtype. The dropout mask is drawn differently from
-that of `torch.nn.Dropout`.
+The update comes first, and x W^T is added into it by the product that computes it. In half precision, that product sums
+in fp32 and rounds once; the other way round, x W^T is rounded first, and what an update adds to it is mostly below half
+a unit in the last place: it is rounded away, always in the same direction. The gradient of x is computed in the same
+order.
+
+Kept for the backward pass: x (which the layers that read the same input share), x A^T, and one bit for each entry that
+dropout decides on. Rows may use different pairs A, B: each run of rows is one slice. Everything is computed in the
+base's dtype, so that no fp32 copy of an activation exists; the gradients of the factors have the factors' dtype. The
+dropout mask is drawn differently from that of `torch.nn.Dropout`.
 """
 
 from __future__ import annotations
@@ -84,12 +88,26 @@ def stack(updates: Sequence[Update], runs: Sequence[Run], rows: int, dtype: torc
 def stacked_linear(x: Tensor, W: Tensor, b: Tensor | None, stacked: Stack) -> Tensor:
     """The result of `low_rank_linear` for the updates in a stack."""
     flat = x.reshape(-1, x.shape[-1])
-    y = linear(flat, W, b)
     h = linear(flat, stacked.A)
     if stacked.mask is not None:
         h.mul_(stacked.mask)
-    y.addmm_(h, stacked.B.T)
+    y = _add_base(h @ stacked.B.T, flat, W, b)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def with_base(update: Tensor, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    """update (..., out) + x W^T + b for x (..., in); in half precision, one rounding of update plus x W^T."""
+    flat = x.reshape(-1, x.shape[-1])
+    y = torch.addmm(update.reshape(-1, update.shape[-1]), flat, W.T)
+    if b is not None:
+        y = y + b
+    return y.view(update.shape)
+
+
+def _add_base(update: Tensor, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    """update + x W^T + b, in the memory of `update`."""
+    y = update.addmm_(x, W.T)
+    return y if b is None else y.add_(b)
 
 
 def reference(x: Tensor, W: Tensor, b: Tensor | None, updates: Sequence[Update], runs: Sequence[Run]) -> Tensor:
@@ -132,7 +150,8 @@ class LowRankLinear(torch.autograd.Function):
         factors = rest[: ctx.number]
         kept = rest[ctx.number :]
         is_needed = ctx.needs_input_grad[5:]  # for each factor
-        dx = dy @ W if ctx.needs_input_grad[0] else None
+        needs_dx = ctx.needs_input_grad[0]
+        dx = _room(ctx.runs, dy, W.shape[1]) if needs_dx else None
         grads: list[Tensor | None] = [None] * ctx.number
         for n, (start, stop, i) in enumerate(ctx.runs):
             at_A = 2 * i  # its index among the factors
@@ -153,10 +172,11 @@ class LowRankLinear(torch.autograd.Function):
                 grads[at_B] = _sum(grads[at_B], dB)
             if dx is None:
                 continue
-            if mask is None:
-                dx[start:stop].addmm_(dh, factors[at_A])
-            else:
-                dx[start:stop] += (dh @ factors[at_A]).mul_(mask)
+            torch.mm(dh, factors[at_A], out=dx[start:stop])
+            if mask is not None:
+                dx[start:stop].mul_(mask)
+        if dx is not None:
+            dx.addmm_(dy, W)
         return dx, None, None, None, None, *grads
 
 
@@ -169,7 +189,7 @@ def _forward(
     factors: Sequence[Tensor],
 ) -> tuple[Tensor, list[Tensor | None]]:
     """y, and for each run x A^T and the bits of the dropout mask."""
-    y = linear(x, W, b)
+    update = _room(runs, x, W.shape[0])
     kept: list[Tensor | None] = []
     for start, stop, i in runs:
         A = factors[2 * i]
@@ -181,10 +201,20 @@ def _forward(
             bits = drop_bits(x_run.numel(), p, x.device)
             x_run = x_run * mask_of(bits, x_run.shape)
         h = x_run @ A.T
-        y[start:stop].addmm_(h, B.T, alpha=1 / (1 - p))
+        torch.mm(h, B.T, out=update[start:stop])
+        if p:
+            update[start:stop].mul_(1 / (1 - p))
         kept.append(h)
         kept.append(bits)
-    return y, kept
+    return _add_base(update, x, W, b), kept
+
+
+def _room(runs: Sequence[Run], like: Tensor, width: int) -> Tensor:
+    """Memory (rows, width) for the updates of all runs: zero in the rows of none."""
+    rows = len(like)
+    if sum(stop - start for start, stop, _ in runs) == rows:
+        return like.new_empty(rows, width)
+    return like.new_zeros(rows, width)
 
 
 def _sum(a: Tensor | None, b: Tensor) -> Tensor:

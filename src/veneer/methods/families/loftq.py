@@ -33,8 +33,8 @@ class LoftQ(LoRA):
             return update
         return update + self.error
 
-    def post(self, x: Tensor, y: Tensor) -> Tensor:
-        y = super().post(x, y)
+    def term(self, x: Tensor) -> Tensor:
+        update = super().term(x)
         if self.error is None:
-            return y
-        return y + self.target.op(x, self.error)
+            return update
+        return update + self.target.op(x, self.error)
