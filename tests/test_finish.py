@@ -59,7 +59,9 @@ def test_what_was_trained_is_what_was_verified(base, data, tmp_path):  # noqa: F
     report = run(base, data, tmp_path / "out", max_steps=4, eval_split=4, samples=2)
     assert report["verified"] is True and [check["passed"] for check in report["verification"]] == [True] * 5
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(running.OURS)
-    assert [set(row) for row in report["samples"]["rows"]] == [{"prompt", "expected", "before", "after"}] * 2
+    assert [set(row) for row in report["samples"]["rows"]] == [
+        {"prompt", "expected", "before", "after", "right", "right_before"}
+    ] * 2
     questions = {row["question"] for row in map(json.loads, Path(data).read_text().splitlines())}
     assert report["samples"]["held_out"] and {r["prompt"] for r in report["samples"]["rows"]} <= questions
     done = veneer("verify", str(tmp_path / "out"), "--json")

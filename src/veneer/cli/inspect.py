@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -93,8 +94,8 @@ def _of_updates(layers: list[LayerFacts]) -> dict[str, str]:
         lines["modules"] = f"{names.total()}: {counts}"
     measured = [layer for layer in layers if layer.norm is not None]
     if measured:
-        ranks = _range([layer.rank for layer in measured])
-        effective_ranks = _range([layer.effective_rank for layer in measured])
+        ranks = _range(measured, "rank")
+        effective_ranks = _range(measured, "effective_rank")
         lines["rank"] = f"{ranks}, effective rank {effective_ranks}"
         by_norm = sorted(measured, key=lambda layer: layer.norm or 0.0)
         smallest = f"{_number(by_norm[0].norm)} ({by_norm[0].path})"
@@ -103,11 +104,11 @@ def _of_updates(layers: list[LayerFacts]) -> dict[str, str]:
     return lines
 
 
-def _range(values: Sequence[float | None]) -> str:
-    """The smallest and the largest of some numbers; one of them if both look the same."""
-    present = [value for value in values if value is not None]
-    low = _number(min(present, default=None))
-    high = _number(max(present, default=None))
+def _range(layers: Sequence[LayerFacts], measure: str) -> str:
+    """The smallest and the largest value of a measure; one of them if both look the same."""
+    values = sorted(map(attrgetter(measure), layers))
+    low = _number(values[0])
+    high = _number(values[-1])
     return low if low == high else f"{low} to {high}"
 
 

@@ -121,7 +121,7 @@ def _verified_facts(run: Run, folder: Path) -> dict[str, Any]:
     return {
         "verified": verification.passed,
         "verification": [vars(check) for check in verification.checks],
-        "samples": samples(model, run.tokenizer, run.data, run.recipe.samples, run.pad),
+        "samples": samples(model, run.tokenizer, run.data, run.recipe, run.pad),
         "layers": layers(model),
         "outside": outside(model),
         "adapter_bytes": sum(file.stat().st_size for file in folder.glob("adapter_*")),
