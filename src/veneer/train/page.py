@@ -101,12 +101,12 @@ def task(content: dict[str, Any]) -> str:
     learned = "Answers"
     if content["labels"]:
         learned = f"Classes ({_named(content['labels'])})"
-    elif _is_plain_text(content):
+    elif is_plain_text(content):
         learned = "Text"
     return f"{learned} learned from {_named(sources)}"
 
 
-def _is_plain_text(content: dict[str, Any]) -> bool:
+def is_plain_text(content: dict[str, Any]) -> bool:
     """Whether all tokens that can be learned are, without a prompt; the first of a row cannot be."""
     data = content["data"]
     return content["recipe"]["loss_on"] == "assistant" and data["supervised_tokens"] == data["tokens"] - data["kept"]
@@ -130,7 +130,7 @@ def commands(content: dict[str, Any]) -> list[tuple[str, list[str]]]:
     merge = f"veneer merge {output} --out merged"
     use = [f"veneer eval --adapter {output} --data rows.csv", merge]
     if not content["labels"]:
-        prompt = shlex.quote(_typed_prompt(content["samples"]["rows"]))
+        prompt = shlex.quote(typed_prompt(content["samples"]["rows"]))
         use = [f"veneer chat --adapter {output}", f"veneer generate {prompt} --adapter {output}", merge]
     again = shlex.quote(f"{content['recipe']['output']}/recipe.yaml")
     check = [f"veneer verify {output}", f"veneer inspect {output}", f"veneer train {again} --output again"]
@@ -140,7 +140,7 @@ def commands(content: dict[str, Any]) -> list[tuple[str, list[str]]]:
     ]
 
 
-def _typed_prompt(rows: list[dict[str, Any]]) -> str:
+def typed_prompt(rows: list[dict[str, Any]]) -> str:
     """The prompt of a sample that is short enough to be typed."""
     for row in rows:
         prompt = row["prompt"]
