@@ -10,9 +10,9 @@ MOST_POINTS = 400
 """Maximum number of points of a curve; longer curves are averaged down."""
 MARGIN = 0.06
 """Room above and below the values of a curve, as a share of their range."""
-REACH = 0.025
+REACH = 0.01
 """Width of the Gaussian window of the smoothed line, as a share of the steps."""
-NARROWEST = 1.5
+NARROWEST = 2.0
 """Minimum width of that window, in distances between neighbouring points."""
 FLAT = 0.15
 """A run is mostly flat if the median of its values is in this share of their range, at its lower end..."""
@@ -21,8 +21,10 @@ STEEP = 5
 LOG_FACTORS = ((1, 2, 3, 5), (1, 2, 5), (1, 3), (1,))
 """The ticks of a logarithmic axis, from the densest choice to the sparsest."""
 MOST_LOG_TICKS = 7
-APART = 0.09
-"""Minimum distance of other ticks from the first and the last step, as a share of the axis."""
+APART = 0.05
+"""Minimum distance of other ticks from the first and the last step, as a share of the axis..."""
+LETTER = 0.03
+"""... and what it is more for each letter of the last step, on the narrowest charts."""
 
 Point = tuple[float, float]
 Points = Sequence[Point]
@@ -178,12 +180,14 @@ def step_ticks(steps: Axis) -> list[Tick]:
 
     first = math.ceil(steps.start)
     last = math.floor(steps.end)
+    letters = len(f"{last:,}")
+    apart = APART + LETTER * letters
     # matplotlib gives up on whole numbers rather than show fewer ticks
-    locator = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1)
+    locator = MaxNLocator(6 if letters < 5 else 5, steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1)
     chosen = [first]
     for value in locator.tick_values(steps.start, steps.end):
         share = steps.share(float(value))
-        if float(value).is_integer() and first < value < last and APART <= share <= 1 - APART:
+        if float(value).is_integer() and first < value < last and apart / 2 <= share <= 1 - apart:
             chosen.append(int(value))
     if last > first:
         chosen.append(last)

@@ -160,12 +160,10 @@ class ExactTrainer(Trainer):
         """What the method's loss terms added to the loss, per step since the last call, over all processes."""
         terms = self.terms
         self.terms = Terms()
-        if not isinstance(terms.total, Tensor):  # the method has none
-            return 0.0
-        total = terms.total
-        if self.args.world_size > 1:
+        total = torch.as_tensor(terms.total, dtype=torch.float32, device=self.args.device)
+        if self.args.world_size > 1:  # every process takes part, also one whose batches had nothing to learn
             total = self.accelerator.reduce(total, "mean")
-        return float(total) / terms.steps
+        return float(total) / terms.steps if terms.steps else 0.0
 
     def _load_callback_state(self) -> None:
         """Restore our Meter in place: Trainer replaces it by a new object, but the display refers to ours."""
