@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -225,6 +226,9 @@ def test_both_begin_with_a_summary(deep, tmp_path):
     shown = veneer("inspect", str(deep), COLUMNS="140").stdout.splitlines()
     head = shown[: shown.index("")]
     assert "modules   24: 12 q_proj, 12 v_proj" in head and "no problems found" in head
+    assert "parts     lora_A, lora_B" in head
+    rows = veneer("inspect", str(deep), COLUMNS="80").stdout.splitlines()
+    assert any(re.match(r"model\.layers\.11\.self_attn\.v_proj +32 +2 +[\d.]+ +[\d.]+ *$", row) for row in rows)
     norms = {layer.path: layer.norm for layer in inspect(deep).layers}
     low, high = min(norms, key=norms.get), max(norms, key=norms.get)
     assert f"updates   norm {norms[low]:.3g} ({low}) to {norms[high]:.3g} ({high})" in head

@@ -92,6 +92,9 @@ def _of_updates(layers: list[LayerFacts]) -> dict[str, str]:
     if names:
         counts = ", ".join(f"{count} {name}" for name, count in names.items())
         lines["modules"] = f"{names.total()}: {counts}"
+    parts = {layer.parts for layer in layers}
+    if len(parts) == 1:
+        lines["parts"] = ", ".join(parts.pop())
     measured = [layer for layer in layers if layer.norm is not None]
     if measured:
         ranks = _range(measured, "rank")
@@ -117,15 +120,17 @@ def _show_layers(console: Console, inspection: Inspection) -> None:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("module", "parts"):
-        table.add_column(name, justify="left", overflow="fold")
-    for name in ("parameters", "rank", "effective rank", "update norm"):
+    texts = ["module"]
+    if len({layer.parts for layer in inspection.layers}) > 1:  # else the summary has them
+        texts.append("parts")
+    for name in texts:
+        table.add_column(name, justify="left", overflow="fold", vertical="bottom")
+    for name in ("parameters", "rank", "effective\nrank", "update\nnorm"):
         table.add_column(name, justify="right", overflow="fold")
     for layer in inspection.layers:
-        path = Text(layer.path or "-")
-        parts = Text(", ".join(layer.parts))
+        cells = [Text(layer.path or "-"), Text(", ".join(layer.parts))][: len(texts)]
         ranks = (_number(layer.rank), _number(layer.effective_rank))
-        table.add_row(path, parts, f"{layer.count:,}", *ranks, _number(layer.norm))
+        table.add_row(*cells, f"{layer.count:,}", *ranks, _number(layer.norm))
     console.print(table)
 
 
