@@ -276,8 +276,18 @@ def test_what_it_says_to_run_runs(content, tmp_path):
     assert verbs["merge"][-2:] == ["--out", "merged"]
     done = veneer("merge", *verbs["merge"][:-1], str(tmp_path / "merged"))
     assert done.returncode == 0, done.stderr
-    of_classes = dict(page.commands(content | {"labels": ["a", "b"]}))
-    assert [line.split()[1] for line in next(iter(of_classes.values()))] == ["eval", "merge"]
+
+
+def test_the_commands_fit_the_run(content):
+    def use(**changed) -> list[str]:
+        return page.commands(content | changed)[0][1]
+
+    assert [line.split()[1] for line in use(labels=["a", "b"])] == ["eval", "merge"]
+    assert [line.split()[1] for line in use(chat_template=False)] == ["generate", "merge"]
+    own = use(recipe=content["recipe"] | {"chat_template": "my template.jinja"})
+    assert all(line.endswith(" --chat-template 'my template.jinja'") for line in own[:2])
+    plain = content["data"] | {"supervised_tokens": content["data"]["tokens"] - content["data"]["kept"]}
+    assert use(data=plain)[1].endswith(" --raw")
 
 
 CHARACTERS = "काठ 👨‍👩‍👧 木の葉 e\u0301 🇩🇪 "

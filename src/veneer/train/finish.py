@@ -64,6 +64,7 @@ def finish(run: Run) -> dict[str, Any]:
     """
     is_main = run.trainer.is_world_process_zero()
     content = contents(run.recipe, run.trainer, run.meter, run.data)
+    content["chat_template"] = bool(run.recipe.chat_template or run.tokenizer.chat_template)
     with _staging(run.output, is_main) as folder:
         with writing("the adapter", run.output):
             run.trainer.save_model(str(folder))

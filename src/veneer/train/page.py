@@ -130,14 +130,25 @@ def commands(content: dict[str, Any]) -> list[tuple[str, list[str]]]:
     merge = f"veneer merge {output} --out merged"
     use = [f"veneer eval --adapter {output} --data rows.csv", merge]
     if not content["labels"]:
-        prompt = shlex.quote(typed_prompt(content["samples"]["rows"]))
-        use = [f"veneer chat --adapter {output}", f"veneer generate {prompt} --adapter {output}", merge]
+        use = [*_asking(content, output), merge]
     again = shlex.quote(f"{content['recipe']['output']}/recipe.yaml")
     check = [f"veneer verify {output}", f"veneer inspect {output}", f"veneer train {again} --output again"]
     return [
         ("Use it, or write a plain model that needs no adapter:", use),
         ("Check, inspect or repeat the run:", check),
     ]
+
+
+def _asking(content: dict[str, Any], output: str) -> list[str]:
+    """The commands that ask the model, with the chat template of the run."""
+    prompt = shlex.quote(typed_prompt(content["samples"]["rows"]))
+    template = content["recipe"]["chat_template"]
+    options = f" --chat-template {shlex.quote(template)}" if template else ""
+    chat = f"veneer chat --adapter {output}{options}"
+    if is_plain_text(content):
+        options = " --raw"
+    generate = f"veneer generate {prompt} --adapter {output}{options}"
+    return [chat, generate] if content["chat_template"] else [generate]
 
 
 def typed_prompt(rows: list[dict[str, Any]]) -> str:
