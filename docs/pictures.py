@@ -250,7 +250,7 @@ def report(place: Path) -> None:
     answers = json.dumps({"samples": content["samples"]["rows"]}, indent=1, ensure_ascii=False)
     (DOCS / "demo.json").write_text(answers + "\n", encoding="utf-8")
     for name, scheme in (("dark", 0), ("light", 1)):
-        screenshot(page, OUT / f"report-{name}.webp", scheme, width=900, height=730)
+        screenshot(page, OUT / f"report-{name}.webp", scheme, width=900, height=815)
 
 
 def screenshot(page: Path, out: Path, scheme: int, width: int, height: int) -> None:
