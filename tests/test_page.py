@@ -288,6 +288,9 @@ def test_the_commands_fit_the_run(content):
     assert all(line.endswith(" --chat-template 'my template.jinja'") for line in own[:2])
     plain = content["data"] | {"supervised_tokens": content["data"]["tokens"] - content["data"]["kept"]}
     assert use(data=plain)[1].endswith(" --raw")
+    prompts = [{"prompt": prompt} for prompt in ("- no option", "two\nlines", "x" * 99, "", "it's short")]
+    assert shlex.split(use(samples={"rows": prompts})[1])[2] == "it's short"
+    assert shlex.split(use(samples={"rows": prompts[:4]})[1])[2] == "a prompt"
 
 
 CHARACTERS = "काठ 👨‍👩‍👧 木の葉 e\u0301 🇩🇪 "

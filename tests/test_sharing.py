@@ -69,8 +69,8 @@ def test_the_code_of_a_card_runs_when_pasted(shape: str, base, tmp_path, monkeyp
     """In the directory that holds the adapter's; nowhere do the card and config say where this machine has what."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in DATA[shape]))
-    run(base, str(rows), tmp_path / "my adapter", max_steps=1, samples=1)
-    text = (tmp_path / "my adapter" / "README.md").read_text()
+    run(base, str(rows), tmp_path / 'my "adapter"', max_steps=1, samples=1)
+    text = (tmp_path / 'my "adapter"' / "README.md").read_text()
     assert str(tmp_path) not in text and base not in text
     code = re.findall("```python\n(.*?)```", text, re.DOTALL)[0]
     assert "AutoTokenizer" in code and "print" in code

@@ -24,7 +24,7 @@ USE = """## Use
 from transformers import AutoTokenizer
 from veneer import {auto}
 
-model = {auto}.from_pretrained("{place}")
+model = {auto}.from_pretrained({quoted})
 tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
 {example}```
 """
@@ -35,7 +35,7 @@ The files do not say where the base model is. Load it as `base`:
 ```python
 from veneer import PeftModel  # or from peft
 
-model = PeftModel.from_pretrained(base, "{place}")
+model = PeftModel.from_pretrained(base, {quoted})
 ```
 """
 CHAT = """messages = [{{"role": "user", "content": {prompt}}}]
@@ -93,7 +93,7 @@ def write_card(
     if original:
         tags.append(f"base_model:adapter:{original}")
     data = ModelCardData(base_model=original, library_name="peft", pipeline_tag=PIPELINES.get(task), tags=tags)
-    title = f"{Path(place).name}: {method}"
+    title = f"{Path(place).name or 'adapter'}: {method}"
     if config.base_model_name_or_path:
         title += f" on {Path(name_anywhere(config.base_model_name_or_path)).name}"
     usage = _usage(directory, config, place, example)
@@ -107,14 +107,15 @@ def _usage(directory: Path, config: Config, place: str, example: Example | None)
     auto = next((known.__name__ for known in AutoPeftModel.__subclasses__() if known.auto_class == auto_class), None)
     saved = Config.from_pretrained(directory) if (directory / CONFIG_NAME).exists() else config
     base = saved.base_model_name_or_path
+    quoted = json.dumps(place, ensure_ascii=False)
     if not base or auto is None:
-        return USE_ON_OWN_BASE.format(place=place)
+        return USE_ON_OWN_BASE.format(quoted=quoted)
     where = f"`{place}` is the path of this directory, or its repository on the hub."
     if base in MODELS:
         where += f" The base model {base} comes from the Python package index (`veneer pull`): the weights of"
         where += f" {MODELS[base].original}, rounded to 4 bits."
     code = example.code() if example else ""
-    return USE.format(where=where, auto=auto, place=place, example=code)
+    return USE.format(where=where, auto=auto, quoted=quoted, example=code)
 
 
 def _relative(name: str) -> str:

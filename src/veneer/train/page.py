@@ -155,7 +155,8 @@ def typed_prompt(rows: list[dict[str, Any]]) -> str:
     """The prompt of a sample that is short enough to be typed."""
     for row in rows:
         prompt = row["prompt"]
-        if prompt and len(prompt) <= MOST_TYPED and prompt.isprintable():
+        is_short = 0 < len(prompt) <= MOST_TYPED
+        if is_short and prompt.isprintable() and not prompt.startswith("-"):  # a dash would begin an option
             return str(prompt)
     return "a prompt"
 
