@@ -14,8 +14,8 @@ from pages import api, command_line, home, methods, project, recipe
 
 LANGUAGES = ("en", "zh")
 PART = re.compile(r"<!-- part: (\w+) -->")
-CODE = re.compile(r"(?<!<pre>)<code>([^<]{1,30})</code>")
-"""Code within a line that is short enough to stay on one."""
+CODE = re.compile(r"(?<!<pre>)<code>(?=[^<]*[- ])([^<]{1,30})</code>")
+"""Code within a line that could break, and is short enough to stay on one."""
 CHINESE = "[\u3001-\u30ff\u4e00-\u9fff\uff01-\uff5e]"
 CHINESE_LINE_END = re.compile(f"(?<={CHINESE})\\n *(?={CHINESE})")
 
