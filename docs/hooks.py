@@ -14,6 +14,8 @@ from pages import api, architectures, command_line, home, methods, project, reci
 
 LANGUAGES = ("en", "zh")
 PART = re.compile(r"<!-- part: (\w+) -->")
+CODE = re.compile(r"(?<!<pre>)<code>(?=[^<]*[- ])([^<]{1,30})</code>")
+"""Code within a line that could break, and is short enough to stay on one."""
 CHINESE = "[\u3001-\u30ff\u4e00-\u9fff\uff01-\uff5e]"
 CHINESE_LINE_END = re.compile(f"(?<={CHINESE})\\n *(?={CHINESE})")
 
@@ -67,6 +69,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     language = config.plugins["i18n"].current_language
     markdown = CHINESE_LINE_END.sub("", markdown)
     return PART.sub(lambda found: home.PARTS[found[1]](language), markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Mark short code, which would otherwise break after the hyphens of an option."""
+    return CODE.sub(r'<code class="short">\1</code>', html)
 
 
 def on_page_context(context: Any, page: Any, config: Any, nav: Any) -> Any:

@@ -173,11 +173,11 @@ def need(command: str, place: Path) -> None:
     """Run a training unless its result is there; what it printed is in NAME.log."""
     name = command.split("--output ")[1].split()[0]
     if not (place / name / "report.html").exists():
-        (place / f"{name}.log").write_bytes(run(command, place, 96))
+        (place / f"{name}.log").write_bytes(run(command, place, 96, shows_progress=True))
 
 
-def run(command: str, place: Path, columns: int) -> bytes:
-    """What a command writes to a terminal, without its standard error."""
+def run(command: str, place: Path, columns: int, shows_progress: bool = False) -> bytes:
+    """What a command writes to a terminal; its standard error, which shows the progress, only on request."""
     ours, theirs = pty.openpty()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     settings = {"COLUMNS": str(columns), "LINES": "60", "TERM": "xterm-256color", "PATH": path}
@@ -186,7 +186,7 @@ def run(command: str, place: Path, columns: int) -> bytes:
         cwd=place,
         stdin=subprocess.DEVNULL,
         stdout=theirs,
-        stderr=subprocess.PIPE,
+        stderr=theirs if shows_progress else subprocess.PIPE,
         env=os.environ | settings,
     )
     os.close(theirs)
@@ -201,7 +201,8 @@ def run(command: str, place: Path, columns: int) -> bytes:
         chunks.append(chunk)
     _, errors = process.communicate()
     if process.returncode and "doctor" not in command:  # doctor's exit status is its finding
-        raise SystemExit(f"{command}: exit status {process.returncode}\n{errors.decode()[-2000:]}")
+        told = errors if errors is not None else b"".join(chunks)
+        raise SystemExit(f"{command}: exit status {process.returncode}\n{told.decode()[-2000:]}")
     return b"".join(chunks)
 
 
@@ -249,7 +250,7 @@ def report(place: Path) -> None:
     answers = json.dumps({"samples": content["samples"]["rows"]}, indent=1, ensure_ascii=False)
     (DOCS / "demo.json").write_text(answers + "\n", encoding="utf-8")
     for name, scheme in (("dark", 0), ("light", 1)):
-        screenshot(page, OUT / f"report-{name}.webp", scheme, width=900, height=730)
+        screenshot(page, OUT / f"report-{name}.webp", scheme, width=900, height=815)
 
 
 def screenshot(page: Path, out: Path, scheme: int, width: int, height: int) -> None:

@@ -59,7 +59,9 @@ def test_what_was_trained_is_what_was_verified(base, data, tmp_path):  # noqa: F
     report = run(base, data, tmp_path / "out", max_steps=4, eval_split=4, samples=2)
     assert report["verified"] is True and [check["passed"] for check in report["verification"]] == [True] * 5
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(running.OURS)
-    assert [set(row) for row in report["samples"]["rows"]] == [{"prompt", "expected", "before", "after"}] * 2
+    assert [set(row) for row in report["samples"]["rows"]] == [
+        {"prompt", "expected", "before", "after", "right", "right_before"}
+    ] * 2
     questions = {row["question"] for row in map(json.loads, Path(data).read_text().splitlines())}
     assert report["samples"]["held_out"] and {r["prompt"] for r in report["samples"]["rows"]} <= questions
     done = veneer("verify", str(tmp_path / "out"), "--json")
@@ -286,3 +288,20 @@ def test_methods_of_every_kind_come_out_verified(base, data, tmp_path, method): 
     report = run(base, data, tmp_path / "out", method=method, rank=None, max_steps=5, samples=1)
     assert report["verified"] and (report["layers"] or report["outside"])
     assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_loss_shown_is_that_of_the_data(base, data, tmp_path, accumulate):  # noqa: F811
+    """Before the first update, every method has the base model's loss; what AdaLoRA adds is shown apart from it."""
+    settings = dict(rank=None, max_steps=3, batch_size=2, accumulate=accumulate, samples=0, log_every=1)
+    plain = run(base, data, tmp_path / "lora", method="lora", **settings)
+    own = run(base, data, tmp_path / "adalora", method="adalora", **settings)
+    assert own["history"][0]["loss"] == pytest.approx(plain["history"][0]["loss"], rel=1e-5)
+    assert all(0.01 < entry["method_loss"] < 10 for entry in own["history"])
+    assert not any("method_loss" in entry for entry in plain["history"])
+    assert "adalora also minimises a term of its own" in (tmp_path / "adalora" / "report.html").read_text()
+    assert "a term of its own" not in (tmp_path / "lora" / "report.html").read_text()
+    together = run(base, data, tmp_path / "every", method="adalora", **{**settings, "log_every": 3})
+    for name in ("loss", "method_loss"):
+        mean = sum(entry[name] for entry in own["history"]) / 3
+        assert together["history"][-1][name] == pytest.approx(mean, rel=1e-5)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import struct
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from veneer import LoraConfig, get_peft_model
 from veneer.errors import CheckpointError
 from veneer.maths.low_rank import effective_rank
 from veneer.report.comparison import diff
 from veneer.report.inspection import inspect, printable
+from veneer.targets.walk import by_number
 
 from . import models
 from .cases import ONE_EACH, Case
@@ -178,8 +182,6 @@ def test_diff_of_the_same_is_none_and_of_others_tells(adapter, tmp_path):
 
 
 def test_the_angle_between_updates(adapter, tmp_path):
-    import shutil
-
     other = tmp_path / "other"
     shutil.copytree(adapter, other)
     rewrite(other, lambda t: t.update({k: -2 * v if "lora_B" in k else v for k, v in t.items()}))
@@ -189,3 +191,53 @@ def test_the_angle_between_updates(adapter, tmp_path):
     done = veneer("diff", str(adapter), str(other))
     assert done.returncode == 1 and "cosine -1.000" in done.stdout
     assert veneer("diff", str(adapter), str(adapter)).returncode == 0
+
+
+@pytest.fixture
+def deep(tmp_path) -> Path:
+    """An adapter of twelve layers."""
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], base_model_name_or_path="base")
+    sizes = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=12, vocab_size=16)
+    model = models.perturb(get_peft_model(LlamaForCausalLM(LlamaConfig(**sizes)), config))
+    model.save_pretrained(tmp_path / "deep")
+    return tmp_path / "deep"
+
+
+def test_layers_are_in_the_order_of_their_numbers(deep, tmp_path):
+    paths = [layer.path for layer in inspect(deep).layers]
+    assert paths == [f"model.layers.{i}.self_attn.{name}_proj" for i in range(12) for name in "qv"]
+    keys = [tensor.key for tensor in inspect(deep).tensors]
+    assert keys == [f"base_model.model.{path}.lora_{side}.weight" for path in paths for side in "AB"]
+    other = tmp_path / "other"
+    shutil.copytree(deep, other)
+    rewrite(other, lambda t: t.update({key: v + 1 for key, v in t.items()}))
+    assert [angle.path for angle in diff(deep, other).angles] == paths
+    assert [tensor.key for tensor in diff(deep, other).changed] == keys
+    rewrite(other, dict.clear)
+    assert diff(deep, other).only_first == keys
+
+
+def test_numbers_of_any_length_are_ordered():
+    names = ["a.10", "a.9", "a.09", "a." + "9" * 6000, "a", "b.1", "1.a", "٣.a"]
+    assert sorted(names, key=by_number) == ["1.a", "a", "a.09", "a.9", "a.10", "a." + "9" * 6000, "b.1", "٣.a"]
+
+
+def test_both_begin_with_a_summary(deep, tmp_path):
+    shown = veneer("inspect", str(deep), COLUMNS="140").stdout.splitlines()
+    head = shown[: shown.index("")]
+    assert "modules   24: 12 q_proj, 12 v_proj" in head and "no problems found" in head
+    assert "parts     lora_A, lora_B" in head
+    rows = veneer("inspect", str(deep), COLUMNS="80").stdout.splitlines()
+    assert any(re.match(r"model\.layers\.11\.self_attn\.v_proj +32 +2 +[\d.]+ +[\d.]+ *$", row) for row in rows)
+    norms = {layer.path: layer.norm for layer in inspect(deep).layers}
+    low, high = min(norms, key=norms.get), max(norms, key=norms.get)
+    assert f"updates   norm {norms[low]:.3g} ({low}) to {norms[high]:.3g} ({high})" in head
+    assert any(line.startswith("rank      2, effective rank ") for line in head)
+    other = tmp_path / "other"
+    shutil.copytree(deep, other)
+    rewrite(other, lambda t: t.update({k: -v for k, v in t.items() if "lora_B" in k and ".10." not in k}))
+    compared = veneer("diff", str(deep), str(other)).stdout.splitlines()
+    assert compared[:2] == ["settings  equal", "tensors   26 equal, 22 changed"]
+    assert compared[2] == "updates   24 compared, cosine mean -0.833, lowest -1.000, highest +1.000"
+    assert compared[3] == "" and len(compared) == 4 + 22 + 24
+    assert "all 48 tensors" in veneer("diff", str(deep), str(deep)).stdout

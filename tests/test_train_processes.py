@@ -81,6 +81,8 @@ def assert_same(a, b, processes: int = 2) -> None:
     first, second = report(a), report(b)
     assert second["processes"] == processes
     assert second["losses"] == pytest.approx(first["losses"], rel=1e-5)
+    terms, other_terms = ([entry.get("method_loss", 0.0) for entry in run["history"]] for run in (first, second))
+    assert other_terms == pytest.approx(terms, rel=1e-4)
     for key in ("real_tokens", "supervised_tokens", "steps", "trainable_parameters", "total_parameters"):
         assert first[key] == second[key], key
     if first["eval"]:

@@ -185,13 +185,18 @@ class Config(Checked):
     def to_dict(self) -> dict[str, Any]:
         """The content of the file: the method's own fields, and the common fields that differ from their defaults.
 
-        The fields in `ALWAYS_WRITTEN` are written in any case.
+        The fields in `ALWAYS_WRITTEN` are written in any case. Models that every machine can find are named without
+        the path that they have on this machine.
         """
+        from ..files.pull import name_anywhere
+
         content = {"peft_type": str(self.peft_type)}
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name not in COMMON or f.name in ALWAYS_WRITTEN or value != default_of(f):
                 content[f.name] = _plain(value)
+            if f.name in MODEL_NAMES and value:
+                content[f.name] = name_anywhere(str(value))
         return dict(sorted(content.items()))
 
     def save_pretrained(self, directory: str | Path, name: str = CONFIG_NAME) -> None:
@@ -327,6 +332,8 @@ class PromptConfig(Config):
 
 COMMON = {f.name for f in (*fields(LayerConfig), *fields(PromptConfig))}
 """Names of the fields that are not specific to one method."""
+MODEL_NAMES = ("base_model_name_or_path", "tokenizer_name_or_path")
+"""Names of the fields that name a model: a hub id, a name that `veneer pull` knows, or a directory."""
 ALWAYS_WRITTEN = {
     *("task_type", "base_model_name_or_path", "revision", "inference_mode", "target_modules"),
     *(f.name for f in fields(PromptConfig) if f.name.startswith("num_") or f.name == "token_dim"),

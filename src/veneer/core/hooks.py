@@ -22,7 +22,7 @@ from ..upstream import checkpointing
 from ..upstream.calls import encoder_of, parameters
 from .calls import batch_size, by_row
 from .prompt import Prompt
-from .state import BASE, State, state_of
+from .state import BASE, LOSS_TERMS, State, state_of
 
 OF_PAIRS = ("perm_mask", "target_mapping")
 """Arguments of XLNet that say which positions see which others."""
@@ -137,7 +137,9 @@ def _change_loss(state: State, output: Any) -> None:
         term = state.configs[name].loss(list(state.adapters(name).values()))
         if term is not None:
             term = term.full_tensor() if hasattr(term, "full_tensor") else term
-            output.loss = output.loss + term.to(output.loss)
+            term = term.to(output.loss)
+            output.loss = output.loss + term
+            state.facts[LOSS_TERMS] = state.facts.get(LOSS_TERMS, 0.0) + term.detach()
 
 
 def called(state: State) -> list[str]:

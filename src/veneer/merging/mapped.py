@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NotMergeable, listing
+from ..targets.walk import by_number
 from ..upstream import weights
 from .shards import Shards
 
@@ -196,7 +197,7 @@ class MappedModel:
         if not is_same:
             raise NotMergeable(
                 f"{group.names[0]!r} cannot be converted back to the layout of the base's files; merge in memory with "
-                f"merge_and_unload(), then save_pretrained(). Expected:{listing(sorted(keys))}"
+                f"merge_and_unload(), then save_pretrained(). Expected:{listing(sorted(keys, key=by_number))}"
             )
         return stored
 

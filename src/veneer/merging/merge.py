@@ -20,6 +20,7 @@ from ..core.adapter import Tensors
 from ..core.config import TASK_HEADS, Config
 from ..errors import ConfigError, NotMergeable
 from ..files.find import find_weights
+from ..files.pull import name_anywhere
 from ..files.read import tensor_shapes
 from ..files.write import appearing, check_free
 from ..model.peft_model import PeftModel
@@ -119,7 +120,7 @@ def base_of(configs: Sequence[Config], model: str | None) -> str:
     if model:
         return model
     named = [config.base_model_name_or_path for config in configs if config.base_model_name_or_path]
-    named = list(dict.fromkeys(named))
+    named = list(dict.fromkeys(map(name_anywhere, named)))
     if not named:
         raise ConfigError("the adapters do not name their base model; give the right one with --model")
     if len(named) > 1:

@@ -21,6 +21,7 @@ from ..methods.inits.eva import (
     prepare_model_inputs_fn_language_modeling,
     with_ranks,
 )
+from ..targets.walk import by_number
 
 if TYPE_CHECKING:
     from .peft_model import PeftModel
@@ -71,9 +72,8 @@ def initialize_lora_eva_weights(
     expected = {name.removeprefix(PREFIX) for name in linear_layers(model, adapter_name)}
     difference = expected.symmetric_difference(starts)
     if difference:
-        raise VeneerError(
-            f"eva_state_dict does not fit the adapter; only one of them has:{listing(sorted(difference))}"
-        )
+        paths = sorted(difference, key=by_number)
+        raise VeneerError(f"eva_state_dict does not fit the adapter; only one of them has:{listing(paths)}")
     rebuild(model, adapter_name, starts)
 
 

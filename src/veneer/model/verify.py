@@ -25,6 +25,7 @@ from ..files.find import find_file
 from ..files.read import WEIGHTS_NAME
 from ..files.write import write_atomically
 from ..targets.modules import evaluating
+from ..targets.walk import by_number
 from .peft_model import PeftModel
 
 PROBE_NAME = "probe.safetensors"
@@ -127,7 +128,7 @@ def unmoved(directory: str | Path, started: Mapping[str, str]) -> list[str]:
 
     with safe_open(find_file(directory, WEIGHTS_NAME), framework="pt") as file:
         unchanged = []
-        for key in sorted(file.keys()):
+        for key in sorted(file.keys(), key=by_number):
             if key in started and _digest(file.get_tensor(key)) == started[key]:
                 unchanged.append(key)
         return unchanged

@@ -14,6 +14,7 @@ from ..core import checkpoint
 from ..core.config import Config
 from ..files.find import find_weights
 from ..maths.low_rank import Pair
+from ..targets.walk import by_number
 from .inspection import pair_at, place, scaling_at
 
 
@@ -74,7 +75,8 @@ def diff(first: str | Path, second: str | Path) -> Difference:
     other_shape: list[str] = []
     changed: list[Changed] = []
     same = 0
-    for key, a in first_tensors.items():
+    for key in sorted(first_tensors, key=by_number):
+        a = first_tensors[key]
         b = second_tensors.get(key)
         if b is None:
             continue
@@ -89,8 +91,8 @@ def diff(first: str | Path, second: str | Path) -> Difference:
     angles = list(_angles(first_side, second_side))
     return Difference(
         fields=_fields(first_config, second_config),
-        only_first=sorted(first_side.keys - second_side.keys),
-        only_second=sorted(second_side.keys - first_side.keys),
+        only_first=sorted(first_side.keys - second_side.keys, key=by_number),
+        only_second=sorted(second_side.keys - first_side.keys, key=by_number),
         other_shape=other_shape,
         changed=changed,
         same=same,
@@ -140,7 +142,7 @@ class _Side(NamedTuple):
 def _angles(first: _Side, second: _Side) -> Iterator[Angle]:
     """Yield the angles of the modules on which both adapters have low-rank updates of the same size."""
     paths: dict[str, None] = {}  # an ordered set
-    for key in sorted(first.keys & second.keys):
+    for key in sorted(first.keys & second.keys, key=by_number):
         path, _ = place(key)
         paths[path] = None
     for path in paths:

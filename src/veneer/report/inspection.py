@@ -20,7 +20,7 @@ from ..errors import printable as escape
 from ..files.read import PICKLE_NAME, WEIGHTS_NAME, check_header, read_json
 from ..maths.low_rank import Pair, effective_rank, singular_values
 from ..methods.lora import LoraConfig
-from ..targets.walk import matches
+from ..targets.walk import by_number, matches
 
 PREFIX = "base_model."
 MOST_RANK = 2048
@@ -156,7 +156,7 @@ def tensor_facts(path: Path) -> Iterator[TensorFacts]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        for key in sorted(file.keys()):
+        for key in sorted(file.keys(), key=by_number):
             tensor = file.get_tensor(key)
             norm, finite = _norm(tensor)
             dtype = str(tensor.dtype).removeprefix("torch.")
@@ -253,7 +253,7 @@ def _check_against(config: Config, inspection: Inspection) -> None:
     """Add problems of the tensors with each other and with the config."""
     keys = [tensor.key for tensor in inspection.tensors]
     problems = inspection.problems
-    problems += [f"{key}: the other half of the pair is missing" for key in sorted(_halves(keys))]
+    problems += [f"{key}: the other half of the pair is missing" for key in sorted(_halves(keys), key=by_number)]
     if isinstance(config, LayerConfig):
         others = [key for key in keys if not key.startswith(PREFIX)]
         if others:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,3 +40,12 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def matches(path: str, entry: str) -> bool:
     """Whether `entry` is `path` or its ending: `self_attn.q_proj` matches `model.layers.0.self_attn.q_proj`."""
     return path == entry or path.endswith("." + entry)
+
+
+def by_number(path: str) -> tuple[Any, ...]:
+    """A key for sorting paths and tensor names: layer 2 comes before layer 10."""
+    parts: list[Any] = re.split("([0-9]+)", path)
+    for i in range(1, len(parts), 2):
+        digits = parts[i].lstrip("0")
+        parts[i] = (len(digits), digits)  # not int(): a hostile file can hold more digits than it accepts
+    return (*parts, path)

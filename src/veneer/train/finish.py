@@ -20,10 +20,10 @@ from ..core.config import Config
 from ..data.prepare import Data
 from ..errors import TrainingError
 from ..files.write import writing
-from ..model.card import write_card
+from ..model.card import Example, write_card
 from ..model.verify import Verification, record, unmoved, verify
 from .meter import Meter
-from .page import PAGE_NAME, render
+from .page import PAGE_NAME, is_plain_text, render, typed_prompt
 from .recipe import Recipe
 from .report import REPORT_NAME, contents, in_words, write_report
 from .samples import probe, samples
@@ -64,6 +64,7 @@ def finish(run: Run) -> dict[str, Any]:
     """
     is_main = run.trainer.is_world_process_zero()
     content = contents(run.recipe, run.trainer, run.meter, run.data)
+    content["chat_template"] = bool(run.recipe.chat_template or run.tokenizer.chat_template)
     with _staging(run.output, is_main) as folder:
         with writing("the adapter", run.output):
             run.trainer.save_model(str(folder))
@@ -74,7 +75,8 @@ def finish(run: Run) -> dict[str, Any]:
             content |= _verified_facts(run, folder)
             with writing("the report", run.output):
                 write_report(folder, content)
-                write_card(folder, Config.from_pretrained(folder), in_words(content))
+                config = Config.from_pretrained(folder)
+                write_card(folder, config, in_words(content), name=run.recipe.output, example=_example(run, content))
                 (folder / PAGE_NAME).write_text(render(content), encoding="utf-8")
                 _publish(folder, run.output)
     return content
@@ -121,11 +123,25 @@ def _verified_facts(run: Run, folder: Path) -> dict[str, Any]:
     return {
         "verified": verification.passed,
         "verification": [vars(check) for check in verification.checks],
-        "samples": samples(model, run.tokenizer, run.data, run.recipe.samples, run.pad),
+        "samples": samples(model, run.tokenizer, run.data, run.recipe, run.pad),
         "layers": layers(model),
         "outside": outside(model),
         "adapter_bytes": sum(file.stat().st_size for file in folder.glob("adapter_*")),
     }
+
+
+def _example(run: Run, content: dict[str, Any]) -> Example | None:
+    """What the card's code asks the model; None if the base model's tokenizer lacks the chat template of the run."""
+    prompt = typed_prompt(content["samples"]["rows"])
+    if run.data.labels is not None:
+        return Example(prompt, tuple(run.data.labels))
+    if is_plain_text(content):
+        return Example(prompt)
+    if run.recipe.chat_template is not None:
+        return None
+    if run.tokenizer.chat_template:
+        return Example(prompt, is_chat=True)
+    return Example(f"{prompt}\n")
 
 
 def _release(trainer: Any) -> None:

@@ -2,63 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from markupsafe import Markup
 
 from ..terminal import duration, size
+from .charts import Curve, Point, curve
+from .samples import CUT
 
 PAGE_NAME = "report.html"
-MOST_POINTS = 400
-"""Maximum number of points of a curve; longer curves are averaged down."""
 MOST_BARS = 32
 """Maximum number of bars of a histogram."""
-MARGIN = 0.06
-"""Room above and below the values of a curve, as a share of their range."""
-SMOOTHING = 0.8
-"""How much less each step weighs in the smoothed line than its neighbour nearer to the point."""
-
-Point = tuple[float, float]
-Points = Sequence[Point]
-Tick = tuple[float, str]
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A labelled point, in percent of the plot."""
-
-    x: float
-    y: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A chart: paths in a square of 1000, ticks and marks in percent."""
-
-    title: str
-    lines: tuple[tuple[str, str], ...]
-    """(class, path)."""
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-    marks: tuple[Mark, ...] = ()
-
-
-@dataclass(frozen=True)
-class Axis:
-    """The range of values along one axis."""
-
-    start: float
-    end: float
-
-    def share(self, value: float) -> float:
-        """The position of a value between start (0) and end (1)."""
-        return (value - self.start) / (self.end - self.start)
+MOST_NAMED = 4
+"""Maximum number of classes or data sources that the title names."""
+MOST_TYPED = 45
+"""Maximum length of a prompt that the example of `veneer generate` repeats."""
+FENCE = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```[ \t]*$\n?|\Z)", re.MULTILINE | re.DOTALL)
+"""A block of code in Markdown, which may be unfinished."""
+CODE_START = re.compile(
+    r"""[\[{]\s*["'{\[]"""
+    r"|(SELECT|INSERT|UPDATE|DELETE|CREATE|WITH)\b[^?!]*?\b(FROM|INTO|SET|TABLE|AS)\b"
+    r"|\#include\b|<\w+[^>]*>|(def|class|function)\s+\w+\s*[(:{]"
+)
+CODE_LINE = re.compile(
+    r"(\t|\ {2,})\S|(def|class|import|from|return|if|for|while|function|const|let|var)\b.*[:;({=]|.*[;{}]$"
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +52,16 @@ class Heat:
 
     title: str
     most: str
+    depths: tuple[int, int] | None = None
+    """The first and the last depth; None if there are no numbered layers."""
     rows: list[tuple[str, list[Cell | None]]] = field(default_factory=list)
+
+
+class Piece(NamedTuple):
+    """A part of an answer."""
+
+    is_code: bool
+    text: str
 
 
 def render(content: dict[str, Any]) -> str:
@@ -91,17 +76,89 @@ def render(content: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"count": _count, "size": size, "clock": duration, "share": _share, "short": _short}
+    environment.filters |= {"pieces": pieces, "breakable": _breakable, "finished": _minute}
     recipe = content["recipe"]
     template = environment.get_template(f"{PAGE_NAME}.j2")
     return template.render(
         r=content,
-        name=content["model"].rstrip("/").rpartition("/")[2],
+        task=task(content),
+        name=_last(content["model"]),
         curves=curves(content),
         heats=heats(content["layers"]),
         bars=bars(content["data"]["lengths"], recipe["max_length"]),
         recipe_text=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
-        output_text=repr(recipe["output"]),
+        output_text=json.dumps(recipe["output"], ensure_ascii=False),
+        commands=commands(content),
     )
+
+
+# What the run was for
+
+
+def task(content: dict[str, Any]) -> str:
+    """What was learned from which data, as the title of the page."""
+    sources = [_last(source["path"]) for source in content["recipe"]["data"]]
+    learned = "Answers"
+    if content["labels"]:
+        learned = f"Classes ({_named(content['labels'])})"
+    elif is_plain_text(content):
+        learned = "Text"
+    return f"{learned} learned from {_named(sources)}"
+
+
+def is_plain_text(content: dict[str, Any]) -> bool:
+    """Whether all tokens that can be learned are, without a prompt; the first of a row cannot be."""
+    data = content["data"]
+    return content["recipe"]["loss_on"] == "assistant" and data["supervised_tokens"] == data["tokens"] - data["kept"]
+
+
+def _named(names: Sequence[str]) -> str:
+    """The names in a row, or their number if there are many."""
+    if len(names) > MOST_NAMED:
+        return f"{', '.join(names[: MOST_NAMED - 1])} and {len(names) - MOST_NAMED + 1} more"
+    return ", ".join(names)
+
+
+def _last(path: str) -> str:
+    """The last part of a path or of a hub id."""
+    return path.rstrip("/").rpartition("/")[2] or path
+
+
+def commands(content: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """(purpose, commands) for using the adapter from a shell."""
+    output = shlex.quote(content["recipe"]["output"])
+    merge = f"veneer merge {output} --out merged"
+    use = [f"veneer eval --adapter {output} --data rows.csv", merge]
+    if not content["labels"]:
+        use = [*_asking(content, output), merge]
+    again = shlex.quote(f"{content['recipe']['output']}/recipe.yaml")
+    check = [f"veneer verify {output}", f"veneer inspect {output}", f"veneer train {again} --output again"]
+    return [
+        ("Use it, or write a plain model that needs no adapter:", use),
+        ("Check, inspect or repeat the run:", check),
+    ]
+
+
+def _asking(content: dict[str, Any], output: str) -> list[str]:
+    """The commands that ask the model, with the chat template of the run."""
+    prompt = shlex.quote(typed_prompt(content["samples"]["rows"]))
+    template = content["recipe"]["chat_template"]
+    options = f" --chat-template {shlex.quote(template)}" if template else ""
+    chat = f"veneer chat --adapter {output}{options}"
+    if is_plain_text(content):
+        options = " --raw"
+    generate = f"veneer generate {prompt} --adapter {output}{options}"
+    return [chat, generate] if content["chat_template"] else [generate]
+
+
+def typed_prompt(rows: list[dict[str, Any]]) -> str:
+    """The prompt of a sample that is short enough to be typed."""
+    for row in rows:
+        prompt = row["prompt"]
+        is_short = 0 < len(prompt) <= MOST_TYPED
+        if is_short and prompt.isprintable() and not prompt.startswith("-"):  # a dash would begin an option
+            return str(prompt)
+    return "a prompt"
 
 
 # Curves
@@ -111,16 +168,13 @@ def curves(content: dict[str, Any]) -> list[Curve]:
     """Charts of loss, learning rate, speed and memory over the steps."""
     history = content["history"]
     evaluations = (content["eval"] or {}).get("history", [])
-    loss = _series(history, "loss")
-    loss_lines = [("raw", loss), ("main", smooth(loss))]
-    rate = _series(history, "learning_rate")
-    speed = _series(history, "tokens_per_second")
-    memory = _series(history, "rss_bytes", 1e-9)
+    unit = "row" if content["labels"] else "token"
+    marks = _series(evaluations, "loss")
     return [
-        curve("Loss", loss_lines, _series(evaluations, "loss")),
-        curve("Learning rate", [("main", rate)], floor=0.0),
-        curve("Tokens per second", [("main", speed)], floor=0.0),
-        curve("Memory, GB", [("main", memory)], floor=0.0),
+        curve("Loss", f"nats per {unit}", _series(history, "loss"), marks, is_noisy=True, may_be_log=True),
+        curve("Learning rate", "rate", _series(history, "learning_rate"), floor=0.0),
+        curve("Speed", "tokens per second", _series(history, "tokens_per_second"), floor=0.0, is_noisy=True),
+        curve("Memory", "GB", _series(history, "rss_bytes", 1e-9), floor=0.0),
     ]
 
 
@@ -129,125 +183,39 @@ def _series(history: list[dict[str, Any]], name: str, scale: float = 1.0) -> lis
     return [(entry["step"], entry[name] * scale) for entry in history if entry.get(name) is not None]
 
 
-def curve(title: str, lines: list[tuple[str, list[Point]]], marks: Points = (), floor: float | None = None) -> Curve:
-    """A chart of several lines over the same steps, with marked points.
-
-    Args:
-        floor: start of the vertical axis; None: near the lowest value.
-    """
-    points = list(marks)
-    for _, line in lines:
-        points.extend(line)
-    if not points:
-        return Curve(title, (), (), ())
-    x_axis = _axis([x for x, _ in points], margin=0)
-    y_axis = _axis([y for _, y in points], MARGIN, floor)
-
-    paths = []
-    for css_class, line in lines:
-        path = _path([(x_axis.share(x), 1 - y_axis.share(y)) for x, y in thinned(line)])
-        paths.append((css_class, path))
-    x_ticks = [(_percent(x_axis.share(x)), text) for x, text in _ticks(x_axis, 6, whole=True)]
-    y_ticks = [(_percent(1 - y_axis.share(y)), text) for y, text in _ticks(y_axis, 7 if floor is None else 4)]
-    labelled = []
-    for x, y in marks:
-        text = f"step {x:g}: evaluation loss {y:.4f}"
-        labelled.append(Mark(_percent(x_axis.share(x)), _percent(1 - y_axis.share(y)), text))
-    return Curve(title, tuple(paths), tuple(x_ticks), tuple(y_ticks), tuple(labelled))
+# Answers
 
 
-def _axis(values: Sequence[float], margin: float, floor: float | None = None) -> Axis:
-    """The axis for some values, with a margin; never empty, also for equal values."""
-    low = min(values) if floor is None else floor
-    high = max(values)
-    if high <= low and low == 0:
-        high = 1.0
-    elif high <= low:
-        low -= 0.5 * abs(low)
-        high += 0.5 * abs(high)
-    room = margin * (high - low)
-    return Axis(low if floor is not None else low - room, high + room)
+def pieces(text: str) -> list[Piece]:
+    """The prose and the code of an answer, in order: JSON, blocks between ``` and text that looks like code."""
+    parts = []
+    position = 0
+    for match in FENCE.finditer(text):
+        parts.append(_piece(text[position : match.start()]))
+        parts.append(Piece(True, match[1].rstrip("\n")))
+        position = match.end()
+    parts.append(_piece(text[position:]))
+    return [part for part in parts if part.text]
 
 
-class Sum(NamedTuple):
-    """A weighted sum of values, and the sum of the weights."""
-
-    total: float
-    weight: float
+def _breakable(code: str) -> Markup:
+    """Code as HTML whose lines may break after commas, as JSON without blanks has no other place."""
+    return Markup(",<wbr>").join(code.split(","))  # join escapes the parts
 
 
-def smooth(line: Points) -> list[Point]:
-    """Weighted means over the neighbours on both sides, so that the line does not lag behind the values."""
-    forward = _decaying_sums([y for _, y in line])
-    backward = _decaying_sums([y for _, y in reversed(line)])[::-1]
-    means = []
-    for (x, y), before, after in zip(line, forward, backward, strict=True):
-        total = before.total + after.total - y  # each of the two holds the value itself
-        weight = before.weight + after.weight - 1
-        means.append((x, total / weight))
-    return means
+def _piece(text: str) -> Piece:
+    """Text outside of fences, with its line breaks at both ends removed."""
+    text = text.strip("\n")
+    return Piece(_is_code(text), text)
 
 
-def _decaying_sums(values: Sequence[float]) -> list[Sum]:
-    """For each value, the sum of it and all before it, with weights that fall with the distance."""
-    sums = []
-    total = 0.0
-    weight = 0.0
-    for value in values:
-        total = SMOOTHING * total + value
-        weight = SMOOTHING * weight + 1
-        sums.append(Sum(total, weight))
-    return sums
-
-
-def thinned(line: Points) -> list[Point]:
-    """At most MOST_POINTS points, each the mean of several neighbours."""
-    group_size = math.ceil(len(line) / MOST_POINTS)
-    if group_size <= 1:
-        return list(line)
-    means = []
-    for start in range(0, len(line), group_size):
-        group = line[start : start + group_size]
-        x_sum = sum(x for x, _ in group)
-        y_sum = sum(y for _, y in group)
-        means.append((x_sum / len(group), y_sum / len(group)))
-    return means
-
-
-def _path(points: Points) -> str:
-    """An SVG path through points of the unit square."""
-    if len(points) == 1:  # a point has no length; draw a line across
-        return f"M0 {1000 * points[0][1]:.1f}H1000"
-    return "M" + "L".join(f"{1000 * x:.1f} {1000 * y:.1f}" for x, y in points)
-
-
-def _percent(share: float) -> float:
-    return round(100 * share, 2)
-
-
-def _ticks(axis: Axis, count: int, whole: bool = False) -> list[Tick]:
-    """Round numbers along an axis, with their texts."""
-    from matplotlib.ticker import MaxNLocator
-
-    fewest = 1 if whole else 2  # matplotlib gives up on whole numbers rather than show fewer ticks
-    locator = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=fewest)
-    values = [float(value) for value in locator.tick_values(axis.start, axis.end)]
-    step = values[1] - values[0]
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    if f"{step:e}".startswith("2.5"):
-        digits += 1
-    largest = max(abs(value) for value in values)
-    ticks = []
-    for value in values:
-        if axis.start <= value <= axis.end:
-            ticks.append((value, _tick_text(value, digits, scientific=largest < 1e-3)))
-    return ticks
-
-
-def _tick_text(value: float, digits: int, scientific: bool) -> str:
-    if value == 0:
-        return "0"
-    return f"{value:.1e}" if scientific else f"{value:,.{digits}f}"
+def _is_code(text: str) -> bool:
+    """Whether a text is JSON, or reads like a program or markup."""
+    text = text.strip().removesuffix(CUT)
+    if CODE_START.match(text):
+        return True
+    lines = [line for line in text.splitlines() if line.strip()]
+    return len(lines) > 1 and 2 * sum(CODE_LINE.match(line) is not None for line in lines) > len(lines)
 
 
 # Layers
@@ -282,7 +250,7 @@ def _heat(title: str, layers: list[dict[str, Any]], measure: str, spell: Callabl
         text = f"{layer['path']}: {spell(layer[measure])}, {layer['parameters']:,} parameters"
         rows.setdefault(kind, {})[depth] = Cell(share, text)
     names = _shortest(list(rows))
-    heat = Heat(title, spell(most))
+    heat = Heat(title, spell(most), (min(depths), max(depths)) if depths else None)
     for kind, cells in rows.items():
         columns: list[int | None] = [None] if None in cells else [*sorted(depths)]
         heat.rows.append((names[kind], [cells.get(depth) for depth in columns]))
@@ -356,3 +324,8 @@ def _short(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _minute(moment: str) -> str:
+    """2026-05-01T12:34:56+00:00 becomes 2026-05-01 12:34 UTC."""
+    return moment[:16].replace("T", " ") + " UTC"

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
+import regex
 import torch
 from torch import Tensor
 
 from ..data.collate import Collator
 from ..data.encode import IGNORED, Encoded
 from ..data.prepare import Data
+from ..inference.evaluation import same
 from ..model.peft_model import PeftModel
 from ..upstream.models import positions_of
+from .recipe import Recipe
 
 MOST_TOKENS = 256
 """Maximum length of a generated answer."""
 COMPARED = 200
 """Number of rows whose prompts are compared to find the text that the chat template adds around them."""
+CUT = " …"
+"""The end of a text that was cut."""
+CHARACTER = r"\X"
+"""A character as a reader sees it (a grapheme): one or several code points."""
+WORD = r"\s*\S+"
+HALF = "\ufffd\u200d"
+"""What the text of tokens that were cut inside a character ends in: bytes that are no character yet, or a joiner."""
 
 
 class Split(NamedTuple):
@@ -26,27 +37,51 @@ class Split(NamedTuple):
 
     prompt: list[int]
     answer: list[int]
+    asks: bool = True
+    """Whether the data has a prompt; without one, the answer is the second half of a text."""
 
 
-def samples(model: PeftModel, tokenizer: Any, data: Data, count: int, pad: int) -> dict[str, Any]:
+def samples(model: PeftModel, tokenizer: Any, data: Data, recipe: Recipe, pad: int) -> dict[str, Any]:
     """Answers to the first held-out rows, or to training rows if none were held out.
 
     Returns:
-        held_out, and rows of prompt, expected, after, and (except for classes) before.
+        held_out; rows of prompt, expected, after and right, and (except for classes) before and right_before;
+        exact_match and exact_match_before, the shares of rows that are right. A text that was cut ends in CUT. The
+        continuation of a plain text is neither right nor wrong: None.
     """
     rows = _rows(data)
-    chosen = rows[:count]
+    chosen = rows[: recipe.samples]
+    longest = _longest_whole(data, recipe.max_length)
     answers: list[dict[str, Any]] = []
     if chosen and data.labels is not None:
-        answers = _classified(model, tokenizer, chosen, data.labels, pad)
+        answers = _classified(model, tokenizer, chosen, data.labels, pad, longest)
     elif chosen:
-        prompts = [_split(row).prompt for row in rows[:COMPARED]]
-        start, end = _template_lengths(prompts, tokenizer.added_tokens_decoder)
-        answers = _generated(model, tokenizer, chosen, pad)
+        prompts = [_split(tokenizer, row).prompt for row in rows[:COMPARED]]
+        start = end = 0
+        if _split(tokenizer, rows[0]).asks:
+            start, end = _template_lengths(prompts, tokenizer.added_tokens_decoder)
+        answers = _generated(model, tokenizer, chosen, pad, longest)
         for row, answer in zip(chosen, answers, strict=True):
-            prompt = _split(row).prompt
-            answer["prompt"] = _text(tokenizer, prompt[start : len(prompt) - end])
-    return {"held_out": data.evaluation is not None, "rows": answers}
+            prompt = _split(tokenizer, row).prompt
+            answer["prompt"] = _between(tokenizer, prompt, start, len(prompt) - end)
+    return {
+        "held_out": data.evaluation is not None,
+        "exact_match": _share_right(answers, "right"),
+        "exact_match_before": _share_right(answers, "right_before"),
+        "rows": answers,
+    }
+
+
+def _share_right(answers: Sequence[dict[str, Any]], name: str) -> float | None:
+    """The share of right answers; None if there are none that can be right."""
+    judged = [answer[name] for answer in answers if answer.get(name) is not None]
+    return sum(judged) / len(judged) if judged else None
+
+
+def _longest_whole(data: Data, max_length: int) -> float:
+    """The length from which on a row may have been cut; infinite if no row was cut."""
+    account = data.eval_account or data.account
+    return max_length if account.cut_rows else math.inf
 
 
 def probe(data: Data, pad: int, most: int = 64) -> dict[str, Tensor]:
@@ -76,7 +111,7 @@ def _unpacked(row: Encoded) -> Encoded:
     return {name: value[:end] for name, value in row.items() if name != "position_ids"}
 
 
-def _split(row: Encoded) -> Split:
+def _split(tokenizer: Any, row: Encoded) -> Split:
     """The prompt and the last learned answer of a row; the two halves of a text without a prompt."""
     ids = row["input_ids"]
     labels = row["labels"]
@@ -88,9 +123,33 @@ def _split(row: Encoded) -> Split:
     start = end
     while start > 0 and labels[start - 1] != IGNORED:
         start -= 1
-    if start == 0:
-        start = end // 2
-    return Split(list(ids[:start]), list(ids[start:end]))
+    asks = start > 0
+    if not asks:
+        start = _cut_between(tokenizer, ids[:end], end // 2, -1, WORD)
+        start = start or _cut_between(tokenizer, ids[:end], end // 2, -1, CHARACTER) or end // 2
+    return Split(list(ids[:start]), list(ids[start:end]), asks)
+
+
+def _cut_between(tokenizer: Any, ids: Sequence[int], position: int, step: int, unit: str) -> int:
+    """The nearest position that is not inside a unit of the text, in the direction of `step`; 0 and the end are such.
+
+    A token can be a part of a character: tokenizers of bytes split letters of most scripts, and emoji.
+    """
+    whole = tokenizer.decode(ids)
+    ends = {match.end() for match in regex.finditer(unit, whole)}
+    while 0 < position < len(ids):
+        text = tokenizer.decode(ids[:position])
+        if whole.startswith(text) and len(text) in ends and not text.endswith(HALF[0]):
+            break
+        position += step
+    return position
+
+
+def _between(tokenizer: Any, ids: Sequence[int], start: int, end: int) -> str:
+    """The text of the tokens from start to end, with whole characters at both ends."""
+    start = _cut_between(tokenizer, ids, start, -1, CHARACTER)
+    end = _cut_between(tokenizer, ids, end, 1, CHARACTER)
+    return _text(tokenizer, ids[start:end])
 
 
 def _template_lengths(prompts: Sequence[list[int]], special_tokens: Container[int]) -> tuple[int, int]:
@@ -131,9 +190,11 @@ def _room(model: PeftModel, prompt: int) -> int:
     return max(1, positions - prompt - learned)
 
 
-def _generated(model: PeftModel, tokenizer: Any, rows: Sequence[Encoded], pad: int) -> list[dict[str, Any]]:
+def _generated(
+    model: PeftModel, tokenizer: Any, rows: Sequence[Encoded], pad: int, longest_whole: float
+) -> list[dict[str, Any]]:
     """Expected and generated answers, with the adapter (after) and without (before)."""
-    splits = [_split(row) for row in rows]
+    splits = [_split(tokenizer, row) for row in rows]
     longest = max(len(split.answer) for split in splits)
     longest_prompt = max(len(split.prompt) for split in splits)
     most = min(MOST_TOKENS, 8 + longest * 5 // 4, _room(model, longest_prompt))
@@ -143,10 +204,17 @@ def _generated(model: PeftModel, tokenizer: Any, rows: Sequence[Encoded], pad: i
     after = _answers(model, tokenizer, batch, pad, most)
     with model.disable_adapter():
         before = _answers(model, tokenizer, batch, pad, most)
+    ends = _end_tokens(model, pad)
     answers = []
-    for split, text_before, text_after in zip(splits, before, after, strict=True):
+    for row, split, text_before, text_after in zip(rows, splits, before, after, strict=True):
+        may_be_cut = len(row["input_ids"]) >= longest_whole
         expected = _text(tokenizer, split.answer)
-        answers.append({"prompt": "", "expected": expected, "before": text_before, "after": text_after})
+        if may_be_cut and split.answer[-1] not in ends:
+            expected = _cut(expected)
+        answer: dict[str, Any] = {"prompt": "", "expected": expected, "before": text_before, "after": text_after}
+        for name, text in (("right", text_after), ("right_before", text_before)):
+            answer[name] = same(text, expected) if split.asks else None
+        answers.append(answer)
     return answers
 
 
@@ -160,7 +228,8 @@ def _answers(model: PeftModel, tokenizer: Any, batch: dict[str, Tensor], pad: in
     texts = []
     for answer in tokens[:, prompt_length:].tolist():
         is_cut = len(answer) == most and answer[-1] not in end_tokens
-        texts.append(_text(tokenizer, answer) + (" …" if is_cut else ""))
+        text = _text(tokenizer, answer)
+        texts.append(_cut(text) if is_cut else text)
     return texts
 
 
@@ -182,18 +251,27 @@ def _left_padded(prompts: Sequence[list[int]], pad: int) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def _classified(
-    model: PeftModel, tokenizer: Any, rows: Sequence[Encoded], labels: Sequence[str], pad: int
+    model: PeftModel, tokenizer: Any, rows: Sequence[Encoded], labels: Sequence[str], pad: int, longest_whole: float
 ) -> list[dict[str, Any]]:
     """Expected and predicted classes, with the probability of the predicted one."""
     inputs = {name: t.to(model.device) for name, t in Collator(pad)(rows).items() if name != "labels"}
     probabilities = model(**inputs).logits.float().softmax(-1)
     answers = []
     for row, p in zip(rows, probabilities, strict=True):
-        predicted = f"{labels[int(p.argmax())]} ({float(p.max()):.0%})"
+        predicted = labels[int(p.argmax())]
+        expected = labels[row["labels"]]
         prompt = _text(tokenizer, row["input_ids"])
-        answers.append({"prompt": prompt, "expected": labels[row["labels"]], "after": predicted})
+        if len(row["input_ids"]) >= longest_whole:
+            prompt = _cut(prompt)
+        after = f"{predicted} ({float(p.max()):.0%})"
+        answers.append({"prompt": prompt, "expected": expected, "after": after, "right": predicted == expected})
     return answers
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def _cut(text: str) -> str:
+    """A text that was cut between two tokens: without the part of a character at its end, and with a sign."""
+    return text.rstrip(HALF).rstrip() + CUT

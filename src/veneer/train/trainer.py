@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from .. import ops
+from ..core.state import LOSS_TERMS
 from ..data.collate import Shuffled
 from ..data.encode import IGNORED
 from ..errors import TrainingError
@@ -29,6 +31,14 @@ from .recipe import Recipe
 
 WHOLE = "complete"
 """Name of the empty file that marks a checkpoint as completely written."""
+
+
+@dataclass
+class Terms:
+    """The sum of the method's own loss terms over some steps, such as AdaLoRA's orthogonality."""
+
+    total: Any = 0.0
+    steps: int = 0
 
 
 class ExactTrainer(Trainer):
@@ -54,6 +64,7 @@ class ExactTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # makes Trainer count learned tokens; `compute_loss` does the rest
         self.sampler = sampler
         self.meter = meter
+        self.terms = Terms()
         self.add_callback(meter)
         self.add_callback(_Epochs(sampler))
 
@@ -99,6 +110,7 @@ class ExactTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         self.meter.start()
+        self.terms.steps += 1
         batches, learned_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
         count = sum(_real_tokens(batch) for batch in batches)
         real_tokens = torch.tensor(count, device=self.args.device)
@@ -119,11 +131,17 @@ class ExactTrainer(Trainer):
         outputs = model(**inputs)
         loss = outputs.loss
         if num_items_in_batch is not None:
-            loss = loss * (learned_tokens / num_items_in_batch * self.accelerator.num_processes)
+            share = learned_tokens / num_items_in_batch * self.accelerator.num_processes
+            loss = loss * share
+            adapted = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+            self.terms.total = self.terms.total + adapted._state.facts.get(LOSS_TERMS, 0.0) * share
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as Trainer does, with speed and memory; raise TrainingError if the loss or gradient is not finite."""
+        """Log as Trainer does, with speed and memory; raise TrainingError if the loss or gradient is not finite.
+
+        The loss is that of the data. What the method's own terms add to it is logged as `method_loss`.
+        """
         for name in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise TrainingError(
@@ -133,7 +151,19 @@ class ExactTrainer(Trainer):
                 )
         if "loss" in logs:
             logs = logs | {"tokens_per_second": self.meter.speed(), "rss_bytes": rss()}
+            added = self._mean_terms()
+            if added:
+                logs = logs | {"loss": logs["loss"] - added, "method_loss": added}
         super().log(logs, start_time)
+
+    def _mean_terms(self) -> float:
+        """What the method's loss terms added to the loss, per step since the last call, over all processes."""
+        terms = self.terms
+        self.terms = Terms()
+        total = torch.as_tensor(terms.total, dtype=torch.float32, device=self.args.device)
+        if self.args.world_size > 1:  # every process takes part, also one whose batches had nothing to learn
+            total = self.accelerator.reduce(total, "mean")
+        return float(total) / terms.steps if terms.steps else 0.0
 
     def _load_callback_state(self) -> None:
         """Restore our Meter in place: Trainer replaces it by a new object, but the display refers to ours."""
