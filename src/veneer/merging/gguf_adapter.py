@@ -7,7 +7,7 @@ if the method has factors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,7 @@ def export_adapter(
     base = base_of([config], model)
     bare = skeleton(base)
     naming = Naming(bare.config)
+    _check_head(_adapted_paths(source), bare)
     if rank is None and _is_from_file(config):
         pairs, lost = _from_file(source, base, check_base), 0.0
     else:
@@ -91,6 +92,16 @@ def _from_file(source: str, base: str, check_base: bool) -> dict[str, Pair]:
     if check_base and has_weights:
         on_files([source], base)
     return pairs
+
+
+def _adapted_paths(source: str) -> set[str]:
+    """Paths of the modules that an adapter's file names."""
+    paths = set()
+    for key in tensor_shapes(find_weights(source)):
+        path, found, _ = key.removeprefix(peft.PREFIX).partition(".lora_")
+        if found:
+            paths.add(path)
+    return paths
 
 
 def _refuse_parts(shapes: dict[str, tuple[int, ...]]) -> None:
@@ -164,9 +175,14 @@ def _check_places(pairs: dict[str, Pair], model: Any) -> None:
             problems.append(f"{path}: the update is {given}, the weight {shape}")
     if problems:
         raise CheckpointError(f"the adapter does not fit the base model:{listing(problems)}")
+
+
+def _check_head(paths: Iterable[str], model: Any) -> None:
+    """Raise ConfigError if the head is adapted, but tied to the embedding."""
     head = model.get_output_embeddings()
     is_tied = head is not None and head.weight is model.get_input_embeddings().weight
-    if is_tied and any(modules[path] is head for path in pairs):
+    modules = dict(model.named_modules())
+    if is_tied and any(modules.get(path) is head for path in paths):
         raise ConfigError(
             "the base model ties its head to its embedding, and llama.cpp has no separate head to adapt; write the "
             "whole model with --merged"

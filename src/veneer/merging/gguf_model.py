@@ -131,6 +131,8 @@ class Model:
                 "the chat template is not a sequence of turns that Ollama's language describes; the Modelfile has no "
                 "TEMPLATE, and Ollama looks for one that resembles the model's"
             )
+        elif "system" not in turns.before:
+            result.notes.append("the chat template has no place for a system message; Ollama will leave it out")
 
     def _name(self) -> str:
         return Path(self.source).name
@@ -202,6 +204,10 @@ class Model:
         return exact
 
     def _base_value(self, name: str) -> Tensor:
+        """The base's value of a parameter, or the one that was saved with the adapter."""
+        if self.merger is not None and name in self.merger.apart:
+            saved = self.merger.embeddings.get(name)
+            return self.mapped.shards.tensor(str(self.mapped.home(name))) if saved is None else saved
         group = self.mapped.groups.get(name)
         names = [name] if group is None else group.names
         self.mapped.bind(names)

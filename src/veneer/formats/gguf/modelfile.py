@@ -7,6 +7,7 @@ texts are found by rendering a conversation. A template that does more is left o
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -87,9 +88,16 @@ def _found(tokenizer: Any, bos: str | None) -> Turns:
     question = messages[-2:-1]
     alone = _rendered(tokenizer, bos, question, answer=False)
     head, after_user = _pieces(alone, question)
-    answer = _rendered(tokenizer, bos, question, answer=True).removeprefix(alone)
+    _, before_answer = _pieces(_rendered(tokenizer, bos, question, answer=True), question)
+    between_turns = pieces[-3]
     after_assistant = pieces[-1]
-    before_user = pieces[-3].removeprefix(after_assistant)
+    if not between_turns.startswith(after_assistant):  # the end of the text has more than the end of a turn
+        before_user = _common_end(head, between_turns)
+        after_assistant = between_turns.removesuffix(before_user)
+    if not before_answer.startswith(after_user):
+        after_user = after_assistant
+    before_user = between_turns.removeprefix(after_assistant)
+    answer = before_answer.removeprefix(after_user)
     before = {"user": before_user, "assistant": pieces[-2].removeprefix(after_user)}
     after = {"user": after_user, "assistant": after_assistant}
     first = head.removesuffix(before_user)
@@ -100,6 +108,11 @@ def _found(tokenizer: Any, bos: str | None) -> Turns:
     before["system"] = pieces[0].removeprefix(start)
     after["system"] = pieces[1].removesuffix(before_user)
     return Turns(start, default, before, after, answer)
+
+
+def _common_end(a: str, b: str) -> str:
+    """The longest text that both end with."""
+    return os.path.commonprefix([a[::-1], b[::-1]])[::-1]
 
 
 def _pieces(text: str, messages: Messages) -> list[str]:
