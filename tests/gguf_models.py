@@ -60,7 +60,9 @@ def saved(name: str, directory: Path, dtype: torch.dtype = torch.float32, **sett
     """Save a model of this name with its tokenizer; returns the model."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    words = sentencepiece(prefix=name != "gemma2") if name in SENTENCEPIECE else byte_level()
+    words = byte_level()
+    if name in SENTENCEPIECE:
+        words = sentencepiece(prefix=name != "gemma2", strips=name == "phi3")
     settings = CONFIGS[name] | {"vocab_size": len(words)} | settings
     config = AutoConfig.for_model("llama" if name == "llama3" else name, **settings)
     torch.manual_seed(0)
@@ -104,11 +106,12 @@ def byte_level(steps: Any = None, words: tuple[str, ...] = WORDS, ignore_merges:
     return _tokenizer(content)
 
 
-def sentencepiece(prefix: bool = True) -> Any:
+def sentencepiece(prefix: bool = True, strips: bool = False) -> Any:
     """A BPE of SentencePiece's kind, with bytes as a fallback.
 
     Args:
         prefix: put a space before each text, as Llama 2's does.
+        strips: special tokens take the spaces after them, as Phi-3's do.
     """
     pieces = [" t", "he", " the", "in", "ing", " a", "an", " an", "ing a"]
     letters = sorted(set("".join(pieces).replace(" ", "▁") + "bcdefghijklmnopqrstuvwxyzABT.,"))
@@ -143,7 +146,15 @@ def sentencepiece(prefix: bool = True) -> Any:
         },
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
     }
-    return _tokenizer(content)
+    made = _tokenizer(content)
+    if strips:
+        from transformers import AddedToken
+
+        stripping = [
+            AddedToken(text, special=True, rstrip=True, normalized=False) for text in ("<|user|>", "</s>", "<pad>")
+        ]
+        made.add_special_tokens({"additional_special_tokens": ["<|endoftext|>", *stripping]})
+    return made
 
 
 def _tokenizer(content: dict[str, Any]) -> Any:

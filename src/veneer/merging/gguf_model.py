@@ -101,7 +101,7 @@ class Model:
         embedding = self.mapped.model.get_input_embeddings().weight
         words = vocabulary(tokenizer, embedding.shape[0], self._stops())
         base = None if self.merger is None else self.base
-        metadata: Metadata = headers.of_model(self.config, self._name(), base) | words.metadata()
+        metadata: Metadata = headers.of_model(self.config, words.named(Path(self.source).name), base) | words.metadata()
         architecture = self.naming.architecture.name
         metadata[f"{architecture}.vocab_size"] = embedding.shape[0]
         tensors = list(self._planned(dtype))
@@ -111,8 +111,7 @@ class Model:
         if self.merger is not None:
             result.rounding = _ratio(self.squared_errors, self.squared_weights)
             result.rounding_of_change = _ratio(self.squared_errors, self.squared_changes)
-        if words.note is not None:
-            result.notes.append(words.note)
+        result.notes.extend(words.notes)
         result.notes.extend(self._notes())
         if ollama:
             self._write_modelfile(out, result, tokenizer, turns)
@@ -133,9 +132,6 @@ class Model:
             )
         elif "system" not in turns.before:
             result.notes.append("the chat template has no place for a system message; Ollama will leave it out")
-
-    def _name(self) -> str:
-        return Path(self.source).name
 
     def _tokenizer_directory(self) -> Path:
         """The directory of the adapter, if it has a tokenizer, else that of the base."""

@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ PRE_TOKENIZERS: dict[tuple[Steps, bool], str] = {
 }
 """llama.cpp's names of pre-tokenizers, by their steps and whether words in the vocabulary are taken whole
 (`ignore_merges`)."""
+PHI3_KEEPS = {"<unk>", "<s>", "<|endoftext|>"}
+"""Phi-3's special tokens that do not take the spaces after them; all others do."""
 SPACE = "▁"
 """SentencePiece's space."""
 
@@ -69,8 +72,15 @@ class Vocabulary:
     scores: list[float] | None = None
     add_space_prefix: bool | None = None
     chat_template: str | None = None
-    note: str | None = None
+    strips: bool = False
+    """Special tokens take the spaces that follow them, as Phi-3's do."""
+    notes: list[str] = field(default_factory=list)
     """How llama.cpp tokenizes differently."""
+
+    def named(self, name: str) -> str:
+        """A name for the model: llama.cpp takes special tokens as Phi-3's if the name says "phi-3" or "phi3"."""
+        plain = re.sub("phi-?3", "Phi 3", name, flags=re.IGNORECASE)
+        return f"{plain} (Phi-3)" if self.strips else plain
 
     def metadata(self) -> Metadata:
         metadata: Metadata = {
@@ -137,6 +147,7 @@ def vocabulary(tokenizer: Any, size: int, stops: list[int]) -> Vocabulary:
     result = translate(content, size)
     result.add_bos, result.add_eos = _adds(tokenizer)
     result.special = _special(tokenizer, stops)
+    _note_strips(content["added_tokens"], result)
     result.chat_template = _chat_template(tokenizer)
     return result
 
@@ -199,7 +210,7 @@ def _sentencepiece(content: dict[str, Any], size: int) -> Vocabulary:
     result.scores = _scores(content["model"], tokens)
     result.add_space_prefix = prefix
     if is_first_only:
-        result.note = (
+        result.notes.append(
             "the tokenizer puts a space before the first word of a text, llama.cpp also after each special token"
         )
     return result
@@ -261,6 +272,16 @@ def _tokens(content: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
     if unknown is not None and model.get("byte_fallback"):
         types[unknown] = int(TokenType.UNKNOWN)
     return tokens, types
+
+
+def _note_strips(added: list[dict[str, Any]], result: Vocabulary) -> None:
+    """Set `strips`, or note that llama.cpp does not take spaces around tokens as the tokenizer does."""
+    stripping = {token["content"] for token in added if token["rstrip"]}
+    special = {token["content"] for token in added if token["special"]}
+    if stripping and stripping == special - PHI3_KEEPS and special >= PHI3_KEEPS:
+        result.strips = True
+    elif stripping or any(token["lstrip"] for token in added):
+        result.notes.append("some tokens take the spaces around them, which llama.cpp keeps")
 
 
 def _adds(tokenizer: Any) -> tuple[bool, bool]:
