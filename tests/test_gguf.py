@@ -26,6 +26,7 @@ from veneer.errors import BaseMismatch, CheckpointError
 from veneer.formats.gguf import vocabulary as words
 from veneer.formats.gguf.modelfile import Turns, modelfile
 from veneer.merging.export import export
+from veneer.report.deployment import diagnose
 
 from .chat_templates import TEMPLATES
 from .forked import veneer
@@ -235,7 +236,7 @@ def test_scalings_and_variants_of_lora(settings, bases, tmp_path):
     base, _ = bases["llama"]
     adapter = adapted(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj"], **settings)
     report = export(str(adapter), tmp_path / "a.gguf")
-    assert report.lost < 1e-5
+    assert report.lost < 1e-5 and diagnose(adapter, "llama.cpp").runs == ("use_dora" not in settings)
     export(str(base), tmp_path / "base.gguf", dtype="f32")
     export(str(adapter), tmp_path / "m.gguf", merged=True, dtype="f32")
     before, after, lora = (read(tmp_path / f"{file}.gguf") for file in ("base", "m", "a"))
@@ -540,7 +541,7 @@ def test_adapters_that_are_more_than_updates_of_linear_layers(settings, bases, t
     adapter = adapted(bases["llama3"][0], tmp_path / "adapter", **dict(target_modules=["q_proj"]) | settings)
     with pytest.raises(VeneerError, match="--merged"):
         export(str(adapter), tmp_path / "m.gguf")
-    assert nothing_left(tmp_path)
+    assert nothing_left(tmp_path) and not diagnose(adapter, "llama.cpp").runs
     export(str(adapter), tmp_path / "m.gguf", merged=True)
 
 

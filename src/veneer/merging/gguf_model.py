@@ -24,7 +24,7 @@ from ..formats.gguf.modelfile import MODELFILE, Turns, modelfile
 from ..formats.gguf.tensors import Naming, rope_factors
 from ..formats.gguf.vocabulary import load_tokenizer, vocabulary
 from ..model.catalogue import pages
-from .base import TOKENIZER, find_base
+from .base import find_base
 from .exported import Export
 from .gguf_adapter import ALORA
 from .mapped import MappedModel, widened
@@ -136,9 +136,8 @@ class Model:
     def _tokenizer_directory(self) -> Path:
         """The directory of the adapter, if it has a tokenizer, else that of the base."""
         directory = Path(self.source)
-        if any((directory / name).is_file() for name in TOKENIZER):
-            return directory
-        return self.directory
+        has_tokenizer = (directory / "tokenizer_config.json").is_file()
+        return directory if has_tokenizer else self.directory
 
     def _stops(self) -> list[int]:
         """Ids of the tokens that end a generation, by the base's settings."""
