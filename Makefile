@@ -52,7 +52,7 @@ test-gguf: install .venv-gguf/installed
 
 .venv-gguf/installed: tests/llama-cpp-requirements.txt
 	$(PYTHON) -m venv .venv-gguf
-	CMAKE_ARGS=-DLLAVA_BUILD=OFF .venv-gguf/bin/python -m pip install --no-binary llama-cpp-python --requirement $<
+	.venv-gguf/bin/python -m pip install --no-binary llama-cpp-python --requirement $<
 	touch $@
 
 # The same 500 random sequences of calls on veneer under the name peft and on the real PEFT.
