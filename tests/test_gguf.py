@@ -518,6 +518,22 @@ def test_an_adapter_of_another_base(bases, tmp_path):
     assert nothing_left(tmp_path)
 
 
+def test_a_base_without_all_weights(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    saved("llama", tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.norm.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="no values for:\n  model.norm.weight"):
+        export(str(tmp_path / "base"), tmp_path / "m.gguf")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        export(str(tmp_path / "base"), tmp_path / "m.gguf")
+    assert nothing_left(tmp_path)
+
+
 def test_methods_without_a_form_as_weights(bases, tmp_path):
     config = PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     adapter = adapted(bases["llama"][0], tmp_path / "adapter", config)

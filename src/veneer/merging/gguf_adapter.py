@@ -27,7 +27,7 @@ from ..formats.gguf import metadata as headers
 from ..formats.gguf.file import Planned, Progress, type_of, write
 from ..formats.gguf.tensors import Naming
 from ..formats.lora import Hints, Pair
-from ..model.catalogue import pages
+from ..model.catalogue import page_of
 from ..model.to_lora import adapter_state, update_of
 from .exported import Export
 from .merge import base_of, on_files
@@ -118,8 +118,7 @@ def _from_base(
     source: str, config: Config, base: str, rank: int | None, check_base: bool, progress: Progress
 ) -> tuple[dict[str, Pair], float]:
     """(the LoRA nearest to an adapter's update by module, |what it lacks| / |update|)."""
-    page = next(page for page in pages().values() if page.config == type(config).__name__)
-    if not page.mergeable:
+    if not page_of(config).mergeable:
         raise NotMergeable(f"{config.peft_type} has no form as an update of weights, so it has none in GGUF either")
     try:
         return _reduced(source, base, rank, check_base, progress)

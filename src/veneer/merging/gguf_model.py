@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.config import Config
 from ..core.layer import AdapterLayer
-from ..errors import ConfigError, NotMergeable, VeneerError, first_line
+from ..errors import CheckpointError, ConfigError, NotMergeable, VeneerError, first_line, listing
 from ..files.read import read_json
 from ..files.skeleton import skeleton
 from ..files.write import write_atomically
@@ -23,7 +23,7 @@ from ..formats.gguf.file import Metadata, Planned, Progress, type_of, write
 from ..formats.gguf.modelfile import MODELFILE, Turns, modelfile
 from ..formats.gguf.tensors import Naming, rope_factors
 from ..formats.gguf.vocabulary import load_tokenizer, vocabulary
-from ..model.catalogue import pages
+from ..model.catalogue import page_of
 from .base import find_base
 from .exported import Export
 from .gguf_adapter import ALORA
@@ -61,6 +61,7 @@ class Model:
             self.base = source
             self.directory = find_base(source)
             self.mapped = MappedModel(self._skeleton(), Shards(self.directory))
+            self._check_values()
         else:
             self._check_method()
             opened = on_files([source], model, check_base)
@@ -84,10 +85,18 @@ class Model:
             raise NotMergeable(f"the weights of {self.base!r} are quantised; give the original model")
         return model
 
+    def _check_values(self) -> None:
+        """Raise CheckpointError unless the files have a value for each parameter."""
+        missing = []
+        for name in self.mapped.ties:
+            if name not in self.mapped.groups and not self.mapped.fits(name):
+                missing.append(name)
+        if missing:
+            raise CheckpointError(f"the files of {self.base!r} have no values for:{listing(missing)}")
+
     def _check_method(self) -> None:
         config = Config.from_pretrained(self.source)
-        page = next(page for page in pages().values() if page.config == type(config).__name__)
-        if not page.mergeable or getattr(config, ALORA, None):
+        if not page_of(config).mergeable or getattr(config, ALORA, None):
             raise NotMergeable(f"{config.peft_type} has no form as weights, so it cannot be merged; nothing is written")
 
     def _check_class(self) -> None:

@@ -19,7 +19,7 @@ from ..errors import ConfigError, nearest
 from ..files.find import find_weights
 from ..files.read import tensor_shapes
 from ..methods.lora import LoRA, LoraConfig
-from ..model.catalogue import Page, pages
+from ..model.catalogue import page_of
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -94,19 +94,13 @@ def _plain(adapter: str) -> str:
     return f"veneer combine {adapter} --weights 1 --out plain puts the scalings into the matrices, at one rank"
 
 
-def _page(config: Config) -> Page:
-    """The page of a config's method in the catalogue."""
-    config_name = type(config).__name__
-    return next(page for page in pages().values() if page.config == config_name)
-
-
 def _nothing(config: Config) -> str:
     return f"nothing: {config.peft_type} has no form as weights; run it with veneer or transformers"
 
 
 def _way_out(adapter: str, config: Config) -> str:
     """The fix for an adapter that is not a plain LoRA."""
-    page = _page(config)
+    page = page_of(config)
     if not page.mergeable:
         return _nothing(config)
     if "linear" not in page.kinds:
@@ -218,7 +212,7 @@ def _vllm_rank(adapter: str, config: LoraConfig, shapes: Shapes) -> Iterator[Fin
 def _llama_cpp(adapter: str, config: Config, shapes: Shapes) -> Iterator[Finding]:
     export = f"veneer export {adapter} --to gguf --out"
     merged = f"{export} model.gguf --merged, and run that model"
-    page = _page(config)
+    page = page_of(config)
     if not page.mergeable:
         yield Finding(f"llama.cpp runs LoRA, not {config.peft_type}", _nothing(config))
         return
