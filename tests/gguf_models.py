@@ -113,7 +113,7 @@ def sentencepiece(prefix: bool = True, strips: bool = False) -> Any:
         prefix: put a space before each text, as Llama 2's does.
         strips: special tokens take the spaces after them, as Phi-3's do.
     """
-    pieces = [" t", "he", " the", "in", "ing", " a", "an", " an", "ing a"]
+    pieces = [" t", "he", " the", "in", "ing", " a", "an", " an", "ing a", "th"]
     letters = sorted(set("".join(pieces).replace(" ", "▁") + "bcdefghijklmnopqrstuvwxyzABT.,"))
     vocab = {text: i for i, text in enumerate((*SPECIAL, *(f"<0x{i:02X}>" for i in range(256)), *letters))}
     for piece in pieces:

@@ -36,7 +36,7 @@ class Session:
         parameters.n_ctx = LONGEST
         parameters.n_batch = LONGEST
         parameters.n_ubatch = LONGEST
-        parameters.n_threads = parameters.n_threads_batch = 2
+        parameters.n_threads = parameters.n_threads_batch = 1  # several wait for each other by spinning
         parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32
         parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.context = llama_cpp.llama_init_from_model(self.model, parameters)

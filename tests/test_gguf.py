@@ -381,7 +381,7 @@ def test_the_tokens_of_sentencepiece(prefix):
     assert made.add_space_prefix is prefix
     assert made.types[made.tokens.index("<0x41>")] == gguf.TokenType.BYTE
     assert made.types[made.tokens.index("<unk>")] == gguf.TokenType.UNKNOWN
-    for text in ("the thing in a theatre", "tthe", " an ant, anthing a", "naïve  A"):
+    for text in ("the thing in a theatre", "tthe", " an ant, anthing a", "naïve  A", "bthe"):
         ids = sentencepiece(prefix)(text, add_special_tokens=False)["input_ids"]
         assert merged_by_scores(made, f" {text}" if prefix else text) == ids, text
 

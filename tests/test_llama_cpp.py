@@ -30,6 +30,7 @@ TEXTS = (
     "été: 12 of 7\n\nthe  end",
     "<s>user\nan ant</s>\n<s>assistant\n",
     " a",
+    "bthe",
     "<|user|>  an </s> \n a",
 )
 
@@ -219,7 +220,7 @@ def test_smollm2_says_the_same_as_in_transformers(dtype, trained, expected, tmp_
     export(str(trained), tmp_path / "a.gguf")
     export(str(trained), tmp_path / "m.gguf", merged=True, dtype=dtype)
     job = dict(ids=[prompt.ids for prompt in expected], texts=[prompt.text for prompt in expected], new=32)
-    plain = run(tmp_path, tmp_path / "base.gguf", **job)
+    plain = run(tmp_path, tmp_path / "base.gguf", **job | {"new": 8})
     with_adapter = run(tmp_path, tmp_path / "base.gguf", tmp_path / "a.gguf", **job)
     merged = run(tmp_path, tmp_path / "m.gguf", **job)
     worst = 0.0
@@ -229,7 +230,7 @@ def test_smollm2_says_the_same_as_in_transformers(dtype, trained, expected, tmp_
             assert outcome[f"tokens{i}"].tolist() == prompt.ids, prompt.text
             assert outcome[f"greedy{i}"].tolist() == prompt.greedy, prompt.text
             worst = max(worst, error(outcome[f"logits{i}"], prompt.logits))
-        changed += plain[f"greedy{i}"].tolist() != prompt.greedy
+        changed += plain[f"greedy{i}"].tolist() != prompt.greedy[:8]
     print(dtype, "error", worst, "answers that the adapter changes", changed)
     assert worst < max(1e-5, 8 * 2.0 ** -BITS[dtype])
     assert changed >= 10
