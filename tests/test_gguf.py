@@ -356,6 +356,25 @@ def test_pre_tokenizers(steps, whole_words, name):
     assert (made.model, made.pre, made.scores) == ("gpt2", name, None)
 
 
+@pytest.mark.parametrize(
+    ("name", "pre", "prefix", "notes"),
+    [
+        ("Qwen2Tokenizer", "qwen2", None, 0),
+        ("GPT2Tokenizer", "gpt-2", None, 0),
+        ("LlamaTokenizer", "default", True, 1),
+        ("GemmaTokenizer", "default", False, 0),
+    ],
+)
+def test_the_tokenizers_that_transformers_builds(name, pre, prefix, notes):
+    import transformers
+
+    like = byte_level() if prefix is None else sentencepiece()
+    model = json.loads(like.backend_tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    made = words.vocabulary(getattr(transformers, name)(vocab=model["vocab"], merges=merges), 400, [])
+    assert (made.pre, made.add_space_prefix, len(made.notes)) == (pre, prefix, notes)
+
+
 def test_a_pre_tokenizer_without_a_name_is_refused():
     with pytest.raises(ConfigError, match=r"no name for the tokenizer's pre-tokenizer: \\w\+ \+ bytes"):
         words.vocabulary(byte_level(regex(r"\w+")), 400, [])
@@ -404,6 +423,12 @@ def merged_by_scores(made: words.Vocabulary, text: str) -> list[int]:
     for part in parts:
         tokens += [ids[part]] if part in ids else [ids[f"<0x{byte:02X}>"] for byte in part.encode()]
     return tokens
+
+
+def test_tokens_that_take_the_spaces_after_them():
+    """llama.cpp knows them by the model's name, so other models must not be called Phi-3."""
+    assert words.vocabulary(sentencepiece(strips=True), 400, []).named("mine") == "mine (Phi-3)"
+    assert words.vocabulary(sentencepiece(), 400, []).named("like-phi3-and-Phi-3") == "like-Phi 3-and-Phi 3"
 
 
 def test_transformers_reads_the_same_tokens(bases, tmp_path):
