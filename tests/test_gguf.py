@@ -276,6 +276,8 @@ def test_alora_brings_its_invocation(bases, tmp_path):
     assert "llama-server" in report.notes[0]
     with pytest.raises(NotMergeable, match="cannot be merged"):
         export(str(adapter), tmp_path / "m.gguf", merged=True)
+    with pytest.raises(NotMergeable, match="without --rank"):
+        export(str(adapter), tmp_path / "m.gguf", rank=1)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -636,6 +638,14 @@ def test_a_disk_that_is_too_small(bases, tmp_path, monkeypatch):
     assert nothing_left(tmp_path)
 
 
+def test_a_source_that_is_no_adapter(bases, tmp_path):
+    done = veneer("export", str(tmp_path), "--out", str(tmp_path / "m.gguf"))
+    assert done.returncode == 2 and "holds no adapter_config.json" in done.stderr and done.stderr.count("\n") == 1
+    with pytest.raises(ConfigError, match="is a model itself"):
+        export(str(bases["llama"][0]), tmp_path / "m.gguf", str(bases["qwen2"][0]))
+    assert nothing_left(tmp_path)
+
+
 def test_values_that_fp16_cannot_hold(tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -685,11 +695,13 @@ def test_the_command(bases, tmp_path):
         (["--merged", "--rank", "3"], "--rank is the rank of an adapter's LoRA"),
         (["--rank", "0"], "rank must be at least 1"),
         (["--to", "onnx"], "--to 'onnx' is not a format"),
+        (["--dtype", "f32", "--out", "adapter"], "is a directory; give the name of a new file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_requests_get_one_line(arguments, message, bases, tmp_path):
     adapter = adapted(bases["llama"][0], tmp_path / "adapter", target_modules=["v_proj"])
+    arguments = [str(adapter) if argument == "adapter" else argument for argument in arguments]
     done = veneer("export", str(adapter), "--out", str(tmp_path / "m.gguf"), *arguments)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert nothing_left(tmp_path)

@@ -56,6 +56,8 @@ def export(
         raise ConfigError("--ollama needs --merged: current Ollama takes no adapters in GGUF")
     if ollama:
         check_new(out.parent / MODELFILE)
+    if model is not None and is_model:
+        raise ConfigError(f"--model is the base of an adapter, and {source!r} is a model itself")
     if rank is not None and (merged or is_model):
         raise ConfigError("--rank is the rank of an adapter's LoRA; a merged model has none")
     if merged or is_model:

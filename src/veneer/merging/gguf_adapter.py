@@ -120,6 +120,8 @@ def _from_base(
     """(the LoRA nearest to an adapter's update by module, |what it lacks| / |update|)."""
     if not page_of(config).mergeable:
         raise NotMergeable(f"{config.peft_type} has no form as an update of weights, so it has none in GGUF either")
+    if getattr(config, ALORA, None):
+        raise NotMergeable("aLoRA is exported with its own A and B only: without --rank, and without other variants")
     try:
         return _reduced(source, base, rank, check_base, progress)
     except NotMergeable as error:
