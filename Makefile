@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-oldest test-newest differential reference architectures guides fuzz check docs clean
+.PHONY: install demo test test-oldest test-newest test-gguf differential reference architectures guides fuzz check docs \
+	clean
 
 install: .venv/installed
 
@@ -46,6 +47,15 @@ test-newest:
 	.venv-newest/bin/veneer doctor
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(TESTS)
 
+# Exported GGUF files in llama.cpp itself, which is built from source once: about ten minutes on two idle cores.
+test-gguf: install .venv-gguf/installed
+	VENEER_GGUF=$(CURDIR)/.venv-gguf/bin/python $(BIN)/python -m pytest -n 1 tests/test_llama_cpp.py
+
+.venv-gguf/installed: tests/llama-cpp-requirements.txt
+	$(PYTHON) -m venv .venv-gguf
+	.venv-gguf/bin/python -m pip install --no-binary llama-cpp-python --requirement $<
+	touch $@
+
 # The same 500 random sequences of calls on veneer under the name peft and on the real PEFT.
 differential: install
 	VENEER_DIFFERENTIAL=500 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_differential.py
@@ -77,5 +87,5 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest demo-output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-oldest .venv-newest .venv-gguf demo-output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

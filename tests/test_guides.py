@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from veneer import LoraConfig, get_peft_model
 from veneer.cli import app
 
 from . import models
+from .gguf_models import byte_level
 from .models import perturb
 
 GUIDES = Path(__file__).parent.parent / "docs" / "guides"
@@ -22,10 +25,13 @@ GUIDES = Path(__file__).parent.parent / "docs" / "guides"
 def there(tmp_path, monkeypatch):
     """What the guides take for granted: a base, and two adapters of it."""
     monkeypatch.chdir(tmp_path)
-    models.build("llama").save_pretrained("base")
+    torch.manual_seed(0)
+    base = models.llama(vocab_size=300)
+    base.save_pretrained("base")
+    byte_level().save_pretrained("base")
     for seed, name in enumerate(("my-adapter", "other-adapter")):
         config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-        perturb(get_peft_model(models.build("llama"), config), seed=seed).save_pretrained(name)
+        perturb(get_peft_model(copy.deepcopy(base), config), seed=seed).save_pretrained(name)
 
 
 def blocks(guide: str, language: str) -> list[str]:

@@ -99,12 +99,7 @@ def appearing(out: Path, size: int = 0) -> Iterator[Path]:
     """
     check_free(out)
     out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
-    if free < size:
-        raise VeneerError(
-            f"{str(out)!r} needs {size / 1e9:.1f} GB, but the disk has only {free / 1e9:.1f} GB left; make room"
-        )
+    _make_room(out, size)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         yield folder
@@ -113,6 +108,42 @@ def appearing(out: Path, size: int = 0) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def check_new(path: Path) -> None:
+    """Raise VeneerError if writing the file `path` would overwrite something."""
+    if path.is_dir():
+        raise VeneerError(f"{str(path)!r} is a directory; give the name of a new file")
+    if path.exists():
+        raise VeneerError(f"{str(path)!r} exists; give the name of a new file, nothing is overwritten")
+
+
+@contextmanager
+def appearing_file(path: Path, size: int = 0) -> Iterator[Path]:
+    """A temporary file that becomes `path` after the block; it is deleted if the block raises.
+
+    Args:
+        path: a file that does not exist.
+        size: bytes that will be written.
+
+    Raises:
+        VeneerError: something would be overwritten, or fewer than `size` bytes are free.
+    """
+    check_new(path)
+    path = path.absolute()
+    _make_room(path, size)
+    with replacing(path) as temporary:
+        yield temporary
+
+
+def _make_room(out: Path, size: int) -> None:
+    """Make the parent directory of `out`; raise VeneerError if fewer than `size` bytes are free there."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if free < size:
+        raise VeneerError(
+            f"{str(out)!r} needs {size / 1e9:.1f} GB, but the disk has only {free / 1e9:.1f} GB left; make room"
+        )
 
 
 def _umask() -> int:

@@ -1,4 +1,5 @@
 """File layouts of LoRA adapters, one module per layout, with `is_here`, `read` and `write`.
 
-Start reading with `conversion.py`, then `lora.py`: what each layout is read into and written from.
+Start reading with `conversion.py`, then `lora.py`: what each layout is read into and written from. `gguf/` writes files
+for llama.cpp, whole models too.
 """

@@ -6,7 +6,7 @@ base_model.model.<path>.lora_A.weight (r, in), .lora_B.weight (out, r)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ def is_here(directory: Path) -> bool:
     return path.is_file() and has_tensors and "peft_type" in read_json(path)
 
 
-def read(directory: Path, hints: Hints) -> Lora:
+def read(directory: Path, hints: Hints, variants: Collection[str] = ()) -> Lora:
+    """Read an adapter; `variants` are those of LoRA that the caller can represent besides A, B and alpha."""
     if (directory / WEIGHTS_NAME).is_file():
         file = directory / WEIGHTS_NAME
         config, tensors, notes = checkpoint.load(directory)
@@ -49,7 +50,7 @@ def read(directory: Path, hints: Hints) -> Lora:
         file = directory / PICKLE_NAME
         config = Config.from_pretrained(directory)
         tensors, _ = read_tensors(file, hints.allow_pickle)
-    plain = check_plain(config)
+    plain = check_plain(config, variants)
     by_path = {}
     for key, tensor in tensors.items():
         if not key.startswith(PREFIX):
@@ -62,12 +63,14 @@ def read(directory: Path, hints: Hints) -> Lora:
     return Lora(pairs, plain.base_model_name_or_path, plain.task_type, plain.lora_dropout, plain.target_modules)
 
 
-def check_plain(config: Config) -> LoraConfig:
-    """The config, if A, B and alpha are the whole adapter; else raises ConfigError."""
+def check_plain(config: Config, variants: Collection[str] = ()) -> LoraConfig:
+    """The config, if A, B, alpha and some variants are the whole adapter; else raises ConfigError."""
     advice = "convert it with veneer.convert_to_lora first"
-    if not isinstance(config, LoraConfig) or type(config).adapter is not LoRA:
+    requested = config.variants() if isinstance(config, LoraConfig) else []
+    is_allowed = bool(requested) and set(requested) <= set(variants)
+    if not isinstance(config, LoraConfig) or not (type(config).adapter is LoRA or is_allowed):
         raise ConfigError(f"only LoRA adapters can be converted to other layouts; this is {config.peft_type}; {advice}")
-    features: list[Any] = [*config.variants()]
+    features: list[Any] = [name for name in requested if name not in variants]
     if config.bias != "none":
         features.append(f'bias="{config.bias}"')
     for field in MORE_THAN_PAIRS:

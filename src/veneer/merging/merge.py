@@ -84,7 +84,7 @@ def merge(
     """
     check_free(Path(out))
     opened = on_files(adapters, model, check_base)
-    merger = Merger(opened.mapped, opened.model, _embeddings(adapters))
+    merger = Merger(opened.mapped, opened.model, saved_embeddings(adapters))
     report = MergeReport(str(out), opened.base, [str(adapter) for adapter in adapters], untied=bool(merger.apart))
     with appearing(Path(out), merger.size) as folder:
         report.tensors = merger.write(folder, progress)
@@ -195,7 +195,7 @@ def _adapted(
     return model
 
 
-def _embeddings(adapters: Sequence[str | Path]) -> Tensors:
+def saved_embeddings(adapters: Sequence[str | Path]) -> Tensors:
     """Base embeddings that were saved with the adapters, by the parameters' names."""
     from safetensors import safe_open
 

@@ -55,6 +55,12 @@ def pages() -> dict[str, Page]:
     return {name: _page(name) for name in sorted(all_methods())}
 
 
+def page_of(config: Config) -> Page:
+    """The page of a config's method."""
+    config_name = type(config).__name__
+    return next(page for page in pages().values() if page.config == config_name)
+
+
 def page(name: str) -> Page:
     """The page of one method.
 

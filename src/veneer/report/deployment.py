@@ -1,6 +1,6 @@
 """Diagnose whether another program can run an adapter: what it refuses, what it computes wrongly, and how to fix it.
 
-Based on the sources of vLLM 0.22 (`vllm/lora`), llama.cpp's `convert_lora_to_gguf.py` of 2026 and PEFT 0.21.2.
+Based on the sources of vLLM 0.22 (`vllm/lora`), llama.cpp of 2026 (`src/llama-adapter.cpp`) and PEFT 0.21.2.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..errors import ConfigError, nearest
 from ..files.find import find_weights
 from ..files.read import tensor_shapes
 from ..methods.lora import LoRA, LoraConfig
-from ..model.catalogue import pages
+from ..model.catalogue import page_of
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -94,12 +94,15 @@ def _plain(adapter: str) -> str:
     return f"veneer combine {adapter} --weights 1 --out plain puts the scalings into the matrices, at one rank"
 
 
+def _nothing(config: Config) -> str:
+    return f"nothing: {config.peft_type} has no form as weights; run it with veneer or transformers"
+
+
 def _way_out(adapter: str, config: Config) -> str:
     """The fix for an adapter that is not a plain LoRA."""
-    config_name = type(config).__name__
-    page = next(page for page in pages().values() if page.config == config_name)
+    page = page_of(config)
     if not page.mergeable:
-        return f"nothing: {config.peft_type} has no form as weights; run it with veneer or transformers"
+        return _nothing(config)
     if "linear" not in page.kinds:
         return _merged(adapter)
     return f"{_as_lora(adapter)}; or {_merged(adapter)}"
@@ -116,24 +119,24 @@ def _only_lora(program: str, adapter: str, config: Config) -> Iterator[Finding]:
         yield Finding(f"{program} knows no LoRA with {variants}", _way_out(adapter, config))
     elif adapter_class is not LoRA:
         yield Finding(f"{program} knows no {adapter_class.__name__}", _way_out(adapter, config))
-    yield from _only_pairs(program, adapter, config)
+    yield from _only_pairs(program, config, _merged(adapter))
     start = str(config.init_lora_weights)
     if re.match("pissa|olora|loftq", start):
         what = f"it starts from the base's weights ({start}), which {program} would not subtract: wrong in silence"
         yield Finding(what, f"veneer combine {adapter} --weights 1 --out plain; or {_merged(adapter)}")
 
 
-def _only_pairs(program: str, adapter: str, config: LoraConfig) -> Iterator[Finding]:
-    """Findings about trained parts other than the pairs A and B."""
+def _only_pairs(program: str, config: LoraConfig, merged: str) -> Iterator[Finding]:
+    """Findings about trained parts other than the pairs A and B; `merged` is the fix that merges them."""
     if config.modules_to_save:
         saved = ", ".join(config.modules_to_save)
-        yield Finding(f"{program} takes no trained copies of modules (modules_to_save: {saved})", _merged(adapter))
+        yield Finding(f"{program} takes no trained copies of modules (modules_to_save: {saved})", merged)
     if config.bias != "none":
-        yield Finding(f"{program} takes no trained biases (bias={config.bias!r})", _merged(adapter))
+        yield Finding(f"{program} takes no trained biases (bias={config.bias!r})", merged)
     if config.trainable_token_indices:
-        yield Finding(f"{program} takes no trained tokens (trainable_token_indices)", _merged(adapter))
+        yield Finding(f"{program} takes no trained tokens (trainable_token_indices)", merged)
     if config.target_parameters:
-        yield Finding(f"{program} takes no updates of bare parameters (target_parameters)", _merged(adapter))
+        yield Finding(f"{program} takes no updates of bare parameters (target_parameters)", merged)
     if config.layer_replication:
         yield Finding(f"{program} does not replicate layers", "merge_and_unload() and save_pretrained() in Python")
 
@@ -207,31 +210,42 @@ def _vllm_rank(adapter: str, config: LoraConfig, shapes: Shapes) -> Iterator[Fin
 
 
 def _llama_cpp(adapter: str, config: Config, shapes: Shapes) -> Iterator[Finding]:
-    for finding in _only_lora("llama.cpp", adapter, config):
-        if "alora" not in finding.what:
-            yield finding
-    if not isinstance(config, LoraConfig) or config.variants() not in ([], ["alora_invocation_tokens"]):
+    export = f"veneer export {adapter} --to gguf --out"
+    merged = f"{export} model.gguf --merged, and run that model"
+    page = page_of(config)
+    if not page.mergeable:
+        yield Finding(f"llama.cpp runs LoRA, not {config.peft_type}", _nothing(config))
         return
-    others = _other_keys(shapes, *PAIRS, *EMBEDDINGS, ".base_layer.weight")
-    others = [key for key in others if "norm" not in key]
-    if others and not config.modules_to_save:
-        what = f"convert_lora_to_gguf.py stops at the file's {len(others)} other tensors, {others[0]} first"
-        yield Finding(what, _merged(adapter))
-    wrong = _wrongly_scaled(config, shapes, lambda rank: config.lora_alpha / rank)
-    if wrong:
-        what = (
-            "llama.cpp scales by lora_alpha / rank and does not read rsLoRA and alpha_pattern, so "
-            f"{len(wrong)} modules would be wrong in silence, {wrong[0]} first"
+    nearest_lora = f"{export} adapter.gguf writes the nearest LoRA and says what it lacks; or {merged}"
+    fix = nearest_lora if "linear" in page.kinds else merged
+    if not isinstance(config, LoraConfig):
+        yield Finding(f"llama.cpp runs LoRA, not {config.peft_type}", fix)
+        return
+    variants = [name for name in config.variants() if name != "alora_invocation_tokens"]
+    adapter_class = type(config).adapter
+    if variants:
+        yield Finding(f"llama.cpp knows no LoRA with {', '.join(variants)}", fix)
+    elif not config.variants() and adapter_class is not LoRA:
+        yield Finding(f"llama.cpp knows no {adapter_class.__name__}", fix)
+    yield from _only_pairs("llama.cpp", config, merged)
+    yield from _only_linear(shapes, merged, bool(variants or config.modules_to_save))
+    yield Finding(
+        "llama.cpp reads GGUF", f"{export} adapter.gguf, then llama-cli -m BASE.gguf --lora adapter.gguf", False
+    )
+
+
+def _only_linear(shapes: Shapes, merged: str, is_known: bool) -> Iterator[Finding]:
+    """Findings about tensors that are not those of linear layers; `is_known` if another finding is about them."""
+    others = _other_keys(shapes, *PAIRS)
+    if others and not is_known:
+        yield Finding(
+            f"llama.cpp takes adapters of linear layers only, but the file has {len(others)} other tensors, "
+            f"{others[0]} first",
+            merged,
         )
-        yield Finding(what, _plain(adapter))
     heads = [path for path in _ranks(shapes) if path.rpartition(".")[2] == "lm_head"]
     if heads:
-        yield Finding(f"{heads[0]} is refused if the base ties it to the embedding", _merged(adapter), False)
-    yield Finding(
-        "llama.cpp reads GGUF",
-        f"python convert_lora_to_gguf.py --base DIR-OF-THE-BASE {adapter} (in llama.cpp's sources)",
-        False,
-    )
+        yield Finding(f"{heads[0]} has no place in llama.cpp if the base ties it to the embedding", merged, False)
 
 
 def _peft(adapter: str, config: Config, shapes: Shapes) -> Iterator[Finding]:
