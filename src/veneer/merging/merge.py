@@ -21,7 +21,7 @@ from ..core.config import TASK_HEADS, Config
 from ..errors import ConfigError, NotMergeable
 from ..files.find import find_weights
 from ..files.read import tensor_shapes
-from ..files.write import appearing, check_free
+from ..files.write import appearing, claimed
 from ..model.peft_model import PeftModel
 from .base import copy_settings, find_base, model_class
 from .mapped import MappedModel
@@ -81,15 +81,15 @@ def merge(
         CheckpointError: the base's files or an adapter's are damaged, or do not fit each other.
         VeneerError: something would be overwritten, or the disk is too small. Errors leave nothing in `out`.
     """
-    check_free(Path(out))
-    opened = on_files(adapters, model, check_base)
-    merger = Merger(opened.mapped, opened.model, _embeddings(adapters))
-    report = MergeReport(str(out), opened.base, [str(adapter) for adapter in adapters], untied=bool(merger.apart))
-    with appearing(Path(out), merger.size) as folder:
-        report.tensors = merger.write(folder, progress)
-        _write_config(opened.mapped.model, opened.directory, folder)
-        copy_settings(opened.directory, [Path(adapter) for adapter in adapters], folder)
-        report.files = sorted(p.name for p in folder.iterdir())
+    with claimed(Path(out)):
+        opened = on_files(adapters, model, check_base)
+        merger = Merger(opened.mapped, opened.model, _embeddings(adapters))
+        report = MergeReport(str(out), opened.base, [str(adapter) for adapter in adapters], untied=bool(merger.apart))
+        with appearing(Path(out), merger.size) as folder:
+            report.tensors = merger.write(folder, progress)
+            _write_config(opened.mapped.model, opened.directory, folder)
+            copy_settings(opened.directory, [Path(adapter) for adapter in adapters], folder)
+            report.files = sorted(p.name for p in folder.iterdir())
     return report
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..data.packing import check as check_packing
 from ..data.packing import goes_by_sequence
 from ..data.prepare import Data, prepare
 from ..errors import CheckpointError, ConfigError, listing
+from ..files.lock import alone
 from ..files.read import WEIGHTS_NAME
 from ..files.recipe import RECIPE_NAME, read
 from ..files.write import writing
@@ -64,6 +66,17 @@ def train(
         VeneerError: the recipe cannot be run, or its result cannot be trusted; the message says why.
     """
     console = console or Console(stderr=True, highlight=False)
+    with _locked(Path(recipe.output)):
+        return _train(recipe, resume, overwrite, console)
+
+
+def _locked(output: Path) -> AbstractContextManager[None]:
+    """The lock on the output directory, which the main process holds for all processes of the run."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    return alone(output) if is_main else nullcontext()
+
+
+def _train(recipe: Recipe, resume: bool, overwrite: bool, console: Console) -> dict[str, Any]:
     output = Path(recipe.output)
     _silence_libraries()
     if recipe.wandb:
