@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -273,6 +274,12 @@ def _content(path: str | None, flags: dict[str, Any], resume: bool) -> dict[str,
         content = read(saved)
     else:
         content = {}
+    if not resume and saved.is_file() and not {"model", "data"} & {*content, *flags}:
+        output = shlex.quote(str(flags["output"]))
+        raise ConfigError(
+            f"neither a model nor data is given; --output {output} holds a run, which `veneer train --output {output} "
+            "--resume` continues"
+        )
     if resume and not content and "data" not in flags:
         raise ConfigError(
             f"there is no run to resume: {str(saved)!r} does not exist; give the --output of a run that was started"
@@ -342,3 +349,17 @@ def _summary(output: str, report: dict[str, Any]) -> None:
     passed = [check["name"] for check in report["verification"] if check["passed"]]
     typer.echo(f"verified   {', '.join(passed)}")
     typer.echo(f"report     {output}/report.html")
+    typer.echo(f"next       {_next_command(output, report)}")
+
+
+def _next_command(output: str, report: dict[str, Any]) -> str:
+    """A command that uses the adapter of a run."""
+    adapter = f"--adapter {shlex.quote(output)}"
+    template = report["recipe"]["chat_template"]
+    if report["labels"] is not None:
+        return f"veneer eval {adapter} --data FILE"
+    if not report["has_chat_template"]:
+        return f'veneer generate "..." {adapter}'
+    if template is not None:
+        adapter += f" --chat-template {shlex.quote(template)}"
+    return f"veneer chat {adapter}"

@@ -16,12 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from ..core.config import Config
 from ..data.prepare import Data
 from ..errors import TrainingError
 from ..files.write import writing
 from ..model.card import write_card
-from ..model.verify import Verification, record, unmoved, verify
+from ..model.verify import PARTS, Verification, record, unmoved, verify
+from ..terminal import Step, showing
 from .meter import Meter
 from .page import PAGE_NAME, render
 from .recipe import Recipe
@@ -56,7 +59,7 @@ class Run:
         return Path(self.recipe.output)
 
 
-def finish(run: Run) -> dict[str, Any]:
+def finish(run: Run, console: Console) -> dict[str, Any]:
     """Save, verify and report; returns the content of report.json. Every process must take part.
 
     Raises:
@@ -64,6 +67,7 @@ def finish(run: Run) -> dict[str, Any]:
     """
     is_main = run.trainer.is_world_process_zero()
     content = contents(run.recipe, run.trainer, run.meter, run.data)
+    content["has_chat_template"] = bool(run.recipe.chat_template or run.tokenizer.chat_template)
     with _staging(run.output, is_main) as folder:
         with writing("the adapter", run.output):
             run.trainer.save_model(str(folder))
@@ -71,7 +75,8 @@ def finish(run: Run) -> dict[str, Any]:
         _record_outputs(run, folder, unchanged, is_main)
         if is_main:
             content["unchanged_tensors"] = unchanged
-            content |= _verified_facts(run, folder)
+            with showing(console) as progress:
+                content |= _verified_facts(run, folder, progress)
             with writing("the report", run.output):
                 write_report(folder, content)
                 write_card(folder, Config.from_pretrained(folder), in_words(content))
@@ -109,20 +114,22 @@ def _record_outputs(run: Run, folder: Path, unchanged: list[str], is_main: bool)
         record(model, folder, probe(run.data, run.pad), must_change, is_main_process=is_main)
 
 
-def _verified_facts(run: Run, folder: Path) -> dict[str, Any]:
+def _verified_facts(run: Run, folder: Path, progress: Step) -> dict[str, Any]:
     """The part of the report that needs the adapter loaded from disk onto a fresh base model."""
+    progress("verifying", 0, PARTS + 1)
     device = run.trainer.args.device
     _release(run.trainer)
     base = load_base(run.recipe, run.data.labels, run.pad).to(device)
-    verification = verify(folder, base)
+    progress("verifying", 1, PARTS + 1)
+    verification = verify(folder, base, progress=lambda done, of: progress("verifying", done + 1, of + 1))
     _check(verification)
     model = verification.model
     assert model is not None
     return {
         "verified": verification.passed,
         "verification": [vars(check) for check in verification.checks],
-        "samples": samples(model, run.tokenizer, run.data, run.recipe.samples, run.pad),
-        "layers": layers(model),
+        "samples": samples(model, run.tokenizer, run.data, run.recipe.samples, run.pad, progress),
+        "layers": layers(model, progress=progress),
         "outside": outside(model),
         "adapter_bytes": sum(file.stat().st_size for file in folder.glob("adapter_*")),
     }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,12 @@ from .page import PAGE_NAME
 from .recipe import Recipe, make
 from .report import REPORT_NAME
 from .setup import adapt, facts_of, load_base, load_tokenizer, within_positions
-from .trainer import ExactTrainer, arguments, last_checkpoint, metrics
+from .stop import Stop
+from .trainer import CHECKPOINTS, ExactTrainer, arguments, last_checkpoint, metrics
 from .watch import Watch
 
-OURS = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, PROBE_NAME, RECIPE_NAME, REPORT_NAME, PAGE_NAME, "checkpoints", "logs")
+LOGS = "logs"
+OURS = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, PROBE_NAME, RECIPE_NAME, REPORT_NAME, PAGE_NAME, CHECKPOINTS, LOGS)
 """Names of everything that a run writes into its output directory."""
 MAY_CHANGE = {
     "output",
@@ -66,8 +69,14 @@ def train(
         VeneerError: the recipe cannot be run, or its result cannot be trusted; the message says why.
     """
     console = console or Console(stderr=True, highlight=False)
-    with _locked(Path(recipe.output)):
-        return _train(recipe, resume, overwrite, console)
+    output = Path(recipe.output)
+    with _locked(output):
+        try:
+            return _train(recipe, resume, overwrite, console)
+        except BaseException:
+            with suppress(OSError):  # it is not there, or holds checkpoints
+                (output / CHECKPOINTS).rmdir()
+            raise
 
 
 def _locked(output: Path) -> AbstractContextManager[None]:
@@ -101,24 +110,44 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, console: Console) -> d
     is_main = trainer.is_world_process_zero()
     if is_main:
         _announce(console, recipe, trainer.model, data, steps)
-        if overwrite and not resume:
-            _remove_earlier_run(output)
-        trainer.add_callback(_tensorboard(output))
-        with writing("the recipe", output):
-            recipe.save(output)
-
     display = Display(meter, console)
-    trainer.add_callback(watch)
-    trainer.add_callback(display)
+    stop = Stop()
+    for callback in (watch, display, stop):
+        trainer.add_callback(callback)
     try:
-        _train_or_resume(trainer, meter, output, resume)
-    finally:
+        if is_main:
+            _begin(recipe, trainer, output, overwrite and not resume)
+        with stop.listening():
+            _train_or_resume(trainer, meter, output, resume)
         display.close()
-        last_checkpoint(output)  # removes half-written checkpoints
+        if is_main:
+            console.print("verifying: the adapter is loaded from disk onto a fresh base model")
+        return finish(Run(recipe, trainer, meter, data, tokenizer, pad, initial_digests, watch), console)
+    except BaseException as error:
+        display.close()
+        if is_main:
+            _leave(output, trainer, resume, error, console)
+        raise
 
-    if is_main:
-        console.print("verifying: the adapter is loaded from disk onto a fresh base model")
-    return finish(Run(recipe, trainer, meter, data, tokenizer, pad, initial_digests, watch))
+
+def _begin(recipe: Recipe, trainer: ExactTrainer, output: Path, overwrite: bool) -> None:
+    """Write the first files of a run into the output directory."""
+    if overwrite:
+        _remove_earlier_run(output)
+    trainer.add_callback(_tensorboard(output))
+    with writing("the recipe", output):
+        recipe.save(output)
+
+
+def _leave(output: Path, trainer: ExactTrainer, resume: bool, error: BaseException, console: Console) -> None:
+    """After a failure, remove what cannot be used: half-written checkpoints, and all of a run without a step."""
+    last = last_checkpoint(output)
+    if last is None and trainer.state.global_step == 0 and not resume:
+        _remove_earlier_run(output)
+    if last is not None and isinstance(error, KeyboardInterrupt):
+        step = last.name.rpartition("-")[2]
+        console.print(f"the last checkpoint is that of step {step}; this continues the run:")
+        console.print(f"  veneer train --output {shlex.quote(str(output))} --resume", markup=False)
 
 
 def _silence_libraries() -> None:
@@ -275,7 +304,7 @@ def _tensorboard(output: Path) -> Any:
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
-    return TensorBoardCallback(SummaryWriter(str(output / "logs")))
+    return TensorBoardCallback(SummaryWriter(str(output / LOGS)))
 
 
 def _announce(console: Console, recipe: Recipe, model: Any, data: Data, steps: int) -> None:

@@ -27,6 +27,8 @@ from . import sharded
 from .meter import Meter, rss
 from .recipe import Recipe
 
+CHECKPOINTS = "checkpoints"
+"""Name of the directory of the checkpoints."""
 WHOLE = "complete"
 """Name of the empty file that marks a checkpoint as completely written."""
 
@@ -219,7 +221,7 @@ def arguments(recipe: Recipe, steps: int) -> Any:
     several_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
     warmup = round(recipe.warmup * steps) if recipe.warmup < 1 else int(recipe.warmup)
     return TrainingArguments(
-        output_dir=str(Path(recipe.output) / "checkpoints"),
+        output_dir=str(Path(recipe.output) / CHECKPOINTS),
         max_steps=steps,
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=recipe.eval_batch_size or recipe.batch_size,
@@ -259,7 +261,7 @@ def last_checkpoint(output: Path) -> Path | None:
     """The newest complete checkpoint. Incomplete ones, left by a killed run, are removed."""
     newest = None
     newest_step = -1
-    for folder in (output / "checkpoints").glob("checkpoint-*"):
+    for folder in (output / CHECKPOINTS).glob("checkpoint-*"):
         if (folder / WHOLE).is_file():
             step = int(folder.name.rpartition("-")[2])
             if step > newest_step:
