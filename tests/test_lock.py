@@ -138,9 +138,9 @@ def test_a_training_run_holds_its_directory(base, data, tmp_path, monkeypatch): 
     def other() -> None:
         module.train(recipe(base, data, out, max_steps=1), overwrite=True)
 
-    def look(training):
+    def look(*arguments):
         refused.append(forked(other).stderr)
-        return true(training)
+        return true(*arguments)
 
     monkeypatch.setattr(module, "finish", look)
     report = run(base, data, out, max_steps=2)

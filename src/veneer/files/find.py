@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, VeneerError, first_line, nearest, printable
+from ..errors import CheckpointError, ConfigError, VeneerError, first_line, nearest, printable
+from .locate import on_hub
 from .read import PICKLE_NAME, WEIGHTS_NAME
 
 HUB_ARGUMENTS = (
@@ -81,6 +82,12 @@ def _download(repository: str, name: str, *, subfolder: str, **hub: Any) -> Path
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     folder = None if subfolder == "." else subfolder
+    if hub.keys() <= {"revision"}:
+        path = name if folder is None else f"{folder}/{name}"
+        try:
+            hub |= on_hub(repository, path, hub.get("revision") or "main").arguments
+        except (ConfigError, HFValidationError) as error:
+            raise CheckpointError(first_line(error)) from error
     try:
         return Path(hf_hub_download(repository, name, subfolder=folder, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
