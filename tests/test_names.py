@@ -200,3 +200,16 @@ def test_every_verb_says_it(base, tmp_path):  # noqa: F811
             f"error: the model's directory {str(where)!r} is empty; give one with a config and weights"
         ]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mistyped_dataset_is_asked_once(online, tmp_path, monkeypatch):
+    from veneer.data.sources import Source, examples
+    from veneer.errors import DataError
+
+    module.why_no_dataset.cache_clear()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(DataError, match="no data file or directory 'rows'; nearest: rows.jsonl, and the hub cannot be"):
+        next(iter(examples(Source(path="rows"), "auto")))
+    assert len(online) == 1
+    module.why_no_dataset.cache_clear()

@@ -107,7 +107,29 @@ def on_hub(name: str, file: str, revision: str = "main") -> Place:
     raise ConfigError(f"there is no directory {name!r}{_nearest(name, file)}; {reason}")
 
 
-def _ask(name: str, file: str, revision: str) -> None:
+@cache
+def why_no_dataset(name: str) -> str | None:
+    """Why the hub's dataset of a name cannot be loaded; None if the hub has it, or a cache on this machine."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        _ask(name, ".gitattributes", "main", "dataset")
+    except EntryNotFoundError:  # the repository exists
+        return None
+    except RepositoryNotFoundError:
+        return "the hub has no dataset of this name, or it is private and needs a login (`hf auth login`)"
+    except HfHubHTTPError:  # loading it says why
+        return None
+    except Exception as error:  # no network, as in `on_hub`
+        in_hub_cache = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
+        in_own_cache = Path(constants.HF_HOME) / "datasets" / name.replace("/", "___")
+        if not in_hub_cache.exists() and not in_own_cache.exists():
+            return f"the hub cannot be reached: {first_line(error)}"
+    return None
+
+
+def _ask(name: str, file: str, revision: str, repo_type: str | None = None) -> None:
     """Ask the hub once for a file.
 
     Raises:
@@ -118,7 +140,7 @@ def _ask(name: str, file: str, revision: str) -> None:
 
     if constants.HF_HUB_OFFLINE:
         raise OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
-    get_hf_file_metadata(hf_hub_url(name, file, revision=revision), timeout=SECONDS)
+    get_hf_file_metadata(hf_hub_url(name, file, repo_type=repo_type, revision=revision), timeout=SECONDS)
 
 
 def _nearest(name: str, file: str) -> str:
