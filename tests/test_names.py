@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from veneer.errors import CheckpointError, ConfigError, nearest
 from veneer.files import locate as module
@@ -203,7 +204,8 @@ def test_every_verb_says_it(base, tmp_path):  # noqa: F811
 
 
 def test_a_mistyped_dataset_is_asked_once(online, tmp_path, monkeypatch):
-    from veneer.data.sources import Source, examples
+    from veneer.data.prepare import examples
+    from veneer.data.sources import Source
     from veneer.errors import DataError
 
     module.why_no_dataset.cache_clear()
@@ -213,3 +215,84 @@ def test_a_mistyped_dataset_is_asked_once(online, tmp_path, monkeypatch):
         next(iter(examples(Source(path="rows"), "auto")))
     assert len(online) == 1
     module.why_no_dataset.cache_clear()
+
+
+# Options and verbs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--lr", "1"], "there is no option --lr; here it is --learning-rate"),
+        (["train", "--target-modules", "x"], "--targets"),
+        (["train", "--lora_alpha", "3"], "here it is --option lora_alpha=VALUE"),
+        (["train", "--epoch", "3"], "there is no option --epoch; nearest: --epochs"),
+        (["merge", "a", "--output", "b"], "there is no option --output; here it is --out"),
+        (["chat", "--adapters", "a"], "here it is --adapter"),
+        (["plan", "--batch-size", "many"], "invalid value for '--batch-size'"),
+        (["plan", "--batch-size"], "requires an argument"),
+        (["merge", "a"], "missing option '--out'"),
+        (["tain"], "there is no command 'tain'; nearest: train"),
+        (["--verison"], "there is no option --verison; nearest: --version"),
+        (["combine", "a", "b", "--weights", "one,two", "--out", "c"], "--weights 'one,two' must be numbers"),
+        (["combine", "a", "b", "--weights", "1", "--out", "c"], "2 adapters and 1 weights"),
+        (["combine", "a", "--weights", "1", "--out", "c", "--method", "tie"], "no way to combine called 'tie'"),
+        (["combine", "a", "--weights", "1", "--out", "c", "--method", "ties"], "ties needs a density"),
+        (["combine", "a", "--weights", "1", "--out", "c", "--rank", "0"], "the result must be at least 1, not 0"),
+        (["combine", "a", "--weights", "1", "--out", "c", "--clamp", "2"], "clamp to must be between 0 and 1"),
+        (["methods", "qlora"], "QLoRA is lora on a base model whose weights are quantised"),
+        (["methods", "lroa"], "there is no method 'lroa'; nearest: lora, "),
+        (["train", "--resume", "--overwrite"], "contradict each other"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)  # fmt: skip
+def test_misuse_is_one_line_that_names_what_was_meant(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = veneer(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and words in line, line
+    for internal in ("combination_type", "svd_", "majority_sign_method", "Traceback"):
+        assert internal not in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_other_name_of_an_option_leads_to_one():
+    import typer
+
+    from veneer.cli import _command, app
+
+    options = set()
+    for command in typer.main.get_command(app).commands.values():
+        for parameter in command.params:
+            options.update(parameter.opts)
+    for name, here in _command.OTHER_NAMES.items():
+        assert here.partition(" ")[0] in options, name
+
+
+def test_h_is_help():
+    for arguments in (["-h"], ["train", "-h"]):
+        done = veneer(*arguments)
+        assert done.returncode == 0 and "Usage:" in done.stdout and done.stderr == ""
+
+
+def test_what_convert_refuses_names_the_command_that_does_it(tmp_path):
+    """And the command that it names makes a LoRA that can be converted."""
+    import veneer as library
+
+    from . import models
+
+    torch.manual_seed(0)
+    base_model = models.llama()
+    base_model.save_pretrained(tmp_path / "base")
+    model = library.get_peft_model(base_model, library.FourierFTConfig(task_type="CAUSAL_LM", n_frequency=9))
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "mine")
+    done = veneer("convert", str(tmp_path / "mine"), str(tmp_path / "out"), "--to", "mlx")
+    assert done.returncode == 2
+    command = done.stderr.partition("`veneer ")[2].partition("`")[0]
+    words = command.replace("ADAPTER", str(tmp_path / "mine")).replace("DIR", str(tmp_path / "lora")).split()
+    extra = ["--model", str(tmp_path / "base")]
+    assert veneer(*words, *extra).returncode == 0
+    done = veneer("convert", str(tmp_path / "lora"), str(tmp_path / "out"), "--to", "mlx", *extra)
+    assert done.returncode == 0, done.stderr

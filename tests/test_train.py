@@ -335,11 +335,21 @@ def test_damaged_rows_are_named(base, tmp_path, content: str, words: str):
     [
         ({"lerning_rate": 1}, "no key 'lerning_rate'; nearest: learning_rate"),
         ({"data": {"path": "x", "wieght": 2}}, "no key 'data.0.wieght'; nearest: weight"),
-        ({"batch_size": 0}, "batch_size = 0: "),
-        ({"epochs": "many"}, "epochs = 'many'"),
+        ({"batch_size": 0}, "^batch_size = 0 must be at least 1$"),
+        ({"epochs": 0}, "^epochs = 0 must be more than 0$"),
+        ({"epochs": "many"}, "^epochs = 'many' must be a number$"),
+        ({"rank": 2.5}, "^rank = 2.5 must be a whole number$"),
+        ({"packing": "sometimes"}, "^packing = 'sometimes' must be true or false$"),
+        ({"options": 3}, "^options = 3 must be a mapping of names to values$"),
+        ({"lr": 1}, "no key 'lr'; here it is learning_rate"),
+        ({"lora_alpha": 3}, "no key 'lora_alpha': it is a setting of lora and belongs under options"),
+        (
+            {"rank": 0, "epochs": 0},
+            "^the recipe has 2 errors:\n  rank = 0 must be at least 1\n  epochs = 0 must be more",
+        ),
         ({"streaming": True}, "set max_steps"),
         ({"early_stopping": 2}, "give eval_data or eval_split"),
-        ({"schedule": "cosin"}, "schedule = 'cosin'"),
+        ({"schedule": "cosin"}, "^schedule = 'cosin' must be linear, cosine, constant, polynomial or inverse_sqrt$"),
     ],
 )
 def test_a_typo_in_a_recipe_names_the_nearest(settings: dict, words: str):

@@ -79,7 +79,7 @@ def _likeness(name: str, candidate: str) -> float:
     """How similar two names are, from 0 to 1, also where letters are exchanged or the end is left out."""
     order = SequenceMatcher(None, name, candidate).ratio()
     beginning = SequenceMatcher(None, name, candidate[: len(name) + 1]).ratio()
-    if len(name) >= 4 and beginning >= 0.8:
+    if len(name) >= 3 and beginning >= 0.8:
         order = max(order, 0.8 * beginning)
     if order < SIMILAR:
         return order

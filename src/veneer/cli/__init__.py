@@ -13,7 +13,13 @@ from typing import Annotated
 
 import typer
 
+from veneer.cli._command import Command, Group
+
+HELP = {"help_option_names": ["--help", "-h"]}
+
 app = typer.Typer(
+    cls=Group,
+    context_settings=HELP,
     help="Parameter-efficient fine-tuning: LoRA and others, in Hugging Face PEFT's file format.",
     epilog="`veneer COMMAND --help` explains a command. With VENEER_DEBUG=1, errors show their traceback.",
     no_args_is_help=True,
@@ -43,7 +49,7 @@ def _options(
 for _verb in pkgutil.iter_modules(__path__):
     if not _verb.name.startswith("_"):
         _module = importlib.import_module(f"{__name__}.{_verb.name}")
-        app.command(_verb.name.replace("_", "-"))(getattr(_module, _verb.name))
+        app.command(_verb.name.replace("_", "-"), cls=Command, context_settings=HELP)(getattr(_module, _verb.name))
 
 
 def main() -> None:

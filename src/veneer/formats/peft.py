@@ -64,7 +64,7 @@ def read(directory: Path, hints: Hints) -> Lora:
 
 def check_plain(config: Config) -> LoraConfig:
     """The config, if A, B and alpha are the whole adapter; else raises ConfigError."""
-    advice = "convert it with veneer.convert_to_lora first"
+    advice = "first turn it into a plain LoRA with `veneer combine ADAPTER --weights 1 --out DIR`"
     if not isinstance(config, LoraConfig) or type(config).adapter is not LoRA:
         raise ConfigError(f"only LoRA adapters can be converted to other layouts; this is {config.peft_type}; {advice}")
     features: list[Any] = [*config.variants()]

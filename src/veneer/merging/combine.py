@@ -17,7 +17,7 @@ from ..files.write import appearing, claimed
 from ..formats import peft
 from ..formats.lora import Hints, Lora
 from ..maths.low_rank import Pair
-from ..model.combine import Weighted, add_weighted_adapter, check_weights, clamped, rule
+from ..model.combine import Weighted, add_weighted_adapter, check_quantile, check_weights, clamped, rule
 from ..model.to_lora import Update, lora_config
 from .merge import on_files
 
@@ -79,6 +79,7 @@ def combine(
     with claimed(Path(out)):
         check_weights(adapters, weights, rank)
         rule(method, density, election)
+        check_quantile(clamp)
         settings = Settings(method, rank, density, election, clamp)
         configs = [Config.from_pretrained(adapter) for adapter in adapters]
         with_base = not all(_is_plain(config) for config in configs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -11,11 +10,10 @@ import torch
 
 from ..core import checkpoint
 from ..core.config import Config, default_of
-from ..errors import ConfigError, VeneerError, nearest
+from ..errors import VeneerError
 from ..model.counting import Row
 from ..model.peft_model import PeftModel, get_peft_model
 from ..targets.walk import matches
-from ..train.recipe import target_names
 from .memory import step_peak
 
 ADAM_BYTES = 8
@@ -202,39 +200,3 @@ def _hits(entries: Any, rows: Sequence[Row]) -> tuple[Hit, ...]:
 def _hit(entry: str, rows: Sequence[Row]) -> Hit:
     paths = dict.fromkeys(row.path for row in rows)
     return Hit(entry, tuple(paths), sum(row.added for row in rows))
-
-
-def settings_of(config: type[Config], rank: int | None, targets: str | None, given: Sequence[str]) -> dict[str, Any]:
-    """Parse command-line arguments as fields of a config.
-
-    Args:
-        rank: the field `r`.
-        targets: names separated by commas, "all-linear", or a regular expression for paths, as in a recipe.
-        given: items "field=value", with the value as JSON or a plain word.
-
-    Raises:
-        ConfigError: the method has no such field.
-    """
-    settings: dict[str, Any] = {}
-    for item in given:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise ConfigError(f"--set takes field=value, not {item!r}")
-        settings[name] = _value(value)
-    if rank is not None:
-        settings["r"] = rank
-    if targets is not None:
-        settings["target_modules"] = target_names(targets)
-    known = [f.name for f in fields(config)]
-    for name in settings:
-        if name not in known:
-            raise ConfigError(f"{config.__name__} has no field {name!r}{nearest(name, known)}")
-    return settings
-
-
-def _value(text: str) -> Any:
-    """A value written as JSON, or the text itself if it is not JSON."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
