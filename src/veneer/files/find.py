@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError, VeneerError, first_line, nearest, printable
-from .locate import on_hub
 from .read import PICKLE_NAME, WEIGHTS_NAME
 
 HUB_ARGUMENTS = (
@@ -80,6 +79,8 @@ def _contents(directory: Path) -> str:
 def _download(repository: str, name: str, *, subfolder: str, **hub: Any) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from .locate import on_hub
 
     folder = None if subfolder == "." else subfolder
     if hub.keys() <= {"revision"}:
