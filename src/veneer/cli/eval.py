@@ -258,4 +258,4 @@ def _lost_rows(evaluation: Evaluation) -> list[str]:
         lines.append(f"{account.cut_rows} rows were cut to --max-length, {account.cut_tokens:,} tokens lost{first}")
     if account.unlearned_rows:
         lines.append(f"{account.unlearned_rows} rows have no token to judge{first}")
-    return lines
+    return lines + account.remarks()

@@ -334,7 +334,7 @@ def _lost_rows(recipe: Recipe, data: Data) -> list[str]:
     if account.unlearned_rows:
         unlearned = _counted(account.unlearned_rows, "row")
         lines.append(f"{unlearned} dropped, with no token to learn{first}")
-    return lines
+    return lines + account.remarks()
 
 
 def _counted(count: int, noun: str) -> str:
