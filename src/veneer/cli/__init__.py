@@ -9,7 +9,8 @@ import logging
 import os
 import pkgutil
 import sys
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 import typer
 
@@ -60,7 +61,9 @@ def main() -> None:
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # these log advice on import
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        app(prog_name="veneer")
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            app(prog_name="veneer")
     except SystemExit as stop:
         if stop.code == 130:  # typer exits silently with 130 on KeyboardInterrupt
             print("interrupted", file=sys.stderr)
@@ -72,6 +75,11 @@ def main() -> None:
         for note in _notes(error):
             typer.secho(note, fg=typer.colors.YELLOW, err=True)
         raise SystemExit(2) from None
+
+
+def _show_warning(message: Any, *place: Any, **more: Any) -> None:
+    """Show a warning without its place in the code, which is of no use on a command line."""
+    typer.secho(f"warning: {message}", fg=typer.colors.YELLOW, err=True)
 
 
 def _notes(error: Exception) -> list[str]:

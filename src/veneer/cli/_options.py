@@ -52,6 +52,14 @@ Set = Annotated[
     ),
 ]
 
+AllowAbsent = Annotated[
+    bool,
+    typer.Option(
+        "--allow-absent",
+        help="Pass over parts of the adapter for modules that the base model lacks, and list them.",
+    ),
+]
+
 
 def source(text: str) -> dict[str, Any]:
     """Parse PATH or PATH*WEIGHT as a data source. A `*` without a number after it is part of the path."""

@@ -94,6 +94,7 @@ def load(
     task: TaskType = TaskType.CAUSAL_LM,
     labels: list[str] | None = None,
     dtype: str = "auto",
+    allow_absent: bool = False,
 ) -> Loaded:
     """Load a base model and put adapters on it.
 
@@ -103,6 +104,7 @@ def load(
         task: the task to load the base model for if no adapter states one.
         labels: the class names in order; None: read from the training recipe next to an adapter.
         dtype: the base model's dtype, as in a recipe.
+        allow_absent: pass over tensors for modules that the base model lacks, with a warning.
 
     Raises:
         VeneerError: no base model is named, the adapters differ in base model or task, or a file is damaged.
@@ -126,7 +128,7 @@ def load(
         raise ConfigError(f"{base!r} is an encoder-decoder; only causal language models and classifiers are supported")
     class_names = _labels(places, base_model.config, labels) if is_classifier else None
     return Loaded(
-        model=_adapted(base_model, places),
+        model=_adapted(base_model, places, allow_absent),
         tokenizer=tokenizer,
         base=base,
         adapters=tuple(places),
@@ -434,16 +436,16 @@ def _trained_classes(place: str) -> list[str] | None:
     return [str(label) for label in labels] if labels else None
 
 
-def _adapted(base_model: Any, places: dict[str, str]) -> Any:
+def _adapted(base_model: Any, places: dict[str, str], allow_absent: bool) -> Any:
     """The base model with all adapters, in evaluation mode, on the accelerator if there is one."""
     import torch
 
     model = base_model
     for name, place in places.items():
         if model is base_model:
-            model = PeftModel.from_pretrained(base_model, place, name)
+            model = PeftModel.from_pretrained(base_model, place, name, allow_absent=allow_absent)
         else:
-            model.load_adapter(place, name)
+            model.load_adapter(place, name, allow_absent=allow_absent)
     model = model.eval()
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())

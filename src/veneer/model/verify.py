@@ -145,6 +145,7 @@ def verify(
     base: nn.Module,
     *,
     follow_paths: bool = False,
+    allow_absent: bool = False,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Verification:
     """Load the adapter in `directory` onto `base`, a fresh model, and run all checks.
@@ -158,7 +159,7 @@ def verify(
     try:
         probe = _read_probe(Path(directory))
         tensors, _ = checkpoint.read(directory)
-        model = PeftModel.from_pretrained(base, directory, follow_paths=follow_paths).eval()
+        model = PeftModel.from_pretrained(base, directory, follow_paths=follow_paths, allow_absent=allow_absent).eval()
     except VeneerError as error:
         message = " ".join(str(error).split())
         checks.append(Check("loads", False, message))

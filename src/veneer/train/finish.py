@@ -24,8 +24,9 @@ from ..errors import TrainingError
 from ..files.write import writing
 from ..model.card import write_card
 from ..model.verify import PARTS, Verification, record, unmoved, verify
+from ..ops.allocator import return_blocks
 from ..terminal import Step, showing
-from .meter import Meter
+from .meter import Meter, peak_rss
 from .page import PAGE_NAME, render
 from .recipe import Recipe
 from .report import REPORT_NAME, contents, in_words, write_report
@@ -77,6 +78,7 @@ def finish(run: Run, console: Console) -> dict[str, Any]:
             content["unchanged_tensors"] = unchanged
             with showing(console) as progress:
                 content |= _verified_facts(run, folder, progress)
+            content["peak_rss_bytes"] = max(run.meter.peak, peak_rss())
             with writing("the report", run.output):
                 write_report(folder, content)
                 write_card(folder, Config.from_pretrained(folder), in_words(content))
@@ -144,6 +146,7 @@ def _release(trainer: Any) -> None:
         holder.optimizer = None
         holder.lr_scheduler = None
     gc.collect()
+    return_blocks()
 
 
 def _check(verification: Verification) -> None:

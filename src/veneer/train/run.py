@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ..core import checkpoint
 from ..core.config import CONFIG_NAME, TaskType
-from ..data.collate import Collator, Rows, Shuffled, token_sums
+from ..data.collate import Collator, Rows, Shuffled
 from ..data.packing import check as check_packing
 from ..data.packing import goes_by_sequence
 from ..data.prepare import Data, prepare
@@ -263,7 +263,6 @@ def _build_trainer(recipe: Recipe, data: Data, pad: int, steps: int, meter: Mete
         eval_dataset=None if data.evaluation is None else Rows(data.evaluation),
         data_collator=Collator(pad),
         compute_metrics=metrics,
-        preprocess_logits_for_metrics=token_sums,
         sampler=sampler,
         meter=meter,
         flat=_flat_collator(recipe, model, data, pad),

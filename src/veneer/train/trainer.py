@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from .. import ops
-from ..data.collate import Shuffled
+from ..data.collate import Shuffled, token_sums
 from ..data.encode import IGNORED
 from ..errors import TrainingError
 from ..files.write import writing
@@ -29,6 +29,9 @@ from .recipe import Recipe
 
 CHECKPOINTS = "checkpoints"
 """Name of the directory of the checkpoints."""
+MOST_LOGITS = 2**27
+"""Bytes of logits, in fp32, that are computed at a time in evaluation. Training does not hold the logits of all tokens,
+so with those of a whole batch evaluation would need more memory than training."""
 WHOLE = "complete"
 """Name of the empty file that marks a checkpoint as completely written."""
 
@@ -145,6 +148,36 @@ class ExactTrainer(Trainer):
             if isinstance(callback, Meter):
                 self.meter.__dict__.update(callback.__dict__)
                 callbacks[position] = self.meter
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean loss of a batch, the sums that `metrics` needs in the place of logits, and the labels."""
+        inputs = self._prepare_inputs(inputs)
+        sums = []
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for part in self._parts(inputs):
+                labels = part.pop("labels")
+                sums.append(token_sums(model(**part).logits, labels))
+        totals = torch.cat(sums)
+        loss = totals[:, 0].sum() / totals[:, 1].sum().clamp_min(1)
+        return loss, totals, inputs["labels"]
+
+    def _parts(self, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """A batch in parts of several rows, whose logits are no larger than `MOST_LOGITS`, or of one row.
+
+        Processes that share the model's weights must call it equally often, so they take the batch as a whole.
+        """
+        labels = inputs["labels"]
+        if labels.dim() == 1 or self.is_sharded:
+            return [dict(inputs)]
+        config = self.accelerator.unwrap_model(self.model).config
+        row_bytes = labels.shape[1] * config.get_text_config().vocab_size * 4
+        rows = max(1, MOST_LOGITS // row_bytes)
+        parts = []
+        for start in range(0, labels.shape[0], rows):
+            parts.append({name: t[start : start + rows] for name, t in inputs.items()})
+        return parts
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate; the loss is the mean over all tokens, where Trainer's is a mean over batches."""
