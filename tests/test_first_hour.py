@@ -172,6 +172,7 @@ def test_a_slow_task_shows_lines_where_there_is_no_terminal(monkeypatch):
         for done in range(101):
             progress("slow", done, 100)
             now[0] += 1.0
+        progress("slow", 100, 100)
     lines = shown.getvalue().splitlines()
     assert lines[:2] == ["quick: 4 of 4", "slow: 10 of 100, 1:30 left"] and lines[-1] == "slow: 100 of 100"
     assert len(lines) <= 10

@@ -100,13 +100,19 @@ def progress_lines(console: Console) -> Step:
     """A function that prints a line at the end of each task, and more if it takes longer than `PATIENCE`."""
     started: dict[str, float] = {}
     printed: dict[str, float] = {}
+    finished: set[str] = set()
 
     def step(what: str, done: int, of: int) -> None:
         time = monotonic()
         start = started.setdefault(what, time)
         waited = time - printed.get(what, start)
+        is_over = done == of
+        if is_over and what in finished:
+            return
+        if is_over:
+            finished.add(what)
         is_due = waited >= max(PATIENCE, (time - start) / LINES)
-        if not is_due and done != of:
+        if not is_due and not is_over:
             return
         printed[what] = time
         left = f", {clock((time - start) * (of - done) / done)} left" if 0 < done < of else ""

@@ -255,6 +255,7 @@ def _show_memory(console: Console, result: Forecast) -> None:
         where = "whole process, on a CPU"
         lines["Python, libraries"] = size(memory.process)
         lines["heap fragmentation"] = "unknown" if memory.heap is None else size(memory.heap)
+    lines["or, after training"] = f"{size(memory.end)}  (evaluation and verification)"
     lines["peak memory"] = "unknown" if memory.total is None else f"{size(memory.total)}  ({where})"
     for name, text in lines.items():
         console.print(f"{name:<20}{text}")

@@ -10,6 +10,7 @@ import torch
 
 from ..core import checkpoint
 from ..core.config import Config, default_of
+from ..data.collate import MOST_LOGITS
 from ..errors import VeneerError
 from ..model.counting import Row
 from ..model.peft_model import PeftModel, get_peft_model
@@ -49,13 +50,16 @@ class Memory:
     """Python and its libraries; 0 with an accelerator, which has its own memory."""
     heap: int | None
     """Memory lost to fragmentation of the C library's heap; 0 with an accelerator."""
+    end: int
+    """What evaluating and verifying the adapter takes: logits, and the adapted weights with the adapter merged."""
 
     @property
     def total(self) -> int | None:
-        """The sum; on a CPU, an estimate of the `peak_rss_bytes` that training reports."""
+        """The peak of training or of what follows it; on a CPU, an estimate of the report's `peak_rss_bytes`."""
         if self.step is None or self.heap is None:
             return None
-        return self.base + self.adapter + self.optimizer + self.step + self.process + self.heap
+        always = self.base + self.adapter + self.process
+        return always + max(self.optimizer + self.step + self.heap, self.end)
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ def forecast(base: Any, config: Config, batch_size: int, length: int, checkpoint
     plan = model.parameter_plan()
     sizes = _file_sizes(model)
     adapter_bytes = sum(sizes.values())
+    end = _merged_bytes(model) + _logits_bytes(base, batch_size, length)
     beyond_weights = _beyond_weights(model, batch_size, length, checkpointing)
     model_config = model.active_peft_config
     return Forecast(
@@ -117,7 +122,7 @@ def forecast(base: Any, config: Config, batch_size: int, length: int, checkpoint
         file_bytes=adapter_bytes + _header(sizes),
         batch_size=batch_size,
         length=length,
-        memory=Memory(base_bytes, adapter_bytes, ADAM_BYTES * trainable, **beyond_weights),
+        memory=Memory(base_bytes, adapter_bytes, ADAM_BYTES * trainable, end=end, **beyond_weights),
     )
 
 
@@ -169,6 +174,20 @@ def _step(model: PeftModel, batch_size: int, length: int) -> int | None:
         AttributeError,
     ):  # the method reads values, or arguments that this call does not pass
         return None
+
+
+def _merged_bytes(model: PeftModel) -> int:
+    """Bytes of the adapted modules' weights, of which merging makes new ones."""
+    total = 0
+    for layer in model._state.layers.values():
+        total += sum(p.numel() * p.element_size() for p in layer.base_layer.parameters(recurse=False))
+    return total
+
+
+def _logits_bytes(base: Any, batch_size: int, length: int) -> int:
+    """Bytes of the logits that evaluation holds at a time: those of a batch up to a limit, or those of one row."""
+    row_bytes = length * getattr(base.config.get_text_config(), "vocab_size", 0) * 4
+    return max(row_bytes, min(MOST_LOGITS, batch_size * row_bytes))
 
 
 def _file_sizes(model: PeftModel) -> dict[str, int]:

@@ -16,7 +16,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from .. import ops
-from ..data.collate import Shuffled, token_sums
+from ..data.collate import MOST_LOGITS, Shuffled, token_sums
 from ..data.encode import IGNORED
 from ..errors import TrainingError
 from ..files.write import writing
@@ -29,9 +29,6 @@ from .recipe import Recipe
 
 CHECKPOINTS = "checkpoints"
 """Name of the directory of the checkpoints."""
-MOST_LOGITS = 2**27
-"""Bytes of logits, in fp32, that are computed at a time in evaluation. Training does not hold the logits of all tokens,
-so with those of a whole batch evaluation would need more memory than training."""
 WHOLE = "complete"
 """Name of the empty file that marks a checkpoint as completely written."""
 
