@@ -117,6 +117,22 @@ def test_evaluation_is_the_mean_over_all_learned_tokens(base, data, tmp_path):
     assert report["eval"]["accuracy"] == pytest.approx(hits / count)
 
 
+def test_evaluation_holds_the_logits_of_few_rows(base, data, tmp_path, monkeypatch):
+    """Of as many as a limit allows, at least one; the result is the same."""
+    sizes: list[int] = []
+    true = trainer.token_sums
+    monkeypatch.setattr(trainer, "token_sums", lambda *both: (sizes.append(len(both[1])), true(*both))[1])
+    settings = dict(eval_split=8, max_steps=1, eval_batch_size=8)
+    whole = run(base, data, tmp_path / "whole", **settings)["eval"]
+    assert set(sizes) == {8}
+    sizes.clear()
+    monkeypatch.setattr(trainer, "MOST_LOGITS", 1)
+    parts = run(base, data, tmp_path / "parts", **settings)["eval"]
+    assert set(sizes) == {1}
+    for name in ("loss", "accuracy", "perplexity"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-5), name
+
+
 def test_the_saved_recipe_runs_again_to_the_same_bits(base, data, tmp_path):
     run(base, data, tmp_path / "one", max_steps=4, options={"lora_dropout": 0.1})
     again = make(yaml.safe_load((tmp_path / "one" / "recipe.yaml").read_text()) | {"output": str(tmp_path / "two")})
