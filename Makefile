@@ -12,10 +12,17 @@ install: .venv/installed
 	$(BIN)/python -m pip install --editable '.[clients,dev]' --constraint constraints.txt
 	touch $@
 
+# What a user installs, without what tests and checks need.
+.venv/usable: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --editable . --constraint constraints.txt
+	touch $@
+
 # PASSIVE: on a busy machine, threads that wait by spinning take the cores from those that work.
-demo: install
+demo: .venv/usable
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/veneer train examples/reminders.yaml --overwrite
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/reminders.py
+	@printf '\nTalk to the adapter:\n  . .venv/bin/activate   # puts veneer on the path of this shell\n  veneer chat --adapter demo-output --compare\n'
 
 # One torch thread for each pytest worker.
 test: install

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from veneer import CheckpointError, LoraConfig, PeftModel, TargetError, get_peft_model
 
 from . import models
+from .forked import veneer
 from .models import output
+from .test_train import base, data  # noqa: F401 (fixtures)
 
 
 @pytest.fixture
@@ -111,3 +113,41 @@ def test_a_module_that_the_model_has_must_be_whole(saved):
 def test_a_new_adapter_must_use_each_of_its_names(settings: dict, words: str):
     with pytest.raises(TargetError, match=f"(?s)adapts nothing, because {words} leave none of the modules it matches"):
         get_peft_model(models.build("llama"), LoraConfig(r=2, **settings))
+
+
+@pytest.fixture
+def beyond(base, tmp_path):  # noqa: F811
+    """An adapter that has tensors for a module of another architecture."""
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    add(tmp_path / "adapter", "model.layers.0.experts")
+    rewrite(tmp_path / "adapter", target_modules=["q_proj", "experts"], base_model_name_or_path=base)
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["verify", "{adapter}"],
+        ["merge", "{adapter}", "--out", "{out}"],
+        ["generate", "hello", "--adapter", "{adapter}", "--max-new-tokens", "2"],
+        ["chat", "--adapter", "{adapter}", "--max-new-tokens", "2"],
+        ["eval", "--adapter", "{adapter}", "--data", "{data}", "--limit", "2"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_every_verb_passes_over_what_is_absent_if_it_is_asked(arguments, beyond, data, tmp_path):  # noqa: F811
+    places = dict(adapter=beyond, out=tmp_path / "out", data=data)
+    words = [argument.format(**places) for argument in arguments]
+    refused = veneer(*words, given="hello\n")
+    assert refused.returncode == 2 and "--allow-absent" in refused.stderr + refused.stdout
+    done = veneer(*words, "--allow-absent", given="hello\n")
+    assert done.returncode == 0, done.stderr
+    told = done.stderr
+    assert "warning: the adapter's config names what LlamaForCausalLM lacks" in told and "'experts'" in told
+    assert "warning: 2 of the file's 6 tensors are for modules that LlamaForCausalLM lacks" in told
+    assert "UserWarning" not in told and "model.layers.0.experts.lora_A.weight" in told

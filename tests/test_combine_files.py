@@ -95,8 +95,8 @@ def test_refusals_write_nothing(tmp_path):
     for error, match, names, weights, how in [
         (VeneerError, "each adapter needs one weight", paths, [1], {}),
         (VeneerError, "weights must be finite", paths, [1, float("nan")], {}),
-        (VeneerError, "is unknown", paths, [1, 1], dict(method="tie")),
-        (VeneerError, "needs density", paths, [1, 1], dict(method="ties")),
+        (VeneerError, "no way to combine called 'tie'", paths, [1, 1], dict(method="tie")),
+        (VeneerError, "needs a density", paths, [1, 1], dict(method="ties")),
         (BaseMismatch, "different base models", [paths[0], *other], [1, 1], {}),
         (NotMergeable, "full copy", [paths[0], str(tmp_path / "headed")], [1, 1], base),
         (NotMergeable, "no low-rank factors", [paths[0], str(tmp_path / "ia3")], [1, 1], dict(method="cat", **base)),

@@ -117,6 +117,22 @@ def test_evaluation_is_the_mean_over_all_learned_tokens(base, data, tmp_path):
     assert report["eval"]["accuracy"] == pytest.approx(hits / count)
 
 
+def test_evaluation_holds_the_logits_of_few_rows(base, data, tmp_path, monkeypatch):
+    """Of as many as a limit allows, at least one; the result is the same."""
+    sizes: list[int] = []
+    true = trainer.token_sums
+    monkeypatch.setattr(trainer, "token_sums", lambda *both: (sizes.append(len(both[1])), true(*both))[1])
+    settings = dict(eval_split=8, max_steps=1, eval_batch_size=8)
+    whole = run(base, data, tmp_path / "whole", **settings)["eval"]
+    assert set(sizes) == {8}
+    sizes.clear()
+    monkeypatch.setattr(trainer, "MOST_LOGITS", 1)
+    parts = run(base, data, tmp_path / "parts", **settings)["eval"]
+    assert set(sizes) == {1}
+    for name in ("loss", "accuracy", "perplexity"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-5), name
+
+
 def test_the_saved_recipe_runs_again_to_the_same_bits(base, data, tmp_path):
     run(base, data, tmp_path / "one", max_steps=4, options={"lora_dropout": 0.1})
     again = make(yaml.safe_load((tmp_path / "one" / "recipe.yaml").read_text()) | {"output": str(tmp_path / "two")})
@@ -335,11 +351,21 @@ def test_damaged_rows_are_named(base, tmp_path, content: str, words: str):
     [
         ({"lerning_rate": 1}, "no key 'lerning_rate'; nearest: learning_rate"),
         ({"data": {"path": "x", "wieght": 2}}, "no key 'data.0.wieght'; nearest: weight"),
-        ({"batch_size": 0}, "batch_size = 0: "),
-        ({"epochs": "many"}, "epochs = 'many'"),
+        ({"batch_size": 0}, "^batch_size = 0 must be at least 1$"),
+        ({"epochs": 0}, "^epochs = 0 must be more than 0$"),
+        ({"epochs": "many"}, "^epochs = 'many' must be a number$"),
+        ({"rank": 2.5}, "^rank = 2.5 must be a whole number$"),
+        ({"packing": "sometimes"}, "^packing = 'sometimes' must be true or false$"),
+        ({"options": 3}, "^options = 3 must be a mapping of names to values$"),
+        ({"lr": 1}, "no key 'lr'; here it is learning_rate"),
+        ({"lora_alpha": 3}, "no key 'lora_alpha': it is a setting of lora and belongs under options"),
+        (
+            {"rank": 0, "epochs": 0},
+            "^the recipe has 2 errors:\n  rank = 0 must be at least 1\n  epochs = 0 must be more",
+        ),
         ({"streaming": True}, "set max_steps"),
         ({"early_stopping": 2}, "give eval_data or eval_split"),
-        ({"schedule": "cosin"}, "schedule = 'cosin'"),
+        ({"schedule": "cosin"}, "^schedule = 'cosin' must be linear, cosine, constant, polynomial or inverse_sqrt$"),
     ],
 )
 def test_a_typo_in_a_recipe_names_the_nearest(settings: dict, words: str):

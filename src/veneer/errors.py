@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 
 PACKAGE = __name__.partition(".")[0]
+SIMILAR = 0.5
+"""The least similarity, from 0 to 1, of a name that an error suggests."""
 
 
 class VeneerError(ValueError):
@@ -60,10 +62,29 @@ class NotMergeable(VeneerError):
 
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> str:
     """The candidates most similar to `name`, as `"; nearest: a, b"`; empty if none is similar."""
-    if len(name) > 200:  # no name is this long, and the time of a comparison grows with the square of the length
-        return ""
-    close = get_close_matches(name, list(dict.fromkeys(candidates)), n=n, cutoff=0.5)
+    close = similar(name, candidates)[:n]
     return f"; nearest: {', '.join(close)}" if close else ""
+
+
+def similar(name: str, candidates: Iterable[str]) -> list[str]:
+    """The candidates that are similar to `name`, the most similar first."""
+    if len(name) > 200:  # no name is this long, and the time of a comparison grows with the square of the length
+        return []
+    scores = {candidate: _likeness(name.lower(), candidate.lower()) for candidate in candidates}
+    close = [candidate for candidate, score in scores.items() if score >= SIMILAR]
+    return sorted(close, key=lambda candidate: -scores[candidate])
+
+
+def _likeness(name: str, candidate: str) -> float:
+    """How similar two names are, from 0 to 1, also where letters are exchanged or the end is left out."""
+    order = SequenceMatcher(None, name, candidate).ratio()
+    beginning = SequenceMatcher(None, name, candidate[: len(name) + 1]).ratio()
+    if len(name) >= 3 and beginning >= 0.8:
+        order = max(order, 0.8 * beginning)
+    if order < SIMILAR:
+        return order
+    letters = SequenceMatcher(None, sorted(name), sorted(candidate)).ratio()
+    return max(order, (order + letters) / 2)
 
 
 def listing(items: Iterable[str], most: int = 8) -> str:

@@ -8,13 +8,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from time import monotonic
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 LINES = 5
-"""The number of progress lines per task if stderr is not a terminal."""
+"""If stderr is not a terminal, a progress line appears each time that a task has taken a fifth longer."""
+PATIENCE = 10.0
+"""The least time between two of these lines, in seconds."""
 UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 Step = Callable[[str, int, int], None]
 """Called with the name of a task, the number of finished items, and their total."""
@@ -22,17 +25,17 @@ Item = TypeVar("Item")
 
 
 @contextmanager
-def showing() -> Iterator[Step]:
-    """Yield a function that shows progress on stderr.
+def showing(console: Console | None = None) -> Iterator[Step]:
+    """Yield a function that shows progress on stderr, or on a console that is given.
 
     On a terminal it draws bars, which are removed at the end; elsewhere it prints a few lines.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True, highlight=False)
+    console = console or Console(stderr=True, highlight=False)
     if not console.is_terminal:
-        yield _lines(console)
+        yield progress_lines(console)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=console, transient=True) as bars:
@@ -93,14 +96,26 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module=r"torch\.|transformers\.|accelerate\.")
 
 
-def _lines(console: Console) -> Step:
-    """A function that prints a few progress lines for each task."""
-    printed: dict[str, int] = {}
+def progress_lines(console: Console) -> Step:
+    """A function that prints a line at the end of each task, and more if it takes longer than `PATIENCE`."""
+    started: dict[str, float] = {}
+    printed: dict[str, float] = {}
+    finished: set[str] = set()
 
     def step(what: str, done: int, of: int) -> None:
-        line = done * LINES // of
-        if line > printed.get(what, 0):
-            printed[what] = line
-            console.print(f"{what}: {done} of {of}", markup=False)
+        time = monotonic()
+        start = started.setdefault(what, time)
+        waited = time - printed.get(what, start)
+        is_over = done == of
+        if is_over and what in finished:
+            return
+        if is_over:
+            finished.add(what)
+        is_due = waited >= max(PATIENCE, (time - start) / LINES)
+        if not is_due and not is_over:
+            return
+        printed[what] = time
+        left = f", {clock((time - start) * (of - done) / done)} left" if 0 < done < of else ""
+        console.print(f"{what}: {done} of {of}{left}", markup=False)
 
     return step

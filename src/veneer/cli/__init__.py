@@ -9,11 +9,18 @@ import logging
 import os
 import pkgutil
 import sys
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 import typer
 
+from veneer.cli._command import Command, Group
+
+HELP = {"help_option_names": ["--help", "-h"]}
+
 app = typer.Typer(
+    cls=Group,
+    context_settings=HELP,
     help="Parameter-efficient fine-tuning: LoRA and others, in Hugging Face PEFT's file format.",
     epilog="`veneer COMMAND --help` explains a command. With VENEER_DEBUG=1, errors show their traceback.",
     no_args_is_help=True,
@@ -43,7 +50,7 @@ def _options(
 for _verb in pkgutil.iter_modules(__path__):
     if not _verb.name.startswith("_"):
         _module = importlib.import_module(f"{__name__}.{_verb.name}")
-        app.command(_verb.name.replace("_", "-"))(getattr(_module, _verb.name))
+        app.command(_verb.name.replace("_", "-"), cls=Command, context_settings=HELP)(getattr(_module, _verb.name))
 
 
 def main() -> None:
@@ -54,7 +61,9 @@ def main() -> None:
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # these log advice on import
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        app(prog_name="veneer")
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            app(prog_name="veneer")
     except SystemExit as stop:
         if stop.code == 130:  # typer exits silently with 130 on KeyboardInterrupt
             print("interrupted", file=sys.stderr)
@@ -66,6 +75,11 @@ def main() -> None:
         for note in _notes(error):
             typer.secho(note, fg=typer.colors.YELLOW, err=True)
         raise SystemExit(2) from None
+
+
+def _show_warning(message: Any, *place: Any, **more: Any) -> None:
+    """Show a warning without its place in the code, which is of no use on a command line."""
+    typer.secho(f"warning: {message}", fg=typer.colors.YELLOW, err=True)
 
 
 def _notes(error: Exception) -> list[str]:

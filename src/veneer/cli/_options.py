@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from veneer.errors import ConfigError
+
 Column = Annotated[
     list[str] | None,
     typer.Option(
@@ -31,6 +33,34 @@ Targets = Annotated[
 ]
 
 
+Option = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        metavar="FIELD=VALUE",
+        help="Another setting of the method, such as lora_alpha=32; `veneer methods NAME` lists them. Repeatable.",
+        rich_help_panel="Model and method",
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any other key of the recipe, such as warmup=0.1, or setting of the method. Repeatable.",
+        rich_help_panel="Run",
+    ),
+]
+
+AllowAbsent = Annotated[
+    bool,
+    typer.Option(
+        "--allow-absent",
+        help="Pass over parts of the adapter for modules that the base model lacks, and list them.",
+    ),
+]
+
+
 def source(text: str) -> dict[str, Any]:
     """Parse PATH or PATH*WEIGHT as a data source. A `*` without a number after it is part of the path."""
     path, star, weight = text.rpartition("*")
@@ -48,6 +78,37 @@ def pairs(texts: list[str]) -> list[tuple[str, str]]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise typer.BadParameter(f"{text!r} must be NAME=VALUE")
+            raise ConfigError(f"{text!r} must be NAME=VALUE")
         result.append((name.strip().replace("-", "_"), value.strip()))
     return result
+
+
+def add_settings(content: dict[str, Any], set_: list[str] | None, option: list[str] | None) -> None:
+    """Add the values of --set and --option to a recipe's content.
+
+    --option gives settings of the method. --set gives a key of the recipe; a name that is no key, but a setting of the
+    method, is taken as that.
+    """
+    from veneer.train.recipe import Recipe, is_method_setting
+
+    options = dict(content.get("options") or {})
+    for name, text in pairs(set_ or []):
+        is_key = name in Recipe.model_fields
+        if not is_key and is_method_setting(content.get("method", "lora"), name):
+            options[name] = value(text)
+        else:
+            content[name] = value(text)
+    for name, text in pairs(option or []):
+        options[name] = value(text)
+    if options:
+        content["options"] = options
+
+
+def value(text: str) -> Any:
+    """Parse a text as YAML (a number, true, null, a [list]); text that is not YAML stays as it is."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text

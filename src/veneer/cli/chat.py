@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ._options import AllowAbsent
 from .generate import (
     Adapter,
     Compare,
@@ -66,6 +67,7 @@ def chat(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    allow_absent: AllowAbsent = False,
 ) -> None:
     """Chat with a model and its adapters, one at a time or side by side."""
     from rich.console import Console
@@ -79,7 +81,7 @@ def chat(
     quiet()
     console = Console(highlight=False)
     with Console(stderr=True).status("loading the model"):
-        loaded = load(adapter or [], model, dtype=dtype)
+        loaded = load(adapter or [], model, dtype=dtype, allow_absent=allow_absent)
         writer = Writer(loaded, sampling, template_file=chat_template)
     if writer.template is None:
         raise ConfigError("the model has no chat template; give one with --chat-template, or use `veneer generate`")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from veneer.errors import ConfigError
+
 EXAMPLES = """
 Computes the weighted sum of the adapters' updates of the base weights. The
 adapters may differ in rank, targets and method; a negative weight subtracts.
@@ -85,4 +87,4 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(word) for word in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"--weights {text!r} must be numbers, separated by commas") from None
+        raise ConfigError(f"--weights {text!r} must be numbers separated by commas, one for each adapter") from None

@@ -8,11 +8,13 @@ from typing import Annotated
 
 import typer
 
+from veneer.errors import ConfigError
+
 EXAMPLES = """
 Layouts: peft, adapterhub, mlx, torchtune, loralib, kohya. The parameters
 are copied bit for bit; an adapter that a layout cannot store is refused.
-To convert an adapter of another method, first turn it into a LoRA: exactly
-with veneer.save_as_lora in Python, or at a given rank with `veneer combine`.
+To convert an adapter of another method, first turn it into a plain LoRA:
+veneer combine my-adapter --weights 1 --out as-lora.
 
 Examples:
 
@@ -84,5 +86,5 @@ def _booleans(text: str | None) -> list[bool] | None:
         return None
     words = [word.strip().lower() for word in text.split(",")]
     if not set(words) <= {"true", "false"}:
-        raise typer.BadParameter(f"--enabled {text!r} must be a list of true and false, separated by commas")
+        raise ConfigError(f"--enabled {text!r} must be a list of true and false, separated by commas")
     return [word == "true" for word in words]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from veneer.errors import ConfigError
+
 if TYPE_CHECKING:
     from veneer.report.deployment import Diagnosis
     from veneer.report.environment import Environment
@@ -39,7 +41,7 @@ def doctor(
 ) -> None:
     """Check the environment, or whether a program can run an adapter."""
     if (adapter is None) != (target is None):
-        raise typer.BadParameter("an adapter and --for belong together: give both, or neither")
+        raise ConfigError("an adapter and --for belong together: give both, or neither")
     if adapter is None:
         _check_environment(as_json)
     else:

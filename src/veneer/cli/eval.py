@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ._options import AllowAbsent
 from .generate import Adapter, Dtype, MaxNewTokens, Model, Penalty, TemplateFile
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ def eval(
         Path | None, typer.Option(help="Write the rows with the models' answers to this file, as JSON lines.")
     ] = None,
     dtype: Dtype = "auto",
+    allow_absent: AllowAbsent = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Evaluate adapters on data, next to their base model."""
@@ -125,7 +127,9 @@ def eval(
     sources = _sources(data, column or [], split)
     quiet()
     names = None if labels is None else [name.strip() for name in labels.split(",")]
-    loaded = load(adapter or [], model, task=task_of(sources, task), labels=names, dtype=dtype)
+    loaded = load(
+        adapter or [], model, task=task_of(sources, task), labels=names, dtype=dtype, allow_absent=allow_absent
+    )
     rows = read(loaded, sources, task=task, limit=limit)
     with showing() as progress:
         evaluation = evaluate(
@@ -258,4 +262,4 @@ def _lost_rows(evaluation: Evaluation) -> list[str]:
         lines.append(f"{account.cut_rows} rows were cut to --max-length, {account.cut_tokens:,} tokens lost{first}")
     if account.unlearned_rows:
         lines.append(f"{account.unlearned_rows} rows have no token to judge{first}")
-    return lines
+    return lines + account.remarks()

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ._options import AllowAbsent
+
 if TYPE_CHECKING:
     from veneer.inference.generation import Answer, Writer
 
@@ -105,6 +107,7 @@ def generate(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    allow_absent: AllowAbsent = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answers as JSON.")] = False,
 ) -> None:
     """Answer one prompt with a model, an adapter, or several of them."""
@@ -115,7 +118,7 @@ def generate(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     quiet()
-    loaded = load(adapter or [], model, dtype=dtype)
+    loaded = load(adapter or [], model, dtype=dtype, allow_absent=allow_absent)
     writer = Writer(loaded, sampling, template_file=chat_template, raw=raw)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ._options import AllowAbsent
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -53,6 +55,7 @@ def merge(
     check_base: Annotated[
         bool, typer.Option(help="Refuse a base model other than the one that an adapter was trained on.")
     ] = True,
+    allow_absent: AllowAbsent = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Merge adapters into their base model and save a plain model."""
@@ -69,6 +72,7 @@ def merge(
             out,
             model,
             check_base=check_base,
+            allow_absent=allow_absent,
             progress=lambda done, of: bar.update(task, completed=done, total=of),
         )
     if as_json:

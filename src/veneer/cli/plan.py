@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.cli._options import Column, Rank, Targets, pairs, source
+from veneer.cli._options import Column, Option, Rank, Set, Targets, add_settings, pairs, source
+from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from veneer.report.epoch import Epoch
     from veneer.report.forecast import Forecast
+    from veneer.train.recipe import Recipe
 
 EXAMPLES = """
 Reads the model's config (with --data also its tokenizer), not its weights.
@@ -40,7 +42,7 @@ Examples:
   veneer plan --model DIR --max-length 4096 --gradient-checkpointing
 
   # another setting of the method, for scripts
-  veneer plan --model DIR --method fourierft --set n_frequency=500 --json
+  veneer plan --model DIR --method fourierft --option n_frequency=500 --json
 
   # an epoch over your data
   veneer plan --model smollm2-135m-instruct --data rows.jsonl
@@ -67,15 +69,8 @@ def plan(
     ] = "lora",
     rank: Rank = None,
     targets: Targets = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="FIELD=VALUE",
-            help="Another setting of the method; `veneer methods NAME` lists them. Repeatable.",
-            rich_help_panel="Model and method",
-        ),
-    ] = None,
+    option: Option = None,
+    set_: Set = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -121,24 +116,42 @@ def plan(
     """Estimate what a run trains and how much memory it needs."""
     from veneer.core.config import all_methods
     from veneer.files.skeleton import skeleton
-    from veneer.model.catalogue import config_for, page
-    from veneer.report.forecast import forecast, settings_of
+    from veneer.model.catalogue import page
+    from veneer.report.forecast import forecast
     from veneer.terminal import quiet
+    from veneer.train.setup import method_settings
     from veneer.upstream.models import positions_of
 
     quiet()
-    fields = settings_of(all_methods()[page(method).name], rank, targets, settings or [])
-    base = skeleton(model, model_type)
+    columns = dict(pairs(column or []))
+    content: dict[str, Any] = {
+        "method": method,
+        "rank": rank,
+        "targets": targets,
+        "data": [source(text) | {"columns": columns} for text in data or []],
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "max_length": max_length,
+        "packing": packing,
+        "gradient_checkpointing": gradient_checkpointing,
+    }
+    if model is not None:
+        content["model"] = model
+    add_settings(content, set_, option)
+    recipe = _recipe(content)
+    base = skeleton(content.get("model"), model_type)
     positions = positions_of(base.config)
-    max_length = max_length if positions is None else min(max_length, positions)
+    if positions is not None:
+        recipe = recipe.changed(max_length=min(recipe.max_length, positions))
     epoch = None
-    length = max_length
-    if data:
-        columns = dict(pairs(column or []))
-        sources = [source(text) | {"columns": columns} for text in data]
-        epoch = _epoch(model, method, sources, batch_size, accumulate, max_length, packing)
-        length = math.ceil(epoch.largest_batch / batch_size)
-    result = forecast(base, config_for(method, **fields), batch_size, length, gradient_checkpointing)
+    length = recipe.max_length
+    steps = recipe.max_steps or STEPS
+    if content["data"]:
+        epoch = _epoch(recipe)
+        length = math.ceil(epoch.largest_batch / recipe.batch_size)
+        steps = epoch.steps
+    config = all_methods()[page(recipe.method).name](**method_settings(recipe, steps))
+    result = forecast(base, config, recipe.batch_size, length, recipe.gradient_checkpointing)
     if as_json:
         content = result.as_dict()
         if epoch:
@@ -147,31 +160,33 @@ def plan(
         return
     _show(result, layers)
     if epoch:
-        _show_epoch(epoch, max_length)
+        _show_epoch(epoch, recipe.max_length)
 
 
+ABSENT = "-"
+"""In the recipe of a plan, what is not given."""
+STEPS = 1000
+"""The steps of a run whose data is not given, for methods with a schedule; no size depends on it."""
 plan.__doc__ = (plan.__doc__ or "") + "\n" + EXAMPLES
 
 
-def _epoch(
-    model: str | None, method: str, data: list[Any], batch_size: int, accumulate: int, max_length: int, packing: bool
-) -> Epoch:
-    from veneer.report.epoch import epoch_of
+def _recipe(content: dict[str, Any]) -> Recipe:
+    """The recipe that a plan is for. What it lacks, a plan does not read."""
     from veneer.train.recipe import make
 
-    if model is None:
-        raise typer.BadParameter("--data needs --model: its tokenizer splits the rows into tokens")
-    recipe = {
-        "model": model,
-        "method": method,
-        "data": data,
-        "batch_size": batch_size,
-        "accumulate": accumulate,
-        "max_length": max_length,
-        "packing": packing,
-        "output": "-",
-    }
-    return epoch_of(make(recipe))
+    absent = {"model": ABSENT, "output": ABSENT}
+    content = absent | content
+    if not content["data"]:
+        content["data"] = ABSENT
+    return make(content)
+
+
+def _epoch(recipe: Recipe) -> Epoch:
+    from veneer.report.epoch import epoch_of
+
+    if recipe.model == ABSENT:
+        raise ConfigError("--data needs --model: its tokenizer splits the rows into tokens")
+    return epoch_of(recipe)
 
 
 def _show_epoch(epoch: Epoch, max_length: int) -> None:
@@ -240,6 +255,7 @@ def _show_memory(console: Console, result: Forecast) -> None:
         where = "whole process, on a CPU"
         lines["Python, libraries"] = size(memory.process)
         lines["heap fragmentation"] = "unknown" if memory.heap is None else size(memory.heap)
+    lines["or, after training"] = f"{size(memory.end)}  (evaluation and verification)"
     lines["peak memory"] = "unknown" if memory.total is None else f"{size(memory.total)}  ({where})"
     for name, text in lines.items():
         console.print(f"{name:<20}{text}")

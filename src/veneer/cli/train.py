@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ._options import Column, Rank, Targets, pairs, source
+from veneer.errors import ConfigError
+
+from ._options import Column, Option, Rank, Set, Targets, add_settings, pairs, source
 
 EXAMPLES = """
 Data can be JSONL, JSON, CSV, TSV or Parquet files, directories of them, or
@@ -86,14 +89,7 @@ def train(
     ] = None,
     rank: Rank = None,
     targets: Targets = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FIELD=VALUE",
-            help="Another setting of the method, such as lora_alpha=32; `veneer methods NAME` lists them. Repeatable.",
-            rich_help_panel="Model and method",
-        ),
-    ] = None,
+    option: Option = None,
     column: Column = None,
     split: Annotated[
         str | None,
@@ -207,15 +203,7 @@ def train(
     wandb: Annotated[
         bool | None, typer.Option(help="Also log to Weights & Biases.", show_default="off", rich_help_panel="Switches")
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Any other key of the recipe, such as warmup=0.1. Repeatable.",
-            rich_help_panel="Run",
-        ),
-    ] = None,
+    set_: Set = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the last checkpoint in --output.", rich_help_panel="Run")
     ] = False,
@@ -230,15 +218,13 @@ def train(
     """Train an adapter from flags, a recipe file, or both."""
     flags = {name: value for name, value in locals().items() if name not in NOT_KEYS and value is not None}
     if resume and overwrite:
-        raise typer.BadParameter("--resume and --overwrite contradict each other; give only one of them")
+        raise ConfigError("--resume and --overwrite contradict each other; give only one of them")
     for name in ("data", "eval_data"):
         if name in flags:
             flags[name] = [source(text) for text in flags[name]]
     content = _content(recipe, flags, resume)
     content |= flags
-    for key, text in pairs(set_ or []):
-        content[key] = _value(text)
-    _add_options(content, option or [])
+    add_settings(content, set_, option)
     _add_columns(content, dict(pairs(column or [])), split)
 
     from veneer.train.recipe import make
@@ -263,7 +249,6 @@ NOT_KEYS = ("recipe", "option", "column", "split", "set_", "resume", "overwrite"
 
 def _content(path: str | None, flags: dict[str, Any], resume: bool) -> dict[str, Any]:
     """Read the recipe's keys from its file or from that of the run to resume; empty if there is neither."""
-    from veneer.errors import ConfigError
     from veneer.files.recipe import RECIPE_NAME, read
 
     saved = Path(flags.get("output", "")) / RECIPE_NAME
@@ -273,21 +258,17 @@ def _content(path: str | None, flags: dict[str, Any], resume: bool) -> dict[str,
         content = read(saved)
     else:
         content = {}
+    if not resume and saved.is_file() and not {"model", "data"} & {*content, *flags}:
+        output = shlex.quote(str(flags["output"]))
+        raise ConfigError(
+            f"neither a model nor data is given; --output {output} holds a run, which `veneer train --output {output} "
+            "--resume` continues"
+        )
     if resume and not content and "data" not in flags:
         raise ConfigError(
             f"there is no run to resume: {str(saved)!r} does not exist; give the --output of a run that was started"
         )
     return content
-
-
-def _add_options(content: dict[str, Any], texts: list[str]) -> None:
-    """Add NAME=VALUE fields of the method's config to the recipe's options."""
-    if not texts:
-        return
-    options = dict(content.get("options") or {})
-    for name, text in pairs(texts):
-        options[name] = _value(text)
-    content["options"] = options
 
 
 def _add_columns(content: dict[str, Any], columns: dict[str, str], split: str | None) -> None:
@@ -312,16 +293,6 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _value(text: str) -> Any:
-    """Parse a text as YAML (a number, true, null, a [list]); text that is not YAML stays as it is."""
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
 def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
@@ -342,3 +313,17 @@ def _summary(output: str, report: dict[str, Any]) -> None:
     passed = [check["name"] for check in report["verification"] if check["passed"]]
     typer.echo(f"verified   {', '.join(passed)}")
     typer.echo(f"report     {output}/report.html")
+    typer.echo(f"next       {_next_command(output, report)}")
+
+
+def _next_command(output: str, report: dict[str, Any]) -> str:
+    """A command that uses the adapter of a run."""
+    adapter = f"--adapter {shlex.quote(output)}"
+    template = report["recipe"]["chat_template"]
+    if report["labels"] is not None:
+        return f"veneer eval {adapter} --data FILE"
+    if not report["chat_template"]:
+        return f'veneer generate "..." {adapter}'
+    if template is not None:
+        adapter += f" --chat-template {shlex.quote(template)}"
+    return f"veneer chat {adapter}"

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ._options import AllowAbsent
+
 EXAMPLES = """
 Checks that the files load, that no tensor is all zero, that training
 changed every tensor, that the outputs are those that training recorded, and
@@ -44,6 +46,7 @@ def verify(
             "experts. Use it only for adapters that you trust."
         ),
     ] = False,
+    allow_absent: AllowAbsent = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
 ) -> None:
     """Check a saved adapter by loading it onto a fresh base model."""
@@ -54,7 +57,7 @@ def verify(
 
     quiet()
     base = load_base(adapter, model, task=TaskType.CAUSAL_LM)
-    verification = check(adapter, base, follow_paths=follow_paths)
+    verification = check(adapter, base, follow_paths=follow_paths, allow_absent=allow_absent)
     if as_json:
         typer.echo(json.dumps(verification.as_dict(), indent=2))
     else:

@@ -80,7 +80,8 @@ def _check_no_tensors(model: nn.Module, config: Config, paths: Collection[str], 
             if _has_tensors(name, tensors) and not any_matches(paths, name):
                 raise CheckpointError(
                     f"{field}: {type(model).__name__} has no module {name!r}{nearest(name, paths)}, for which the file "
-                    "has tensors. Load it onto its own base model, or pass allow_absent=True to pass over the tensors"
+                    "has tensors. Load it onto its own base model, or pass over the tensors with allow_absent=True "
+                    "(--allow-absent)"
                 )
 
 

@@ -7,16 +7,20 @@ This works for any template, unedited.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import DataError
 from .shapes import LEARNED_ROLES
 
 VARIATIONS = ("q7Z", "K2x")
 """Replacement answers. Their first and last characters differ, so at most one can agree with the true answer there."""
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message that hold the reasoning before an answer."""
 
 SAMPLED_FROM = 4
 """Conversations with more of the assistant's turns than this have most of them located in two renderings."""
@@ -32,6 +36,17 @@ class Rendered:
     spans: list[Span]
     ended: bool
     """The assistant's last turn ends with a stop token, or the assistant has no turn."""
+
+
+class MarkedCall(NamedTuple):
+    """A tool call whose name and arguments are replaced by markers."""
+
+    message: int
+    """The index of its message."""
+    name: str
+    name_marker: str
+    arguments_marker: str
+    has_arguments: bool
 
 
 class Template:
@@ -86,7 +101,8 @@ class Template:
         ended = True
         try:
             text = self.text(messages, tools)
-            _check_tool_calls(text, messages)
+            self._check_tool_calls(messages, tools)
+            self._check_contents(text, messages, tools)
             turns = [i for i, message in enumerate(messages) if message["role"] in LEARNED_ROLES]
             located = self._located(text, messages, turns, tools) if len(turns) > SAMPLED_FROM else None
             if located is None:
@@ -101,6 +117,56 @@ class Template:
         if not _are_ordered(spans, len(text)):
             raise DataError(f"{place}: the assistant's turns overlap in the chat template's text; it cannot be used")
         return Rendered(text, spans, ended)
+
+    def _check_tool_calls(self, messages: Sequence[Any], tools: Any) -> None:
+        """Raise if the template leaves out a tool call, which would be learned as an empty answer."""
+        marked, calls = _with_marked_calls(messages)
+        if not calls:
+            return
+        text = self.text(marked, tools)
+        for call in calls:
+            lost = "" if call.name_marker in text else "tool call"
+            if not lost and call.has_arguments and call.arguments_marker not in text:
+                lost = "arguments of the tool call"
+            if lost:
+                raise DataError(
+                    f"the chat template does not write the {lost} {call.name!r} of message {call.message + 1}; give a "
+                    "template that writes tool calls with chat_template (--chat-template)"
+                )
+
+    def _check_contents(self, text: str, messages: Sequence[Any], tools: Any) -> None:
+        """Raise if the template leaves out a message, such as a system message or the result of a tool.
+
+        A template may change a content. So of one that is not in the text as it stands, variations are rendered: if the
+        template writes it, they differ.
+        """
+        position = 0
+        for i, message in enumerate(messages):
+            content = message.get("content")
+            content = content.strip() if isinstance(content, str) else ""
+            found = max(text.find(content, position), text.find(content))
+            if found >= 0:
+                position = max(position, found)
+                continue
+            role = message["role"]
+            marked = self._variations(messages, i, tools)
+            if marked and len(set(marked)) == 1:
+                raise DataError(
+                    f"the chat template does not write message {i + 1}, whose role is {role!r}; leave such "
+                    "messages out, or give a template that writes them with chat_template (--chat-template)"
+                )
+
+    def left_out(self, text: str, messages: Sequence[Any], tools: Any) -> list[str]:
+        """What else of a conversation the template does not write, in words: tools, and the reasoning of an answer."""
+        parts = []
+        names = [tool.get("function", tool).get("name") for tool in tools or () if isinstance(tool, dict)]
+        if any(isinstance(name, str) and name not in text for name in names):
+            parts.append("tools that the chat template does not write")
+        for key in REASONING:
+            thoughts = [message[key].strip() for message in messages if isinstance(message.get(key), str)]
+            if any(thought not in text for thought in thoughts):
+                parts.append(f"{key} that the chat template does not write")
+        return parts
 
     def _located(
         self, text: str, messages: Sequence[Any], turns: Sequence[int], tools: Any
@@ -254,17 +320,31 @@ class Template:
         return None
 
 
-def _check_tool_calls(text: str, messages: Sequence[Any]) -> None:
-    """Raise if the template leaves out a tool call, which would be learned as an empty answer."""
+def _with_marked_calls(messages: Sequence[Any]) -> tuple[list[Any], list[MarkedCall]]:
+    """The messages with a marker in the place of each tool call's name and arguments, and where the markers are."""
+    marked = []
+    calls: list[MarkedCall] = []
     for i, message in enumerate(messages):
+        new_calls = []
         for call in message.get("tool_calls") or ():
             function = call.get("function", call) if isinstance(call, dict) else {}
             name = function.get("name")
-            if isinstance(name, str) and name not in text:
-                raise DataError(
-                    f"the chat template does not write the tool call {name!r} of message {i + 1}; give a template that "
-                    "writes tool calls with chat_template (--chat-template)"
-                )
+            if not isinstance(name, str):
+                new_calls.append(call)
+                continue
+            number = f"{len(calls)}x"
+            has_arguments = bool(function.get("arguments"))
+            mark = MarkedCall(i, name, VARIATIONS[0] + number, VARIATIONS[1] + number, has_arguments)
+            calls.append(mark)
+            changed = {"name": mark.name_marker}
+            if has_arguments:
+                arguments: Any = {mark.arguments_marker: 1}
+                is_text = isinstance(function["arguments"], str)
+                changed["arguments"] = json.dumps(arguments) if is_text else arguments
+            new_function = {**function, **changed}
+            new_calls.append({**call, "function": new_function} if "function" in call else new_function)
+        marked.append({**message, "tool_calls": new_calls} if new_calls else message)
+    return marked, calls
 
 
 def _refused(place: str, error: Exception) -> DataError:

@@ -14,6 +14,10 @@ from torch.utils.data import Dataset, Sampler
 from .encode import IGNORED, Encoded
 from .packing import joined
 
+MOST_LOGITS = 2**27
+"""Bytes of logits, in fp32, that are computed at a time in evaluation. Training does not hold the logits of all tokens,
+so with those of a whole batch evaluation would need more memory than training."""
+
 
 class Collator:
     """Pads rows to the longest row of the batch. Packed rows, and all rows if `flat`, are concatenated instead.

@@ -11,12 +11,23 @@ from typing import Any
 
 from ..errors import ConfigError, DataError
 from .chat import Rendered, Span, Template
-from .shapes import LEARNED_ROLES, Example
+from .shapes import KNOWN_ROLES, LEARNED_ROLES, Example
 
 IGNORED = -100
 """The label of a token that is masked: it is not learned."""
+EMPTY = "an empty answer, from which only the end of an answer is learned"
+"""The note of a row with an empty answer."""
 Encoded = dict[str, Any]
 """`input_ids`, a list of token ids, and `labels`, a list of the same length or the number of a class."""
+
+
+@dataclass
+class Note:
+    """Rows that have something in common."""
+
+    rows: int
+    first: str
+    """The place of the first of them."""
 
 
 @dataclass
@@ -41,6 +52,22 @@ class Account:
     examples: list[str] = field(default_factory=list)
     """Places of the first five rows that were cut or dropped."""
 
+    notes: dict[str, Note] = field(default_factory=dict)
+    """Rows that are learned, but perhaps not as they were meant, by what they have: "an empty answer"."""
+
+    def noticed(self, what: str, place: str) -> None:
+        """Count a row that has something remarkable."""
+        note = self.notes.setdefault(what, Note(0, place))
+        note.rows += 1
+
+    def remarks(self) -> list[str]:
+        """The notes, a line for each."""
+        lines = []
+        for what, note in self.notes.items():
+            rows = "1 row has" if note.rows == 1 else f"{note.rows:,} rows have"
+            lines.append(f"{rows} {what} (the first: {note.first})")
+        return lines
+
     def touched(self, place: str) -> None:
         """Keep the place of a row that was cut or dropped, if it is one of the first."""
         if len(self.examples) < 5 and place not in self.examples:
@@ -49,6 +76,7 @@ class Account:
     def as_dict(self) -> dict[str, Any]:
         """The counts for a report in JSON, lengths last and in order."""
         counts = dict(vars(self))
+        counts["notes"] = {what: vars(note) for what, note in self.notes.items()}
         del counts["lengths"]
         counts["lengths"] = {str(length): self.lengths[length] for length in sorted(self.lengths)}
         return counts
@@ -102,9 +130,13 @@ class Encoder:
         if example.text is not None:
             return self._plain(example.text)
         messages = example.messages or []
+        for what in _remarkable(messages):
+            self.account.noticed(what, example.place)
         if self.template is None:
             return self._untemplated(example.place, messages)
         rendered = self.template.render(example.place, messages, example.tools)
+        for part in self.template.left_out(rendered.text, messages, example.tools):
+            self.account.noticed(part, example.place)
         if rendered.ended:
             return self._masked(rendered.text, rendered.spans)
         self.account.open_rows += 1
@@ -240,6 +272,20 @@ class Encoder:
         self.account.kept += 1
         self.account.tokens += len(encoded["input_ids"])
         self.account.supervised_tokens += learned_tokens(encoded)
+
+
+def _remarkable(messages: Sequence[dict[str, Any]]) -> list[str]:
+    """What a conversation has that may be a mistake: empty answers, and roles with unknown names."""
+    found = []
+    for message in messages:
+        role = message["role"]
+        if role not in KNOWN_ROLES:
+            found.append(f"a message with the unknown role {role!r}, which is not learned")
+        elif role in LEARNED_ROLES and message.keys() <= {"role", "content"}:
+            content = message.get("content")
+            if content is None or (isinstance(content, str) and not content.strip()):
+                found.append(EMPTY)
+    return list(dict.fromkeys(found))
 
 
 def learned_tokens(encoded: Encoded) -> int:

@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any, Literal, Protocol
 
 from ..errors import ConfigError, DataError
-from .encode import Account, Encoded, Encoder
+from .encode import EMPTY, Account, Encoded, Encoder
 from .packing import pack
 from .shapes import Example, shape_of, understand
 from .sources import Source, rows
@@ -159,6 +159,9 @@ def _encoder(recipe: Request, tokenizer: Any, labels: list[str] | None) -> Encod
 
 def _check_learned(account: Account, what: str) -> None:
     """Raise unless a row was kept."""
+    empty = account.notes.get(EMPTY)
+    if empty is not None and empty.rows == account.rows:
+        raise DataError(f"all {account.rows} rows of {what} have an empty answer (the first: {empty.first})")
     if account.kept:
         return
     if account.too_long_rows:

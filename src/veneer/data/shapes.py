@@ -70,15 +70,22 @@ def shape_of(place: str, row: Mapping[str, Any], task: str = "auto") -> str:
         DataError: no shape fits; says which columns there are and which are needed.
     """
     shapes = {"label": SHAPES["label"]} if task == "classification" else SHAPES
+    if isinstance(row.get("label"), bool) and "completion" in row:
+        raise DataError(
+            f"{place} has a completion and a label that says whether it is good. veneer train learns every completion: "
+            "leave out the bad ones, and the column label, or train on both with TRL's KTOTrainer and "
+            "peft_config=LoraConfig()"
+        )
     for name, columns in shapes.items():
         if name == "label" and task == "text":
             continue
         if all(column in row for column in columns):
             return name
     if all(column in row for column in PREFERENCES):
+        ours = "completion" if "prompt" in row else "messages"
         raise DataError(
             f"{place} has a chosen and a rejected answer. veneer train learns from one answer: name it with columns "
-            "(--column completion=chosen), or train on preferences with TRL's DPOTrainer and peft_config=LoraConfig()"
+            f"(--column {ours}=chosen), or train on preferences with TRL's DPOTrainer and peft_config=LoraConfig()"
         )
     present = ", ".join(row) or "(none)"
     slips = _likely_slips(row, shapes)

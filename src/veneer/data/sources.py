@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import DataError, nearest
+from ..files.locate import why_no_dataset
 
 Row = dict[str, Any]
 LONGEST_CELL = 2**31 - 1
@@ -293,6 +294,10 @@ def _from_disk(path: Path, split: str) -> Iterator[tuple[str, Row]]:
 def _from_hub(name: str, split: str, streaming: bool) -> Iterator[tuple[str, Row]]:
     from datasets import load_dataset
 
+    is_the_clients_own = load_dataset.__module__.startswith("datasets.")
+    problem = why_no_dataset(name) if is_the_clients_own else None
+    if problem is not None:
+        raise DataError(f"there is no data file or directory {name!r}{_near(Path(name))}, and {problem}")
     try:
         dataset = load_dataset(name, split=split, streaming=streaming)
     except Exception as error:  # the hub's client raises the errors of many libraries

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, VeneerError, first_line, nearest, printable
+from ..errors import CheckpointError, ConfigError, VeneerError, first_line, nearest, printable
 from .read import PICKLE_NAME, WEIGHTS_NAME
 
 HUB_ARGUMENTS = (
@@ -80,7 +80,15 @@ def _download(repository: str, name: str, *, subfolder: str, **hub: Any) -> Path
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    from .locate import on_hub
+
     folder = None if subfolder == "." else subfolder
+    if hub.keys() <= {"revision"}:
+        path = name if folder is None else f"{folder}/{name}"
+        try:
+            hub |= on_hub(repository, path, hub.get("revision") or "main").arguments
+        except (ConfigError, HFValidationError) as error:
+            raise CheckpointError(first_line(error)) from error
     try:
         return Path(hf_hub_download(repository, name, subfolder=folder, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

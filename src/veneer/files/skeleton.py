@@ -8,7 +8,7 @@ import torch
 
 from ..errors import ConfigError, first_line
 from ..upstream.auto import default_config, makes
-from .pull import resolve
+from .locate import locate
 
 TASKS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
 """The transformers classes to try, in order."""
@@ -39,10 +39,8 @@ def _config_of(model: str) -> Any:
     """The config of a model, from a local directory or the hub."""
     from transformers import AutoConfig
 
+    place = locate(model)
     try:
-        return AutoConfig.from_pretrained(resolve(model))
-    except OSError as error:
-        reason = first_line(error)
-        raise ConfigError(
-            f"{model!r} is not a directory with a config, and its config could not be downloaded: {reason}"
-        ) from None
+        return AutoConfig.from_pretrained(place.name, **place.arguments)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the config of {model!r} cannot be read: {first_line(error)}") from None

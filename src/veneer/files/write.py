@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import TrainingError, VeneerError, first_line
+from .lock import alone
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,6 +85,18 @@ def check_free(out: Path) -> None:
     if names:
         first_names = ", ".join(names[:3])
         raise VeneerError(f"{str(out)!r} holds {first_names}; give a new directory, nothing is overwritten")
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Lock the directory `out`, which is to be written, for the block.
+
+    Raises:
+        VeneerError: another process writes into it, or something would be overwritten.
+    """
+    with alone(out):
+        check_free(out)
+        yield
 
 
 @contextmanager

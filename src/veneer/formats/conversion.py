@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..errors import CheckpointError, ConfigError, nearest
-from ..files.write import appearing, check_free
+from ..files.write import appearing, claimed
 from . import adapterhub, kohya, loralib, mlx, peft, torchtune
 from .lora import Hints, Layout
 
@@ -78,15 +78,15 @@ def convert(
     hints = hints or Hints()
     source = Path(source)
     out = Path(out)
-    check_free(out)
-    writer = layout(to)
-    reader = layout(from_) if from_ else detected(source)
-    if not reader.is_here(source):
-        raise CheckpointError(
-            f"{str(source)!r} lacks the files of the layout {reader.name}; leave out --from to detect it"
-        )
-    lora = reader.read(source, hints).check(source)
-    with appearing(out) as folder:
-        writer.write(lora, folder, hints)
+    with claimed(out):
+        writer = layout(to)
+        reader = layout(from_) if from_ else detected(source)
+        if not reader.is_here(source):
+            raise CheckpointError(
+                f"{str(source)!r} lacks the files of the layout {reader.name}; leave out --from to detect it"
+            )
+        lora = reader.read(source, hints).check(source)
+        with appearing(out) as folder:
+            writer.write(lora, folder, hints)
     count = sum(pair.A.numel() + pair.B.numel() for pair in lora.pairs.values())
     return Conversion(str(source), reader.name, str(out), to, len(lora.pairs), count)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, ConfigError, listing
+from ..errors import CheckpointError, ConfigError, first_line, listing
 from ..files import read as files
 from ..files.read import tensor_shapes
 from ..files.write import write_atomically
@@ -120,17 +120,18 @@ class Hints:
         """
         from transformers import AutoConfig
 
-        from ..files.pull import resolve
+        from ..files.locate import locate
 
         name = self.model or base
         if name is None:
             raise ConfigError(f"{why}; name the base model with --model")
         try:
-            return AutoConfig.from_pretrained(resolve(name))
-        except OSError as error:
-            reason = str(error).strip().split("\n")[0]
+            place = locate(name)
+            return AutoConfig.from_pretrained(place.name, **place.arguments)
+        except (OSError, ValueError) as error:
             raise ConfigError(
-                f"{why}, but the config of {name!r} cannot be read ({reason}); give the base model with --model"
+                f"{why}, but the config of {name!r} cannot be read ({first_line(error)}); give the base model with "
+                "--model"
             ) from None
 
 

@@ -65,7 +65,7 @@ def read(directory: Path, hints: Hints, variants: Collection[str] = ()) -> Lora:
 
 def check_plain(config: Config, variants: Collection[str] = ()) -> LoraConfig:
     """The config, if A, B, alpha and some variants are the whole adapter; else raises ConfigError."""
-    advice = "convert it with veneer.convert_to_lora first"
+    advice = "first turn it into a plain LoRA with `veneer combine ADAPTER --weights 1 --out DIR`"
     requested = config.variants() if isinstance(config, LoraConfig) else []
     is_allowed = bool(requested) and set(requested) <= set(variants)
     if not isinstance(config, LoraConfig) or not (type(config).adapter is LoRA or is_allowed):

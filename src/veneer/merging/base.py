@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.config import Config, TaskType
-from ..errors import CheckpointError, ConfigError
-from ..files.pull import resolve
+from ..errors import CheckpointError, ConfigError, first_line
+from ..files.locate import locate
 from ..upstream import auto as auto_classes
 from ..upstream.auto import AUTO_CLASSES
 
@@ -43,19 +43,17 @@ def find_base(name: str, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: it is not on this machine and cannot be downloaded.
     """
-    directory = Path(resolve(name))
+    place = locate(name, revision)
+    directory = Path(place.name)
     if directory.is_dir():
         return directory
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        downloaded = snapshot_download(name, revision=revision, allow_patterns=list(WANTED))
+        downloaded = snapshot_download(place.name, revision=revision, allow_patterns=list(WANTED), **place.arguments)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(
-            f"{name!r} is not a directory, and could not be downloaded from the hub: {reason}"
-        ) from None
+        raise CheckpointError(f"{name!r} could not be downloaded from the hub: {first_line(error)}") from None
     return Path(downloaded)
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from ..core import checkpoint
 from ..core.config import Config
 from ..errors import BaseMismatch, CheckpointError, ConfigError, NotMergeable
-from ..files.write import appearing, check_free
+from ..files.write import appearing, claimed
 from ..formats import peft
 from ..formats.lora import Hints, Lora
 from ..maths.low_rank import Pair
-from ..model.combine import Weighted, add_weighted_adapter, check_weights, clamped, rule
+from ..model.combine import Weighted, add_weighted_adapter, check_quantile, check_weights, clamped, rule
 from ..model.to_lora import Update, lora_config
 from .merge import on_files
 
@@ -76,17 +76,18 @@ def combine(
     Raises:
         VeneerError: an argument is out of range, or an adapter is not a weight update; nothing is written.
     """
-    check_free(Path(out))
-    check_weights(adapters, weights, rank)
-    rule(method, density, election)
-    settings = Settings(method, rank, density, election, clamp)
-    configs = [Config.from_pretrained(adapter) for adapter in adapters]
-    with_base = not all(_is_plain(config) for config in configs)
-    write = _on_base if with_base else _from_files
-    with appearing(Path(out)) as folder, torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        write(adapters, weights, folder, settings, model)
-        combined = peft.read(folder, Hints()).check(folder)
+    with claimed(Path(out)):
+        check_weights(adapters, weights, rank)
+        rule(method, density, election)
+        check_quantile(clamp)
+        settings = Settings(method, rank, density, election, clamp)
+        configs = [Config.from_pretrained(adapter) for adapter in adapters]
+        with_base = not all(_is_plain(config) for config in configs)
+        write = _on_base if with_base else _from_files
+        with appearing(Path(out)) as folder, torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            write(adapters, weights, folder, settings, model)
+            combined = peft.read(folder, Hints()).check(folder)
     ranks = [pair.r for pair in combined.pairs.values()]
     return Combination(str(out), [*adapters], [*weights], method, with_base, len(ranks), max(ranks))
 

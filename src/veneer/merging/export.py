@@ -11,6 +11,7 @@ from pathlib import Path
 from ..core.config import CONFIG_NAME
 from ..errors import ConfigError
 from ..files.pull import resolve
+from ..files.lock import alone
 from ..files.write import check_new
 from ..formats.gguf.file import FLOATS, Progress, check_dtype
 from ..formats.gguf.modelfile import MODELFILE
@@ -62,10 +63,12 @@ def export(
         raise ConfigError("--rank is the rank of an adapter's LoRA; a merged model has none")
     if merged or is_model:
         check_dtype(dtype or "f16")
-        return Model(source, is_model, model, check_base).write(out, dtype or "f16", ollama, progress)
+        with alone(out):
+            return Model(source, is_model, model, check_base).write(out, dtype or "f16", ollama, progress)
     check_dtype(dtype or "f32", FLOATS)
     check_rank(rank)
-    return export_adapter(source, out, model, dtype or "f32", rank, check_base, progress)
+    with alone(out):
+        return export_adapter(source, out, model, dtype or "f32", rank, check_base, progress)
 
 
 def _is_model(source: str) -> bool:

@@ -22,7 +22,7 @@ from ..errors import ConfigError, NotMergeable
 from ..files.find import find_weights
 from ..files.pull import name_anywhere
 from ..files.read import tensor_shapes
-from ..files.write import appearing, check_free
+from ..files.write import appearing, claimed
 from ..model.peft_model import PeftModel
 from .base import copy_settings, find_base, model_class
 from .mapped import MappedModel
@@ -66,6 +66,7 @@ def merge(
     model: str | None = None,
     *,
     check_base: bool = True,
+    allow_absent: bool = False,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> MergeReport:
     """Write a plain transformers model with adapters merged in.
@@ -75,6 +76,7 @@ def merge(
         out: a directory that does not exist yet, or is empty.
         model: the base; None: the one that the adapters name.
         check_base: refuse a base other than the one an adapter was trained on.
+        allow_absent: pass over tensors for modules that the base lacks, with a warning.
         progress: called with the number of modules done and the number of all modules.
 
     Raises:
@@ -82,15 +84,15 @@ def merge(
         CheckpointError: the base's files or an adapter's are damaged, or do not fit each other.
         VeneerError: something would be overwritten, or the disk is too small. Errors leave nothing in `out`.
     """
-    check_free(Path(out))
-    opened = on_files(adapters, model, check_base)
-    merger = Merger(opened.mapped, opened.model, saved_embeddings(adapters))
-    report = MergeReport(str(out), opened.base, [str(adapter) for adapter in adapters], untied=bool(merger.apart))
-    with appearing(Path(out), merger.size) as folder:
-        report.tensors = merger.write(folder, progress)
-        _write_config(opened.mapped.model, opened.directory, folder)
-        copy_settings(opened.directory, [Path(adapter) for adapter in adapters], folder)
-        report.files = sorted(p.name for p in folder.iterdir())
+    with claimed(Path(out)):
+        opened = on_files(adapters, model, check_base, allow_absent)
+        merger = Merger(opened.mapped, opened.model, saved_embeddings(adapters))
+        report = MergeReport(str(out), opened.base, [str(adapter) for adapter in adapters], untied=bool(merger.apart))
+        with appearing(Path(out), merger.size) as folder:
+            report.tensors = merger.write(folder, progress)
+            _write_config(opened.mapped.model, opened.directory, folder)
+            copy_settings(opened.directory, [Path(adapter) for adapter in adapters], folder)
+            report.files = sorted(p.name for p in folder.iterdir())
     return report
 
 
@@ -104,7 +106,9 @@ class Opened(NamedTuple):
     model: PeftModel
 
 
-def on_files(adapters: Sequence[str | Path], model: str | None, check_base: bool = True) -> Opened:
+def on_files(
+    adapters: Sequence[str | Path], model: str | None, check_base: bool = True, allow_absent: bool = False
+) -> Opened:
     """Load adapters on the files of their base, all active and named "1", "2" and so on."""
     configs = [Config.from_pretrained(adapter) for adapter in adapters]
     base = base_of(configs, model)
@@ -112,7 +116,7 @@ def on_files(adapters: Sequence[str | Path], model: str | None, check_base: bool
     directory = find_base(base, revision)
     skeleton = _skeleton(directory, configs, adapters)
     mapped = MappedModel(skeleton, Shards(directory))
-    return Opened(base, directory, mapped, _adapted(mapped, configs, adapters, check_base))
+    return Opened(base, directory, mapped, _adapted(mapped, configs, adapters, check_base, allow_absent))
 
 
 def base_of(configs: Sequence[Config], model: str | None) -> str:
@@ -178,15 +182,20 @@ def _labels(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> set[int]:
 
 
 def _adapted(
-    mapped: MappedModel, configs: Sequence[Config], adapters: Sequence[str | Path], check_base: bool
+    mapped: MappedModel,
+    configs: Sequence[Config],
+    adapters: Sequence[str | Path],
+    check_base: bool,
+    allow_absent: bool,
 ) -> PeftModel:
     """The mapped model with all adapters, all active."""
     mapped.bind_all()
     mapped.bind_new()
     names = [str(i) for i in range(1, len(adapters) + 1)]
-    model = PeftModel.from_pretrained(mapped.model, adapters[0], names[0], config=configs[0], check_base=check_base)
+    how: dict[str, Any] = {"check_base": check_base, "allow_absent": allow_absent}
+    model = PeftModel.from_pretrained(mapped.model, adapters[0], names[0], config=configs[0], **how)
     for name, adapter in zip(names[1:], adapters[1:], strict=True):
-        model.load_adapter(adapter, name, check_base=check_base)
+        model.load_adapter(adapter, name, **how)
     model.set_adapter(names)
     if any(getattr(config, "layer_replication", None) for config in configs):
         raise NotMergeable(

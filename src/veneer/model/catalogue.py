@@ -16,6 +16,22 @@ from ..errors import ConfigError, VeneerError, nearest
 
 PAPER = re.compile(r"arXiv:\d{4}\.\d{4,5}|doi:\S+[\w)]|OpenReview:\w+")
 
+OTHER_NAMES = {
+    "qlora": "QLoRA is lora on a base model whose weights are quantised to 4 bits: use lora with such a model",
+    "rslora": "rsLoRA is lora with the setting use_rslora=true",
+    "pissa": "PiSSA is lora with the setting init_lora_weights=pissa",
+    "olora": "OLoRA is lora with the setting init_lora_weights=olora",
+    "prefix": "it is called prefix_tuning",
+    "ptuning": "it is called p_tuning",
+    "p_tuning_v2": "P-tuning v2 is prefix_tuning",
+    "ptuning_v2": "P-tuning v2 is prefix_tuning",
+    "prompt": "it is called prompt_tuning",
+    "soft_prompt": "it is called prompt_tuning",
+    "adapter": "bottleneck adapters are called seq_bn (after each block) and par_bn (beside it)",
+    "full": "training all weights is not parameter-efficient fine-tuning; `veneer methods` lists the methods",
+}
+"""Names of methods elsewhere that are settings of a method, or another name, here."""
+
 
 @dataclass(frozen=True)
 class Field:
@@ -69,6 +85,8 @@ def page(name: str) -> Page:
     """
     known = all_methods()
     plain = name.lower().replace("-", "_")
+    if plain in OTHER_NAMES:
+        raise ConfigError(f"there is no method {name!r}; {OTHER_NAMES[plain]}")
     if plain not in known:
         raise ConfigError(f"there is no method {name!r}{nearest(name.lower(), known)}; `veneer methods` lists all")
     return _page(plain)

@@ -91,7 +91,7 @@ def check_weights(adapters: Sequence[str], weights: Sequence[float], rank: int |
     if not all(math.isfinite(weight) for weight in weights):
         raise VeneerError(f"weights must be finite numbers, not {list(weights)}")
     if rank is not None and rank < 1:
-        raise VeneerError(f"svd_rank must be at least 1, not {rank}")
+        raise VeneerError(f"the rank of the result must be at least 1, not {rank}")
 
 
 def _checked(model: PeftModel, adapters: Sequence[str], weights: Any, adapter_name: str, rank: int | None) -> State:
@@ -155,15 +155,16 @@ def rule(kind: str, density: float | None, election: str) -> Callable[[Weighted,
     plain = kind.removesuffix("_svd")
     is_known = kind in known or (plain in known and plain not in ("cat", "svd", "linear"))
     if not is_known:
-        raise VeneerError(f"combination_type {kind!r} is unknown; use one of {', '.join(known)}{nearest(kind, known)}")
+        raise VeneerError(f"there is no way to combine called {kind!r}{nearest(kind, known)}; use {', '.join(known)}")
     if plain == "cat":
         return _concatenated
     if plain in ("svd", "linear"):
         return _summed
     if density is None or not 0 < density <= 1:
-        raise VeneerError(f"{kind!r} needs density, the share of entries to keep, in (0, 1]; not {density!r}")
+        given = "none is given" if density is None else f"not {density:g}"
+        raise VeneerError(f"{kind} needs a density, the share of entries to keep, above 0 and at most 1; {given}")
     if election not in ("total", "frequency"):
-        raise VeneerError(f'majority_sign_method must be "total" or "frequency", not {election!r}')
+        raise VeneerError(f"TIES elects signs by total or by frequency, not by {election!r}")
     prune = partial(drop if plain.startswith("dare") else trim, density=density)
     if "ties" in plain:
         return partial(_pruned, prune=prune, election=election)
@@ -173,7 +174,7 @@ def rule(kind: str, density: float | None, election: str) -> Callable[[Weighted,
 def _concatenated(updates: Weighted, rank: int, path: str) -> Pair:
     pair = _exact_sum(updates)
     if pair is None:
-        raise NotMergeable(f"an adapter on {path!r} has no low-rank factors to concatenate; use combination_type='svd'")
+        raise NotMergeable(f"an adapter on {path!r} has no low-rank factors for cat; use svd")
     return pair
 
 
@@ -232,10 +233,17 @@ def _disjoint_mean(D: Tensor, election: str) -> Tensor:
 # The result
 
 
+def check_quantile(quantile: float | None) -> None:
+    """Raise VeneerError if the quantile to clamp to is out of range."""
+    if quantile is not None and not 0 <= quantile <= 1:
+        raise VeneerError(f"the quantile to clamp to must be between 0 and 1, not {quantile:g}")
+
+
 def clamped(pair: Pair, quantile: float | None) -> Pair:
     """The factors, with entries beyond a quantile of their magnitudes clamped to it; None: unchanged."""
     if quantile is None:
         return pair
+    check_quantile(quantile)
     A, B = pair
     magnitudes = torch.cat([A.abs().flatten(), B.abs().flatten()])
     limit = float(magnitudes.quantile(quantile))

@@ -11,6 +11,7 @@ from typing import Any
 from ..core.config import Config, TaskType
 from ..errors import CheckpointError, ConfigError, first_line, nearest
 from ..files.find import find_weights
+from ..files.locate import Place, locate
 from ..files.pull import resolve
 from ..files.read import tensor_shapes
 from ..upstream import models as upstream_models
@@ -19,6 +20,17 @@ from .peft_model import PeftModel
 
 BASE = "base"
 """The name of the base model in `Loaded.names`."""
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+"""A directory without any of these has no tokenizer."""
 HEADS = ("score", "classifier")
 """The names that transformers uses for a classifier's head."""
 
@@ -82,6 +94,7 @@ def load(
     task: TaskType = TaskType.CAUSAL_LM,
     labels: list[str] | None = None,
     dtype: str = "auto",
+    allow_absent: bool = False,
 ) -> Loaded:
     """Load a base model and put adapters on it.
 
@@ -91,6 +104,7 @@ def load(
         task: the task to load the base model for if no adapter states one.
         labels: the class names in order; None: read from the training recipe next to an adapter.
         dtype: the base model's dtype, as in a recipe.
+        allow_absent: pass over tensors for modules that the base model lacks, with a warning.
 
     Raises:
         VeneerError: no base model is named, the adapters differ in base model or task, or a file is damaged.
@@ -114,7 +128,7 @@ def load(
         raise ConfigError(f"{base!r} is an encoder-decoder; only causal language models and classifiers are supported")
     class_names = _labels(places, base_model.config, labels) if is_classifier else None
     return Loaded(
-        model=_adapted(base_model, places),
+        model=_adapted(base_model, places, allow_absent),
         tokenizer=tokenizer,
         base=base,
         adapters=tuple(places),
@@ -153,18 +167,23 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
+    place = locate(model, revision)
     try:
-        return AutoTokenizer.from_pretrained(resolve(model), revision=revision or "main")
+        return AutoTokenizer.from_pretrained(place.name, revision=revision or "main", **place.arguments)
     except (OSError, ValueError) as error:  # ValueError if there are no tokenizer files
-        raise ConfigError(f"the tokenizer of {model!r} cannot be loaded: {first_line(error)}") from None
+        reason = first_line(error)
+        if Path(place.name).is_dir() and not any((Path(place.name) / name).is_file() for name in TOKENIZER_FILES):
+            reason = "the directory has no tokenizer files; copy those of the original model into it"
+        raise ConfigError(f"the tokenizer of {model!r} cannot be loaded: {reason}") from None
 
 
 def positions_of(model: str, revision: str | None = None) -> int | None:
     """How many tokens a sequence of a base model may have; None if its config sets no limit."""
     from transformers import AutoConfig
 
+    place = locate(model, revision)
     try:
-        config = AutoConfig.from_pretrained(resolve(model), revision=revision or "main")
+        config = AutoConfig.from_pretrained(place.name, revision=revision or "main", **place.arguments)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the config of {model!r} cannot be read: {first_line(error)}") from None
     return upstream_models.positions_of(config)
@@ -223,23 +242,45 @@ def load_model(
         ConfigError: there is no such model.
     """
     import transformers
+    from safetensors import SafetensorError
 
     hub_names = ("revision", "token", "cache_dir", "local_files_only")
     hub = {name: value for name, value in kwargs.items() if name in hub_names}
+    is_plain = hub.keys() <= {"revision"}
+    place = locate(model, hub.get("revision")) if is_plain else Place(resolve(model))
+    kwargs = {**kwargs, **place.arguments}
     try:
-        config = transformers.AutoConfig.from_pretrained(resolve(model), **hub)
+        config = transformers.AutoConfig.from_pretrained(place.name, **{**hub, **place.arguments})
         if classes is not None or pad is not None:
             kwargs = {**kwargs, "config": _described(config, classes, pad)}
         auto = fitting(auto_class, config, keys)
         if auto is None:
             raise ConfigError(f"{model!r} is a {config.model_type}, for which transformers has no {auto_class}")
-        loaded, info = auto.from_pretrained(resolve(model), output_loading_info=True, **kwargs)
+        loaded, info = auto.from_pretrained(place.name, output_loading_info=True, **kwargs)
+    except SafetensorError as error:
+        raise ConfigError(
+            f"the weights of {model!r} are damaged: {_damaged(Path(place.name), first_line(error))}; "
+            "download or copy them again"
+        ) from None
     except OSError as error:
         reason = first_line(error)
         raise ConfigError(
             f"the base model {model!r} cannot be loaded: {reason}; give another directory or hub id with model"
         ) from None
     return loaded, set(info["missing_keys"])
+
+
+def _damaged(directory: Path, reason: str) -> str:
+    """The first damaged weights file in a directory and what is wrong with it; `reason` if none is found."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{str(file)!r} of {file.stat().st_size:,} bytes: {first_line(error)}"
+    return reason
 
 
 def load_base(
@@ -395,16 +436,16 @@ def _trained_classes(place: str) -> list[str] | None:
     return [str(label) for label in labels] if labels else None
 
 
-def _adapted(base_model: Any, places: dict[str, str]) -> Any:
+def _adapted(base_model: Any, places: dict[str, str], allow_absent: bool) -> Any:
     """The base model with all adapters, in evaluation mode, on the accelerator if there is one."""
     import torch
 
     model = base_model
     for name, place in places.items():
         if model is base_model:
-            model = PeftModel.from_pretrained(base_model, place, name)
+            model = PeftModel.from_pretrained(base_model, place, name, allow_absent=allow_absent)
         else:
-            model.load_adapter(place, name)
+            model.load_adapter(place, name, allow_absent=allow_absent)
     model = model.eval()
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())

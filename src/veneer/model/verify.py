@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,10 @@ FLOOR = 16 * torch.finfo(torch.float32).eps
 """Relative difference of outputs that a changed order of summation can cause."""
 ROUNDINGS = 3.0
 """Allowed difference of merged from unmerged outputs, relative to the effect of moving all merged weights by 1 ulp."""
+
+
+PARTS = 3
+"""The parts of a verification, for its progress: loading the adapter, comparing outputs, merging."""
 
 
 @dataclass(frozen=True)
@@ -137,23 +141,32 @@ def unmoved(directory: str | Path, started: Mapping[str, str]) -> list[str]:
 # Verifying
 
 
-def verify(directory: str | Path, base: nn.Module, *, follow_paths: bool = False) -> Verification:
+def verify(
+    directory: str | Path,
+    base: nn.Module,
+    *,
+    follow_paths: bool = False,
+    allow_absent: bool = False,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Verification:
     """Load the adapter in `directory` onto `base`, a fresh model, and run all checks.
 
     Without a record (see `record`), the checks of outputs and of changes have nothing to compare with. The adapter
-    stays on `base`, so use a model that is not needed elsewhere.
+    stays on `base`, so use a model that is not needed elsewhere. `progress` is called with the number of finished parts
+    and the number of all parts.
     """
     verification = Verification(str(directory))
     checks = verification.checks
     try:
         probe = _read_probe(Path(directory))
         tensors, _ = checkpoint.read(directory)
-        model = PeftModel.from_pretrained(base, directory, follow_paths=follow_paths).eval()
+        model = PeftModel.from_pretrained(base, directory, follow_paths=follow_paths, allow_absent=allow_absent).eval()
     except VeneerError as error:
         message = " ".join(str(error).split())
         checks.append(Check("loads", False, message))
         return verification
     verification.model = model
+    progress(1, PARTS)
     checks.append(Check("loads", True, f"{len(tensors)} tensors, all finite"))
     started = probe.started if probe is not None else {}
     checks.append(_not_zero(tensors, started))
@@ -162,7 +175,9 @@ def verify(directory: str | Path, base: nn.Module, *, follow_paths: bool = False
     recorded = probe.output if probe is not None else None
     with torch.no_grad():
         checks.append(_same_outputs(model, batch, recorded))
+        progress(2, PARTS)
         checks.append(_merges(model, batch))
+        progress(3, PARTS)
     return verification
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -11,11 +10,11 @@ import torch
 
 from ..core import checkpoint
 from ..core.config import Config, default_of
-from ..errors import ConfigError, VeneerError, nearest
+from ..data.collate import MOST_LOGITS
+from ..errors import VeneerError
 from ..model.counting import Row
 from ..model.peft_model import PeftModel, get_peft_model
 from ..targets.walk import matches
-from ..train.recipe import target_names
 from .memory import step_peak
 
 ADAM_BYTES = 8
@@ -51,13 +50,16 @@ class Memory:
     """Python and its libraries; 0 with an accelerator, which has its own memory."""
     heap: int | None
     """Memory lost to fragmentation of the C library's heap; 0 with an accelerator."""
+    end: int
+    """What evaluating and verifying the adapter takes: logits, and the adapted weights with the adapter merged."""
 
     @property
     def total(self) -> int | None:
-        """The sum; on a CPU, an estimate of the `peak_rss_bytes` that training reports."""
+        """The peak of training or of what follows it; on a CPU, an estimate of the report's `peak_rss_bytes`."""
         if self.step is None or self.heap is None:
             return None
-        return self.base + self.adapter + self.optimizer + self.step + self.process + self.heap
+        always = self.base + self.adapter + self.process
+        return always + max(self.optimizer + self.step + self.heap, self.end)
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ def forecast(base: Any, config: Config, batch_size: int, length: int, checkpoint
     plan = model.parameter_plan()
     sizes = _file_sizes(model)
     adapter_bytes = sum(sizes.values())
+    end = _merged_bytes(model) + _logits_bytes(base, batch_size, length)
     beyond_weights = _beyond_weights(model, batch_size, length, checkpointing)
     model_config = model.active_peft_config
     return Forecast(
@@ -119,7 +122,7 @@ def forecast(base: Any, config: Config, batch_size: int, length: int, checkpoint
         file_bytes=adapter_bytes + _header(sizes),
         batch_size=batch_size,
         length=length,
-        memory=Memory(base_bytes, adapter_bytes, ADAM_BYTES * trainable, **beyond_weights),
+        memory=Memory(base_bytes, adapter_bytes, ADAM_BYTES * trainable, end=end, **beyond_weights),
     )
 
 
@@ -173,6 +176,20 @@ def _step(model: PeftModel, batch_size: int, length: int) -> int | None:
         return None
 
 
+def _merged_bytes(model: PeftModel) -> int:
+    """Bytes of the adapted modules' weights, of which merging makes new ones."""
+    total = 0
+    for layer in model._state.layers.values():
+        total += sum(p.numel() * p.element_size() for p in layer.base_layer.parameters(recurse=False))
+    return total
+
+
+def _logits_bytes(base: Any, batch_size: int, length: int) -> int:
+    """Bytes of the logits that evaluation holds at a time: those of a batch up to a limit, or those of one row."""
+    row_bytes = length * getattr(base.config.get_text_config(), "vocab_size", 0) * 4
+    return max(row_bytes, min(MOST_LOGITS, batch_size * row_bytes))
+
+
 def _file_sizes(model: PeftModel) -> dict[str, int]:
     """Bytes of each tensor in the adapter's file; half precision is upcast to fp32."""
     sizes = {}
@@ -202,39 +219,3 @@ def _hits(entries: Any, rows: Sequence[Row]) -> tuple[Hit, ...]:
 def _hit(entry: str, rows: Sequence[Row]) -> Hit:
     paths = dict.fromkeys(row.path for row in rows)
     return Hit(entry, tuple(paths), sum(row.added for row in rows))
-
-
-def settings_of(config: type[Config], rank: int | None, targets: str | None, given: Sequence[str]) -> dict[str, Any]:
-    """Parse command-line arguments as fields of a config.
-
-    Args:
-        rank: the field `r`.
-        targets: names separated by commas, "all-linear", or a regular expression for paths, as in a recipe.
-        given: items "field=value", with the value as JSON or a plain word.
-
-    Raises:
-        ConfigError: the method has no such field.
-    """
-    settings: dict[str, Any] = {}
-    for item in given:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise ConfigError(f"--set takes field=value, not {item!r}")
-        settings[name] = _value(value)
-    if rank is not None:
-        settings["r"] = rank
-    if targets is not None:
-        settings["target_modules"] = target_names(targets)
-    known = [f.name for f in fields(config)]
-    for name in settings:
-        if name not in known:
-            raise ConfigError(f"{config.__name__} has no field {name!r}{nearest(name, known)}")
-    return settings
-
-
-def _value(text: str) -> Any:
-    """A value written as JSON, or the text itself if it is not JSON."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from time import monotonic
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback
 
-from ..terminal import clock
+from ..terminal import clock, progress_lines
 from .meter import Meter, rss
 
 LINES = 20
@@ -24,6 +25,10 @@ class Display(TrainerCallback):
         self.progress: Progress | None = None
         self.loss: float | None = None
         self.task: Any = None
+        self.evaluated = 0
+        """Batches of the running evaluation that are done."""
+        self.evaluation_start = 0.0
+        self.lines = progress_lines(console)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not self.console.is_terminal:
@@ -46,6 +51,29 @@ class Display(TrainerCallback):
             self._show_step(state)
         elif "eval_loss" in logs:
             self._show_evaluation(state, logs)
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or eval_dataloader is None:
+            return
+        if self.evaluated == 0:
+            self.evaluation_start = monotonic()
+        self.evaluated += 1
+        batches = len(eval_dataloader)
+        if self.progress is None:
+            if self.evaluated < batches:  # the line with the result follows the last batch
+                self.lines(f"step {state.global_step}/{state.max_steps}  evaluating", self.evaluated, batches)
+            return
+        # The first batch is not timed: it may include compilation and other work that is done once.
+        seconds = (monotonic() - self.evaluation_start) / max(1, self.evaluated - 1)
+        left = f"  {clock(seconds * (batches - self.evaluated))} left" if self.evaluated > 1 else ""
+        self.progress.update(self.task, facts=f"evaluating {self.evaluated}/{batches}{left}")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.evaluated = 0
+        if self.progress is not None:
+            self.progress.update(self.task, facts=self.facts(state))
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.close()

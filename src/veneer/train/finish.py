@@ -16,13 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from ..core.config import Config
 from ..data.prepare import Data
 from ..errors import TrainingError
 from ..files.write import writing
 from ..model.card import Example, write_card
-from ..model.verify import Verification, record, unmoved, verify
-from .meter import Meter
+from ..model.verify import PARTS, Verification, record, unmoved, verify
+from ..ops.allocator import return_blocks
+from ..terminal import Step, showing
+from .meter import Meter, peak_rss
 from .page import PAGE_NAME, is_plain_text, render, typed_prompt
 from .recipe import Recipe
 from .report import REPORT_NAME, contents, in_words, write_report
@@ -56,7 +60,7 @@ class Run:
         return Path(self.recipe.output)
 
 
-def finish(run: Run) -> dict[str, Any]:
+def finish(run: Run, console: Console) -> dict[str, Any]:
     """Save, verify and report; returns the content of report.json. Every process must take part.
 
     Raises:
@@ -72,7 +76,9 @@ def finish(run: Run) -> dict[str, Any]:
         _record_outputs(run, folder, unchanged, is_main)
         if is_main:
             content["unchanged_tensors"] = unchanged
-            content |= _verified_facts(run, folder)
+            with showing(console) as progress:
+                content |= _verified_facts(run, folder, progress)
+            content["peak_rss_bytes"] = max(run.meter.peak, peak_rss())
             with writing("the report", run.output):
                 write_report(folder, content)
                 config = Config.from_pretrained(folder)
@@ -111,20 +117,22 @@ def _record_outputs(run: Run, folder: Path, unchanged: list[str], is_main: bool)
         record(model, folder, probe(run.data, run.pad), must_change, is_main_process=is_main)
 
 
-def _verified_facts(run: Run, folder: Path) -> dict[str, Any]:
+def _verified_facts(run: Run, folder: Path, progress: Step) -> dict[str, Any]:
     """The part of the report that needs the adapter loaded from disk onto a fresh base model."""
+    progress("verifying", 0, PARTS + 1)
     device = run.trainer.args.device
     _release(run.trainer)
     base = load_base(run.recipe, run.data.labels, run.pad).to(device)
-    verification = verify(folder, base)
+    progress("verifying", 1, PARTS + 1)
+    verification = verify(folder, base, progress=lambda done, of: progress("verifying", done + 1, of + 1))
     _check(verification)
     model = verification.model
     assert model is not None
     return {
         "verified": verification.passed,
         "verification": [vars(check) for check in verification.checks],
-        "samples": samples(model, run.tokenizer, run.data, run.recipe, run.pad),
-        "layers": layers(model),
+        "samples": samples(model, run.tokenizer, run.data, run.recipe, run.pad, progress),
+        "layers": layers(model, progress=progress),
         "outside": outside(model),
         "adapter_bytes": sum(file.stat().st_size for file in folder.glob("adapter_*")),
     }
@@ -153,6 +161,7 @@ def _release(trainer: Any) -> None:
         holder.optimizer = None
         holder.lr_scheduler = None
     gc.collect()
+    return_blocks()
 
 
 def _check(verification: Verification) -> None:

@@ -14,11 +14,54 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ..data.sources import Source, Strict
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, listing, nearest
 from ..files.recipe import RECIPE_NAME
 from ..files.write import write_atomically
 
 PLAIN_NAME = re.compile(r"[\w.]+(\s*,\s*[\w.]+)*")
+
+
+LIMITS = {
+    "greater_than": "more than",
+    "greater_than_equal": "at least",
+    "less_than": "less than",
+    "less_than_equal": "at most",
+}
+"""pydantic's errors of numbers out of range, in words."""
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "list": "a list",
+    "dict": "a mapping of names to values",
+    "model": "a path, or a mapping with a path",
+}
+"""The beginnings of pydantic's errors of types, and the types in words."""
+OTHER_KEYS = {
+    "lr": "learning_rate",
+    "dataset": "data",
+    "base_model": "model",
+    "output_dir": "output",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulate",
+    "max_seq_length": "max_length",
+    "target_modules": "targets",
+    "lora_r": "rank",
+    "r": "rank",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+    "lr_scheduler_type": "schedule",
+    "optim": "optimizer",
+    "save_steps": "save_every",
+    "eval_steps": "eval_every",
+    "logging_steps": "log_every",
+    "adapter": "method",
+    "peft_type": "method",
+}
+"""What keys of other programs' files are called in a recipe."""
 
 
 class Recipe(Strict):
@@ -148,6 +191,8 @@ class Recipe(Strict):
 
 def target_names(value: Any) -> Any:
     """Turn "q_proj,v_proj" into a list of name endings; any other string is "all-linear" or a regular expression."""
+    if isinstance(value, str) and value.lower().replace("_", "-") == "all-linear":
+        return "all-linear"
     if isinstance(value, str) and value != "all-linear" and PLAIN_NAME.fullmatch(value):
         return [name.strip() for name in value.split(",")]
     return value
@@ -162,22 +207,56 @@ def make(content: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(dict(content))
     except ValidationError as error:
-        messages = [_message(problem) for problem in error.errors()[:3]]
-        raise ConfigError("; ".join(messages)) from None
+        messages = [_message(problem, content) for problem in error.errors()]
+        if len(messages) == 1:
+            raise ConfigError(messages[0]) from None
+        raise ConfigError(f"the recipe has {len(messages)} errors:{listing(messages)}") from None
 
 
-def _message(error: Any) -> str:
+def is_method_setting(method: Any, name: str) -> bool:
+    """Whether a method has a setting of this name; false if there is no such method."""
+    from ..model.catalogue import page
+
+    try:
+        return name in {field.name for field in page(str(method)).fields}
+    except ConfigError:
+        return False
+
+
+def _message(error: Any, content: Mapping[str, Any]) -> str:
     """The message for one of pydantic's errors."""
     path = [str(part) for part in error["loc"]]
     key = ".".join(part for part in path if part not in ("str", "list[str]"))
     is_nested = len(path) > 1
     if error["type"] == "extra_forbidden":
         known_keys = Source.model_fields if is_nested else Recipe.model_fields
+        method = content.get("method", "lora")
+        if not is_nested and key in OTHER_KEYS:
+            return f"a recipe has no key {key!r}; here it is {OTHER_KEYS[key]}"
+        if not is_nested and is_method_setting(method, key):
+            return f"a recipe has no key {key!r}: it is a setting of {method} and belongs under options"
         return f"a recipe has no key {key!r}{nearest(path[-1], known_keys)}"
     if error["type"] == "missing":
         flag = "" if is_nested else f" (--{key.replace('_', '-')})"
         return f"the recipe lacks {key!r}{flag}"
-    message = error["msg"].removeprefix("Value error, ")
-    if not key:
-        return message
-    return f"{key} = {error['input']!r}: {message}"
+    if error["type"] == "value_error":
+        message = str(error["ctx"]["error"])
+        return f"{key} = {error['input']!r}: {message}" if key else message
+    return f"{key} = {error['input']!r} must be {_wanted(error)}"
+
+
+def _wanted(error: Any) -> str:
+    """What one of pydantic's errors asks for, in words."""
+    kind = error["type"]
+    limits = error.get("ctx", {})
+    for name, words in LIMITS.items():
+        if kind == name:
+            (limit,) = limits.values()
+            return f"{words} {limit:g}"
+    if kind == "literal_error":
+        return limits["expected"].replace("'", "")
+    for ending, words in KINDS.items():
+        if kind.startswith(ending):
+            return words
+    message: str = error["msg"]
+    return message.removeprefix("Input should be ").removeprefix("a valid ")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ from rich.console import Console
 
 from ..core import checkpoint
 from ..core.config import CONFIG_NAME, TaskType
-from ..data.collate import Collator, Rows, Shuffled, token_sums
+from ..data.collate import Collator, Rows, Shuffled
 from ..data.packing import check as check_packing
 from ..data.packing import goes_by_sequence
 from ..data.prepare import Data, prepare
 from ..errors import CheckpointError, ConfigError, listing
+from ..files.lock import alone
 from ..files.read import WEIGHTS_NAME
 from ..files.recipe import RECIPE_NAME, read
 from ..files.write import writing
@@ -32,10 +35,12 @@ from .page import PAGE_NAME
 from .recipe import Recipe, make
 from .report import REPORT_NAME
 from .setup import adapt, facts_of, load_base, load_tokenizer, within_positions
-from .trainer import ExactTrainer, arguments, last_checkpoint, metrics
+from .stop import Stop
+from .trainer import CHECKPOINTS, ExactTrainer, arguments, last_checkpoint, metrics
 from .watch import Watch
 
-OURS = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, PROBE_NAME, RECIPE_NAME, REPORT_NAME, PAGE_NAME, "checkpoints", "logs")
+LOGS = "logs"
+OURS = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, PROBE_NAME, RECIPE_NAME, REPORT_NAME, PAGE_NAME, CHECKPOINTS, LOGS)
 """Names of everything that a run writes into its output directory."""
 MAY_CHANGE = {
     "output",
@@ -65,6 +70,23 @@ def train(
     """
     console = console or Console(stderr=True, highlight=False)
     output = Path(recipe.output)
+    with _locked(output):
+        try:
+            return _train(recipe, resume, overwrite, console)
+        except BaseException:
+            with suppress(OSError):  # it is not there, or holds checkpoints
+                (output / CHECKPOINTS).rmdir()
+            raise
+
+
+def _locked(output: Path) -> AbstractContextManager[None]:
+    """The lock on the output directory, which the main process holds for all processes of the run."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    return alone(output) if is_main else nullcontext()
+
+
+def _train(recipe: Recipe, resume: bool, overwrite: bool, console: Console) -> dict[str, Any]:
+    output = Path(recipe.output)
     _silence_libraries()
     if recipe.wandb:
         _check_wandb()
@@ -88,24 +110,44 @@ def train(
     is_main = trainer.is_world_process_zero()
     if is_main:
         _announce(console, recipe, trainer.model, data, steps)
-        if overwrite and not resume:
-            _remove_earlier_run(output)
-        trainer.add_callback(_tensorboard(output))
-        with writing("the recipe", output):
-            recipe.save(output)
-
     display = Display(meter, console)
-    trainer.add_callback(watch)
-    trainer.add_callback(display)
+    stop = Stop()
+    for callback in (watch, display, stop):
+        trainer.add_callback(callback)
     try:
-        _train_or_resume(trainer, meter, output, resume)
-    finally:
+        if is_main:
+            _begin(recipe, trainer, output, overwrite and not resume)
+        with stop.listening():
+            _train_or_resume(trainer, meter, output, resume)
         display.close()
-        last_checkpoint(output)  # removes half-written checkpoints
+        if is_main:
+            console.print("verifying: the adapter is loaded from disk onto a fresh base model")
+        return finish(Run(recipe, trainer, meter, data, tokenizer, pad, initial_digests, watch), console)
+    except BaseException as error:
+        display.close()
+        if is_main:
+            _leave(output, trainer, resume, error, console)
+        raise
 
-    if is_main:
-        console.print("verifying: the adapter is loaded from disk onto a fresh base model")
-    return finish(Run(recipe, trainer, meter, data, tokenizer, pad, initial_digests, watch))
+
+def _begin(recipe: Recipe, trainer: ExactTrainer, output: Path, overwrite: bool) -> None:
+    """Write the first files of a run into the output directory."""
+    if overwrite:
+        _remove_earlier_run(output)
+    trainer.add_callback(_tensorboard(output))
+    with writing("the recipe", output):
+        recipe.save(output)
+
+
+def _leave(output: Path, trainer: ExactTrainer, resume: bool, error: BaseException, console: Console) -> None:
+    """After a failure, remove what cannot be used: half-written checkpoints, and all of a run without a step."""
+    last = last_checkpoint(output)
+    if last is None and trainer.state.global_step == 0 and not resume:
+        _remove_earlier_run(output)
+    if last is not None and isinstance(error, KeyboardInterrupt):
+        step = last.name.rpartition("-")[2]
+        console.print(f"the last checkpoint is that of step {step}; this continues the run:")
+        console.print(f"  veneer train --output {shlex.quote(str(output))} --resume", markup=False)
 
 
 def _silence_libraries() -> None:
@@ -221,7 +263,6 @@ def _build_trainer(recipe: Recipe, data: Data, pad: int, steps: int, meter: Mete
         eval_dataset=None if data.evaluation is None else Rows(data.evaluation),
         data_collator=Collator(pad),
         compute_metrics=metrics,
-        preprocess_logits_for_metrics=token_sums,
         sampler=sampler,
         meter=meter,
         flat=_flat_collator(recipe, model, data, pad),
@@ -262,7 +303,7 @@ def _tensorboard(output: Path) -> Any:
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
-    return TensorBoardCallback(SummaryWriter(str(output / "logs")))
+    return TensorBoardCallback(SummaryWriter(str(output / LOGS)))
 
 
 def _announce(console: Console, recipe: Recipe, model: Any, data: Data, steps: int) -> None:
@@ -292,7 +333,7 @@ def _lost_rows(recipe: Recipe, data: Data) -> list[str]:
     if account.unlearned_rows:
         unlearned = _counted(account.unlearned_rows, "row")
         lines.append(f"{unlearned} dropped, with no token to learn{first}")
-    return lines
+    return lines + account.remarks()
 
 
 def _counted(count: int, noun: str) -> str:

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import regex
 import torch
 from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 from ..data.collate import Collator
 from ..data.encode import IGNORED, Encoded
 from ..data.prepare import Data
 from ..inference.evaluation import same
 from ..model.peft_model import PeftModel
+from ..terminal import Step
 from ..upstream.models import positions_of
 from .recipe import Recipe
 
@@ -41,7 +43,14 @@ class Split(NamedTuple):
     """Whether the data has a prompt; without one, the answer is the second half of a text."""
 
 
-def samples(model: PeftModel, tokenizer: Any, data: Data, recipe: Recipe, pad: int) -> dict[str, Any]:
+def samples(
+    model: PeftModel,
+    tokenizer: Any,
+    data: Data,
+    recipe: Recipe,
+    pad: int,
+    progress: Step = lambda what, done, of: None,
+) -> dict[str, Any]:
     """Answers to the first held-out rows, or to training rows if none were held out.
 
     Returns:
@@ -60,7 +69,7 @@ def samples(model: PeftModel, tokenizer: Any, data: Data, recipe: Recipe, pad: i
         start = end = 0
         if _split(tokenizer, rows[0]).asks:
             start, end = _template_lengths(prompts, tokenizer.added_tokens_decoder)
-        answers = _generated(model, tokenizer, chosen, pad, longest)
+        answers = _generated(model, tokenizer, chosen, pad, longest, progress)
         for row, answer in zip(chosen, answers, strict=True):
             prompt = _split(tokenizer, row).prompt
             answer["prompt"] = _between(tokenizer, prompt, start, len(prompt) - end)
@@ -191,7 +200,7 @@ def _room(model: PeftModel, prompt: int) -> int:
 
 
 def _generated(
-    model: PeftModel, tokenizer: Any, rows: Sequence[Encoded], pad: int, longest_whole: float
+    model: PeftModel, tokenizer: Any, rows: Sequence[Encoded], pad: int, longest_whole: float, progress: Step
 ) -> list[dict[str, Any]]:
     """Expected and generated answers, with the adapter (after) and without (before)."""
     splits = [_split(tokenizer, row) for row in rows]
@@ -201,9 +210,9 @@ def _generated(
     batch = _left_padded([split.prompt for split in splits], pad)
     for name in rows[0].keys() - {"input_ids", "labels"}:
         batch[name] = torch.tensor([row[name] for row in rows])
-    after = _answers(model, tokenizer, batch, pad, most)
+    after = _answers(model, tokenizer, batch, pad, most, _Counted("sampling the adapter", most, progress))
     with model.disable_adapter():
-        before = _answers(model, tokenizer, batch, pad, most)
+        before = _answers(model, tokenizer, batch, pad, most, _Counted("sampling the base model", most, progress))
     ends = _end_tokens(model, pad)
     answers = []
     for row, split, text_before, text_after in zip(rows, splits, before, after, strict=True):
@@ -218,11 +227,30 @@ def _generated(
     return answers
 
 
+class _Counted(BaseStreamer):
+    """Shows how many tokens of a batch of answers are written."""
+
+    def __init__(self, what: str, most: int, progress: Step) -> None:
+        self.what = what
+        self.most = most
+        self.progress = progress
+        self.count = -1  # the first call brings the prompts
+
+    def put(self, value: Tensor) -> None:
+        self.count += 1
+        self.progress(self.what, self.count, self.most)
+
+    def end(self) -> None:
+        self.progress(self.what, self.most, self.most)
+
+
 @torch.inference_mode()
-def _answers(model: PeftModel, tokenizer: Any, batch: dict[str, Tensor], pad: int, most: int) -> list[str]:
+def _answers(
+    model: PeftModel, tokenizer: Any, batch: dict[str, Tensor], pad: int, most: int, counted: BaseStreamer
+) -> list[str]:
     """Answers by greedy decoding. An answer that was cut at `most` tokens ends in an ellipsis."""
     batch = {name: t.to(model.device) for name, t in batch.items()}
-    tokens = model.generate(**batch, max_new_tokens=most, do_sample=False, pad_token_id=pad)
+    tokens = model.generate(**batch, max_new_tokens=most, do_sample=False, pad_token_id=pad, streamer=counted)
     prompt_length = batch["input_ids"].shape[1]
     end_tokens = _end_tokens(model, pad)
     texts = []

@@ -70,10 +70,20 @@ def adapt(model: Any, recipe: Recipe, task: TaskType, steps: int) -> PeftModel:
 
 
 def method_config(recipe: Recipe, task: TaskType, steps: int) -> Config:
-    """The config of the recipe's method: the recommended settings, overridden by the recipe's own.
+    """The config of the recipe's method.
 
     Args:
         steps: optimizer steps of the run, for methods with a schedule.
+
+    Raises:
+        ConfigError: the method has no such setting.
+    """
+    config_class = all_methods()[page(recipe.method).name]
+    return config_class(task_type=task, **method_settings(recipe, steps))
+
+
+def method_settings(recipe: Recipe, steps: int) -> dict[str, Any]:
+    """The fields of the method's config: the recommended settings, overridden by the recipe's own.
 
     Raises:
         ConfigError: the method has no such setting.
@@ -82,7 +92,7 @@ def method_config(recipe: Recipe, task: TaskType, steps: int) -> Config:
     config_class = all_methods()[method]
     field_names = {field.name for field in fields(config_class)}
 
-    settings: dict[str, Any] = {"task_type": task}
+    settings: dict[str, Any] = {}
     for name in ASSUMED:
         if name in config_class.example:
             settings[name] = config_class.example[name]
@@ -94,7 +104,7 @@ def method_config(recipe: Recipe, task: TaskType, steps: int) -> Config:
     twice = from_keys.keys() & recipe.options.keys()
     if twice:
         raise ConfigError(f"both options and rank or targets set {', '.join(sorted(twice))}; give only one of them")
-    return config_class(**(settings | from_keys | recipe.options))
+    return settings | from_keys | recipe.options
 
 
 def facts_of(recipe: Recipe) -> tuple[str, ...]:
@@ -106,10 +116,10 @@ def _rank(recipe: Recipe, method: str, field_names: set[str]) -> dict[str, Any]:
     """The recipe's rank as fields of the method's config."""
     if recipe.rank is None:
         return {}
-    if "r" in field_names:
-        return {"r": recipe.rank}
     if {"init_r", "target_r"} <= field_names:  # AdaLoRA starts with 1.5 times the rank and prunes to the target
         return {"target_r": recipe.rank, "init_r": math.ceil(recipe.rank * 3 / 2)}
+    if "r" in field_names:
+        return {"r": recipe.rank}
     known = [field.name for field in page(method).fields]
     settings = ", ".join(known) or "none"
     raise ConfigError(f"{method} has no rank; leave it out. Settings that can be given under options: {settings}")

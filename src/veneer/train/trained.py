@@ -12,6 +12,7 @@ from ..core.adapter import Adapter, LowRank
 from ..errors import NotMergeable
 from ..maths.low_rank import effective_rank, singular_values
 from ..model.peft_model import PeftModel
+from ..terminal import Step
 
 MOST_DENSE = 1024
 """Largest side of a dense update whose singular values are computed; beyond it they take too long."""
@@ -34,10 +35,16 @@ class Trained:
 
 
 @torch.no_grad()
-def layers(model: PeftModel, adapter_name: str = "default") -> list[dict[str, Any]]:
-    """The facts of each adapted module, in the model's order."""
+def layers(
+    model: PeftModel, adapter_name: str = "default", progress: Step = lambda what, done, of: None
+) -> list[dict[str, Any]]:
+    """The facts of each adapted module, in the model's order. `progress` is called after each."""
     adapters = model._state.adapters(adapter_name)
-    return [asdict(_trained(path, adapter)) for path, adapter in adapters.items()]
+    facts = []
+    for path, adapter in adapters.items():
+        facts.append(asdict(_trained(path, adapter)))
+        progress("measuring updates", len(facts), len(adapters))
+    return facts
 
 
 @torch.no_grad()

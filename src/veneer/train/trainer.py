@@ -18,7 +18,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from .. import ops
 from ..core.state import LOSS_TERMS
-from ..data.collate import Shuffled
+from ..data.collate import MOST_LOGITS, Shuffled, token_sums
 from ..data.encode import IGNORED
 from ..errors import TrainingError
 from ..files.write import writing
@@ -29,6 +29,8 @@ from . import sharded
 from .meter import Meter, rss
 from .recipe import Recipe
 
+CHECKPOINTS = "checkpoints"
+"""Name of the directory of the checkpoints."""
 WHOLE = "complete"
 """Name of the empty file that marks a checkpoint as completely written."""
 
@@ -174,6 +176,36 @@ class ExactTrainer(Trainer):
                 self.meter.__dict__.update(callback.__dict__)
                 callbacks[position] = self.meter
 
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean loss of a batch, the sums that `metrics` needs in the place of logits, and the labels."""
+        inputs = self._prepare_inputs(inputs)
+        sums = []
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for part in self._parts(inputs):
+                labels = part.pop("labels")
+                sums.append(token_sums(model(**part).logits, labels))
+        totals = torch.cat(sums)
+        loss = totals[:, 0].sum() / totals[:, 1].sum().clamp_min(1)
+        return loss, totals, inputs["labels"]
+
+    def _parts(self, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """A batch in parts of several rows, whose logits are no larger than `MOST_LOGITS`, or of one row.
+
+        Processes that share the model's weights must call it equally often, so they take the batch as a whole.
+        """
+        labels = inputs["labels"]
+        if labels.dim() == 1 or self.is_sharded:
+            return [dict(inputs)]
+        config = self.accelerator.unwrap_model(self.model).config
+        row_bytes = labels.shape[1] * config.get_text_config().vocab_size * 4
+        rows = max(1, MOST_LOGITS // row_bytes)
+        parts = []
+        for start in range(0, labels.shape[0], rows):
+            parts.append({name: t[start : start + rows] for name, t in inputs.items()})
+        return parts
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate; the loss is the mean over all tokens, where Trainer's is a mean over batches."""
         output = super().evaluation_loop(*args, **kwargs)
@@ -249,7 +281,7 @@ def arguments(recipe: Recipe, steps: int) -> Any:
     several_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
     warmup = round(recipe.warmup * steps) if recipe.warmup < 1 else int(recipe.warmup)
     return TrainingArguments(
-        output_dir=str(Path(recipe.output) / "checkpoints"),
+        output_dir=str(Path(recipe.output) / CHECKPOINTS),
         max_steps=steps,
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=recipe.eval_batch_size or recipe.batch_size,
@@ -289,7 +321,7 @@ def last_checkpoint(output: Path) -> Path | None:
     """The newest complete checkpoint. Incomplete ones, left by a killed run, are removed."""
     newest = None
     newest_step = -1
-    for folder in (output / "checkpoints").glob("checkpoint-*"):
+    for folder in (output / CHECKPOINTS).glob("checkpoint-*"):
         if (folder / WHOLE).is_file():
             step = int(folder.name.rpartition("-")[2])
             if step > newest_step:
