@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ..core.config import CONFIG_NAME
 from ..errors import ConfigError
-from ..files.pull import resolve
 from ..files.lock import alone
+from ..files.pull import resolve
 from ..files.write import check_new
 from ..formats.gguf.file import FLOATS, Progress, check_dtype
 from ..formats.gguf.modelfile import MODELFILE
