@@ -138,10 +138,12 @@ class AdapterLayer(WrapperModule):
 
     def _added(self, stack: Stack, x: Tensor, base: tuple[Tensor, Tensor | None]) -> Tensor:
         """Run adapters that only add to the output, so that in half precision it is rounded once."""
-        terms = []
-        for adapter in stack:
-            terms.append(adapter.term(_cast(x, adapter.dtype)))  # type: ignore[attr-defined]
-        return low_rank.with_base(_cast(sum(terms), x.dtype), x, *base)  # type: ignore[arg-type]
+        innermost: Any
+        innermost, *outer = stack
+        update = innermost.term(_cast(x, innermost.dtype))
+        for adapter in outer:
+            update = update + adapter.term(_cast(x, adapter.dtype))  # type: ignore[attr-defined]
+        return low_rank.with_base(_cast(update, x.dtype), x, *base)
 
     def _check_width(self, y: Tensor, adapter: Adapter) -> None:
         """Raise if a module with a forward of its own gives activations that a method for its class cannot change."""
