@@ -20,7 +20,7 @@ from ..model.schedule import follow
 from ..targets.walk import walk
 from ..upstream.models import task_of
 from .configs import Names, PeftConfig, as_peft
-from .layers import PeftLayer, agree, is_flat, names_of
+from .layers import BaseTunerLayer, PeftLayer, agree, is_flat, names_of
 from .matching import check_target_module_exists, fill_defaults, narrowed, shortened
 from .old_experts import modernise
 from .strict import is_strict
@@ -320,14 +320,16 @@ def inject_adapter_in_model(
 
 
 def set_adapter(
-    model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False, layer_cls: Any = None
+    model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False, layer_cls: Any = BaseTunerLayer
 ) -> None:
     """Make adapters of any model the active ones."""
     _, state = _existing(model)
     activate(state, adapter_name, inference_mode)
 
 
-def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: Any = None) -> list[str] | None:
+def delete_adapter(
+    model: nn.Module, adapter_name: str, prefix: str, layer_cls: Any = BaseTunerLayer
+) -> list[str] | None:
     """Delete an adapter of any model; return the adapters that are active afterwards, or None if there are none."""
     inner, state = _existing(model)
     if adapter_name not in state.configs:

@@ -44,6 +44,12 @@ AT_ONCE = (
 
 LATER = (
     Row(
+        r"(no LoRA layer trains both A and B|the model has no active LoRA adapter; this optimizer)",
+        "create_riemannian_optimizer did not find any trainable lora_A/lora_B parameter pairs on the model.",
+    ),
+    Row(r"(\w+) recomputes the gradients inside its step", r"\1 requires a closure."),
+    Row(r"a closure would recompute the gradients", "The optimizer does not support closures."),
+    Row(
         r"an orthogonal start halves the rank, so it must be even, not (\d+)",
         r"Orthogonal initialization requires the LoRA rank to be even, got \1 instead.",
     ),
