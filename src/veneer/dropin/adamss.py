@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,36 +12,52 @@ from torch import Tensor
 from ..methods.adamss import AdaMSS, Allocation
 
 
+class ByAdapter(Mapping[str, "list[Tensor | None]"]):
+    """An average of A (side 0) or B (side 1) for each subspace, by adapter name; None for those that have none yet."""
+
+    def __init__(self, layer: Any, side: int, attribute: str) -> None:
+        self.layer = layer
+        self.side = side
+        self.attribute = attribute
+
+    def __getitem__(self, name: str) -> list[Tensor | None]:
+        if name not in self.layer.adapters:
+            raise KeyError(name)
+        averages = self.layer._allocation(name).averages
+        values: list[Tensor | None] = []
+        for k in range(len(self.layer._subspaces(name).adamss_A)):
+            pair = averages.get((self.layer.path, k))
+            values.append(None if pair is None else getattr(pair[self.side], self.attribute))
+        return values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layer.adapters)
+
+    def __len__(self) -> int:
+        return len(self.layer.adapters)
+
+
 class WithImportance:
     """Methods of AdaMSS's layers only: the importance of each subspace, a list by adapter name."""
 
     @property
-    def exp_avg_ipt_A(self) -> dict[str, list[Tensor | None]]:
+    def exp_avg_ipt_A(self) -> ByAdapter:
         return self._averages(0, "sensitivity")
 
     @property
-    def exp_avg_ipt_B(self) -> dict[str, list[Tensor | None]]:
+    def exp_avg_ipt_B(self) -> ByAdapter:
         return self._averages(1, "sensitivity")
 
     @property
-    def exp_avg_unc_A(self) -> dict[str, list[Tensor | None]]:
+    def exp_avg_unc_A(self) -> ByAdapter:
         return self._averages(0, "uncertainty")
 
     @property
-    def exp_avg_unc_B(self) -> dict[str, list[Tensor | None]]:
+    def exp_avg_unc_B(self) -> ByAdapter:
         return self._averages(1, "uncertainty")
 
-    def _averages(self: Any, side: int, attribute: str) -> dict[str, list[Tensor | None]]:
-        """An average of A (side 0) or B (side 1); None for subspaces that have none yet."""
-        shown = {}
-        for name in self.adapters:
-            values: list[Tensor | None] = []
-            averages = self._allocation(name).averages
-            for k in range(len(self._subspaces(name).adamss_A)):
-                pair = averages.get((self.path, k))
-                values.append(None if pair is None else getattr(pair[side], attribute))
-            shown[name] = values
-        return shown
+    def _averages(self, side: int, attribute: str) -> ByAdapter:
+        return ByAdapter(self, side, attribute)
 
     def _subspaces(self: Any, name: str) -> AdaMSS:
         return next(part for part in self.parts(name) if isinstance(part, AdaMSS))

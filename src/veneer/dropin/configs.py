@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import functools
 import importlib.metadata
 import inspect
 import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from typing import Any, ClassVar
 from ..core import config as core_config
 from ..core.config import Config, PromptConfig, TaskType, all_methods, default_of
 from ..errors import CheckpointError, ConfigError
+from ..files.checked import Settings
 from ..files.find import find_file
 from ..files.read import read_json, read_pickle
 from ..files.write import write_atomically
@@ -141,6 +143,9 @@ class PeftConfig(Config, metaclass=Called):
             if is_strict() or is_at_once(error):
                 raise
             self.__dict__["refused"] = error  # PEFT checks most settings only when the adapter is attached
+        for value in self.__dict__.values():
+            if isinstance(value, Settings) and type(value).__module__.startswith("veneer."):
+                value.__class__ = settings_class(type(value))  # type: ignore[arg-type]
         self.peft_version = self.peft_version or self._get_peft_version()
         for name in ("target_modules", "exclude_modules"):
             targets = getattr(self, name, None)
@@ -360,6 +365,36 @@ def _type(kind: Any) -> Any:
         if kind in config.aliases:
             return PeftType(str(config.peft_type))
     raise ConfigError(f"peft_type {kind!r} does not exist in PEFT {table.VERSION}")
+
+
+@functools.cache
+def settings_class(ours: type) -> type:
+    """A class of settings for LoRA whose errors are in PEFT's words."""
+    module = "peft.tuners.lora.config"
+    namespace = {
+        "__module__": module,
+        "__doc__": ours.__doc__,
+        "__post_init__": pefts_words()(ours.__post_init__),  # type: ignore[attr-defined]
+    }
+    theirs = names.constructor(module, ours.__name__)
+    if theirs is not None:
+        namespace["__init__"] = _in_order(ours.__init__, theirs)  # type: ignore[misc]
+    return type(ours.__name__, (ours,), namespace)
+
+
+def _in_order(init: Callable[..., None], theirs: inspect.Signature) -> Callable[..., None]:
+    """An `__init__` that also takes its arguments by position, in PEFT's order."""
+    order = list(theirs.parameters)
+
+    def __init__(self: Any, *args: Any, **given: Any) -> None:
+        init(self, **dict(zip(order, args, strict=False)), **given)
+
+    own = inspect.signature(init).parameters
+    parameters = [own["self"]]
+    for name in order:
+        parameters.append(own[name].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD))
+    __init__.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return __init__
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, LowRank, Replace, TiedReplace
+from ..core.adapter import Adapter, Bias, LowRank, Replace, TiedReplace
 from ..core.layer import AdapterLayer
 from ..core.state import State
 from ..errors import NotMergeable
@@ -25,6 +25,7 @@ from ..targets.target import Matrix, Target
 from ..targets.walk import matches
 from .absent import NotInDropIn, placeholder, reason_for
 from .adamss import WithImportance
+from .block_diagonal import as_blocks
 from .configs import LoraConfig
 from .slots import DropoutSlot, HeldSlot, ModuleSlot, SharedSlot, ShownTokens, TensorSlot, TiedSlot, as_factor
 from .tables import methods as table
@@ -91,7 +92,9 @@ class PeftLayer(AdapterLayer):
         for attribute, child in part._modules.items():
             if child is None:
                 continue
-            if type(child) is Matrix and part.target.kind in ("linear", "conv", "param"):
+            if type(child) is Matrix and attribute == f"lora_{getattr(part, 'side', '')}":
+                as_blocks(child, part.config.use_bdlora.nblocks)
+            elif type(child) is Matrix and part.target.kind in ("linear", "conv", "param"):
                 as_factor(child, self.base_layer)
             self._show(attribute, ModuleSlot, part.key)
         for tensors in (part._parameters, part._buffers):
@@ -179,6 +182,10 @@ class PeftLayer(AdapterLayer):
             return held["original_module"]
         if name in held:
             return held[name]
+        if name == "bias" and held and not self.disable_adapters:
+            trained = self._trained_bias()
+            if trained is not None:
+                return trained
         if name == "original_module" and held:  # PEFT's name also where an adapter or tokens are trained on the module
             return self.base
         if name.startswith("__"):
@@ -193,9 +200,23 @@ class PeftLayer(AdapterLayer):
             return self.__dict__["readings"].setdefault(name, Reading(self, attribute))
         if row is not None and name in row.trained:
             return followed(self, name) or nn.ParameterDict()
+        if name in table.OF_VARIANTS:
+            reading = Initialised(self, table.OF_VARIANTS[name])
+            if len(reading):
+                return reading
+        if name == "lora_variant" and self.kinds() == {"LORA"}:
+            return {adapter: self.parts(adapter)[0] for adapter in self.adapters}
         if row is not None and RESETS.fullmatch(name):
             return functools.partial(initialise_again, self)
         return super().__getattr__(name)
+
+    def _trained_bias(self) -> nn.Parameter | None:
+        """The copy of the bias that an active adapter trains."""
+        for name in self.active_adapters:
+            for part in self.parts(name):
+                if isinstance(part, Bias):
+                    return part.bias
+        return None
 
     def _running_module(self) -> nn.Module | None:
         """On a module with trained copies, the one that runs: the active copy or the original."""
@@ -578,6 +599,16 @@ class Reading(Mapping[str, Any]):
         return repr(dict(self))
 
 
+class Initialised(Reading):
+    """Whether each VeLoRA of a layer has its direction, which the first batch may give it."""
+
+    def __getitem__(self, name: str) -> bool:
+        for part in self._layer.parts(name):
+            if hasattr(part, self._attribute):
+                return bool(part.lora_velora_embed.any())
+        raise KeyError(name)
+
+
 def group_of(key: str) -> str:
     """Name of the child that shows the parts with this key: trained tokens, or further parameters of the module."""
     count = key.count("base_layer.")
@@ -801,7 +832,13 @@ class CopyMarker(Shown):
         return super().__instancecheck__(instance) or (isinstance(instance, PeftLayer) and instance.is_copy)
 
 
-class AuxiliaryTrainingWrapper(metaclass=CopyMarker):
+class AuxiliaryMarker(CopyMarker):
+    def __instancecheck__(cls, instance: Any) -> bool:
+        is_tokens = cls is AuxiliaryTrainingWrapper and isinstance(instance, TrainableTokensWrapper)
+        return is_tokens or super().__instancecheck__(instance)
+
+
+class AuxiliaryTrainingWrapper(metaclass=AuxiliaryMarker):
     """A module with trained copies."""
 
 

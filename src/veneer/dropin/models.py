@@ -22,7 +22,8 @@ from ..upstream.models import task_of
 from ..upstream.trainer import recognise
 from .attach import activate, put_on, set_requires_grad, take_off
 from .configs import PeftConfig, PeftType, as_peft, hub_arguments
-from .inside.shadow import show_cache
+from .inside import constants
+from .inside.shadow import show_cache, with_cache
 from .layers import PeftLayer
 from .matching import has_adapters
 from .slots import PromptEncoders
@@ -180,13 +181,32 @@ class PeftModel(core.PeftModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._check_names(args, kwargs)
+        if self._has_alora():
+            kwargs = self._without_invocation(args, kwargs)
         beams = kwargs.get("num_beams") or 1
         if beams > 1 and self._has_alora():
             raise VeneerError("Beam search not yet supported for aLoRA.")
+        has_shadow = self.peft_type.value == "SHADOW" and self._state.enabled
+        if has_shadow and kwargs.get("use_cache"):
+            kwargs = with_cache(self.get_base_model(), kwargs)
         output = super().forward(*args, **kwargs)
-        if self.peft_type.value == "SHADOW":
+        if has_shadow:
             show_cache(output)
         return output
+
+    def _without_invocation(self, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call; aLoRA does not act on embeddings alone, in which it cannot find its tokens."""
+        if args or kwargs.get("input_ids") is not None or kwargs.get("alora_offsets") is not None or is_strict():
+            return kwargs
+        embeddings = kwargs.get("inputs_embeds")
+        if embeddings is None:
+            return kwargs
+        warnings.warn(
+            "Cannot calculate aLoRA offsets when only inputs_embeds are provided. Disabling aLoRA for this forward "
+            "pass.",
+            stacklevel=4,
+        )
+        return kwargs | {"alora_offsets": [None] * len(embeddings)}
 
     def _has_alora(self) -> bool:
         configs = self.peft_config.values()
@@ -432,7 +452,7 @@ class PeftModel(core.PeftModel):
         _note_offload(config, ephemeral_gpu_offload)
         if key_mapping is None and not isinstance(config, PromptConfig):
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        model_class = MODELS.get(config.task_type, cls)
+        model_class = cls if issubclass(cls, PeftMixedModel) else MODELS.get(config.task_type, cls)
         adapted = model_class(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         result = adapted.load_adapter(
             model_id,
@@ -633,7 +653,9 @@ MODELS: dict[Any, Any] = {
     TaskType.FEATURE_EXTRACTION.value: PeftModelForFeatureExtraction,
 }
 MIXABLE = {PeftType(kind): TUNERS[PeftType(kind)] for kind, row in table.METHODS.items() if row.mixes}
-"""Tuners of the methods that `PeftMixedModel` accepts."""
+"""PEFT's mapping of methods that can be mixed, with their tuners."""
+MIXED = {*MIXABLE, *constants.COMPATIBLE_TUNER_TYPES}
+"""The methods that `PeftMixedModel` accepts: those of PEFT's mapping, and those that its mixed model takes."""
 
 
 class PeftMixedModel(PeftModel):
@@ -664,7 +686,12 @@ class PeftMixedModel(PeftModel):
         activate(self._state, names, inference_mode)
 
     def delete_adapter(self, adapter_name: Any) -> None:
-        for name in self._existing_names(adapter_name):
+        names = self._existing_names(adapter_name)
+        layers = self._state.layers.values()
+        merged = [name for name in names if any(name in layer.merged_adapters for layer in layers)]
+        if merged:
+            raise VeneerError(f"Cannot delete adapter(s) {merged} while they are merged. Please unmerge them first.")
+        for name in names:
             super().delete_adapter(name)
 
     def _existing_names(self, names: Any) -> list[str]:
@@ -692,10 +719,10 @@ class PeftMixedModel(PeftModel):
 
 
 def _check_mixable(config: Any) -> None:
-    if as_peft(config).peft_type not in MIXABLE:
+    if as_peft(config).peft_type not in MIXED:
         raise VeneerError(
             f"The provided `peft_type` '{config.peft_type.value}' is not compatible with the `PeftMixedModel`. "
-            f"Compatible types are: {sorted(kind.value for kind in MIXABLE)}"
+            f"Compatible types are: {sorted(kind.value for kind in MIXED)}"
         )
 
 

@@ -360,6 +360,17 @@ class ShownPrompt(nn.Module):
         if embeddings is not None:
             self._modules["embedding"] = Held(prompt, "prompt_embeddings")
 
+    @property
+    def frozen_embedding(self) -> Any:
+        """The fixed first positions of a cartridge; None if all are trained."""
+        frozen = self.prompt.frozen_embedding
+        return frozen if len(frozen) else None
+
+    @property
+    def weight(self) -> Any:
+        """All positions of a cartridge, the fixed ones first."""
+        return self.prompt.export()["prompt_embeddings"]
+
     def forward(self, *ignored: Any) -> Any:
         """The learned positions, (1, n, width)."""
         return self.prompt.export()["prompt_embeddings"][None]

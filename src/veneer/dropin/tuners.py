@@ -26,6 +26,7 @@ from .tables import methods as table
 from .tables import names
 from .utils import DefaultTargets
 from .vblora import WithSizes
+from .wording import pefts_words
 from .xlora import WithGate
 
 
@@ -246,6 +247,7 @@ def _adapted_layers(state: State) -> dict[str, Any]:
     return {path: layer for path, layer in state.layers.items() if not getattr(layer, "is_copy", False)}
 
 
+@pefts_words()
 def merge(state: State, names: Sequence[str] | None, safe: bool, progressbar: bool = False) -> None:
     """Merge adapters into all layers, or into none if one of them refuses.
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ...core.state import state_of
+from ...errors import VeneerError
 from ...train.optimizers import riemannian
 from ...train.optimizers.pairs import pairs
 from ..wording import pefts_words
@@ -26,6 +27,11 @@ def create_riemannian_optimizer(
     """
     if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
         raise TypeError(f"optimizer_cls must be a subclass of torch.optim.Optimizer, got {optimizer_cls!r}.")
+    if not _collect_lora_pairs(model):
+        raise VeneerError(
+            "create_riemannian_optimizer did not find any trainable lora_A/lora_B parameter pairs on the model; it "
+            "trains the factors of LoRA"
+        )
     optimizer = riemannian.create_riemannian_optimizer(model, optimizer_cls, lr=lr, reg=reg, **kwargs)
     optimizer.step = pefts_words()(optimizer.step)  # type: ignore[method-assign]
     return optimizer

@@ -33,6 +33,13 @@ class ShadowCache(DynamicCache):
         return len(self.base)
 
 
+def with_cache(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call with an empty cache, in which the shadow can keep its entries too, if none is given."""
+    if caches.of_call(kwargs) is not None:
+        return kwargs
+    return caches.with_cache(kwargs, caches.argument(model), DynamicCache(config=model.config))
+
+
 def show_cache(output: Any) -> None:
     """Give the cache in a model's output the class that PEFT has for it, if a shadow has entries in it."""
     cache = getattr(output, "past_key_values", None)

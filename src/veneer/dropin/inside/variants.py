@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from ...methods.alora import ALoRA
 from ...methods.arrow import Arrow
 from ...methods.bdlora import BDLoRA
@@ -16,6 +13,9 @@ from ...methods.mica import MiCA
 from ...methods.monteclora import MonteCLoRA
 from ...methods.qalora import QALoRA
 from ...methods.velora import VeLoRA
+from ..block_diagonal import BlockDiagonalLinear
+
+__all__ = ["BlockDiagonalLinear"]
 
 
 class VariantMarker(type):
@@ -51,38 +51,3 @@ MiCAEmbeddingVariant = _variant("MiCAEmbeddingVariant", MiCA, "embedding")
 MontecloraLinearVariant = _variant("MontecloraLinearVariant", MonteCLoRA, "linear")
 QALoraLinearVariant = _variant("QALoraLinearVariant", QALoRA, "linear")
 VeloraLinearVariant = _variant("VeloraLinearVariant", VeLoRA, "linear")
-
-
-class BlockDiagonalLinear(nn.Module):
-    """A linear layer with a block-diagonal weight, held as its blocks on top of each other, (out, in / n).
-
-    Raises:
-        ValueError: the number of blocks does not divide the sizes.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        nblocks: int,
-        init_zero: bool = False,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | None = None,
-    ) -> None:
-        super().__init__()
-        if in_features % nblocks or out_features % nblocks:
-            raise ValueError(f"{nblocks} blocks do not divide {in_features} inputs and {out_features} outputs")
-        self.in_features = in_features
-        self.out_features = out_features
-        self.nblocks = nblocks
-        self.weight = nn.Parameter(torch.zeros(out_features, in_features // nblocks, dtype=dtype, device=device))
-        if not init_zero:
-            nn.init.kaiming_uniform_(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        groups = x.unflatten(-1, (self.nblocks, -1))  # (..., blocks, in / n)
-        blocks = self.weight.unflatten(0, (self.nblocks, -1))  # (blocks, out / n, in / n)
-        return torch.einsum("...bi,boi->...bo", groups, blocks).flatten(-2)
-
-    def weight_as_blockdiagonal_matrix(self) -> Tensor:
-        return torch.block_diag(*self.weight.chunk(self.nblocks))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +38,6 @@ from .. import (
 from ..inside import constants
 from ..wording import pefts_words
 from . import methods as table
-from . import names
 
 PARTS = (
     helpers,
@@ -98,7 +96,7 @@ def everything() -> dict[str, Any]:
         objects[made_class.__name__] = made_class
     for name in FROM_VENEER:
         value = getattr(veneer, name)
-        objects[name] = _settings(value) if isinstance(value, type) else pefts_words()(value)
+        objects[name] = configs.settings_class(value) if isinstance(value, type) else pefts_words()(value)
     objects |= RENAMED
     for name in dir(veneer):
         if name.startswith("AutoPeftModel"):
@@ -109,35 +107,6 @@ def everything() -> dict[str, Any]:
         objects[name] = _is_at_least(library, version)
     objects["is_torchao_ge_v0_18_0"] = lambda: _is_at_least("torchao", "0.18.0")
     return objects
-
-
-def _settings(ours: type) -> type:
-    """A class of settings for LoRA whose errors are in PEFT's words."""
-    module = "peft.tuners.lora.config"
-    namespace = {
-        "__module__": module,
-        "__doc__": ours.__doc__,
-        "__post_init__": pefts_words()(ours.__post_init__),  # type: ignore[attr-defined]
-    }
-    theirs = names.constructor(module, ours.__name__)
-    if theirs is not None:
-        namespace["__init__"] = _in_order(ours.__init__, theirs)  # type: ignore[misc]
-    return type(ours.__name__, (ours,), namespace)
-
-
-def _in_order(init: Callable[..., None], theirs: inspect.Signature) -> Callable[..., None]:
-    """An `__init__` that also takes its arguments by position, in PEFT's order."""
-    order = list(theirs.parameters)
-
-    def __init__(self: Any, *args: Any, **given: Any) -> None:
-        init(self, **dict(zip(order, args, strict=False)), **given)
-
-    own = inspect.signature(init).parameters
-    parameters = [own["self"]]
-    for name in order:
-        parameters.append(own[name].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD))
-    __init__.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return __init__
 
 
 def _default_targets() -> dict[str, Any]:
