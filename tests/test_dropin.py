@@ -372,3 +372,20 @@ broken = get_peft_model(mlp(), lora())
 broken.base_model.model.lin0.lora_A.default.weight.data.fill_(float("nan"))
 assert "NaNs detected in the merged weights" in caught(lambda: broken.merge_adapter(safe_merge=True), ValueError)
 """)
+
+
+def test_what_is_not_there_says_so_when_it_is_used():
+    program("""
+from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
+from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.lora.tp_layer import LoraParallelLinear, dispatch_megatron
+from peft.tuners.lora import Linear
+model = get_peft_model(mlp(), lora())
+assert not any(isinstance(module, LoraParallelLinear) for module in model.modules())
+assert "Megatron" in caught(lambda: LoraParallelLinear(nn.Linear(2, 2), "default"), NotImplementedError)
+assert "Megatron" in caught(lambda: dispatch_megatron(nn.Linear(2, 2), "default"), NotImplementedError)
+assert "veneer/methods" in caught(lambda: type("Own", (LoraVariant,), {}), NotImplementedError)
+assert "adaption_prompt" in caught(lambda: TRANSFORMERS_MODEL_CONFIG["llama"], NotImplementedError)
+assert "config" in caught(lambda: Linear.pissa_init(model.base_model.model.lin0, "default"), NotImplementedError)
+assert "without an adapter" in caught(lambda: peft.tuners.lora.LoraLayer(nn.Linear(2, 2)), NotImplementedError)
+""")

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, Bias, LowRank, Replace, TiedReplace
+from ..core.adapter import Adapter, LowRank, Replace, TiedReplace
 from ..core.layer import AdapterLayer
 from ..core.state import State
 from ..errors import NotMergeable
@@ -182,10 +182,6 @@ class PeftLayer(AdapterLayer):
             return held["original_module"]
         if name in held:
             return held[name]
-        if name == "bias" and held and not self.disable_adapters:
-            trained = self._trained_bias()
-            if trained is not None:
-                return trained
         if name == "original_module" and held:  # PEFT's name also where an adapter or tokens are trained on the module
             return self.base
         if name.startswith("__"):
@@ -209,14 +205,6 @@ class PeftLayer(AdapterLayer):
         if row is not None and RESETS.fullmatch(name):
             return functools.partial(initialise_again, self)
         return super().__getattr__(name)
-
-    def _trained_bias(self) -> nn.Parameter | None:
-        """The copy of the bias that an active adapter trains."""
-        for name in self.active_adapters:
-            for part in self.parts(name):
-                if isinstance(part, Bias):
-                    return part.bias
-        return None
 
     def _running_module(self) -> nn.Module | None:
         """On a module with trained copies, the one that runs: the active copy or the original."""

@@ -179,7 +179,9 @@ class SharedSlot(TensorSlot):
         nn.Module.__init__(self)
         self._keys: dict[str, Any] = {}
         buffers = SharedLive(state, attribute, "_buffers")
-        self.__dict__["_parameters"] = SharedLive(state, attribute, "_parameters")
+        parameters = SharedLive(state, attribute, "_parameters")
+        parameters.taken = state.__dict__.setdefault("shared_taken", {}).setdefault(attribute, {})
+        self.__dict__["_parameters"] = parameters
         self.__dict__["_buffers"] = buffers
         self.__dict__["_non_persistent_buffers_set"] = Passing(buffers)
 
