@@ -213,7 +213,9 @@ def stepped(**settings):
         model(torch.arange(7)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return [round(float(lin0.lora_B["default"].weight.detach().norm()), 2), sorted(optimizer.param_groups[0].keys())]
+    average = optimizer.state["base_model.model.lin0.lora"]["exp_avg_B"]  # AdamW's step hides how long the gradient is
+    norms = [f"{float(tensor.norm()):.2g}" for tensor in (lin0.lora_B["default"].weight.detach(), average)]
+    return [norms, sorted(optimizer.param_groups[0].keys())]
 
 
 def alone():
@@ -235,7 +237,10 @@ def again():
     layer = on(LoraConfig(target_modules=["lin0"], init_lora_weights=False)).base_model.model.lin0
     before = layer.lora_A["default"].weight.clone()
     layer.reset_lora_parameters("default", True)
-    return [bool((layer.lora_A["default"].weight == before).all()), float(layer.lora_B["default"].weight.detach().norm())]
+    return [
+        bool((layer.lora_A["default"].weight == before).all()),
+        float(layer.lora_B["default"].weight.detach().norm()),
+    ]
 
 
 def by_position():

@@ -20,6 +20,7 @@ from ..model.schedule import follow
 from ..targets.walk import walk
 from ..upstream.models import task_of
 from .configs import Names, PeftConfig, as_peft
+from .helpers import random_mask
 from .layers import BaseTunerLayer, PeftLayer, agree, is_flat, names_of
 from .matching import check_target_module_exists, fill_defaults, narrowed, shortened
 from .old_experts import modernise
@@ -49,6 +50,8 @@ def put_on(
     resolved = narrowed(model, config)
     if isinstance(resolved, PromptConfig) and resolved.task_type is None:
         resolved.task_type = task_of(model)
+    if config.__dict__.get("from_file") and getattr(config, "mask_type", None) == "custom":
+        resolved.mask_fn = random_mask  # SHiRA's file has the places that the custom function chose
     task = resolved.task_type
     if resolved.peft_type != "SHADOW":  # SHADOW needs the task to choose its own head
         resolved.task_type = None  # PEFT's model classes add the heads of a task
