@@ -59,6 +59,12 @@ class PeftModel(core.PeftModel):
         with core._flags_kept_on_error(inner):
             if self._is_prompt_learning:
                 self.base_model = inner  # type: ignore[assignment]
+                kind = str(getattr(self.peft_type, "value", self.peft_type))
+                if kind in ("PREFIX_TUNING", "CARTRIDGE") and checkpointing.is_on(inner):
+                    raise VeneerError(
+                        f"{kind} does not work with gradient checkpointing, which drops the cache of the prompt; "
+                        "turn gradient_checkpointing off"
+                    )
                 state = put_on(inner, peft_config, adapter_name, on_meta=low_cpu_mem_usage, lift=autocast_adapter_dtype)
                 self.__dict__["_state_kept"] = state
                 activate(state, adapter_name, peft_config.inference_mode)
