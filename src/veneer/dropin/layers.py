@@ -776,6 +776,17 @@ def initialise_again(layer: PeftLayer, adapter_name: str, init_weights: Any = No
             part.load_state_dict(new.state_dict(), strict=False)
 
 
+OF_WHOLE_MODELS = (
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+)
+"""Fields of configs that choose modules of a model."""
+
+
 def standing_alone(
     layer_class: Any, base_layer: nn.Module, adapter_name: str = "", config: Any = None, **more: Any
 ) -> Any:
@@ -796,8 +807,13 @@ def standing_alone(
     for name, value in {**more.pop("kwargs", {}), **more}.items():
         if value and hasattr(config, name):
             setattr(config, name, value)
+    for field in OF_WHOLE_MODELS:
+        if hasattr(config, field):
+            setattr(config, field, None)
+    for field in ("rank_pattern", "alpha_pattern"):
+        if hasattr(config, field):
+            setattr(config, field, {})
     config.target_modules = ["layer"]
-    config.rank_pattern, config.alpha_pattern = {}, {}
     holder = nn.Module()
     holder.layer = base_layer
     state = put_on(holder, config, adapter_name)
