@@ -417,3 +417,14 @@ layers[2].reset_boft_parameters("a", True)
 assert layers[0].lora_A["a"].weight is A
 assert all(torch.allclose(layer(x), layer.base_layer(x), atol=1e-5) for layer in (layers[0], layers[2]))
 """)
+
+
+def test_an_adapter_saved_as_a_lora_loads():
+    program("""
+model = get_peft_model(mlp(), LoHaConfig(target_modules=["lin0"], r=2, init_weights=False)).eval()
+with tempfile.TemporaryDirectory() as place:
+    save_as_lora(place, model, rank=4)
+    loaded = PeftModel.from_pretrained(mlp(), place).eval()
+assert loaded.peft_config["default"].peft_type == "LORA" and loaded.peft_config["default"].r == 4
+assert torch.allclose(loaded(x), model(x), atol=1e-5)
+""")

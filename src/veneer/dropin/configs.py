@@ -232,7 +232,9 @@ class PeftConfig(Config, metaclass=Called):
             content["loftq_config"] = content["loftq_config"] or {}
         return content
 
-    def save_pretrained(self, save_directory: str | Path, **settings: Any) -> None:  # type: ignore[override]
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, name: str = core_config.CONFIG_NAME, **settings: Any
+    ) -> None:
         if os.path.isfile(save_directory):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
         content = self.to_dict()
@@ -242,7 +244,7 @@ class PeftConfig(Config, metaclass=Called):
                 content[field_name] = list(value)
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         text = json.dumps(content, indent=2, sort_keys=True)
-        write_atomically(Path(save_directory) / core_config.CONFIG_NAME, text.encode())
+        write_atomically(Path(save_directory) / name, text.encode())
         if settings.get("push_to_hub"):
             from ..model.card import push_folder
 

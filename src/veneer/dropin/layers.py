@@ -699,10 +699,11 @@ class Shown(type):
     @property
     def __signature__(cls) -> inspect.Signature:
         """PEFT's parameters. It is a property so that layers, which are called with an input, do not have it."""
-        theirs = pefts_names.constructor(cls.__module__, cls.__name__)
-        if theirs is None:
-            raise AttributeError("__signature__")
-        return theirs
+        for base in cls.__mro__:  # a program may have made a subclass
+            theirs = pefts_names.constructor(base.__module__, base.__name__)
+            if theirs is not None:
+                return theirs
+        raise AttributeError("__signature__")
 
     def __getattr__(cls, name: str) -> Any:
         """An attribute of every layer, for PEFT's classes that are no base class of veneer's layer."""
