@@ -130,7 +130,145 @@ def second(first, other):
 
 
 BAD = dict(target_modules=["lin0"])
+
+
+def numbers(*tensors):
+    """Values, rounded, so that both libraries print the same."""
+    return [[round(float(value), 4) for value in tensor.detach().flatten()] for tensor in tensors]
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def compressed():
+    from peft.tuners.lora import velora
+
+    x, v = drawn(3, 2, 7), velora._normalize_projection(drawn(3))
+    weight, bias = drawn(5, 7, seed=1).requires_grad_(), drawn(5, seed=2).requires_grad_()
+    inputs = x.clone().requires_grad_()
+    velora.VeloraFunction.apply(inputs, weight, bias, v, 3, 0.5).square().sum().backward()
+    kept = velora._compress_activations(x, v, 3)
+    return numbers(kept, velora._reconstruct_activations(kept, v, 7, 0.5), inputs.grad, weight.grad, bias.grad)
+
+
+def blocks():
+    from peft.tuners.lora.variants import BlockDiagonalLinear
+
+    layer = BlockDiagonalLinear(6, 9, nblocks=3)
+    with torch.no_grad():
+        layer.weight.copy_(drawn(*layer.weight.shape))
+    return numbers(layer(drawn(2, 5, 6, seed=1)), layer.weight_as_blockdiagonal_matrix())
+
+
+def lycoris():
+    from peft.tuners.loha.layer import make_weight, make_weight_cp
+    from peft.tuners.lokr import layer as lokr
+
+    sizes = [lokr.factorization(n, factor) for n in (12, 127, 256, 360) for factor in (-1, 4, 5)]
+    t, a, b = drawn(2, 2, 3, 3), drawn(2, 5, seed=1), drawn(2, 7, seed=2)
+    core = lokr.make_weight_cp(t, a, b)
+    whole = (
+        lokr.make_kron(drawn(2, 3), core, 0.5),
+        make_weight_cp(t, a, b, t, a, b, 2.0),
+        make_weight(a.T, b, a.T, b, 3.0),
+    )
+    return [list(map(list, sizes)), numbers(core, *whole)]
+
+
+def decomposed():
+    from peft.tuners.osf.utils import decompose_weight_matrix, project_gradient_to_orthogonal_space
+
+    parts = decompose_weight_matrix(drawn(7, 5), top_k=2)
+    high = parts["U_high"] * parts["S_high"] @ parts["V_high"]
+    low = parts["U_low"] * parts["S_low"] @ parts["V_low"]
+    low.square().sum().backward()
+    project_gradient_to_orthogonal_space(parts)
+    left = parts["U_high"].T @ parts["U_low"].grad, parts["V_low"].grad @ parts["V_high"].T
+    return [parts["rank_high"], numbers(high, low, parts["S_low"].grad), [round(float(x.norm()), 3) for x in left]]
+
+
+def components():
+    from peft.utils.incremental_pca import IncrementalPCA
+
+    pca = IncrementalPCA(n_components=3, batch_size=10).fit(drawn(40, 6).double() * torch.arange(1, 7))
+    return numbers(
+        pca.components_, pca.singular_values_, pca.mean_, pca.explained_variance_ratio_, pca.explained_variance_
+    )
+
+
+def stepped(**settings):
+    """B and a trained head after three steps of LoRA-FA's optimizer."""
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["lin0"], r=4, modules_to_save=["lin1"], init_lora_weights=False)
+    model = on(config)
+    lin0 = model.base_model.model.lin0
+    with torch.no_grad():
+        lin0.lora_A["default"].weight.copy_(drawn(4, 10))
+        lin0.lora_B["default"].weight.copy_(drawn(30, 4, seed=1))
+    from peft.optimizers import create_lorafa_optimizer
+
+    optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=0.1, **settings)
+    for _ in range(3):
+        model(torch.arange(7)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    average = optimizer.state["base_model.model.lin0.lora"]["exp_avg_B"]  # AdamW's step hides how long the gradient is
+    norms = [f"{float(tensor.norm()):.2g}" for tensor in (lin0.lora_B["default"].weight.detach(), average)]
+    return [norms, sorted(optimizer.param_groups[0].keys())]
+
+
+def alone():
+    """A layer that its class makes around a module of no model."""
+    from peft.tuners.lora import Linear
+
+    torch.manual_seed(0)
+    layer = Linear(nn.Linear(6, 4), "first", LoraConfig(target_modules=["a"]), r=3, lora_alpha=9)
+    return [
+        type(layer).__name__,
+        layer.scaling["first"],
+        list(layer.lora_A["first"].weight.shape),
+        layer.active_adapters,
+    ]
+
+
+def again():
+    """Whether `reset_lora_parameters` gives new values, and leaves an adapter without effect."""
+    layer = on(LoraConfig(target_modules=["lin0"], init_lora_weights=False)).base_model.model.lin0
+    before = layer.lora_A["default"].weight.clone()
+    layer.reset_lora_parameters("default", True)
+    return [
+        bool((layer.lora_A["default"].weight == before).all()),
+        float(layer.lora_B["default"].weight.detach().norm()),
+    ]
+
+
+def by_position():
+    """A config and a setting whose fields are given by position."""
+    config = LoraConfig("CAUSAL_LM", None, None, None, "base")
+    return [config.task_type, config.base_model_name_or_path, KasaConfig(0.5, 0.25).gamma]
+
+
+def prefixes():
+    from peft.tuners.tuners_utils import _get_tuner_state_dict_key_prefixes
+
+    model = on(peft.VeraConfig(target_modules=["lin0"], r=2))
+    found = _get_tuner_state_dict_key_prefixes(model, "default")
+    return sorted(prefix for prefix in found if "dropout" not in prefix)  # without one, veneer has no module for it
+
+
 CASES = {
+    "inside: velora": compressed,
+    "inside: blocks": blocks,
+    "inside: lycoris": lycoris,
+    "inside: osf": decomposed,
+    "inside: pca": components,
+    "inside: lora-fa": stepped,
+    "inside: lora-fa decay": lambda: stepped(weight_decay=0.5),
+    "inside: alone": alone,
+    "inside: again": again,
+    "inside: by position": by_position,
+    "inside: prefixes": prefixes,
     "types": types,
     "scaled": scaled,
     "tokens": tokens,

@@ -372,3 +372,59 @@ broken = get_peft_model(mlp(), lora())
 broken.base_model.model.lin0.lora_A.default.weight.data.fill_(float("nan"))
 assert "NaNs detected in the merged weights" in caught(lambda: broken.merge_adapter(safe_merge=True), ValueError)
 """)
+
+
+def test_what_is_not_there_says_so_when_it_is_used():
+    program("""
+from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
+from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.lora.tp_layer import LoraParallelLinear, dispatch_megatron
+from peft.tuners.lora import Linear
+model = get_peft_model(mlp(), lora())
+assert not any(isinstance(module, LoraParallelLinear) for module in model.modules())
+assert "Megatron" in caught(lambda: LoraParallelLinear(nn.Linear(2, 2), "default"), NotImplementedError)
+assert "Megatron" in caught(lambda: dispatch_megatron(nn.Linear(2, 2), "default"), NotImplementedError)
+assert "veneer/methods" in caught(lambda: type("Own", (LoraVariant,), {}), NotImplementedError)
+assert "adaption_prompt" in caught(lambda: TRANSFORMERS_MODEL_CONFIG["llama"], NotImplementedError)
+assert "config" in caught(lambda: Linear.pissa_init(model.base_model.model.lin0, "default"), NotImplementedError)
+assert "without an adapter" in caught(lambda: peft.tuners.lora.LoraLayer(nn.Linear(2, 2)), NotImplementedError)
+""")
+
+
+def test_a_layer_without_a_model():
+    """PEFT's layer classes wrap a module, with an adapter that is merged and initialised like any other."""
+    program("""
+from peft.tuners import boft, c3a, ia3, loha, lora
+def lin():
+    return nn.Linear(10, 6)
+layers = [
+    lora.Linear(lin(), "a", lora.LoraConfig(layers_to_transform=[1], init_lora_weights=False), r=3, lora_alpha=6),
+    ia3.Linear(lin(), "a", IA3Config(feedforward_modules=[], init_ia3_weights=False), False),
+    boft.layer.Linear(lin(), "a", BOFTConfig(boft_block_size=2, init_weights=False)),
+    loha.Linear(lin(), "a", LoHaConfig(init_weights=False), r=2, alpha=4.0),
+    c3a.C3ALinear(lin(), "a", C3AConfig(init_weights="gaussian"), block_size=2),
+]
+for layer in layers:
+    y = layer(x)
+    assert not torch.allclose(y, layer.base_layer(x), atol=1e-4), layer
+    layer.merge()
+    assert torch.allclose(layer(x), y, atol=1e-5), layer
+    layer.unmerge()
+assert layers[0].r == {"a": 3} and layers[0].scaling == {"a": 2.0} and layers[3].scaling == {"a": 2.0}
+A = layers[0].lora_A["a"].weight
+layers[0].reset_lora_parameters("a", True)
+layers[2].reset_boft_parameters("a", True)
+assert layers[0].lora_A["a"].weight is A
+assert all(torch.allclose(layer(x), layer.base_layer(x), atol=1e-5) for layer in (layers[0], layers[2]))
+""")
+
+
+def test_an_adapter_saved_as_a_lora_loads():
+    program("""
+model = get_peft_model(mlp(), LoHaConfig(target_modules=["lin0"], r=2, init_weights=False)).eval()
+with tempfile.TemporaryDirectory() as place:
+    save_as_lora(place, model, rank=4)
+    loaded = PeftModel.from_pretrained(mlp(), place).eval()
+assert loaded.peft_config["default"].peft_type == "LORA" and loaded.peft_config["default"].r == 4
+assert torch.allclose(loaded(x), model(x), atol=1e-5)
+""")

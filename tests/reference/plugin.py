@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import importlib
+import json
 import os
+import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,43 +19,11 @@ import tests
 
 tests.__path__.append(str(Path("peft_tests").absolute()))  # some of theirs import helpers from a package of that name
 SECONDS = 30
-FEW = 1000
-"""A file with at most so many tests is run whole."""
-IS_OURS = os.environ["REFERENCE_LIBRARY"] == "veneer"
 
-
-class Missing:
-    """Stands for a name of PEFT's that is not there, so that only the tests that use it fail."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise AttributeError("there is no such name in the drop-in")
-
-
-def imports(file: Path) -> Iterator[tuple[str, str]]:
-    """(module, name) of everything that a file imports from PEFT."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "peft":
-            yield from ((str(node.module), alias.name) for alias in node.names)
-
-
-def fill(module: str, name: str) -> None:
-    """Put `Missing` where a module or a name is not there."""
-    try:
-        found = importlib.import_module(module)
-    except ImportError:
-        found = sys.modules[module] = ModuleType(module)
-        parent, _, last = module.rpartition(".")
-        setattr(importlib.import_module(parent), last, found)
-    if not hasattr(found, name):
-        setattr(found, name, type(name, (Missing,), {}))
-
-
-if IS_OURS:
+if os.environ["REFERENCE_LIBRARY"] == "veneer":
     import veneer
 
     veneer.install_as_peft()
-    for wanted in {pair for file in Path("peft_tests").glob("*.py") for pair in imports(file)}:
-        fill(*wanted)
 
 
 class Cached(dict[str, int]):
@@ -73,11 +41,56 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    part = int(os.environ["REFERENCE_PART"]) if len(items) > FEW else 1
-    items[:] = [item for item in items if int(hashlib.md5(item.nodeid.encode()).hexdigest(), 16) % part == 0]
+    chosen = _chosen(items)
+    items[:] = [item for item in items if item.nodeid in chosen]
     for name, module in list(sys.modules.items()):
         if name.endswith("testing_utils") and hasattr(module, "_HUB_MODEL_ACCESSES"):
             module._HUB_MODEL_ACCESSES = Cached()
+
+
+def _chosen(items: list[pytest.Item]) -> set[str]:
+    """The tests to run: those listed in a file, or a part of all, chosen by a hash of their names."""
+    listed = os.environ.get("REFERENCE_TESTS")
+    if listed is not None:
+        return set(json.loads(Path(listed).read_text()))
+    lengths = Counter(item.path for item in items)
+    chosen = set()
+    for item in items:
+        is_long = lengths[item.path] > int(os.environ["REFERENCE_FEW"])
+        part = int(os.environ["REFERENCE_PART"]) if is_long else 1
+        if int(hashlib.md5(item.nodeid.encode()).hexdigest(), 16) % part == 0:
+            chosen.add(item.nodeid)
+    return chosen
+
+
+OUTCOMES: dict[str, str] = {}
+"""What came of each test: "passed", "skipped", or the first line of what went wrong. A file that fails to import has
+an entry under its own name."""
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.failed:
+        lines = str(report.longrepr).strip().splitlines()
+        OUTCOMES[report.nodeid] = "does not import: " + lines[-1].removeprefix("E").strip()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    before = OUTCOMES.get(report.nodeid, "passed")
+    if before == "passed":
+        OUTCOMES[report.nodeid] = _outcome(report)
+
+
+def _outcome(report: pytest.TestReport) -> str:
+    if not report.failed:
+        return report.outcome
+    crash = getattr(report.longrepr, "reprcrash", None)
+    message = str(report.longrepr) if crash is None else crash.message
+    return re.sub(r"0x[0-9a-f]+", "0x", message.strip().split("\n")[0])[:200]
+
+
+def pytest_sessionfinish() -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        Path(os.environ["REFERENCE_OUTCOMES"]).write_text(json.dumps(OUTCOMES))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -5,7 +5,8 @@
     from peft import LoraConfig, get_peft_model
 
 PEFT's names, defaults and messages are data, in `tables/`; all other modules are thin views of veneer's own classes.
-Start with `register.py`, which installs the modules, and `models.py`.
+`inside/` has one file for each of PEFT's inner modules of which programs use a part. Start with `register.py`, which
+makes every module that `tables/names.json` lists, and `models.py`.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ from ..model.schedule import follow
 from ..targets.walk import walk
 from ..upstream.models import task_of
 from .configs import Names, PeftConfig, as_peft
-from .layers import PeftLayer, agree, is_flat, names_of
+from .helpers import random_mask
+from .layers import BaseTunerLayer, PeftLayer, agree, is_flat, names_of
 from .matching import check_target_module_exists, fill_defaults, narrowed, shortened
 from .old_experts import modernise
 from .strict import is_strict
@@ -49,6 +50,8 @@ def put_on(
     resolved = narrowed(model, config)
     if isinstance(resolved, PromptConfig) and resolved.task_type is None:
         resolved.task_type = task_of(model)
+    if config.__dict__.get("from_file") and getattr(config, "mask_type", None) == "custom":
+        resolved.mask_fn = random_mask  # SHiRA's file has the places that the custom function chose
     task = resolved.task_type
     if resolved.peft_type != "SHADOW":  # SHADOW needs the task to choose its own head
         resolved.task_type = None  # PEFT's model classes add the heads of a task
@@ -61,16 +64,33 @@ def put_on(
         _restore(flags)
         raise
     resolved.task_type = task
+    _share_equal(state, name)
     warn_of_layout(config, resolved)
+    warn_of_missing_bias(config, state.adapters(name))
     if trainable:
         follow(state, name)
     _record_resolved(original, config, resolved, state.adapters(name))
     state.configs[name] = original if isinstance(original, PeftConfig) else config
     if name in state.prompts:
-        state.prompts[name].requires_grad_(True)
+        is_fixed = resolved.peft_type == "CARTRIDGE" and config.inference_mode
+        state.prompts[name].requires_grad_(not is_fixed)
     model.peft_config = state.configs  # type: ignore[assignment]
     _hide(model, state)
     return state
+
+
+def _share_equal(state: State, name: str) -> None:
+    """Let an adapter use the fixed tensors of another one for its layers, if they are equal, as from an equal seed."""
+    new = state.shared.get(name)
+    if new is None or not is_flat(new):
+        return
+    for other, shared in state.shared.items():
+        if other == name or type(shared) is not type(new):
+            continue
+        for attribute, tensor in new._buffers.items():
+            old = shared._buffers.get(attribute)
+            if old is not None and tensor is not None and old.dtype == tensor.dtype and torch.equal(old, tensor):
+                new._buffers[attribute] = old
 
 
 def _make_room(model: nn.Module, name: str) -> None:
@@ -103,7 +123,10 @@ def _record_resolved(original: Any, config: Any, resolved: Any, adapters: dict[s
     defaults = resolved.__dict__.pop("filled", {})
     for field, value in resolved.__dict__.items():
         if getattr(config, field, None) is None:
-            original.__dict__[field] = defaults.get(field, value)
+            default = defaults.get(field, value)
+            original.__dict__[field] = (
+                Names(default) if field == "target_modules" and type(default) is list else default
+            )
     if getattr(original, "target_modules", None) == "all-linear":
         original.target_modules = Names(_targeted_paths(adapters))
     config.__dict__.update(original.__dict__)
@@ -127,6 +150,32 @@ def warn_of_layout(original: Any, resolved: Any) -> None:
             f"fan_in_fan_out is set to {before} but the target module is `{kind}`. Setting fan_in_fan_out to {after}.",
             stacklevel=4,
         )
+
+
+def warn_of_missing_bias(config: Any, adapters: dict[str, Any]) -> None:
+    """Warn of modules without a bias, into which an adapter that has one cannot be merged, as PEFT does."""
+    from .utils import PeftWarning
+
+    is_beft = config.peft_type.value == "BEFT"
+    if is_strict() or not (is_beft or getattr(config, "lora_bias", False)):
+        return
+    for adapter in adapters.values():
+        for part in adapter.parts:
+            if not is_targeted(part) or getattr(part.target.base, "bias", None) is not None:
+                continue
+            if is_beft:
+                warnings.warn(
+                    "Detected that the base layer has no bias term. Note you cannot merge the BEFT adapter into the "
+                    "base layer.",
+                    stacklevel=4,
+                )
+            else:
+                warnings.warn(
+                    f"`lora_bias=True` was passed but the targeted layer of type {type(part.target.base).__name__} has "
+                    "no bias. This means that merging LoRA weights won't be possible.",
+                    PeftWarning,
+                    stacklevel=4,
+                )
 
 
 def check_rank(config: Any) -> None:
@@ -320,14 +369,16 @@ def inject_adapter_in_model(
 
 
 def set_adapter(
-    model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False, layer_cls: Any = None
+    model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False, layer_cls: Any = BaseTunerLayer
 ) -> None:
     """Make adapters of any model the active ones."""
     _, state = _existing(model)
     activate(state, adapter_name, inference_mode)
 
 
-def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: Any = None) -> list[str] | None:
+def delete_adapter(
+    model: nn.Module, adapter_name: str, prefix: str, layer_cls: Any = BaseTunerLayer
+) -> list[str] | None:
     """Delete an adapter of any model; return the adapters that are active afterwards, or None if there are none."""
     inner, state = _existing(model)
     if adapter_name not in state.configs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,6 +35,10 @@ class BufferDict(MutableMapping[str, Tensor], nn.Module):
 
     def __contains__(self, key: object) -> bool:
         return key in self._buffers
+
+    def update(self, buffers: Any) -> None:  # type: ignore[override]
+        for key, buffer in dict(buffers).items():
+            self[key] = buffer
 
     def extra_repr(self) -> str:
         lines = []

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import functools
 import importlib.metadata
 import inspect
 import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,11 +20,13 @@ from typing import Any, ClassVar
 from ..core import config as core_config
 from ..core.config import Config, PromptConfig, TaskType, all_methods, default_of
 from ..errors import CheckpointError, ConfigError
+from ..files.checked import Settings
 from ..files.find import find_file
 from ..files.read import read_json, read_pickle
 from ..files.write import write_atomically
 from .strict import is_strict, settle
 from .tables import methods as table
+from .tables import names
 from .tables.refusals import check_as_peft
 from .wording import is_at_once, pefts_words
 
@@ -69,9 +72,31 @@ class LoraRuntimeConfig:
 
 
 class Called(type):
-    """Metaclass for PEFT's way to create configs: `peft_type` may be passed, and unknown fields raise TypeError."""
+    """Metaclass for PEFT's way to create configs: fields in its order, also `peft_type`; unknown ones are refused."""
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """PEFT's parameters with the defaults of veneer's fields."""
+        home = cls.__module__ if cls.__module__.startswith("peft.") else "peft.config"
+        theirs = names.constructor(home, cls.__name__)
+        if theirs is None:
+            raise AttributeError("__signature__")
+        own = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
+        parameters = []
+        for parameter in theirs.parameters.values():
+            default = _shown_default(own[parameter.name]) if parameter.name in own else None
+            parameters.append(parameter.replace(default=default))
+        return inspect.Signature(parameters)
 
     def __call__(cls, *args: Any, **given: Any) -> Any:
+        if args:
+            order = list(inspect.signature(cls).parameters)
+            if len(args) > len(order):
+                raise TypeError(f"{cls.__name__}() takes at most {len(order)} arguments, but {len(args)} were given")
+            for name, value in zip(order, args, strict=False):
+                if name in given:
+                    raise TypeError(f"{cls.__name__}() got multiple values for argument {name!r}")
+                given[name] = value
         kind = given.pop("peft_type", None)
         if kind is not None and cls is PeftConfig:
             return CONFIGS[_type(kind)](**given)
@@ -80,7 +105,14 @@ class Called(type):
             for name in given:
                 if name not in known:
                     raise TypeError(f"{cls.__name__}.__init__() got an unexpected keyword argument {name!r}")
-        return super().__call__(*args, **given)
+        return super().__call__(**given)
+
+
+def _shown_default(field: Any) -> Any:
+    """A field's default; the mark that dataclasses show if a function makes it."""
+    if field.default_factory is not dataclasses.MISSING:
+        return dataclasses._HAS_DEFAULT_FACTORY  # type: ignore[attr-defined]
+    return field.default
 
 
 def _field_names(config_class: Any) -> set[str]:
@@ -111,6 +143,9 @@ class PeftConfig(Config, metaclass=Called):
             if is_strict() or is_at_once(error):
                 raise
             self.__dict__["refused"] = error  # PEFT checks most settings only when the adapter is attached
+        for value in self.__dict__.values():
+            if isinstance(value, Settings) and type(value).__module__.startswith("veneer."):
+                value.__class__ = settings_class(type(value))  # type: ignore[arg-type]
         self.peft_version = self.peft_version or self._get_peft_version()
         for name in ("target_modules", "exclude_modules"):
             targets = getattr(self, name, None)
@@ -197,21 +232,23 @@ class PeftConfig(Config, metaclass=Called):
             content["loftq_config"] = content["loftq_config"] or {}
         return content
 
-    def save_pretrained(self, directory: str | Path, name: str = core_config.CONFIG_NAME, **settings: Any) -> None:
-        if os.path.isfile(directory):
-            raise AssertionError(f"Provided path ({directory}) should be a directory, not a file")
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, name: str = core_config.CONFIG_NAME, **settings: Any
+    ) -> None:
+        if os.path.isfile(save_directory):
+            raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
         content = self.to_dict()
         content["auto_mapping"] = settings.get("auto_mapping_dict") or content.get("auto_mapping")
         for field_name, value in content.items():
             if isinstance(value, (set, tuple)):
                 content[field_name] = list(value)
-        Path(directory).mkdir(parents=True, exist_ok=True)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
         text = json.dumps(content, indent=2, sort_keys=True)
-        write_atomically(Path(directory) / name, text.encode())
+        write_atomically(Path(save_directory) / name, text.encode())
         if settings.get("push_to_hub"):
             from ..model.card import push_folder
 
-            push_folder(directory, **settings)
+            push_folder(save_directory, **settings)
 
     def push_to_hub(self, repo_id: str, **settings: Any) -> Any:
         from ..model.card import push
@@ -294,10 +331,10 @@ class PeftConfig(Config, metaclass=Called):
         return cls.from_json_file(_config_file(model_id, **hub))["peft_type"]
 
 
-def _get_commit_hash(package: str) -> str | None:
+def _get_commit_hash(pkg_name: str) -> str | None:
     """The commit that a package was installed from, if its metadata record one."""
     try:
-        direct_url = importlib.metadata.distribution(package).read_text("direct_url.json")
+        direct_url = importlib.metadata.distribution(pkg_name).read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:
         return None
     if not direct_url:
@@ -330,6 +367,36 @@ def _type(kind: Any) -> Any:
         if kind in config.aliases:
             return PeftType(str(config.peft_type))
     raise ConfigError(f"peft_type {kind!r} does not exist in PEFT {table.VERSION}")
+
+
+@functools.cache
+def settings_class(ours: type) -> type:
+    """A class of settings for LoRA whose errors are in PEFT's words."""
+    module = "peft.tuners.lora.config"
+    namespace = {
+        "__module__": module,
+        "__doc__": ours.__doc__,
+        "__post_init__": pefts_words()(ours.__post_init__),  # type: ignore[attr-defined]
+    }
+    theirs = names.constructor(module, ours.__name__)
+    if theirs is not None:
+        namespace["__init__"] = _in_order(ours.__init__, theirs)  # type: ignore[misc]
+    return type(ours.__name__, (ours,), namespace)
+
+
+def _in_order(init: Callable[..., None], theirs: inspect.Signature) -> Callable[..., None]:
+    """An `__init__` that also takes its arguments by position, in PEFT's order."""
+    order = list(theirs.parameters)
+
+    def __init__(self: Any, *args: Any, **given: Any) -> None:
+        init(self, **dict(zip(order, args, strict=False)), **given)
+
+    own = inspect.signature(init).parameters
+    parameters = [own["self"]]
+    for name in order:
+        parameters.append(own[name].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD))
+    __init__.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return __init__
 
 
 @dataclass(kw_only=True)

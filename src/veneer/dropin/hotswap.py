@@ -18,7 +18,7 @@ from .wording import pefts_words
 def hotswap_adapter(
     model: nn.Module,
     model_name_or_path: str | Path,
-    adapter_name: str = "default",
+    adapter_name: str,
     torch_device: str | None = None,
     **settings: Any,
 ) -> None:

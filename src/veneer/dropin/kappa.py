@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -15,18 +13,30 @@ class KappaTuneSelector:
     """Ranks a model's weights by condition number, lowest first; KappaTune adapts those with the lowest.
 
     Args:
-        settings: ignored; PEFT's limits on the sizes of weights.
+        max_dim_size_to_analyze: leave out weights that have a larger dimension.
+        moe_param_suffixes: endings of the names of parameters with three dimensions to rank; None: all of them.
+        show_progress: show a progress bar.
     """
 
-    def __init__(self, model: nn.Module, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        max_dim_size_to_analyze: int = 16384,
+        moe_param_suffixes: list[str] | None = None,
+        show_progress: bool = True,
+    ) -> None:
+        from tqdm import tqdm
+
+        endings = ("",) if moe_param_suffixes is None else tuple(moe_param_suffixes)
         self.modules: dict[str, float] = {}
         self.parameters: dict[str, float] = {}
-        for path, module in walk(model):
-            if is_linear(module):
-                self.modules[path] = _kappa(module.weight)
+        for path, module in tqdm(list(walk(model)), desc="condition numbers", disable=not show_progress):
+            if is_linear(module) and max(module.weight.shape) <= max_dim_size_to_analyze:  # type: ignore[union-attr]
+                self.modules[path] = _kappa(module.weight)  # type: ignore[arg-type]
             for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.dim() == 3:
-                    self.parameters[f"{path}.{name}"] = _kappa(parameter)
+                is_stack = parameter is not None and parameter.dim() == 3 and name.endswith(endings)
+                if is_stack and max(parameter.shape) <= max_dim_size_to_analyze:  # type: ignore[union-attr]
+                    self.parameters[f"{path}.{name}"] = _kappa(parameter)  # type: ignore[arg-type]
 
     def get_best_targets(
         self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
@@ -35,10 +45,10 @@ class KappaTuneSelector:
         return _best(self.modules, top_p, num_modules, threshold)
 
     def get_best_target_parameters(
-        self, top_p: float | None = None, num_params: int | None = None, threshold: float | None = None
+        self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
     ) -> list[str]:
         """Names of parameters with three dimensions (fused experts), selected in the same way."""
-        return _best(self.parameters, top_p, num_params, threshold)
+        return _best(self.parameters, top_p, num_modules, threshold)
 
 
 def _kappa(weight: Tensor) -> float:
@@ -59,9 +69,15 @@ def _best(numbers: dict[str, float], share: float | None, count: int | None, thr
     return ranking
 
 
-def find_kappa_target_modules(model: nn.Module, top_p: float = 0.2, **settings: Any) -> dict[str, list[str] | None]:
+def find_kappa_target_modules(
+    model: nn.Module,
+    top_p: float = 0.2,
+    max_dim_size_to_analyze: int = 16384,
+    moe_param_suffixes: list[str] | None = None,
+    show_progress: bool = True,
+) -> dict[str, list[str] | None]:
     """Targets chosen by `KappaTuneSelector`: linear layers, and parameters of fused experts if there are any."""
-    selector = KappaTuneSelector(model)
+    selector = KappaTuneSelector(model, max_dim_size_to_analyze, moe_param_suffixes, show_progress)
     modules = selector.get_best_targets(top_p)
     parameters = selector.get_best_target_parameters(top_p)
     return {"target_modules": modules, "target_parameters": parameters or None}

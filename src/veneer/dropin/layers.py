@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import math
+import operator
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
@@ -19,9 +23,14 @@ from ..methods.families.tied import TiedLoRA
 from ..methods.trainable_tokens import TrainableTokens
 from ..targets.target import Matrix, Target
 from ..targets.walk import matches
+from .absent import NotInDropIn, placeholder, reason_for
+from .adamss import WithImportance
+from .block_diagonal import as_blocks
 from .configs import LoraConfig
 from .slots import DropoutSlot, HeldSlot, ModuleSlot, SharedSlot, ShownTokens, TensorSlot, TiedSlot, as_factor
 from .tables import methods as table
+from .tables import names as pefts_names
+from .tables.absent import ABSENT_ATTRIBUTES
 from .wording import pefts_words
 
 SHOWN = {own: shown for shown, own in table.EVERYWHERE.items()}
@@ -39,6 +48,7 @@ class PeftLayer(AdapterLayer):
 
     _merged: tuple[str, ...] = ()
     fan_in_fan_out = False
+    frozen_peft_weight_names: tuple[str, ...] = ()
     cast_input_dtype_enabled = True
     quantization_backend = None
 
@@ -82,7 +92,9 @@ class PeftLayer(AdapterLayer):
         for attribute, child in part._modules.items():
             if child is None:
                 continue
-            if type(child) is Matrix and part.target.kind in ("linear", "conv", "param"):
+            if type(child) is Matrix and attribute == f"lora_{getattr(part, 'side', '')}":
+                as_blocks(child, part.config.use_bdlora.nblocks)
+            elif type(child) is Matrix and part.target.kind in ("linear", "conv", "param"):
                 as_factor(child, self.base_layer)
             self._show(attribute, ModuleSlot, part.key)
         for tensors in (part._parameters, part._buffers):
@@ -184,6 +196,14 @@ class PeftLayer(AdapterLayer):
             return self.__dict__["readings"].setdefault(name, Reading(self, attribute))
         if row is not None and name in row.trained:
             return followed(self, name) or nn.ParameterDict()
+        if name in table.OF_VARIANTS:
+            reading = Initialised(self, table.OF_VARIANTS[name])
+            if len(reading):
+                return reading
+        if name == "lora_variant" and self.kinds() == {"LORA"}:
+            return {adapter: self.parts(adapter)[0] for adapter in self.adapters}
+        if row is not None and RESETS.fullmatch(name):
+            return functools.partial(initialise_again, self)
         return super().__getattr__(name)
 
     def _running_module(self) -> nn.Module | None:
@@ -328,6 +348,10 @@ class PeftLayer(AdapterLayer):
         """Name of the module's parameter that is adapted directly (`target_parameters`), or ""."""
         return next(iter(bare_targets(self)), "")
 
+    def get_param(self) -> nn.Parameter:
+        """The parameter of the module that is adapted directly."""
+        return getattr(self.base, self.parameter_name)
+
     def get_base_layer(self) -> nn.Module:
         return self.base
 
@@ -378,7 +402,7 @@ class PeftLayer(AdapterLayer):
             for parameter in self.learned(name):
                 parameter.requires_grad_(requires_grad)
 
-    def delete_adapter(self, adapter_name: str, *ignored: Any, **also_ignored: Any) -> None:
+    def delete_adapter(self, adapter_name: str, new_active_adapters: Any = None) -> None:
         if adapter_name in self.adapters:
             self.__dict__["last_kinds"] = self.kinds()
             del self.adapters[adapter_name]
@@ -403,24 +427,17 @@ class PeftLayer(AdapterLayer):
     # Merging one layer
 
     @pefts_words()
-    def merge(
-        self,
-        names: Any = None,
-        safe: bool = False,
-        *,
-        safe_merge: bool | None = None,
-        adapter_names: Sequence[str] | None = None,
-    ) -> None:
-        """Fold adapters into the weight.
+    def merge(self, safe_merge: Any = False, adapter_names: Any = None) -> None:  # type: ignore[override]
+        """Fold adapters into the weight; by default the active ones.
 
-        The positional arguments are veneer's (names, safe) or PEFT's (safe_merge, adapter_names).
+        Veneer's engine calls it in its own way, with the names first and then whether to check the result.
         """
-        if isinstance(names, bool):
-            names, safe = (safe or None), names  # type: ignore[assignment]
-        if safe_merge is not None:
+        if isinstance(safe_merge, bool):
             safe = safe_merge
-        if names is None:
             names = to_merge(self, adapter_names)
+        else:
+            safe = bool(adapter_names)
+            names = to_merge(self, None) if safe_merge is None else safe_merge
         present = [name for name in names if name in self.adapters]
         self._check_tokens(present)
         try:
@@ -448,8 +465,9 @@ class PeftLayer(AdapterLayer):
             return
         super().unmerge()
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
+    def get_delta_weight(self, adapter: str = "", *, adapter_name: str = "") -> Tensor:
         """What an adapter adds to the weight, in the layout in which the module stores it."""
+        adapter = adapter or adapter_name
         deltas = [part.delta() for part in self.parts(adapter) if hasattr(part, "delta")]
         if not deltas:
             raise KeyError(adapter)
@@ -478,9 +496,9 @@ class PeftLayer(AdapterLayer):
         for part in self._scaled_parts(self.active_adapters):
             part.scaling = first_scaling(part) if scale is None else part.scaling / scale
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any = None, **settings: Any) -> None:
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **settings: Any) -> None:
         """Attach a new LoRA to this layer alone; it replaces an adapter of the same name."""
-        config = copy.copy(config) if config is not None else LoraConfig()
+        config = LoraConfig() if config is None else copy.copy(config)
         config.__dict__.update(r=r, lora_alpha=lora_alpha, rank_pattern={}, alpha_pattern={}, **settings)
         if adapter_name in self.adapters:
             del self.adapters[adapter_name]
@@ -569,6 +587,16 @@ class Reading(Mapping[str, Any]):
         return repr(dict(self))
 
 
+class Initialised(Reading):
+    """Whether each VeLoRA of a layer has its direction, which the first batch may give it."""
+
+    def __getitem__(self, name: str) -> bool:
+        for part in self._layer.parts(name):
+            if hasattr(part, self._attribute):
+                return bool(part.lora_velora_embed.any())
+        raise KeyError(name)
+
+
 def group_of(key: str) -> str:
     """Name of the child that shows the parts with this key: trained tokens, or further parameters of the module."""
     count = key.count("base_layer.")
@@ -627,8 +655,9 @@ def first_scaling(part: Any) -> float:
     return part.lora_alpha / divisor
 
 
-def to_merge(layer: PeftLayer, adapter_names: Sequence[str] | None) -> list[str]:
+def to_merge(module: PeftLayer, adapter_names: Sequence[str] | None = None) -> list[str]:
     """The adapters that are not merged yet; PEFT's `check_adapters_to_merge`."""
+    layer = module
     names = layer.active_adapters if adapter_names is None else adapter_names
     if isinstance(names, str):
         raise TypeError(f"adapter_names should be a list of strings, got {names!r}.")
@@ -664,10 +693,40 @@ def fits(layer: PeftLayer, name: str) -> bool:
     return target.kind == "embedding" and name.endswith("Embedding")
 
 
-class Marker(type):
-    """Metaclass of PEFT's layer classes: a layer is an instance of those that fit its methods and its module."""
+class Shown(type):
+    """Metaclass of PEFT's layer classes that are no base class of veneer's layer: they show what it has."""
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """PEFT's parameters. It is a property so that layers, which are called with an input, do not have it."""
+        for base in cls.__mro__:  # a program may have made a subclass
+            theirs = pefts_names.constructor(base.__module__, base.__name__)
+            if theirs is not None:
+                return theirs
+        raise AttributeError("__signature__")
+
+    def __getattr__(cls, name: str) -> Any:
+        """An attribute of every layer, for PEFT's classes that are no base class of veneer's layer."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        try:
+            return getattr(PeftLayer, name)
+        except AttributeError:
+            found = by_name(f"{cls.__module__}.{cls.__name__}", name)
+        if found is None:
+            raise AttributeError(f"type object {cls.__name__!r} has no attribute {name!r}")
+        return found
+
+
+class Marker(Shown):
+    """Metaclass of the layer classes of methods: a layer is an instance of those that fit its methods and module."""
 
     kind: str | None = None
+
+    def __call__(cls, *args: Any, **settings: Any) -> Any:
+        """A layer around a module that is in no model, as PEFT makes it."""
+        bound = inspect.signature(cls).bind(*args, **settings)
+        return standing_alone(cls, **bound.arguments)
 
     def __instancecheck__(cls, instance: Any) -> bool:
         if super().__instancecheck__(instance):
@@ -681,6 +740,88 @@ class Marker(type):
         return (cls.kind in kinds or is_subclass) and fits(instance, cls.__name__)
 
 
+RESETS = re.compile(r"reset_\w*(parameters|logits)\w*")
+"""Names of the methods with which PEFT's layers initialise an adapter again."""
+
+
+READ_THROUGH = ("weight", "bias")
+"""Attributes that a layer reads from the module that it wraps."""
+OF_ATTENTION = (
+    "embed_dim", "kdim", "vdim", "num_heads", "dropout", "batch_first", "head_dim", "in_proj_weight", "in_proj_bias",
+    "out_proj", "bias_k", "bias_v", "merge_masks", "add_zero_attn",
+)  # fmt: skip
+"""The same for a layer around `nn.MultiheadAttention`."""
+
+
+def by_name(owner: str, name: str) -> Any:
+    """A method that PEFT's class has and that is made from its name; None if there is none."""
+    if RESETS.fullmatch(name):
+        return initialise_again
+    if name in READ_THROUGH or (name in OF_ATTENTION and owner.endswith(".MultiheadAttention")):
+        return property(operator.attrgetter(f"base.{name}"))
+    reason = reason_for(f"{owner}.{name}", ABSENT_ATTRIBUTES)
+    return None if reason is None else placeholder(f"{owner}.{name}", "function", reason)
+
+
+def initialise_again(layer: PeftLayer, adapter_name: str, init_weights: Any = None, *ignored: Any) -> None:
+    """Give an adapter of a layer new initial values, which its config determines."""
+    if adapter_name not in layer.adapters:
+        return
+    config = copy.copy(layer.state.configs[adapter_name])
+    for field in ("init_weights", "init_lora_weights"):
+        if hasattr(config, field) and init_weights is not None:
+            setattr(config, field, init_weights)
+    for part in layer.parts(adapter_name):
+        fresh = config.build(part.target, part.shared)
+        for new in fresh.parts:
+            part.load_state_dict(new.state_dict(), strict=False)
+
+
+OF_WHOLE_MODELS = (
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+)
+"""Fields of configs that choose modules of a model."""
+
+
+def standing_alone(
+    layer_class: Any, base_layer: nn.Module, adapter_name: str = "", config: Any = None, **more: Any
+) -> Any:
+    """A layer of PEFT's class around a module, with one adapter that is active.
+
+    Args:
+        more: further settings as PEFT's class takes them. Those that the config has too replace its own.
+
+    Raises:
+        NotInDropIn: no adapter is given.
+    """
+    from .attach import activate, put_on
+
+    if not adapter_name or config is None:
+        path = f"{layer_class.__module__}.{layer_class.__name__}"
+        raise NotInDropIn(f"{path} needs an adapter's name and its config: veneer has no layer without an adapter")
+    config = copy.copy(config)
+    for name, value in {**more.pop("kwargs", {}), **more}.items():
+        if value and hasattr(config, name):
+            setattr(config, name, value)
+    for field in OF_WHOLE_MODELS:
+        if hasattr(config, field):
+            setattr(config, field, None)
+    for field in ("rank_pattern", "alpha_pattern"):
+        if hasattr(config, field):
+            setattr(config, field, {})
+    config.target_modules = ["layer"]
+    holder = nn.Module()
+    holder.layer = base_layer
+    state = put_on(holder, config, adapter_name)
+    activate(state, adapter_name, config.inference_mode)
+    return holder.layer
+
+
 class BaseTunerLayer(metaclass=Marker):
     """Any layer with an adapter."""
 
@@ -688,12 +829,21 @@ class BaseTunerLayer(metaclass=Marker):
     other_param_names: Any = ()
 
 
-class CopyMarker(type):
+class CopyMarker(Shown):
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise NotInDropIn(f"{cls.__name__} cannot be made alone: set modules_to_save in a config")
+
     def __instancecheck__(cls, instance: Any) -> bool:
         return super().__instancecheck__(instance) or (isinstance(instance, PeftLayer) and instance.is_copy)
 
 
-class AuxiliaryTrainingWrapper(metaclass=CopyMarker):
+class AuxiliaryMarker(CopyMarker):
+    def __instancecheck__(cls, instance: Any) -> bool:
+        is_tokens = cls is AuxiliaryTrainingWrapper and isinstance(instance, TrainableTokensWrapper)
+        return is_tokens or super().__instancecheck__(instance)
+
+
+class AuxiliaryTrainingWrapper(metaclass=AuxiliaryMarker):
     """A module with trained copies."""
 
 
@@ -701,13 +851,20 @@ class ModulesToSaveWrapper(PeftLayer, AuxiliaryTrainingWrapper):
     """A module with trained copies; PEFT has another wrapper for trained tokens, which are an adapter in veneer."""
 
 
-class TokensMarker(type):
+class TokensMarker(Shown):
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise NotInDropIn(f"{cls.__name__} cannot be made alone: set trainable_token_indices in a config")
+
     def __instancecheck__(cls, instance: Any) -> bool:
         return isinstance(instance, PeftLayer) and "token_adapter" in instance._modules
 
 
 class TrainableTokensWrapper(metaclass=TokensMarker):
     """A layer with trained tokens next to another method."""
+
+
+MIXINS: dict[str, type] = {"ADAMSS": WithImportance}
+"""Further methods of the layers of some methods."""
 
 
 def layer_classes(kind: str, row: table.Row) -> dict[str, Any]:
@@ -722,7 +879,9 @@ def layer_classes(kind: str, row: table.Row) -> dict[str, Any]:
     for name in row.layers:
         general = classes[row.layers[0]] if classes else BaseTunerLayer
         is_mixin = not classes and len(row.layers) > 1
-        bases = (general,) if is_mixin else (PeftLayer, general)
+        bases: tuple[type, ...] = (general,) if is_mixin else (PeftLayer, general)
+        if is_mixin and kind in MIXINS:
+            bases = (MIXINS[kind], general)
         classes[name] = Marker(name, bases, dict(namespace))
     return classes
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def convert_to_lora(
     tensors: dict[str, Tensor] = {}
     for path, (A, B) in pairs.items():
         layer = state.layers[path]
-        parameter = next(layer.adapters[adapter_name].parameters())
+        own = layer.adapters[adapter_name]
+        parameter = next(itertools.chain(own.parameters(), _shared(own)))
         for key, factor in to_lora.keys(layer, A, B).items():
             tensors[key] = factor.to(parameter.dtype)
     for path, adapter in state.adapters(adapter_name).items():
@@ -52,6 +54,13 @@ def convert_to_lora(
         tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     config = _config(state.configs[adapter_name], pairs, rank)
     return config, tensors
+
+
+def _shared(adapter: Any) -> Iterator[nn.Parameter]:
+    """The parameters that an adapter shares with those of other layers."""
+    for part in adapter.parts:
+        if isinstance(part.shared, nn.Module):
+            yield from part.shared.parameters()
 
 
 def save_as_lora(

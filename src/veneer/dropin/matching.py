@@ -293,7 +293,7 @@ def fill_defaults(model: Any, config: Any) -> None:
     Raises:
         TargetError: there is no default for this model.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    model_type = _type_of(model)
     defaults = {}
     for field in FIELDS:
         if getattr(config, field, ()) is None:
@@ -312,6 +312,15 @@ def fill_defaults(model: Any, config: Any) -> None:
         if value is None:
             value = getattr(by_role, field)
         setattr(config, field, value)
+
+
+def _type_of(model: Any) -> str | None:
+    """The model's type, which a config of another library may have only in its dict."""
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if isinstance(model_type, str) or not hasattr(config, "to_dict"):
+        return model_type
+    return config.to_dict().get("model_type")  # type: ignore[union-attr]
 
 
 def _default_for(config: Any, field: str, model_type: Any) -> Any:

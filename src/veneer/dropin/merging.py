@@ -34,6 +34,22 @@ def prune(tensor: Tensor, density: float, method: str, rescale: bool = False) ->
     raise VeneerError(f"Unknown method {method}")
 
 
+def magnitude_based_pruning(tensor: Tensor, density: float) -> Tensor:
+    """Keep a share of the values, the largest ones."""
+    return prune(tensor, density, "magnitude")
+
+
+def random_pruning(tensor: Tensor, density: float, rescale: bool) -> Tensor:
+    """Keep each value with a probability, and divide by it if `rescale`."""
+    return prune(tensor, density, "random", rescale)
+
+
+def reshape_weight_task_tensors(task_tensors: Tensor, weights: Tensor) -> Tensor:
+    """Weights, one for each task, in a shape that broadcasts over the tasks' tensors."""
+    ones = (1,) * (task_tensors.dim() - weights.dim())
+    return weights.reshape(*weights.shape, *ones)
+
+
 def calculate_majority_sign_mask(tensor: Tensor, method: str = "total") -> Tensor:
     """Mask of the entries with the elected sign: that of the sum ("total") or of the majority ("frequency")."""
     if method not in ("total", "frequency"):

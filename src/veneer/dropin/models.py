@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.cache_utils import DynamicCache
 
 from ..core.calls import batch_size
 from ..core.config import TASK_HEADS, PromptConfig, TaskType
@@ -21,6 +22,8 @@ from ..upstream.models import task_of
 from ..upstream.trainer import recognise
 from .attach import activate, put_on, set_requires_grad, take_off
 from .configs import PeftConfig, PeftType, as_peft, hub_arguments
+from .inside import constants
+from .inside.shadow import show_cache, with_cache
 from .layers import PeftLayer
 from .matching import has_adapters
 from .slots import PromptEncoders
@@ -28,6 +31,7 @@ from .state import get_peft_model_state_dict, load_peft_weights, set_peft_model_
 from .status import get_layer_status, get_model_status
 from .strict import is_strict, settle
 from .tables import methods as table
+from .tables.names import signature as pefts_signature
 from .tables.refusals import check_beside
 from .tuners import TUNERS, MixedModel
 
@@ -55,6 +59,12 @@ class PeftModel(core.PeftModel):
         with core._flags_kept_on_error(inner):
             if self._is_prompt_learning:
                 self.base_model = inner  # type: ignore[assignment]
+                kind = str(getattr(self.peft_type, "value", self.peft_type))
+                if kind in ("PREFIX_TUNING", "CARTRIDGE") and checkpointing.is_on(inner):
+                    raise VeneerError(
+                        f"{kind} does not work with gradient checkpointing, which drops the cache of the prompt; "
+                        "turn gradient_checkpointing off"
+                    )
                 state = put_on(inner, peft_config, adapter_name, on_meta=low_cpu_mem_usage, lift=autocast_adapter_dtype)
                 self.__dict__["_state_kept"] = state
                 activate(state, adapter_name, peft_config.inference_mode)
@@ -149,6 +159,23 @@ class PeftModel(core.PeftModel):
     def base_model_torch_dtype(self) -> Any:
         return getattr(self.base_model, "dtype", None)
 
+    def get_prompt(self, batch_size: int, task_ids: Any = None, max_cache_len: int | None = None) -> Any:
+        """The active prompt: embeddings, (batch, n, width), or a cache if it is keys and values.
+
+        Args:
+            max_cache_len: ignored; the cache grows.
+        """
+        prompt = self._state.prompts[self.active_adapters[0]]
+        facts = {} if task_ids is None else {"task_ids": task_ids}
+        pairs = prompt.key_values(facts)
+        if pairs is None:
+            learned = prompt.embeds(facts)
+            return learned if learned.dim() == 3 else learned.expand(batch_size, -1, -1)
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(pairs):
+            cache.update(keys.expand(batch_size, -1, -1, -1), values.expand(batch_size, -1, -1, -1), layer)
+        return cache
+
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Any:
         tensors = self._state.prompts[adapter_name].export()
         return tensors["prompt_embeddings"]
@@ -160,10 +187,32 @@ class PeftModel(core.PeftModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._check_names(args, kwargs)
+        if self._has_alora():
+            kwargs = self._without_invocation(args, kwargs)
         beams = kwargs.get("num_beams") or 1
         if beams > 1 and self._has_alora():
             raise VeneerError("Beam search not yet supported for aLoRA.")
-        return super().forward(*args, **kwargs)
+        has_shadow = self.peft_type.value == "SHADOW" and self._state.enabled
+        if has_shadow and kwargs.get("use_cache"):
+            kwargs = with_cache(self.get_base_model(), kwargs)
+        output = super().forward(*args, **kwargs)
+        if has_shadow:
+            show_cache(output)
+        return output
+
+    def _without_invocation(self, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call; aLoRA does not act on embeddings alone, in which it cannot find its tokens."""
+        if args or kwargs.get("input_ids") is not None or kwargs.get("alora_offsets") is not None or is_strict():
+            return kwargs
+        embeddings = kwargs.get("inputs_embeds")
+        if embeddings is None:
+            return kwargs
+        warnings.warn(
+            "Cannot calculate aLoRA offsets when only inputs_embeds are provided. Disabling aLoRA for this forward "
+            "pass.",
+            stacklevel=4,
+        )
+        return kwargs | {"alora_offsets": [None] * len(embeddings)}
 
     def _has_alora(self) -> bool:
         configs = self.peft_config.values()
@@ -409,7 +458,7 @@ class PeftModel(core.PeftModel):
         _note_offload(config, ephemeral_gpu_offload)
         if key_mapping is None and not isinstance(config, PromptConfig):
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        model_class = MODELS.get(config.task_type, cls)
+        model_class = cls if issubclass(cls, PeftMixedModel) else MODELS.get(config.task_type, cls)
         adapted = model_class(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         result = adapted.load_adapter(
             model_id,
@@ -527,8 +576,33 @@ def with_heads(cls: type, config: Any) -> None:
         config.modules_to_save = present + missing
 
 
+def taking(parameters: str) -> Any:
+    """`forward` with these parameters, which a call may also give by position, in PEFT's order."""
+    signature = pefts_signature(
+        f"self, {parameters}, output_attentions=None, output_hidden_states=None, "
+        "return_dict=None, task_ids=None, **kwargs"
+    )
+
+    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        order = list(signature.parameters)[1:]
+        given = dict(zip(order, args, strict=False)) | kwargs
+        for name in order:
+            if name in given and given[name] is None:
+                del given[name]
+        return PeftModel.forward(self, **given)
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    return forward
+
+
 class PeftModelForCausalLM(PeftModel):
     task = TaskType.CAUSAL_LM
+    forward = taking("input_ids=None, attention_mask=None, inputs_embeds=None, labels=None")
+
+    def prepare_inputs_for_generation(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+        if task_ids is not None:
+            kwargs["task_ids"] = task_ids
+        return self.base_model_prepare_inputs_for_generation(*args, **kwargs)
 
     @property
     def base_model_prepare_inputs_for_generation(self) -> Any:
@@ -537,6 +611,10 @@ class PeftModelForCausalLM(PeftModel):
 
 class PeftModelForSeq2SeqLM(PeftModelForCausalLM):
     task = TaskType.SEQ_2_SEQ_LM
+    forward = taking(
+        "input_ids=None, attention_mask=None, inputs_embeds=None, decoder_input_ids=None, decoder_attention_mask=None, "
+        "decoder_inputs_embeds=None, labels=None"
+    )
 
     def generate(self, **kwargs: Any) -> Any:  # PEFT's takes no positional arguments
         return super().generate(**kwargs)
@@ -544,6 +622,7 @@ class PeftModelForSeq2SeqLM(PeftModelForCausalLM):
 
 class PeftModelForSequenceClassification(PeftModel):
     task = TaskType.SEQ_CLS
+    forward = taking("input_ids=None, attention_mask=None, inputs_embeds=None, labels=None")
 
     @property
     def cls_layer_name(self) -> str | None:
@@ -560,10 +639,15 @@ class PeftModelForTokenClassification(PeftModelForSequenceClassification):
 
 class PeftModelForQuestionAnswering(PeftModelForSequenceClassification):
     task = TaskType.QUESTION_ANS
+    forward = taking(
+        "input_ids=None, attention_mask=None, token_type_ids=None, position_ids=None, inputs_embeds=None, "
+        "start_positions=None, end_positions=None"
+    )
 
 
 class PeftModelForFeatureExtraction(PeftModel):
     task = TaskType.FEATURE_EXTRACTION
+    forward = taking("input_ids=None, attention_mask=None, inputs_embeds=None")
 
 
 MODELS: dict[Any, Any] = {
@@ -575,7 +659,9 @@ MODELS: dict[Any, Any] = {
     TaskType.FEATURE_EXTRACTION.value: PeftModelForFeatureExtraction,
 }
 MIXABLE = {PeftType(kind): TUNERS[PeftType(kind)] for kind, row in table.METHODS.items() if row.mixes}
-"""Tuners of the methods that `PeftMixedModel` accepts."""
+"""PEFT's mapping of methods that can be mixed, with their tuners."""
+MIXED = {*MIXABLE, *constants.COMPATIBLE_TUNER_TYPES}
+"""The methods that `PeftMixedModel` accepts: those of PEFT's mapping, and those that its mixed model takes."""
 
 
 class PeftMixedModel(PeftModel):
@@ -606,7 +692,12 @@ class PeftMixedModel(PeftModel):
         activate(self._state, names, inference_mode)
 
     def delete_adapter(self, adapter_name: Any) -> None:
-        for name in self._existing_names(adapter_name):
+        names = self._existing_names(adapter_name)
+        layers = self._state.layers.values()
+        merged = [name for name in names if any(name in layer.merged_adapters for layer in layers)]
+        if merged:
+            raise VeneerError(f"Cannot delete adapter(s) {merged} while they are merged. Please unmerge them first.")
+        for name in names:
             super().delete_adapter(name)
 
     def _existing_names(self, names: Any) -> list[str]:
@@ -620,6 +711,12 @@ class PeftMixedModel(PeftModel):
     def set_modules_to_save(self, peft_config: Any, adapter_name: str) -> None:
         """No-op; kept for PEFT compatibility. `modules_to_save` are trained as soon as their adapter is attached."""
 
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        return self.base_model.merge_and_unload(*args, **kwargs)
+
+    def unload(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        return self.base_model.unload(*args, **kwargs)
+
     def get_layer_status(self) -> Any:
         raise TypeError(f"get_layer_status is not supported for {type(self).__name__}.")
 
@@ -628,10 +725,10 @@ class PeftMixedModel(PeftModel):
 
 
 def _check_mixable(config: Any) -> None:
-    if as_peft(config).peft_type not in MIXABLE:
+    if as_peft(config).peft_type not in MIXED:
         raise VeneerError(
             f"The provided `peft_type` '{config.peft_type.value}' is not compatible with the `PeftMixedModel`. "
-            f"Compatible types are: {sorted(kind.value for kind in MIXABLE)}"
+            f"Compatible types are: {sorted(kind.value for kind in MIXED)}"
         )
 
 

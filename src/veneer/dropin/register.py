@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import importlib.machinery
 import importlib.metadata
@@ -12,12 +11,12 @@ from typing import Any
 
 from ..errors import VeneerError
 from ..upstream.peft import accept
+from .absent import placeholder, reason_for
 from .tables import methods as table
+from .tables import names
 
 MARK = "_veneer_drop_in"
 """An attribute of the drop-in's modules, which the real PEFT lacks."""
-OF_LORA = ("veneer.", "peft.tuners.lora.")
-"""Beginnings of the modules of config classes that `peft.tuners.lora` has."""
 PROBES = ("is_peft_available", "is_peft_greater_or_equal")
 """Cached functions with which other libraries look for PEFT."""
 
@@ -85,35 +84,62 @@ class Distribution(importlib.metadata.Distribution):
 
 
 def modules() -> dict[str, ModuleType]:
-    """Every module of the drop-in by name."""
-    from .tables import modules as names
-
-    everything = names.everything()
-    made: dict[str, ModuleType] = {}
-    for path, patterns in sorted(_patterns(names).items()):
-        contents: dict[str, Any] = {}
-        for pattern in patterns:
-            contents |= _matching(everything, pattern)
-        made[path] = _module(path, contents)
-    _add_layers(made)
-    _add_settings_of_lora(made, everything)
-    _add_parents(made)
+    """Every module of the drop-in by name, with the names that PEFT's module has."""
+    objects = Objects()
+    made = {path: _module(path) for path in names.modules()}
+    for path, name, home in names.places():
+        if home == path and objects.has(home, name):
+            made[path].__dict__[name] = objects.of(home, name)
+    for path, name, home in names.places():
+        if home != path and name in vars(made[home]):
+            made[path].__dict__[name] = vars(made[home])[name]
     _join(made)
     for path, module in made.items():
         if path != "peft":
-            module.__dict__["__getattr__"] = functools.partial(_elsewhere, path, everything)
+            module.__dict__["__getattr__"] = functools.partial(_elsewhere, path, objects.by_name)
     return made
 
 
-def _patterns(names: Any) -> dict[str, list[str]]:
-    """The patterns of the names in each module, by its path."""
-    patterns = {path: words.split() for path, words in names.MODULES.items()}
-    for row in table.METHODS.values():
-        package = f"peft.tuners.{row.package}"
-        for path in (package, f"{package}.config", f"{package}.model", f"{package}.layer"):
-            patterns.setdefault(path, []).extend([row.config, row.model])
-    patterns["peft"] = names.TOP.split()
-    return patterns
+class Objects:
+    """The objects that the names of PEFT's modules stand for."""
+
+    def __init__(self) -> None:
+        from .inside import INSIDE
+        from .layers import LAYERS
+        from .tables.objects import everything
+
+        self.by_name = everything()
+        """Objects whose name means the same in every module."""
+        self.by_place: dict[str, Any] = {}
+        """Objects of a single module or package, by the beginning of their path, and their name."""
+        for kind, row in table.METHODS.items():
+            for name, layer_class in LAYERS[kind].items():
+                self.by_place[f"peft.tuners.{row.package}:{name}"] = layer_class
+        for path, module in INSIDE.items():
+            for name, value in vars(module).items():
+                self.by_place[f"{path}:{name}"] = value
+
+    def has(self, home: str, name: str) -> bool:
+        return self._own(home, name) is not MISSING or reason_for(f"{home}.{name}") is not None
+
+    def of(self, home: str, name: str) -> Any:
+        """The object of a name, or a placeholder for one that the drop-in lacks."""
+        found = self._own(home, name)
+        if found is not MISSING:
+            return found
+        path = f"{home}.{name}"
+        return placeholder(path, names.kind_of(home, name), str(reason_for(path)))
+
+    def _own(self, home: str, name: str) -> Any:
+        """The object of a name that the drop-in has; MISSING for others."""
+        package = ".".join(home.split(".")[:3])
+        for place in (f"{home}:{name}", f"{package}:{name}"):
+            if place in self.by_place:
+                return self.by_place[place]
+        return self.by_name.get(name, MISSING)
+
+
+MISSING = object()
 
 
 def _elsewhere(path: str, everything: dict[str, Any], name: str) -> Any:
@@ -123,58 +149,13 @@ def _elsewhere(path: str, everything: dict[str, Any], name: str) -> Any:
     return everything[name]
 
 
-def _matching(everything: dict[str, Any], pattern: str) -> dict[str, Any]:
-    if "*" in pattern:
-        return {name: value for name, value in everything.items() if fnmatch.fnmatchcase(name, pattern)}
-    return {pattern: everything[pattern]} if pattern in everything else {}
-
-
-def _module(path: str, contents: dict[str, Any]) -> ModuleType:
+def _module(path: str) -> ModuleType:
     module = ModuleType(path, "veneer, standing in for Hugging Face PEFT.")
     module.__spec__ = importlib.machinery.ModuleSpec(path, None, origin="veneer", is_package=True)
     module.__path__ = []
     module.__file__ = __file__
-    module.__dict__.update(contents)
     setattr(module, MARK, True)
     return module
-
-
-def _add_layers(made: dict[str, ModuleType]) -> None:
-    """Add the layer classes of each method to its package."""
-    from .layers import LAYERS
-
-    for kind, row in table.METHODS.items():
-        package = f"peft.tuners.{row.package}"
-        classes = LAYERS[kind]
-        for path in (package, f"{package}.layer"):
-            made[path].__dict__.update(classes)
-        quantised = {name: classes[name] for name in row.layers if name in table.QUANTISED}
-        if quantised:
-            made[f"{package}.bnb"] = _module(f"{package}.bnb", quantised)
-    made["peft.helpers"].__dict__["LoraLayer"] = LAYERS["LORA"]["LoraLayer"]
-
-
-def _add_settings_of_lora(made: dict[str, ModuleType], everything: dict[str, Any]) -> None:
-    """Add the config classes of LoRA's variants to its package, and the contents of its submodules."""
-    configs = {}
-    for name, value in everything.items():
-        if name.endswith("Config") and not name.startswith("Peft") and value.__module__.startswith(OF_LORA):
-            configs[name] = value
-    lora = made["peft.tuners.lora"].__dict__
-    lora.update(configs)
-    made["peft.tuners.lora.config"].__dict__.update(configs)
-    for submodule in ("arrow", "conversion", "eva", "loraga"):
-        contents = vars(made[f"peft.tuners.lora.{submodule}"])
-        lora.update({name: value for name, value in contents.items() if not name.startswith("__")})
-
-
-def _add_parents(made: dict[str, ModuleType]) -> None:
-    """Add an empty module for each package that only has submodules."""
-    for path in list(made):
-        parent = path.rpartition(".")[0]
-        while parent and parent not in made:
-            made[parent] = _module(parent, {})
-            parent = parent.rpartition(".")[0]
 
 
 def _join(made: dict[str, ModuleType]) -> None:

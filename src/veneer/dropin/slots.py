@@ -179,7 +179,9 @@ class SharedSlot(TensorSlot):
         nn.Module.__init__(self)
         self._keys: dict[str, Any] = {}
         buffers = SharedLive(state, attribute, "_buffers")
-        self.__dict__["_parameters"] = SharedLive(state, attribute, "_parameters")
+        parameters = SharedLive(state, attribute, "_parameters")
+        parameters.taken = state.__dict__.setdefault("shared_taken", {}).setdefault(attribute, {})
+        self.__dict__["_parameters"] = parameters
         self.__dict__["_buffers"] = buffers
         self.__dict__["_non_persistent_buffers_set"] = Passing(buffers)
 
@@ -359,6 +361,17 @@ class ShownPrompt(nn.Module):
         self.__dict__["_parameters"] = parameters
         if embeddings is not None:
             self._modules["embedding"] = Held(prompt, "prompt_embeddings")
+
+    @property
+    def frozen_embedding(self) -> Any:
+        """The fixed first positions of a cartridge; None if all are trained."""
+        frozen = self.prompt.frozen_embedding
+        return frozen if len(frozen) else None
+
+    @property
+    def weight(self) -> Any:
+        """All positions of a cartridge, the fixed ones first."""
+        return self.prompt.export()["prompt_embeddings"]
 
     def forward(self, *ignored: Any) -> Any:
         """The learned positions, (1, n, width)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from ..core.state import State, state_of
 from ..errors import NotMergeable, VeneerError
 from ..model.adapted import Adapted
 from ..model.peft_model import PeftModel
+from .adamss import WithAllocation
 from .attach import activate, enable, put_on, set_requires_grad, take_off
 from .configs import CONFIGS, PeftType
 from .layers import LAYERS, BaseTunerLayer, agree, bare_targets, is_flat, names_of
@@ -21,6 +23,10 @@ from .matching import check_target_module_exists, tied_modules
 from .shadow import WithShadow
 from .slots import SharedSlot
 from .tables import methods as table
+from .tables import names
+from .utils import DefaultTargets
+from .vblora import WithSizes
+from .wording import pefts_words
 from .xlora import WithGate
 
 
@@ -36,7 +42,7 @@ class BaseTuner(Adapted):
         self,
         model: nn.Module,
         peft_config: Any,
-        adapter_name: str = "default",
+        adapter_name: str,
         low_cpu_mem_usage: bool = False,
         state_dict: Any = None,
         *,
@@ -241,6 +247,7 @@ def _adapted_layers(state: State) -> dict[str, Any]:
     return {path: layer for path, layer in state.layers.items() if not getattr(layer, "is_copy", False)}
 
 
+@pefts_words()
 def merge(state: State, names: Sequence[str] | None, safe: bool, progressbar: bool = False) -> None:
     """Merge adapters into all layers, or into none if one of them refuses.
 
@@ -288,14 +295,37 @@ def finish(tuner: BaseTuner, names: list[str], progressbar: bool, safe: bool) ->
 class WithWeightedSums:
     """Methods of the tuners of LoRA and related methods only."""
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Any = "total",
+    ) -> None:
         from ..model.combine import add_weighted_adapter
 
-        names = args[0] if args else kwargs.get("adapters", ())
-        for name in names:
+        for name in adapters:
             if name not in self.peft_config:  # type: ignore[attr-defined]
                 raise VeneerError(f"Adapter {name} does not exist")
-        add_weighted_adapter(self, *args, **kwargs)  # type: ignore[arg-type]
+        add_weighted_adapter(
+            self,  # type: ignore[arg-type]
+            adapters,
+            weights,
+            adapter_name,
+            combination_type,
+            svd_rank,
+            svd_clamp,
+            svd_full_matrices,
+            svd_driver,
+            density,
+            majority_sign_method,
+        )
 
     def _get_kasa_loss(self) -> Any:
         """The sum of KaSA's penalties, to be added to the loss; 0 without KaSA."""
@@ -310,6 +340,22 @@ class WithWeightedSums:
         return output_state_dict
 
 
+class WithConfigAlone:
+    """Methods of the tuner of adaption prompts only."""
+
+    def add_adapter(self, adapter_name: str, config: Any) -> None:
+        self.inject_adapter(self.model, adapter_name, config=config)  # type: ignore[attr-defined]
+
+
+class WithGenerate:
+    """Methods of the tuners that generate by themselves."""
+
+    def generate(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+        if task_ids is not None:
+            kwargs["task_ids"] = task_ids
+        return self.model.generate(*args, **kwargs)  # type: ignore[attr-defined]
+
+
 class BasePromptEncoder(nn.Module):
     """PEFT's base class of prompt encoders. Veneer's prompts are `Prompt`s, not instances of it."""
 
@@ -319,6 +365,10 @@ MIXINS: dict[str, type] = {
     "ADALORA": WithWeightedSums,
     "IA3": WithWeightedSums,
     "HIRA": WithWeightedSums,
+    "ADAPTION_PROMPT": WithConfigAlone,
+    "POLY": WithGenerate,
+    "ADAMSS": WithAllocation,
+    "VBLORA": WithSizes,
     "XLORA": WithGate,
     "SHADOW": WithShadow,
 }
@@ -331,17 +381,39 @@ def _tuner_class(kind: str, row: table.Row) -> type:
     if issubclass(CONFIGS[PeftType(kind)], PromptConfig):
         return type(row.model, (BasePromptEncoder,), namespace)
     namespace["uses_shared_state"] = row.shares
+    namespace["target_module_mapping"] = DefaultTargets(PeftType(kind))
+    if kind in ("LOHA", "LOKR"):
+        namespace["layers_mapping"] = {getattr(nn, name): LAYERS[kind][name] for name in ("Linear", "Conv1d", "Conv2d")}
     namespace["tuner_layer_cls"] = next(iter(LAYERS[kind].values()), BaseTunerLayer)
     namespace["peft_type"] = PeftType(kind)
     mixin = MIXINS.get(kind)
     bases = (BaseTuner,) if mixin is None else (mixin, BaseTuner)
+    for name in ("config", "configs"):  # PEFT's names of the config
+        theirs = names.constructor(namespace["__module__"], row.model)
+        if theirs is not None and name in theirs.parameters:
+            namespace["__init__"] = _with_config_as(name)
     return type(row.model, bases, namespace)
+
+
+def _with_config_as(name: str) -> Any:
+    """`BaseTuner.__init__` with another name for its config."""
+
+    def __init__(self: BaseTuner, model: nn.Module, *args: Any, **settings: Any) -> None:
+        if name in settings:
+            settings["peft_config"] = settings.pop(name)
+        BaseTuner.__init__(self, model, *args, **settings)
+
+    parameters = list(inspect.signature(BaseTuner.__init__).parameters.values())
+    renamed = [p.replace(name=name) if p.name == "peft_config" else p for p in parameters]
+    __init__.__signature__ = inspect.Signature(renamed)  # type: ignore[attr-defined]
+    return __init__
 
 
 TUNERS: dict[Any, Any] = {PeftType(kind): _tuner_class(kind, row) for kind, row in table.METHODS.items()}
 
 
-class MixedModel(BaseTuner):
+class MixedModel(WithGenerate, WithWeightedSums, BaseTuner):
     """The tuner of a model with adapters of several methods."""
 
     prefix = ""
+    __init__ = _with_config_as("config")

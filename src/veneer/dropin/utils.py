@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import os
 from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -160,6 +161,21 @@ def str_to_bool(value: str) -> int:
     if word in ("n", "no", "f", "false", "off", "0"):
         return 0
     raise ValueError(f"invalid truth value {value}")
+
+
+def is_torch_tpu_available(check_device: bool = True) -> bool:
+    """Whether torch_xla is installed and, unless told otherwise, finds a device."""
+    if importlib.util.find_spec("torch_xla") is None:
+        return False
+    if not check_device:
+        return True
+    from torch_xla.core import xla_model
+
+    try:
+        xla_model.xla_device()
+    except RuntimeError:
+        return False
+    return True
 
 
 def is_xpu_available(check_device: bool = False) -> bool:
@@ -337,7 +353,12 @@ def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
 
 
 class MontecloraTrainerMixin:
-    """Empty; kept for PEFT compatibility. The model's loss includes MonteCLoRA's divergences under any trainer."""
+    """For PEFT compatibility: the model's own loss includes MonteCLoRA's divergences, under any trainer."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
 
 
 class DoraCaching:
@@ -397,17 +418,6 @@ def check_if_peft_model(model_name_or_path: str) -> bool:
     except Exception:  # noqa: BLE001 - for any error, the config cannot be loaded
         return False
     return True
-
-
-def register_peft_method(**settings: Any) -> None:
-    raise NotImplementedError(
-        "a method is added to veneer as one file in veneer/methods; PEFT's register_peft_method is not part of this"
-    )
-
-
-def no_backend(*args: Any, **kwargs: Any) -> None:
-    """No backend object is needed; veneer dequantises a base through its own library."""
-    return None
 
 
 def get_quantization_config(model: Any, method: str) -> Any:

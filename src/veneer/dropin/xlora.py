@@ -52,6 +52,9 @@ class WithGate:
     def clear_scalings_log(self) -> None:
         self.internal_xlora_classifier.log.clear()
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.generate(*args, **kwargs)  # type: ignore[attr-defined]
+
     def get_bucketed_scalings_log(self) -> dict[int, tuple[list[int], list[Tensor]]]:
         """The log by sequence length: the positions of its entries, and the entries."""
         buckets: dict[int, tuple[list[int], list[Tensor]]] = {}

@@ -30,12 +30,22 @@ def create_arrow_model(
         general_adapter_paths: directories or hub ids of adapters that hold general knowledge.
         hub: `subfolder`, `revision`, `token`, `cache_dir` and the like.
     """
+    config = arrow_router(task_specific_adapter_paths, arrow_config, general_adapter_paths, **hub)
+    return get_peft_model(base_model, config, "arrow_router").eval()
+
+
+def arrow_router(
+    task_specific_adapter_paths: Sequence[str],
+    arrow_config: ArrowConfig,
+    general_adapter_paths: Sequence[str] | None = None,
+    **hub: Any,
+) -> ArrowLoraConfig:
+    """The config of a router; arguments as of `create_arrow_model`."""
     check_hub_arguments(hub)
     tasks = _local_directories(task_specific_adapter_paths, hub)
     general = _local_directories(general_adapter_paths, hub)
     router = replace(arrow_config, task_adapter_names=tasks, gks_adapter_names=general)
-    config = ArrowLoraConfig(arrow_config=router, inference_mode=True)
-    return get_peft_model(base_model, config, "arrow_router").eval()
+    return ArrowLoraConfig(arrow_config=router, inference_mode=True)
 
 
 def _local_directories(sources: Sequence[str] | None, hub: dict[str, Any]) -> list[str]:

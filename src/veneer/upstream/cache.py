@@ -217,3 +217,9 @@ def part_of(cache: Any, network: nn.Module, layers_before: int, config: Any) -> 
     start = starts[id(network)]
     part.layers = cache.layers[start : start + len(part.layers)]
     return part
+
+
+def start_of_part(cache: Any) -> int | None:
+    """The index of the first layer that belongs to a second network; None if the cache has only the model's layers."""
+    starts = getattr(cache, "_veneer_starts", None)
+    return min(starts.values()) if starts else None

@@ -537,6 +537,9 @@ ABSENT = {
 }
 """The fields common to veneer's configs that PEFT's config of a method lacks, separated by spaces."""
 
+OF_VARIANTS = {"lora_velora_initialized": "has_direction"}
+"""Attributes that layers have only with a variant of LoRA, each with veneer's name."""
+
 IN_MODULES = ("lora_magnitude_vector",)
 """Parameters for which PEFT has a module of their own."""
 

@@ -43,6 +43,16 @@ AT_ONCE = (
 )
 
 LATER = (
+    Row(r"Arrow on ", "Cannot merge an active Arrow router adapter. Remove it first.", RuntimeError),
+    Row(r"sparsity (\S+) on (.*?) leaves none of its", r"sparsity=\1 leaves no trainable entries on \2."),
+    Row(r"init_lora_weights 'lora_ga' is for linear layers, not", "No supported layers found for LoRA-GA."),
+    Row(r".* has no bias that BEFT could be merged into", "Base layer has no bias, cannot merge bias adapter."),
+    Row(
+        r"no LoRA layer trains both A and B",
+        "create_riemannian_optimizer did not find any trainable lora_A/lora_B parameter pairs on the model.",
+    ),
+    Row(r"(\w+) recomputes the gradients inside its step", r"\1 requires a closure."),
+    Row(r"a closure would recompute the gradients", "The optimizer does not support closures."),
     Row(
         r"an orthogonal start halves the rank, so it must be even, not (\d+)",
         r"Orthogonal initialization requires the LoRA rank to be even, got \1 instead.",
