@@ -102,6 +102,17 @@ def test_the_way_out_leads_out(settings, tmp_path):
     torch.testing.assert_close(output(one, batch), output(two, batch), rtol=1e-4, atol=1e-5)
 
 
+def test_peft_cannot_read_a_lora_on_shared_experts(tmp_path):
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+    sizes = dict(hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+    sizes |= dict(vocab_size=67, num_experts_per_tok=2, moe_intermediate_size=16, n_routed_experts=4, n_group=1)
+    base = Glm4MoeForCausalLM(Glm4MoeConfig(**sizes, num_key_value_heads=2, topk_group=1))
+    get_peft_model(base, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
+    runs, text = said(str(tmp_path / "adapter"), "peft")
+    assert not runs and "6 tensors of shared experts" in text and "exclude_modules" in text
+
+
 def test_peft_knows_the_methods_it_is_said_to_know():
     from peft.utils.peft_types import PeftType
 

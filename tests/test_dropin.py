@@ -428,3 +428,53 @@ with tempfile.TemporaryDirectory() as place:
 assert loaded.peft_config["default"].peft_type == "LORA" and loaded.peft_config["default"].r == 4
 assert torch.allclose(loaded(x), model(x), atol=1e-5)
 """)
+
+
+EXPERTS = """
+import copy, tempfile, sys
+import torch
+from transformers import Qwen3NextConfig, Qwen3NextForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM
+
+def base(kind):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, vocab_size=67, num_experts_per_tok=2, moe_intermediate_size=16,
+        experts_implementation="eager")
+    if kind == "glm4_moe":
+        return Glm4MoeForCausalLM(Glm4MoeConfig(**sizes, n_routed_experts=4, n_group=1, topk_group=1)).eval()
+    return Qwen3NextForCausalLM(Qwen3NextConfig(**sizes, num_experts=4, shared_expert_intermediate_size=16,
+        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"])).eval()
+
+ids = torch.arange(12).view(2, 6)
+where, kind = sys.argv[1:]
+"""
+
+
+@pytest.mark.parametrize("kind", ["glm4_moe"])
+def test_our_lora_on_shared_experts_is_read_as_it_was_written(kind: str, tmp_path: Path):
+    """PEFT takes "gate_proj" there for the fused parameter of all experts; in our file it is the shared expert's."""
+    write = """
+from veneer import LoraConfig, get_peft_model
+torch.manual_seed(1)
+model = get_peft_model(base(kind), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+model.save_pretrained(where)
+torch.save(model(ids).logits, where + "/expected.pt")
+print("done")
+"""
+    read = """
+import warnings
+warnings.simplefilter("error", UserWarning)
+import veneer
+veneer.install_as_peft()
+from peft import PeftModel
+expected = torch.load(where + "/expected.pt")
+torch.testing.assert_close(PeftModel.from_pretrained(base(kind), where)(ids).logits, expected)
+other = PeftModel.from_pretrained(base(kind), where, adapter_name="first")
+other.load_adapter(where, "second")
+other.set_adapter("second")
+torch.testing.assert_close(other(ids).logits, expected)
+print("done")
+"""
+    for script in (write, read):
+        assert run("-c", EXPERTS + script, str(tmp_path), kind).stdout.strip().endswith("done")

@@ -23,7 +23,7 @@ from .configs import Names, PeftConfig, as_peft
 from .helpers import random_mask
 from .layers import BaseTunerLayer, PeftLayer, agree, is_flat, names_of
 from .matching import check_target_module_exists, fill_defaults, narrowed, shortened
-from .old_experts import modernise
+from .old_experts import EXACT_TARGETS, modernise
 from .strict import is_strict
 from .tables import methods as table
 from .wording import pefts_words
@@ -109,7 +109,7 @@ def _restore(flags: Sequence[tuple[nn.Parameter, bool]]) -> None:
 
 def _rewrite_targets(model: nn.Module, original: Any, config: Any) -> None:
     """Rewrite the targets of older architectures and long lists of paths as PEFT does, also in the caller's config."""
-    if not is_strict():
+    if not (is_strict() or original.__dict__.get(EXACT_TARGETS)):
         modernise(model, config)
     if hasattr(config, "target_modules"):
         config.target_modules = shortened(model, config)

@@ -27,7 +27,7 @@ from .inside.shadow import show_cache, with_cache
 from .layers import PeftLayer
 from .matching import has_adapters
 from .slots import PromptEncoders
-from .state import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from .state import get_peft_model_state_dict, load_peft_weights, note_exact_targets, set_peft_model_state_dict
 from .status import get_layer_status, get_model_status
 from .strict import is_strict, settle
 from .tables import methods as table
@@ -453,6 +453,7 @@ class PeftModel(core.PeftModel):
         hub.pop("use_auth_token", None)
         if config is None:
             config = PeftConfig.from_pretrained(model_id, **hub)
+            note_exact_targets(config, model_id, **hub)
         _check_trainable(config, is_trainable)
         config.inference_mode = not is_trainable
         _note_offload(config, ephemeral_gpu_offload)
@@ -491,6 +492,7 @@ class PeftModel(core.PeftModel):
         hub.pop("use_auth_token", None)
         if adapter_name not in self.peft_config:
             config = PeftConfig.from_pretrained(model_id, **hub)
+            note_exact_targets(config, model_id, **hub)
             self._check_new_adapter_config(config, is_trainable)
             config.inference_mode = not is_trainable
             self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)

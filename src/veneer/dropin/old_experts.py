@@ -20,6 +20,8 @@ from ..targets.walk import walk
 from ..upstream.conversions import expert_family
 from .configs import Names
 
+EXACT_TARGETS = "exact_targets"
+"""Set on a config whose targets name modules of today's architecture alone."""
 HALVES = {"mixtral": ("w1", "w3"), "qwen2_moe": ("gate_proj", "up_proj")}
 """The old names of the two halves of the fused matrix, by family of architectures."""
 OLD = {

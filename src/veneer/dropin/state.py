@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import checkpoint, embeddings
+from ..core import checkpoint, embeddings, provenance
 from ..core.adapter import Replace
 from ..core.config import PromptConfig
 from ..core.placement import settle
@@ -22,7 +22,7 @@ from ..errors import CheckpointError, VeneerError
 from ..files.find import find_file
 from ..files.read import PICKLE_NAME, WEIGHTS_NAME
 from ..targets.walk import walk
-from .old_experts import any_old, modern
+from .old_experts import EXACT_TARGETS, any_old, modern
 from .strict import is_strict
 from .tables import methods as table
 
@@ -207,6 +207,25 @@ def load_peft_weights(
     if key_mapping:
         return {_mapped(key, key_mapping): tensor for key, tensor in tensors.items()}
     return tensors
+
+
+def note_exact_targets(config: Any, model_id: str | Path, **hub: Any) -> None:
+    """Note in a config if veneer wrote its file: its targets are then modules of today's architecture.
+
+    In a file of PEFT, "gate_proj" of a mixture of experts stands for the fused parameter of the experts. In one of
+    veneer, it is a linear layer, such as that of a shared expert.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    hub.pop("user_agent", None)
+    try:
+        path = find_file(model_id, WEIGHTS_NAME, **hub)
+        with safe_open(str(path), framework="pt") as file:
+            is_ours = provenance.KEY in (file.metadata() or {})
+    except (CheckpointError, SafetensorError):
+        return  # loading the weights says what is wrong
+    if is_ours:
+        config.__dict__[EXACT_TARGETS] = True
 
 
 def _pickle_of(source: str | Path, hub: dict[str, Any]) -> Path:

@@ -32,6 +32,9 @@ PAIRS = (".lora_A.weight", ".lora_B.weight")
 EMBEDDINGS = (".lora_embedding_A", ".lora_embedding_B")
 """Endings of the keys of an embedding's LoRA."""
 
+OF_SHARED_EXPERTS = re.compile(r"\.shared_experts?\.(gate_proj|up_proj|down_proj)\.lora_")
+"""Keys of a LoRA on the experts that see every token."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -256,6 +259,13 @@ def _peft(adapter: str, config: Config, shapes: Shapes) -> Iterator[Finding]:
     if unknown:
         what = f"PEFT has no {', '.join(unknown)}, which it would ignore: wrong in silence"
         yield Finding(what, _way_out(adapter, config))
+    shared = [key for key in shapes if OF_SHARED_EXPERTS.search(key)]
+    if shared:
+        yield Finding(
+            f"PEFT takes gate_proj, up_proj and down_proj of a mixture of experts for the fused parameters of all "
+            f"experts; it loads none of the {len(shared)} tensors of shared experts, {shared[0]} first, with a warning",
+            "train with exclude_modules for the shared experts; run this one with veneer, under PEFT's name too",
+        )
     has_embeddings = isinstance(config, LayerConfig) and any(embeddings.is_one(key) for key in shapes)
     if has_embeddings:
         yield Finding(
