@@ -172,6 +172,20 @@ def test_what_stands_beside_goes_along(tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["source.spm", "qwen.tiktoken", "tokenization_own.py", "vocab-src.json", "additional_chat_templates/rag.jinja"],
+)
+def test_the_files_of_every_tokenizer_go_along(name, tmp_path):
+    adapter(tmp_path)
+    (tmp_path / "base" / "tokenizer_config.json").write_text("{}")
+    file = tmp_path / "base" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("its own")
+    merge([tmp_path / "adapter"], tmp_path / "out", str(tmp_path / "base"))
+    assert (tmp_path / "out" / name).read_text() == "its own"
+
+
 def test_the_report_measures_what_rounding_takes(tmp_path):
     path = adapter(tmp_path, dtype=torch.bfloat16)
     report = merge([path], tmp_path / "out", str(tmp_path / "base"))

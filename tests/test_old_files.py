@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from veneer import ConfigError
+from veneer import CheckpointError, ConfigError, LoraConfig, PeftModel, get_peft_model
 from veneer.core.config import Config, all_methods, default_of
 
+from . import models
 from .cases import ONE_EACH, Case
-from .models import output
+from .models import output, perturb
 from .test_refusals import REQUIRED
 
 FIELDS = json.loads((Path(__file__).parent / "peft_fields.json").read_text())
@@ -95,3 +96,42 @@ def test_an_adapter_with_an_old_config_gives_the_same_outputs(case: Case, versio
     old = {name: content.get(name, value) for name, value in own.items() if name != "runtime_config"}
     file.write_text(json.dumps(old | {name: content[name] for name in IN_FILE if name in content}))
     assert torch.equal(output(case.load(tmp_path), batch), output(model, batch))
+
+
+# Files for modules that have other names now
+
+
+def renamed_adapter(tmp_path):
+    """A saved adapter whose keys call the attention's `q_proj` by another name; the model that it was saved from."""
+    model = perturb(get_peft_model(models.build("llama"), LoraConfig(r=3, target_modules=["q_proj"]))).eval()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {key.replace(".q_proj.", ".query."): tensor for key, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    return model
+
+
+def test_keys_are_mapped_to_other_names(tmp_path):
+    model = renamed_adapter(tmp_path)
+    batch = models.inputs("llama")
+    expected = models.output(model, batch)
+    with pytest.raises(CheckpointError):
+        PeftModel.from_pretrained(models.build("llama"), tmp_path)
+    mapping = {r"\.query\.": ".q_proj."}
+    loaded = PeftModel.from_pretrained(models.build("llama"), tmp_path, key_mapping=mapping)
+    assert torch.equal(models.output(loaded, batch), expected)
+    loaded.load_adapter(tmp_path, "second", key_mapping=mapping)
+    loaded.set_adapter("second")
+    assert torch.equal(models.output(loaded, batch), expected)
+    with pytest.raises(CheckpointError, match="into the same key"):
+        PeftModel.from_pretrained(models.build("llama"), tmp_path, key_mapping={r"layers\.\d+\.": "layers.0."})
+
+
+def test_a_config_with_a_byte_order_mark_is_read(tmp_path):
+    """As editors on Windows write it."""
+    model = perturb(get_peft_model(models.build("llama"), LoraConfig(r=3, target_modules=["q_proj"]))).eval()
+    model.save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
+    loaded = PeftModel.from_pretrained(models.build("llama"), tmp_path)
+    assert torch.equal(models.output(loaded, models.inputs("llama")), models.output(model, models.inputs("llama")))

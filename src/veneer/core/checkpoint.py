@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,10 @@ NEXT_NAME = f".{CONFIG_NAME}.next"
 """The config of a save in progress. A crash between the two renames of a save leaves it next to the new tensors."""
 
 
+PREFIX = "base_model.model."
+"""How the keys of adapted modules begin in a file."""
+
+
 class Saved(NamedTuple):
     """An adapter as it was read from its files."""
 
@@ -44,6 +49,33 @@ class Saved(NamedTuple):
     """By key."""
     notes: dict[str, Any]
     """What veneer recorded about the adapter's origin; see `provenance`."""
+
+
+def with_other_keys(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None) -> Tensors:
+    """A file's tensors with keys rewritten, each by the first regular expression found in it, behind `PREFIX`.
+
+    Raises:
+        CheckpointError: two keys become the same.
+    """
+    rewritten: Tensors = {}
+    for key, tensor in tensors.items():
+        new = _other_key(key, key_mapping or {})
+        if new in rewritten:
+            raise CheckpointError(f"key_mapping turns {key!r} and another key into the same key, {new!r}")
+        rewritten[new] = tensor
+    return rewritten
+
+
+def _other_key(key: str, key_mapping: Mapping[str, str]) -> str:
+    prefix = ""
+    if key.startswith("base_model."):
+        prefix = PREFIX if key.startswith(PREFIX) else "base_model."
+    inner = key.removeprefix(prefix)
+    for pattern, replacement in key_mapping.items():
+        changed, count = re.subn(pattern, replacement, inner)
+        if count:
+            return prefix + changed
+    return key
 
 
 class Given(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections import namedtuple
 from collections.abc import Iterator, Mapping
@@ -26,7 +25,7 @@ from .old_experts import EXACT_TARGETS, any_old, modern
 from .strict import is_strict
 from .tables import methods as table
 
-PREFIX = "base_model.model."
+PREFIX = checkpoint.PREFIX
 """The prefix of the keys in PEFT's files."""
 LoadResult = namedtuple("IncompatibleKeys", ["missing_keys", "unexpected_keys"])  # type: ignore[name-match]
 
@@ -204,9 +203,7 @@ def load_peft_weights(
         if is_strict():
             raise
         tensors = torch.load(_pickle_of(model_id, hub), map_location=where, weights_only=True)
-    if key_mapping:
-        return {_mapped(key, key_mapping): tensor for key, tensor in tensors.items()}
-    return tensors
+    return checkpoint.with_other_keys(tensors, key_mapping)
 
 
 def note_exact_targets(config: Any, model_id: str | Path, **hub: Any) -> None:
@@ -236,19 +233,6 @@ def _pickle_of(source: str | Path, hub: dict[str, Any]) -> Path:
             f"Can't find weights for {source} in {source} or in the Hugging Face Hub. Please check that the file "
             f"{PICKLE_NAME} or {WEIGHTS_NAME} is present at {source}."
         ) from error
-
-
-def _mapped(key: str, mapping: Mapping[str, str]) -> str:
-    """A key rewritten by the first pattern found in it; patterns are applied behind PEFT's prefix."""
-    prefix = ""
-    if key.startswith("base_model."):
-        prefix = PREFIX if key.startswith(PREFIX) else "base_model."
-    inner = key.removeprefix(prefix)
-    for pattern, replacement in mapping.items():
-        changed, count = re.subn(pattern, replacement, inner)
-        if count:
-            return prefix + changed
-    return key
 
 
 def infer_device() -> str:

@@ -52,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if size > MOST_CONFIG_BYTES:
         raise CheckpointError(f"{str(path)!r} has {size:,} bytes, which is too large for a config")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte-order mark
         content = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{str(path)!r} is not JSON that veneer accepts: {error}") from None

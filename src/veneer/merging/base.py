@@ -29,6 +29,10 @@ TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
+CHAT_TEMPLATES = "additional_chat_templates"
+"""The directory in which transformers saves the chat templates of a tokenizer that has several."""
+TOKENIZER_PATTERNS = ("*.model", "*.spm", "*.tiktoken", "*.vocab", "merges*", "tokenization_*.py", "vocab*")
+"""Further files of tokenizers: vocabularies under names of their own, and code."""
 OTHERS = (
     "generation_config.json",
     "preprocessor_config.json",
@@ -92,8 +96,15 @@ def copy_settings(base: Path, adapters: Sequence[Path], out: Path) -> None:
     sources = [directory for directory in (base, *adapters) if (directory / "tokenizer_config.json").is_file()]
     if not sources:
         return
+    source = sources[-1]
     for name in TOKENIZER:
-        _copy(sources[-1] / name, out)
+        _copy(source / name, out)
+    for pattern in TOKENIZER_PATTERNS:
+        for file in sorted(source.glob(pattern)):
+            _copy(file, out)
+    templates = source / CHAT_TEMPLATES
+    if templates.is_dir():
+        shutil.copytree(templates, out / CHAT_TEMPLATES)
 
 
 def _copy(file: Path, into: Path) -> None:

@@ -426,6 +426,7 @@ class PeftModel(nn.Module):
         allow_pickle: bool = False,
         follow_paths: bool = False,
         allow_absent: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         **hub: Any,
     ) -> PeftModel:
         """Put a saved adapter on its base model.
@@ -439,6 +440,7 @@ class PeftModel(nn.Module):
             allow_pickle: where there is no safetensors file, read tensors (and nothing else) from a pickle.
             follow_paths: paths in the file's config (X-LoRA's experts) may lead out of its directory.
             allow_absent: pass over tensors for modules that the model lacks, with a warning that lists them.
+            key_mapping: replacements for regular expressions in the file's keys, for modules that have other names now.
             hub: `subfolder`, `revision`, `token`, `cache_dir` and the like.
 
         Raises:
@@ -446,6 +448,7 @@ class PeftModel(nn.Module):
         """
         check_hub_arguments(hub)
         saved = checkpoint.load(model_id, config, allow_pickle=allow_pickle, follow_paths=follow_paths, **hub)
+        saved = saved._replace(tensors=checkpoint.with_other_keys(saved.tensors, key_mapping))
         saved = absent.fitted(model, saved, allow_absent)
         saved.config.inference_mode = not is_trainable
         lift = autocast_adapter_dtype
@@ -471,6 +474,7 @@ class PeftModel(nn.Module):
         allow_pickle: bool = False,
         follow_paths: bool = False,
         allow_absent: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         **hub: Any,
     ) -> None:
         """Load another adapter, or new values into an existing one, whose Parameters stay the same objects."""
@@ -478,6 +482,7 @@ class PeftModel(nn.Module):
         is_present = adapter_name in self.peft_config
         follow = follow_paths or is_present  # the paths in a present adapter's config were followed when it was made
         saved = checkpoint.load(model_id, allow_pickle=allow_pickle, follow_paths=follow, **hub)
+        saved = saved._replace(tensors=checkpoint.with_other_keys(saved.tensors, key_mapping))
         model = self.get_base_model()
         saved = absent.fitted(model, saved, allow_absent)
         lift = autocast_adapter_dtype
