@@ -435,6 +435,13 @@ def test_kinds_that_a_method_cannot_adapt_are_refused_by_name(config, model, tar
     assert [n for n, _ in base.named_modules()] == names
 
 
+@pytest.mark.parametrize("kind", ["Conv1d", "Conv2d", "Conv3d"])
+def test_a_grouped_convolution_is_called_by_its_name(kind: str):
+    model = nn.Sequential(getattr(nn, kind)(6, 9, 3, groups=3))
+    with pytest.raises(TargetError, match=f"rank 4 on '0' must be a multiple of the 3 groups of this {kind}"):
+        get_peft_model(model, LoraConfig(r=4, target_modules=["0"]))
+
+
 def test_all_linear_leaves_out_what_the_method_refuses_and_says_so():
     """The output layer of nn.MultiheadAttention is a Linear that is never called."""
     with pytest.warns(UserWarning, match="(?s)leaves out linear layers that LORA cannot adapt.*attention.out_proj"):

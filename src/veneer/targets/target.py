@@ -408,7 +408,10 @@ class ConvTarget(Target):
 
     def factors(self, r: int) -> tuple[Matrix, Matrix]:
         if r % self.groups:
-            raise TargetError(f"rank {r} on {self.path!r} must be a multiple of its {self.groups} groups")
+            kind = type(self.base).__name__
+            raise TargetError(
+                f"rank {r} on {self.path!r} must be a multiple of the {self.groups} groups of this {kind}"
+            )
         if self.groups > 1 and self.base.padding_mode != "zeros":
             raise TargetError(
                 f"{self.path!r} is a grouped convolution with padding_mode={self.base.padding_mode!r}; only 'zeros' is "

@@ -82,8 +82,8 @@ LATER = (
         r"\1`torch.nn.Linear`.",
     ),
     Row(
-        r"rank (\d+) on '.*' must be a multiple of its (\d+) groups",
-        r"Targeting a Conv2d with groups=\2 and rank \1. Currently, support is limited to conv layers where the rank "
+        r"rank (\d+) on '.*' must be a multiple of the (\d+) groups of this (\w+)",
+        r"Targeting a \3 with groups=\2 and rank \1. Currently, support is limited to conv layers where the rank "
         r"is divisible by groups. Either choose a different rank or do not target this specific layer.",
     ),
     Row(
