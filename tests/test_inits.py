@@ -250,9 +250,12 @@ def test_starts_on_a_half_precision_base(how: str, dtype: torch.dtype, tmp_path)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=how)).eval()
     batch = models.inputs("llama")
     if how != "loftq":
-        expected = output(models.build("llama", dtype=dtype), batch)
+        exact = output(models.build("llama", dtype=dtype).double(), batch)
+        error_of_base = (output(models.build("llama", dtype=dtype), batch) - exact).norm()
         assert output(model, batch).dtype == dtype
-        torch.testing.assert_close(output(model, batch).float(), expected.float(), rtol=0.05, atol=0.05)
+        error = (output(model, batch) - exact).norm()
+        # the bias is added after the sum of base and update, with a rounding of its own
+        assert error < 1.5 * error_of_base
     models.perturb(model).save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(models.build("llama", dtype=dtype), tmp_path)
     assert torch.equal(output(again, batch), output(model, batch))

@@ -58,7 +58,8 @@ def _is_present(model: nn.Module) -> bool:
 
 def _failure_of(model: nn.Module, state: State, name: str) -> Exception | None:
     """What the model raises with the adapter and not without it; None if nothing, or if it cannot be called so."""
-    for way in (TRAINING, FIRST, BOTH):
+    generates = hasattr(model, "can_generate") and model.can_generate()
+    for way in (TRAINING, FIRST, BOTH) if generates else (TRAINING,):
         failure = _failure(model, state, (name,), *way)
         if failure is not None and _failure(model, state, (), *way) is None:
             return failure
