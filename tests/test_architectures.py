@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from veneer import ConfigError, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from veneer import ConfigError, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from veneer.core import trial
 
 from .architectures import tiny
@@ -87,17 +87,26 @@ def test_a_trial_leaves_no_trace():
     calls = []
     model.register_forward_hook(lambda *args: calls.append(model.training))
     model.model.norm.eval()
-    torch.manual_seed(3)
-    expected = torch.rand(1)
-    torch.manual_seed(3)
     adapted = get_peft_model(model, PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
     state = torch.get_rng_state()
     trial.check(model, adapted._state, "default")
     assert torch.equal(torch.get_rng_state(), state)
     assert calls and not any(calls), "the trial ran, in evaluation mode"
     assert model.training and not model.model.norm.training
-    assert adapted.active_adapters == ["default"] and torch.rand(1) != expected
-    assert not any(p.grad is not None for p in adapted.parameters())
+    assert adapted.active_adapters == ["default"]
+    assert not any(parameter.grad is not None for parameter in adapted.parameters())
+
+
+def test_a_prompt_from_a_file_is_tried_when_it_is_loaded(tmp_path, monkeypatch):
+    """And not again when the present adapter gets other values."""
+    config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    get_peft_model(build("LlamaForCausalLM"), config).save_pretrained(tmp_path)
+    tried = []
+    monkeypatch.setattr(trial, "check", lambda model, state, name: tried.append(name))
+    loaded = PeftModel.from_pretrained(build("LlamaForCausalLM"), tmp_path)
+    assert tried == ["default"]
+    loaded.load_adapter(tmp_path, "default")
+    assert tried == ["default"]
 
 
 def test_a_model_that_needs_other_inputs_is_not_judged_by_tokens():

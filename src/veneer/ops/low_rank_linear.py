@@ -150,8 +150,7 @@ class LowRankLinear(torch.autograd.Function):
         factors = rest[: ctx.number]
         kept = rest[ctx.number :]
         is_needed = ctx.needs_input_grad[5:]  # for each factor
-        needs_dx = ctx.needs_input_grad[0]
-        dx = _room(ctx.runs, dy, W.shape[1]) if needs_dx else None
+        dx = _room(ctx.runs, dy, W.shape[1]) if ctx.needs_input_grad[0] else None
         grads: list[Tensor | None] = [None] * ctx.number
         for n, (start, stop, i) in enumerate(ctx.runs):
             at_A = 2 * i  # its index among the factors
