@@ -54,7 +54,7 @@ test-newest:
 	.venv-newest/bin/veneer doctor
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(TESTS)
 
-# Exported GGUF files in llama.cpp itself, which is built from source once: about ten minutes on two idle cores.
+# Exported GGUF files in llama.cpp itself, which is built from source once.
 test-gguf: install .venv-gguf/installed
 	VENEER_GGUF=$(CURDIR)/.venv-gguf/bin/python $(BIN)/python -m pytest -n 1 tests/test_llama_cpp.py
 

@@ -45,7 +45,7 @@ def markdown(found: dict[str, Any]) -> str:
         f"Every model class of transformers {found['transformers']} that generates text from text: "
         f"{len(found['architectures'])} classes, of which {len(tried)} could be built tiny from their config class and "
         f"tried. Of {sum(outcomes.values()):,} checks, {outcomes['holds']:,} hold, {outcomes['refused']} are refused "
-        f"with an error before anything is trained, {outcomes['model']} say nothing of veneer because the model does "
+        f"with an error that says why, {outcomes['model']} say nothing of veneer because the model does "
         f"not pass them without an adapter, and {outcomes['fault']} fail. `make architectures` repeats them.",
         "",
         *(f"- **{name}**: {what}" for name, what in COLUMNS.items()),

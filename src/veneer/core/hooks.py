@@ -19,13 +19,11 @@ from ..ops import _patch as fast
 from ..ops._conditions import takes_part
 from ..upstream import cache as caches
 from ..upstream import checkpointing
-from ..upstream.calls import encoder_of, parameters
+from ..upstream.calls import OF_PAIRS, encoder_of, parameters
 from .calls import batch_size, by_row
 from .prompt import Prompt
 from .state import BASE, LOSS_TERMS, State, state_of
 
-OF_PAIRS = ("perm_mask", "target_mapping")
-"""Arguments of XLNet that say which positions see which others."""
 CHILDREN = {"veneer_shared": "shared", "veneer_prompts": "prompts"}
 """Names of the Hugging Face model's children that hold shared modules and prompts, if there are any."""
 

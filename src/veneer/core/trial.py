@@ -59,7 +59,8 @@ def _is_present(model: nn.Module) -> bool:
 def _failure_of(model: nn.Module, state: State, name: str) -> Exception | None:
     """What the model raises with the adapter and not without it; None if nothing, or if it cannot be called so."""
     generates = hasattr(model, "can_generate") and model.can_generate()
-    for way in (TRAINING, FIRST, BOTH) if generates else (TRAINING,):
+    ways = (TRAINING, FIRST, BOTH) if generates else (TRAINING,)
+    for way in ways:
         failure = _failure(model, state, (name,), *way)
         if failure is not None and _failure(model, state, (), *way) is None:
             return failure

@@ -124,9 +124,9 @@ def _record_resolved(original: Any, config: Any, resolved: Any, adapters: dict[s
     for field, value in resolved.__dict__.items():
         if getattr(config, field, None) is None:
             default = defaults.get(field, value)
-            original.__dict__[field] = (
-                Names(default) if field == "target_modules" and type(default) is list else default
-            )
+            if field == "target_modules" and type(default) is list:
+                default = Names(default)
+            original.__dict__[field] = default
     if getattr(original, "target_modules", None) == "all-linear":
         original.target_modules = Names(_targeted_paths(adapters))
     config.__dict__.update(original.__dict__)

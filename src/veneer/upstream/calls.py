@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 COLLECTING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+OF_PAIRS = ("perm_mask", "target_mapping")
+"""Arguments of XLNet that say which positions see which others."""
 
 
 def parameters(model: nn.Module) -> tuple[str, ...]:
