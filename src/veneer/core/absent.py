@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import CheckpointError, TargetError, listing, nearest, warn
+from ..files.read import PREFIX
 from ..targets.walk import walk
 from . import checkpoint
 from .adapter import Tensors
@@ -21,8 +22,6 @@ from .checkpoint import Saved
 from .config import TASK_HEADS, Config, LayerConfig
 from .select import any_matches, pattern_matches, targeted
 from .state import State
-
-PREFIX = "base_model.model."
 
 
 def fitted(model: nn.Module, saved: Saved, allow_absent: bool = False) -> Saved:

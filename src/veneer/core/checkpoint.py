@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, VeneerError, listing
 from ..files.confine import confine
 from ..files.find import find_file, find_weights
-from ..files.read import PICKLE_NAME, WEIGHTS_NAME, computable, read_json, read_pickle, read_tensors
+from ..files.read import PICKLE_NAME, PREFIX, WEIGHTS_NAME, computable, read_json, read_pickle, read_tensors
 from ..files.write import identity, replacing, write_tensors
 from ..targets.quantised import quantised
 from ..targets.target import kind_of
@@ -35,8 +35,6 @@ from .state import State
 
 NEXT_NAME = f".{CONFIG_NAME}.next"
 """The config of a save in progress. A crash between the two renames of a save leaves it next to the new tensors."""
-PREFIX = "base_model.model."
-"""How the keys of adapted modules begin in a file."""
 
 
 class Saved(NamedTuple):
@@ -94,7 +92,7 @@ def parts(state: State, name: str) -> Iterator[tuple[str, Adapter | Prompt | nn.
     for path, adapter in state.adapters(name).items():
         for part in adapter.parts:
             # PEFT's prompt models hold the base model directly, so the paths in it have one level less
-            wrapper = "base_model." if is_prompt and isinstance(part, Replace) else "base_model.model."
+            wrapper = "base_model." if is_prompt and isinstance(part, Replace) else PREFIX
             yield f"{wrapper}{path}.{part.key}", part
     if name in state.shared:
         yield "base_model.", state.shared[name]
@@ -122,7 +120,7 @@ def repeats(state: State, name: str) -> dict[str, str]:
     for prefix, part in parts(state, name):
         if isinstance(part, Adapter):
             for key, slot in part.repeats().items():
-                repeated[prefix + key] = f"base_model.model.{slot}"
+                repeated[prefix + key] = PREFIX + slot
     return repeated
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..files.pretrained import vocabulary_size
+from ..files.read import PREFIX
 from ..targets.walk import walk
 from .adapter import Replace, Tensors
 from .config import Config
@@ -51,7 +52,7 @@ def to_save(model: Any, state: State, config: Config, wanted: bool | None) -> Te
         is_wanted = path.rpartition(".")[2] in names or any(part is module for part in whole)
         if is_wanted and isinstance(weight, Tensor) and id(module) not in copied:
             infix = "base_layer." if path in state.layers else ""
-            tensors[f"base_model.model.{path}.{infix}weight"] = weight
+            tensors[f"{PREFIX}{path}.{infix}weight"] = weight
     return tensors
 
 
@@ -97,7 +98,7 @@ def is_one(key: str) -> bool:
 
 def path_of(key: str) -> str:
     """The path of the module that the key of a base embedding belongs to."""
-    return key.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer")
+    return key.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".base_layer")
 
 
 def of_model(model: Any) -> list[Any]:

@@ -15,6 +15,7 @@ from ..core.adapter import Replace
 from ..core.config import PromptConfig
 from ..core.state import State, state_of
 from ..errors import VeneerError
+from ..files.read import PREFIX
 from ..methods.families.tied import TokenAdapter
 from ..model.schedule import follow
 from ..targets.walk import walk
@@ -238,7 +239,7 @@ def _paths_of_keys(config: Any, state_dict: dict[str, Any]) -> set[str]:
             continue
         path = key.rsplit(marker, 1)[0].removeprefix("_orig_mod.")
         if path != "base_model":  # the tensors that layers share
-            paths.add(path.removeprefix("base_model.model."))
+            paths.add(path.removeprefix(PREFIX))
     return paths
 
 

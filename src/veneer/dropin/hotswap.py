@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..files.read import PREFIX
 from ..model import hotswap
 from .configs import PeftConfig, hub_arguments
-from .state import PREFIX
 from .wording import pefts_words
 
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from ..core import checkpoint
 from ..core.state import State
 from ..errors import VeneerError
+from ..files.read import PREFIX
 from ..maths.low_rank import Pair, padded
 from ..model import to_lora
 from .configs import LoraConfig
 from .layers import PeftLayer
-from .state import PREFIX
 
 
 def convert_to_lora(

@@ -19,13 +19,12 @@ from ..core.prompt import Prompt
 from ..core.state import State, state_of
 from ..errors import CheckpointError, VeneerError
 from ..files.find import find_file
-from ..files.read import PICKLE_NAME, WEIGHTS_NAME
+from ..files.read import PICKLE_NAME, PREFIX, WEIGHTS_NAME
 from ..targets.walk import walk
 from .old_experts import EXACT_TARGETS, any_old, modern
 from .strict import is_strict
 from .tables import methods as table
 
-PREFIX = checkpoint.PREFIX
 """The prefix of the keys in PEFT's files."""
 LoadResult = namedtuple("IncompatibleKeys", ["missing_keys", "unexpected_keys"])  # type: ignore[name-match]
 

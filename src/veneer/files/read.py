@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
+PREFIX = "base_model.model."
+"""How the keys of adapted modules begin in an adapter's file."""
 MOST_CONFIG_BYTES = 10_000_000
 MOST_HEADER_BYTES = 16_000_000
 """The largest safetensors header that is read: enough for a hundred thousand tensors."""

@@ -16,12 +16,11 @@ from ..core import checkpoint, embeddings
 from ..core.config import CONFIG_NAME, Config, at
 from ..core.provenance import check_undamaged
 from ..errors import CheckpointError, ConfigError
-from ..files.read import PICKLE_NAME, WEIGHTS_NAME, read_json
+from ..files.read import PICKLE_NAME, PREFIX, WEIGHTS_NAME, read_json
 from ..methods.lora import LoRA, LoraConfig
 from .lora import Hints, Lora, Pair, paired, read_tensors, write_tensors
 
 name = "peft"
-PREFIX = "base_model.model."
 PLAIN_STARTS = ("True", "False", "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base's weights unchanged, so that A and B are the whole adapter."""
 MORE_THAN_PAIRS = (

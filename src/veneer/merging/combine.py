@@ -13,6 +13,7 @@ from torch import Tensor
 from ..core import checkpoint
 from ..core.config import Config
 from ..errors import BaseMismatch, CheckpointError, ConfigError, NotMergeable
+from ..files.read import PREFIX
 from ..files.write import appearing, claimed
 from ..formats import peft
 from ..formats.lora import Hints, Lora
@@ -146,7 +147,7 @@ def _tensors(loras: Sequence[Lora], pairs: dict[str, Pair]) -> dict[str, Tensor]
     for path, (A, B) in pairs.items():
         like = next(lora.pairs[path] for lora in loras if path in lora.pairs)
         kernel = (1,) * (like.B.dim() - 2)
-        key = f"{peft.PREFIX}{path}"
+        key = f"{PREFIX}{path}"
         tensors[f"{key}.lora_A.weight"] = A.reshape(A.shape[0], *like.A.shape[1:]).contiguous()
         tensors[f"{key}.lora_B.weight"] = B.reshape(*B.shape, *kernel).contiguous()
     return tensors

@@ -20,7 +20,7 @@ from ..core.config import Config
 from ..errors import CheckpointError, ConfigError, NotMergeable, listing
 from ..files.find import find_weights
 from ..files.pull import resolve
-from ..files.read import tensor_shapes
+from ..files.read import PREFIX, tensor_shapes
 from ..files.skeleton import skeleton
 from ..formats import peft
 from ..formats.gguf import metadata as headers
@@ -98,7 +98,7 @@ def _adapted_paths(source: str) -> set[str]:
     """Paths of the modules that an adapter's file names."""
     paths = set()
     for key in tensor_shapes(find_weights(source)):
-        path, found, _ = key.removeprefix(peft.PREFIX).partition(".lora_")
+        path, found, _ = key.removeprefix(PREFIX).partition(".lora_")
         if found:
             paths.add(path)
     return paths

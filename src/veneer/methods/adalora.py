@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter, LowRank
 from ..core.config import Name, at, check_range
 from ..errors import ConfigError, TargetError, listing
+from ..files.read import PREFIX
 from ..targets.target import Target
 from .lora import LoraConfig
 
@@ -233,5 +234,5 @@ def _distance_from_identity(gram: Tensor) -> Tensor:
 
 def _is_of(key: str, path: str) -> bool:
     """Whether a key of `rank_pattern` belongs to the target at `path`."""
-    name = key.removeprefix("base_model.model.").removeprefix("model.")
+    name = key.removeprefix(PREFIX).removeprefix("model.")
     return name.startswith(path.removeprefix("model.") + ".lora_E")

@@ -22,6 +22,7 @@ from ..core.layer import AdapterLayer
 from ..core.provenance import fingerprint
 from ..core.state import State, state_of
 from ..errors import NotMergeable, VeneerError
+from ..files.read import PREFIX
 from ..maths.low_rank import Pair, compress, truncate
 from ..methods.inits.plain import check_joined, joined, plain
 from ..methods.lora import LoRA, LoraConfig
@@ -224,7 +225,7 @@ def check_rank(rank: int | float | None) -> None:
 
 def keys(layer: AdapterLayer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
     """A layer's factors by their keys in a LoRA file, in the shapes of the file."""
-    prefix = f"base_model.model.{layer.path}."
+    prefix = f"{PREFIX}{layer.path}."
     if layer.target.kind == "embedding":
         return {f"{prefix}lora_embedding_A": A, f"{prefix}lora_embedding_B": B}
     like_A, like_B = layer.target.factors(A.shape[0])
@@ -240,7 +241,7 @@ def copies(path: str, adapter: Adapter | Parts) -> dict[str, Tensor]:
     for part in adapter.parts:
         if isinstance(part, Replace):
             for key, t in part.export().items():
-                tensors[f"base_model.model.{path}.{key}"] = t
+                tensors[f"{PREFIX}{path}.{key}"] = t
     return tensors
 
 

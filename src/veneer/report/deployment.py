@@ -17,7 +17,7 @@ from ..core.config import Config, LayerConfig, at, default_of
 from ..dropin.tables.methods import METHODS as PEFT_METHODS
 from ..errors import ConfigError, nearest
 from ..files.find import find_weights
-from ..files.read import tensor_shapes
+from ..files.read import PREFIX, tensor_shapes
 from ..methods.lora import LoRA, LoraConfig
 from ..model.catalogue import page_of
 
@@ -150,7 +150,7 @@ def _ranks(shapes: Shapes) -> dict[str, int]:
     for key, shape in shapes.items():
         for ending in (PAIRS[0], EMBEDDINGS[0]):
             if key.endswith(ending):
-                path = key.removeprefix("base_model.model.").removesuffix(ending)
+                path = key.removeprefix(PREFIX).removesuffix(ending)
                 ranks[path] = shape[0]
     return ranks
 

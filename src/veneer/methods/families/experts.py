@@ -12,6 +12,7 @@ from ...core import checkpoint
 from ...core.adapter import Tensors
 from ...core.attach import try_on
 from ...errors import CheckpointError, ConfigError
+from ...files.read import PREFIX
 from ...targets.target import Target
 from ..lora import LoRA, LoraConfig
 
@@ -36,7 +37,7 @@ def read_expert(name: str, source: str, mixer: str) -> Expert:
 
 def build_expert(config: LoraConfig, tensors: Tensors, target: Target) -> LoRA | None:
     """Build an expert on one target; None if it does not adapt that target."""
-    prefix = f"base_model.model.{target.path}."
+    prefix = f"{PREFIX}{target.path}."
     target_tensors = {}
     for key, tensor in tensors.items():
         if key.startswith(prefix):

@@ -26,6 +26,7 @@ from ...core.config import at, check_range
 from ...core.state import state_of
 from ...errors import ConfigError, VeneerError, listing
 from ...files.checked import Settings
+from ...files.read import PREFIX
 from ...maths.svd import randomised_svd
 from ...targets.modules import evaluating
 from ...upstream.models import is_conv1d
@@ -33,8 +34,6 @@ from .gather import alone, linear_targets
 
 if TYPE_CHECKING:
     from ..lora import LoraConfig
-
-PREFIX = "base_model.model."
 
 
 @dataclass
