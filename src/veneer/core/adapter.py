@@ -43,7 +43,7 @@ class Adapter(nn.Module):
     """Whether it adds x A^T B^T to the output and then only applies `finish` (see `LowRank`)."""
     has_finish: ClassVar[bool] = False
     only_adds: ClassVar[bool] = False
-    """Whether the output is that of the module below plus a term (see `Additive`)."""
+    """Whether the output is that of the module below plus a term (see `Adding`)."""
     key: str = ""
     """The prefix of its tensors' names in the file."""
     has_pre: bool = False
@@ -213,12 +213,23 @@ class Parts(Adapter):
         return sum(part.expected_parameters() for part in self.parts)
 
 
-class Additive(Adapter):
-    """W' = W + delta(), with delta of shape (out, in)."""
+class Adding(Adapter):
+    """y' = y + term(x), which need not be what one update of the weight adds."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.only_adds = cls.post is Additive.post and not cls.has_pre
+        cls.only_adds = cls.post is Adding.post and not cls.has_pre
+
+    def term(self, x: Tensor) -> Tensor:
+        """What it adds to the output for an input x."""
+        raise NotImplementedError  # a subclass without it fails `tests/test_laws.py`
+
+    def post(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.term(x)
+
+
+class Additive(Adding):
+    """W' = W + delta(), with delta of shape (out, in)."""
 
     @property
     def commutes(self) -> bool:
@@ -227,7 +238,7 @@ class Additive(Adapter):
     @property
     def is_dense(self) -> bool:
         kind = type(self)
-        return kind.post is Additive.post and kind.term is Additive.term and self.shared is None
+        return kind.post is Adding.post and kind.term is Additive.term and self.shared is None
 
     def delta(self) -> Tensor:
         raise NotImplementedError  # a subclass without it fails `tests/test_laws.py`
@@ -236,11 +247,7 @@ class Additive(Adapter):
         return W + self.delta().to(W.dtype), b
 
     def term(self, x: Tensor) -> Tensor:
-        """What the update adds to the output for an input x."""
         return self.target.op(x, self.delta())
-
-    def post(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.term(x)
 
 
 class LowRank(Additive):

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter
+from ..core.adapter import Adapter, Adding
 from ..core.config import LayerConfig, Name, check_range
 from ..errors import ConfigError
 from ..maths.kmeans import kmeans
@@ -30,7 +30,7 @@ from ..targets.target import Target
 Key = tuple[str, int]  # a subspace: the path of its target, and its index there
 
 
-class AdaMSS(Adapter):
+class AdaMSS(Adding):
     commutes = True  # type: ignore[assignment]
 
     def __init__(self, config: AdamssConfig, target: Target, shared: nn.Module | None = None) -> None:
@@ -84,12 +84,12 @@ class AdaMSS(Adapter):
         B = torch.block_diag(*self.adamss_B)
         return A @ self.adamss_newB.to(A), B[self.order]
 
-    def post(self, x: Tensor, y: Tensor) -> Tensor:
+    def term(self, x: Tensor) -> Tensor:
         A, B = self.matrices()
-        y = y + self.target.low_rank(x, A[:, : self.target.in_features], B)
+        update = self.target.low_rank(x, A[:, : self.target.in_features], B)
         if not self.moves_bias:
-            return y
-        return y + B @ A[:, -1]
+            return update
+        return update + B @ A[:, -1]
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         A, B = self.matrices()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.adapter import Adapter
+from ..core.adapter import Adding
 from ..core.config import LayerConfig, Name, check_range
 from ..targets.target import Matrix, Target
 
@@ -40,7 +40,7 @@ class Owners(nn.Module):
         self.matrices: dict[tuple[str, str], Matrix] = {}
 
 
-class Lily(Adapter):
+class Lily(Adding):
     def __init__(self, config: LilyConfig, target: Target, shared: Owners | None = None) -> None:
         super().__init__(config, target, shared)
         self.r = config.r
@@ -65,13 +65,13 @@ class Lily(Adapter):
         """The shared matrix that this target uses as "lily_A" or "lily_B"."""
         return self.shared.matrices[name, self.owners[name]].weight
 
-    def post(self, x: Tensor, y: Tensor) -> Tensor:
+    def term(self, x: Tensor) -> Tensor:
         h = F.linear(x, self.matrix("lily_A"))  # (..., r)
         scores = F.linear(h, self.lily_router.weight).softmax(-1)  # (..., num_B)
         p = scores.flatten(0, -2).mean(0)
         experts = self.matrix("lily_B").unflatten(0, (self.n, self.r))  # (num_B, r, out)
         mixed = torch.einsum("e,ero->ro", p, experts)
-        return y + h @ mixed * self.scaling
+        return h @ mixed * self.scaling
 
     def repeats(self) -> dict[str, str]:
         keys = {}

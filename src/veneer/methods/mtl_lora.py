@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.adapter import Adapter
+from ..core.adapter import Adding
 from ..core.config import LayerConfig, Name, check_range
 from ..errors import ConfigError
 from ..targets.target import Matrix, Target
 from .poly import check_tasks, tasks_of
 
 
-class MTLLoRA(Adapter):
+class MTLLoRA(Adding):
     def __init__(self, config: MTLLoraConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
         self.r = config.r
@@ -42,14 +42,14 @@ class MTLLoRA(Adapter):
         if not config.init_weights:
             uniform_(self.mtl_lora_B, self.r)
 
-    def post(self, x: Tensor, y: Tensor) -> Tensor:
+    def term(self, x: Tensor) -> Tensor:
         tasks = tasks_of(self.target, x)
         logits = self.mtl_lora_mixture[tasks]  # (batch, n)
         w = (logits / self.config.temperature).softmax(-1)
         B = torch.einsum("bn,nor->bor", w, self.mtl_lora_B)
         B = B @ self.mtl_lora_lambda[tasks]
         z = F.linear(self.dropout(x), self.mtl_lora_A.weight)  # (batch, ..., r)
-        return y + torch.einsum("b...r,bor->b...o", z, B * self.scaling)
+        return torch.einsum("b...r,bor->b...o", z, B * self.scaling)
 
     def expected_parameters(self) -> int:
         in_features = self.target.in_features

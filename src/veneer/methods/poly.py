@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter
+from ..core.adapter import Adding
 from ..core.config import LayerConfig, Name, check_range
 from ..errors import TargetError, VeneerError
 from ..targets.target import Target
@@ -61,7 +61,7 @@ class Router(nn.Module):
         self.module_logits = nn.Parameter(torch.empty(n_tasks, size).uniform_(-1e-3, 1e-3))
 
 
-class Poly(Adapter):
+class Poly(Adding):
     def __init__(self, config: PolyConfig, target: Target, shared: nn.Module | None = None) -> None:
         super().__init__(config, target, shared)
         self.r = config.r
@@ -91,14 +91,13 @@ class Poly(Adapter):
         total = gates.sum(-1, keepdim=True)
         return gates / (total + 1e-12)
 
-    def post(self, x: Tensor, y: Tensor) -> Tensor:
+    def term(self, x: Tensor) -> Tensor:
         tasks = tasks_of(self.target, x)
         w = self.weights(tasks)
         A = torch.einsum("bqs,qsir->bqir", w, self.poly_lora_A).flatten(1, 2)  # (rows, in, r)
         B = torch.einsum("bqs,qsro->brqo", w, self.poly_lora_B).flatten(2)  # (rows, r, out)
         narrow = torch.einsum("b...i,bir->b...r", x, A)
-        update = torch.einsum("b...r,bro->b...o", narrow, B / self.r)
-        return y + update
+        return torch.einsum("b...r,bro->b...o", narrow, B / self.r)
 
     def expected_parameters(self) -> int:
         sizes = self.target.in_features + self.target.out_features
