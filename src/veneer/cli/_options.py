@@ -16,7 +16,13 @@ Column = Annotated[
         rich_help_panel="Data",
     ),
 ]
-
+Base = Annotated[
+    str | None,
+    typer.Option(
+        help="The base model: a directory, a name that `veneer pull` knows, or a hub id.",
+        show_default="the model that the adapter names",
+    ),
+]
 Rank = Annotated[
     int | None,
     typer.Option(help="Rank of the update.", show_default="set by the method", rich_help_panel="Model and method"),
@@ -31,8 +37,6 @@ Targets = Annotated[
         rich_help_panel="Model and method",
     ),
 ]
-
-
 Option = Annotated[
     list[str] | None,
     typer.Option(
@@ -51,7 +55,6 @@ Set = Annotated[
         rich_help_panel="Run",
     ),
 ]
-
 AllowAbsent = Annotated[
     bool,
     typer.Option(

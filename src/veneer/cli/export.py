@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ._options import Base
+
 if TYPE_CHECKING:
     from veneer.merging.exported import Export
 
@@ -44,13 +46,7 @@ def export(
     ],
     out: Annotated[str, typer.Option(metavar="FILE", help="The file to write; it must not exist.")],
     to: Annotated[str, typer.Option(metavar="FORMAT", help="The format: gguf.")] = "gguf",
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="The base model: a directory, a name that `veneer pull` knows, or a hub id.",
-            show_default="the model that the adapter names",
-        ),
-    ] = None,
+    model: Base = None,
     merged: Annotated[
         bool, typer.Option("--merged", help="Write the whole model with the adapter merged into it.")
     ] = False,

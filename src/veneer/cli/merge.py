@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ._options import AllowAbsent
+from ._options import AllowAbsent, Base
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,13 +44,7 @@ def merge(
     out: Annotated[
         str, typer.Option(metavar="DIR", help="Directory for the merged model; it must be empty or not exist.")
     ],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="The base model: a directory, a name that `veneer pull` knows, or a hub id.",
-            show_default="the model that the adapters name",
-        ),
-    ] = None,
+    model: Base = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show the rounding loss of every merged tensor.")] = False,
     check_base: Annotated[
         bool, typer.Option(help="Refuse a base model other than the one that an adapter was trained on.")

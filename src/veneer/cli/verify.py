@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ._options import AllowAbsent
+from ._options import AllowAbsent, Base
 
 EXAMPLES = """
 Checks that the files load, that no tensor is all zero, that training
@@ -32,13 +32,7 @@ Examples:
 
 def verify(
     adapter: Annotated[Path, typer.Argument(help="Directory of the adapter.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="The base model: a directory, a name that `veneer pull` knows, or a hub id.",
-            show_default="the model that the adapter names",
-        ),
-    ] = None,
+    model: Base = None,
     follow_paths: Annotated[
         bool,
         typer.Option(
