@@ -185,7 +185,9 @@ def test_the_demo_says_how_to_use_what_it_made():
     import subprocess
 
     root = Path(__file__).parents[1]
-    done = subprocess.run(["make", "-n", "demo"], cwd=root, capture_output=True, text=True, check=True)
+    # `make test` itself may have started this: a make within a make prints its directory too.
+    alone = ["make", "--no-print-directory", "--dry-run", "demo"]
+    done = subprocess.run(alone, cwd=root, capture_output=True, text=True, check=True)
     output = yaml.safe_load((root / "examples" / "reminders.yaml").read_text())["output"]
     last = done.stdout.splitlines()[-1]
     assert f"veneer chat --adapter {output}" in last and ". .venv/bin/activate" in last
