@@ -226,6 +226,11 @@ def test_a_mistyped_dataset_is_asked_once(online, tmp_path, monkeypatch):
         (["train", "--lr", "1"], "there is no option --lr; here it is --learning-rate"),
         (["train", "--target-modules", "x"], "--targets"),
         (["train", "--lora_alpha", "3"], "here it is --option lora_alpha=VALUE"),
+        (["train", "--per-device-train-batch-size", "3"], "here it is --batch-size"),
+        (["train", "--lr-scheduler-type", "cosine"], "here it is --set schedule=VALUE"),
+        (["train", "--weight-decay", "0.1"], "here it is --set weight_decay=VALUE"),
+        (["eval", "--base_model", "x"], "here it is --model"),
+        (["merge", "a", "--out-dir", "b"], "here it is --out"),
         (["train", "--epoch", "3"], "there is no option --epoch; nearest: --epochs"),
         (["merge", "a", "--output", "b"], "there is no option --output; here it is --out"),
         (["chat", "--adapters", "a"], "here it is --adapter"),
@@ -268,6 +273,14 @@ def test_every_other_name_of_an_option_leads_to_one():
             options.update(parameter.opts)
     for name, here in _command.OTHER_NAMES.items():
         assert here.partition(" ")[0] in options, name
+
+
+def test_every_other_name_of_a_key_leads_to_one():
+    from veneer.files.recipe import OTHER_KEYS
+    from veneer.train.recipe import Recipe
+
+    assert set(OTHER_KEYS.values()) <= set(Recipe.model_fields)
+    assert not set(OTHER_KEYS) & set(Recipe.model_fields)
 
 
 def test_h_is_help():

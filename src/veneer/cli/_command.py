@@ -8,56 +8,25 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from veneer.errors import ConfigError, nearest
+from veneer.files.recipe import OTHER_KEYS
 
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 """The base class of the errors in arguments. typer carries its own copy of click, whose place differs by version."""
 OTHER_NAMES = {
-    "--lr": "--learning-rate",
-    "--base-model": "--model",
-    "--model-name-or-path": "--model",
-    "--base": "--model",
-    "--dataset": "--data",
-    "--train-data": "--data",
-    "--train-file": "--data",
-    "--validation-file": "--eval-data",
     "--out": "--output",
-    "--output-dir": "--output",
-    "--out-dir": "--output",
     "--output": "--out",
-    "--peft-type": "--method",
-    "--r": "--rank",
-    "--lora-r": "--rank",
-    "--target-modules": "--targets",
+    "--output-dir": "--out",
+    "--out-dir": "--out",
     "--lora-alpha": "--option lora_alpha=VALUE",
     "--lora-dropout": "--option lora_dropout=VALUE",
-    "--num-epochs": "--epochs",
-    "--num-train-epochs": "--epochs",
-    "--steps": "--max-steps",
-    "--per-device-train-batch-size": "--batch-size",
-    "--train-batch-size": "--batch-size",
-    "--gradient-accumulation-steps": "--accumulate",
-    "--grad-accum": "--accumulate",
-    "--max-seq-length": "--max-length",
-    "--max-seq-len": "--max-length",
-    "--cutoff-len": "--max-length",
     "--bf16": "--dtype bfloat16",
     "--fp32": "--dtype float32",
     "--adapters": "--adapter",
     "--adapter-path": "--adapter",
     "--peft-model": "--adapter",
     "--max-tokens": "--max-new-tokens",
-    "--warmup-ratio": "--set warmup=SHARE",
-    "--warmup-steps": "--set warmup=STEPS",
-    "--weight-decay": "--set weight_decay=VALUE",
-    "--lr-scheduler-type": "--set schedule=NAME",
-    "--optim": "--set optimizer=NAME",
-    "--save-steps": "--save-every",
-    "--eval-steps": "--eval-every",
-    "--logging-steps": "--set log_every=STEPS",
-    "--test-split": "--eval-split",
-    "--val-size": "--eval-split",
 }
-"""What options of other programs are called here."""
+"""What options of other programs that are no keys of a recipe are called here."""
 
 
 class Command(TyperCommand):
@@ -102,9 +71,22 @@ def _in_words(command: Any, error: Any) -> str:
 
 def _meant(typed: str, known: list[str]) -> str:
     """What an unknown option probably means, for an error message."""
-    here = OTHER_NAMES.get(typed.lower().replace("_", "-"), "")
-    if here.partition(" ")[0] in known:
-        return f"; here it is {here}"
+    typed = typed.lower().replace("_", "-")
+    for here in (_as_setting(typed, known), OTHER_NAMES.get(typed, "")):
+        if here.partition(" ")[0] in known:
+            return f"; here it is {here}"
     words = {name.lstrip("-"): name for name in known}
-    near = nearest(typed.lstrip("-").replace("_", "-"), words)
+    near = nearest(typed.lstrip("-"), words)
     return near.replace("nearest: ", "nearest: --").replace(", ", ", --")
+
+
+def _as_setting(typed: str, known: list[str]) -> str:
+    """The option for the recipe's key that an unknown option names by another program's name, or its own."""
+    from veneer.train.recipe import Recipe  # a slow import, needed only for an error
+
+    key = typed.lstrip("-").replace("-", "_")
+    key = OTHER_KEYS.get(key, key)
+    option = "--" + key.replace("_", "-")
+    if option in known:
+        return option
+    return f"--set {key}=VALUE" if key in Recipe.model_fields else ""

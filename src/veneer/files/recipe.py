@@ -1,4 +1,4 @@
-"""Reading recipes: the YAML files that describe training runs."""
+"""Recipes, the YAML files that describe training runs: reading them, and what other programs call their keys."""
 
 from __future__ import annotations
 
@@ -10,6 +10,44 @@ import yaml
 from ..errors import ConfigError
 
 RECIPE_NAME = "recipe.yaml"
+OTHER_KEYS = {
+    "base": "model",
+    "base_model": "model",
+    "model_name_or_path": "model",
+    "adapter": "method",
+    "peft_type": "method",
+    "lora_r": "rank",
+    "r": "rank",
+    "target_modules": "targets",
+    "dataset": "data",
+    "train_data": "data",
+    "train_file": "data",
+    "validation_file": "eval_data",
+    "test_split": "eval_split",
+    "val_size": "eval_split",
+    "cutoff_len": "max_length",
+    "max_seq_len": "max_length",
+    "max_seq_length": "max_length",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "steps": "max_steps",
+    "per_device_train_batch_size": "batch_size",
+    "train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "grad_accum": "accumulate",
+    "gradient_accumulation_steps": "accumulate",
+    "lr": "learning_rate",
+    "lr_scheduler_type": "schedule",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+    "optim": "optimizer",
+    "eval_steps": "eval_every",
+    "save_steps": "save_every",
+    "logging_steps": "log_every",
+    "out_dir": "output",
+    "output_dir": "output",
+}
+"""What keys of other programs' files are called in a recipe, and their options on the command line."""
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ..data.sources import Source, Strict
 from ..errors import ConfigError, listing, nearest
-from ..files.recipe import RECIPE_NAME
+from ..files.recipe import OTHER_KEYS, RECIPE_NAME
 from ..files.write import write_atomically
 
 PLAIN_NAME = re.compile(r"[\w.]+(\s*,\s*[\w.]+)*")
@@ -38,30 +38,6 @@ KINDS = {
     "model": "a path, or a mapping with a path",
 }
 """The beginnings of pydantic's errors of types, and the types in words."""
-OTHER_KEYS = {
-    "lr": "learning_rate",
-    "dataset": "data",
-    "base_model": "model",
-    "output_dir": "output",
-    "num_epochs": "epochs",
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "accumulate",
-    "max_seq_length": "max_length",
-    "target_modules": "targets",
-    "lora_r": "rank",
-    "r": "rank",
-    "warmup_ratio": "warmup",
-    "warmup_steps": "warmup",
-    "lr_scheduler_type": "schedule",
-    "optim": "optimizer",
-    "save_steps": "save_every",
-    "eval_steps": "eval_every",
-    "logging_steps": "log_every",
-    "adapter": "method",
-    "peft_type": "method",
-}
-"""What keys of other programs' files are called in a recipe."""
 
 
 class Recipe(Strict):
