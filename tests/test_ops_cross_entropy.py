@@ -166,6 +166,45 @@ def test_the_loss_of_torch_with_its_options(name, kwargs):
         torch.testing.assert_close(cross_entropy(got, labels, **settings), cross_entropy(want, labels, **settings))
 
 
+@pytest.mark.parametrize("settings", [{}, dict(modules_to_save=["lm_head"])], ids=["frozen", "learned"])
+@pytest.mark.parametrize("name", ["untied", "capped", "divided", "tied"])
+def test_the_loss_of_each_position(name, settings, monkeypatch):
+    """Every position gets a weight of its own from above, and calls need no labels."""
+    monkeypatch.setattr(op, "CHUNK_BYTES", 67 * 4 * 3)
+    model, call = adapted(name, **settings), batch(name)
+    labels = call.pop("labels")[:, 1:].flatten()
+    weights = torch.linspace(-1, 2, len(labels))
+    found = []
+    for plain in (False, True):
+        model.zero_grad()
+        with ops.plain("cross_entropy") if plain else nullcontext(), op.deferred(model.get_base_model()):
+            logits = model(**call).logits
+            losses = cross_entropy(logits[:, :-1].float().reshape(-1, 67), labels, reduction="none")
+        assert isinstance(logits, op.Logits) == (not plain) and losses.shape == labels.shape
+        assert plain or not logits.is_computed()
+        (losses * weights).sum().backward()
+        found.append((losses.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    (losses, grads), (true_losses, true_grads) = found
+    torch.testing.assert_close(losses, true_losses, rtol=2e-5, atol=2e-6)
+    assert grads.keys() == true_grads.keys() and grads
+    for key, grad in grads.items():
+        torch.testing.assert_close(grad, true_grads[key], rtol=1e-4, atol=2e-6, msg=key)
+
+
+def test_the_losses_of_each_position_without_gradients(monkeypatch):
+    monkeypatch.setattr(op, "CHUNK_BYTES", 67 * 4 * 3)
+    model, call = adapted("untied").eval(), batch("untied")
+    labels = call.pop("labels")[:, 1:].flatten()
+    with torch.no_grad():
+        want = cross_entropy(model(**call).logits[:, :-1].reshape(-1, 67), labels, reduction="none")
+        with op.deferred(model.get_base_model()):
+            logits = model(**call).logits
+        got = cross_entropy(logits[:, :-1].reshape(-1, 67), labels, reduction="none")
+    assert isinstance(logits, op.Logits) and not logits.is_computed()
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+    assert not isinstance(model(**call).logits, op.Logits)
+
+
 def test_shifts_are_noted_and_other_views_computed():
     model, call = adapted("untied"), batch("untied")
     logits = model(**call).logits

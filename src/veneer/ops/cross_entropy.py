@@ -7,12 +7,17 @@ yet. The model's own code runs unchanged. Scaling, soft-capping, casts, shifts a
 and `torch.nn.functional.cross_entropy` of the result is computed here. Every other operation gets the true values, with
 their graph, so `outputs.logits` can still be read.
 
-The gradient of a chunk is computed in the forward pass, as in Liger (arXiv:2410.10989).
+The gradient of a chunk is computed in the forward pass, as in Liger (arXiv:2410.10989). It is the gradient of each
+position's own loss, so losses that are not summed (`reduction="none"`) work in the same way: the backward pass
+multiplies each position's gradient by what comes from above.
+
+Under `deferred`, calls without labels do so too, for code that computes a loss of its own from the logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +43,10 @@ METHODS = ("size", "dim", "numel", "is_floating_point", "is_complex", "ndimensio
 FACTS = {getattr(Tensor, name).__get__ for name in PROPERTIES} | {getattr(Tensor, name) for name in METHODS}
 """What can be read from logits without computing them."""
 CASTS = ("float", "to", "contiguous")
+LENT = "_veneer_lent"
+"""The model's attribute with the head whose `forward` is replaced."""
+DEFERRED = "_veneer_deferred"
+"""The model's attribute that is there inside `deferred`."""
 
 
 class Step(NamedTuple):
@@ -49,10 +58,12 @@ class Step(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """A summed loss and its gradients."""
+    """The loss of some positions and its gradients."""
 
-    total: Tensor
+    losses: Tensor
+    """Of each position (n,); or a scalar, their sum."""
     hidden: Tensor
+    """Its gradient (n, in) in the hidden states."""
     learned: tuple[Tensor, ...]
     """The gradients of the head's trained parameters."""
 
@@ -204,13 +215,30 @@ class _Sum(torch.autograd.Function):
     ) -> Tensor:
         loss = _in_chunks(hidden, labels, head, steps, smoothing)
         ctx.save_for_backward(loss.hidden, *loss.learned)
-        return loss.total
+        return loss.losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
         grad, *grads = (g * upstream.to(g.dtype) for g in ctx.saved_tensors)
         return grad, None, None, None, None, *grads
+
+
+class _Each(torch.autograd.Function):
+    """The loss of each position, for hidden states (n, in), labels (n,) and a frozen head: (n,)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: Head, steps: Any, smoothing: float) -> Tensor:
+        losses, grad = _each_in_chunks(hidden, labels, head, steps, smoothing, ctx.needs_input_grad[0])
+        if grad is not None:
+            ctx.save_for_backward(grad)
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        (grad,) = ctx.saved_tensors
+        return grad * upstream[:, None].to(grad.dtype), None, None, None, None
 
 
 def linear_cross_entropy(
@@ -223,16 +251,19 @@ def linear_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy of the logits that `head`, then `steps`, make of hidden states (n, in); a scalar.
+    """Cross-entropy of the logits that `head`, then `steps`, make of hidden states (n, in).
 
     Args:
         labels: (n,); positions with the label `ignore_index` are not computed.
-        reduction: "mean" over supervised positions, or "sum".
+        reduction: "mean" over supervised positions, "sum", or "none": (n,), zero at positions that are ignored.
     """
     supervised = _supervised(labels, ignore_index)
     count = len(supervised)
     if count < len(labels):
         hidden = hidden.index_select(0, supervised)
+    if reduction == "none":
+        losses = _each(hidden, labels[supervised], head, steps, label_smoothing)
+        return losses.new_zeros(len(labels)).index_copy(0, supervised, losses)
     total = _Sum.apply(hidden, labels[supervised], head, steps, label_smoothing, *head.learned)
     if reduction == "mean":
         return total / torch.tensor(count, dtype=total.dtype)
@@ -253,6 +284,33 @@ def reference(
     return plain_cross_entropy(_after(head(hidden), steps), labels, **kwargs)
 
 
+def _each(hidden: Tensor, labels: Tensor, head: Head, steps: tuple[Step, ...], smoothing: float) -> Tensor:
+    """The loss of each position (n,), in fp32."""
+    if head.is_frozen:
+        return _Each.apply(hidden, labels, head, steps, smoothing)
+    logits = _after(head(hidden), steps)
+    return plain_cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
+
+
+def _each_in_chunks(
+    hidden: Tensor, labels: Tensor, head: Head, steps: tuple[Step, ...], smoothing: float, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The loss of each position, and the gradient of each in the hidden states if it is wanted."""
+    losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+    grad = torch.empty_like(hidden) if with_grad else None
+    size = max(1, CHUNK_BYTES // (4 * head.width))
+    for start in range(0, len(hidden), size):
+        part = slice(start, start + size)
+        if grad is None:
+            z = _after(linear(hidden[part], *head.parameters()), steps).float()
+            losses[part] = plain_cross_entropy(z, labels[part], reduction="none", label_smoothing=smoothing)
+        else:
+            chunk = _frozen_chunk(hidden[part], labels[part], head, steps, smoothing)
+            losses[part] = chunk.losses
+            grad[part] = chunk.hidden
+    return losses, grad
+
+
 def _in_chunks(hidden: Tensor, labels: Tensor, head: Head, steps: Any, smoothing: float) -> Loss:
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     grad = torch.empty_like(hidden)
@@ -262,7 +320,7 @@ def _in_chunks(hidden: Tensor, labels: Tensor, head: Head, steps: Any, smoothing
     chunks = zip(hidden.split(size), labels.split(size), grad.split(size), strict=True)
     for h, t, grad_h in chunks:
         chunk = compute(h, t, head, steps, smoothing)
-        total += chunk.total
+        total += chunk.losses.sum()
         grad_h.copy_(chunk.hidden)
         for accumulated, part in zip(learned, chunk.learned, strict=True):
             accumulated += part
@@ -270,7 +328,7 @@ def _in_chunks(hidden: Tensor, labels: Tensor, head: Head, steps: Any, smoothing
 
 
 def _frozen_chunk(h: Tensor, t: Tensor, head: Head, steps: tuple[Step, ...], smoothing: float) -> Loss:
-    """The loss of a chunk for a frozen linear head."""
+    """The losses of a chunk for a frozen linear head."""
     W, b = head.parameters()
     z = linear(h, W, b)
     if all(step.func.__name__ in CASTS for step in steps):
@@ -285,7 +343,7 @@ def _frozen_chunk(h: Tensor, t: Tensor, head: Head, steps: tuple[Step, ...], smo
 
 
 def _gradient(z: Tensor, t: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """The summed loss of logits (n, vocabulary), and its gradient: softmax minus target.
+    """The losses (n,) of logits (n, vocabulary), and their gradient: softmax minus target.
 
     Uses torch's log_softmax to have the same rounding as the plain path: a more exact sum of the exponentials (its
     error here is 1e-5) would move first gradients 1e-4 away from the plain path's.
@@ -299,7 +357,7 @@ def _gradient(z: Tensor, t: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
     if smoothing:
         p.sub_(smoothing / z.shape[1])
     p.scatter_add_(1, t[:, None], torch.full_like(target, smoothing - 1))
-    return loss.sum(), p
+    return loss.squeeze(1), p
 
 
 def _module_chunk(h: Tensor, t: Tensor, head: Head, steps: tuple[Step, ...], smoothing: float) -> Loss:
@@ -328,7 +386,7 @@ def _fast(
 ) -> Tensor | None:
     """`torch.nn.functional.cross_entropy` of logits that are not computed; None for options without a fast path."""
     has_options = weight is not None or size_average is not None or reduce is not None
-    if has_options or reduction == "none":
+    if has_options:
         return None
     if logits.dim() != 2 or target.dim() != 1 or target.is_floating_point():
         return None
@@ -387,22 +445,32 @@ def _keeps_last(index: tuple[Any, ...], dims: int) -> bool:
 # Installation
 
 
+@contextmanager
+def deferred(model: nn.Module) -> Iterator[None]:
+    """Let the head of an adapted model return `Logits` in every call inside the block, with or without labels."""
+    model.__dict__[DEFERRED] = True
+    try:
+        yield
+    finally:
+        del model.__dict__[DEFERRED]
+
+
 def replace_forward(model: Any, kwargs: dict[str, Any]) -> None:
     """Let the model's head return `Logits` in this training call."""
     is_supervised = kwargs.get("labels") is not None and takes_part(model)
-    if not is_supervised or not is_fast("cross_entropy"):
+    if not (is_supervised or DEFERRED in model.__dict__) or not is_fast("cross_entropy"):
         return
     module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if module is None or not _is_replaceable(model, module):
         return
     head = Head(module, module.weight.shape[0], module.weight)
     module.__dict__["forward"] = lambda hidden: Logits(head, hidden)
-    model.__dict__["_veneer_lent"] = module
+    model.__dict__[LENT] = module
 
 
 def restore_forward(model: Any) -> None:
     """Give the head its own `forward` back after the call."""
-    module = model.__dict__.pop("_veneer_lent", None)
+    module = model.__dict__.pop(LENT, None)
     if module is not None:
         module.__dict__.pop("forward", None)
 
