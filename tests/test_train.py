@@ -329,6 +329,24 @@ def test_untrustworthy_runs_end_with_the_reason(base, data, tmp_path, monkeypatc
     failing(DataError, "holds no rows", base, str(empty), tmp_path / "e")
 
 
+def test_a_run_that_learns_nothing_any_more_ends_with_the_reason(base, data, tmp_path, monkeypatch):
+    """As with a rate so high that every activation is saturated. A loss of 0 needs no gradient."""
+    true = trainer.ExactTrainer.compute_loss
+
+    def without_gradient(scale: float):
+        def compute_loss(self, *args, **kwargs):
+            loss = true(self, *args, **kwargs)
+            return scale * loss.detach() + 0 * loss
+
+        return compute_loss
+
+    monkeypatch.setattr(trainer.ExactTrainer, "compute_loss", without_gradient(1.0))
+    words = "the loss is 5.* but its gradient 0, as in the steps before, at step 3: the run stops. Try a lower"
+    failing(TrainingError, words, base, data, tmp_path / "dead", max_steps=5)
+    monkeypatch.setattr(trainer.ExactTrainer, "compute_loss", without_gradient(0.0))
+    failing(TrainingError, "did not change", base, data, tmp_path / "done", max_steps=5)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

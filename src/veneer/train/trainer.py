@@ -35,6 +35,11 @@ WHOLE = "complete"
 """Name of the empty file that marks a checkpoint as completely written."""
 
 
+DEAD = 3
+"""So many logs in a row with a loss but a gradient of exactly 0 end a run: it learns nothing any more. Adapters that a
+rate far too high has blown up do so, if they saturate the model instead of making it overflow."""
+
+
 @dataclass
 class Terms:
     """The sum of the method's own loss terms over some steps, such as AdaLoRA's orthogonality."""
@@ -67,6 +72,8 @@ class ExactTrainer(Trainer):
         self.sampler = sampler
         self.meter = meter
         self.terms = Terms()
+        self.dead = 0
+        """Logs in a row with a loss and without a gradient."""
         self.add_callback(meter)
         self.add_callback(_Epochs(sampler))
 
@@ -140,23 +147,28 @@ class ExactTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as Trainer does, with speed and memory; raise TrainingError if the loss or gradient is not finite.
+        """Log as Trainer does, with speed and memory; raise TrainingError if the run cannot learn any more.
 
         The loss is that of the data. What the method's own terms add to it is logged as `method_loss`.
         """
         for name in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(logs.get(name, 0.0)):
-                raise TrainingError(
-                    f"{name} is {logs[name]} at step {self.state.global_step}: the run stops. Try a lower "
-                    f"learning_rate (now {self.args.learning_rate:g}), a longer warmup, or dtype: float32, and check "
-                    "the data"
-                )
+                raise self._hopeless(f"{name} is {logs[name]}")
         if "loss" in logs:
+            self.dead = self.dead + 1 if logs["loss"] > 0 and logs.get("grad_norm") == 0 else 0
+            if self.dead == DEAD:
+                raise self._hopeless(f"the loss is {logs['loss']:g} but its gradient 0, as in the steps before,")
             logs = logs | {"tokens_per_second": self.meter.speed(), "rss_bytes": rss()}
             added = self._mean_terms()
             if added:
                 logs = logs | {"loss": logs["loss"] - added, "method_loss": added}
         super().log(logs, start_time)
+
+    def _hopeless(self, what: str) -> TrainingError:
+        return TrainingError(
+            f"{what} at step {self.state.global_step}: the run stops. Try a lower learning_rate (now "
+            f"{self.args.learning_rate:g}), a longer warmup, or dtype: float32, and check the data"
+        )
 
     def _mean_terms(self) -> float:
         """What the method's loss terms added to the loss, per step since the last call, over all processes."""
