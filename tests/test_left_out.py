@@ -114,8 +114,8 @@ def test_a_run_tells_of_empty_answers_and_refuses_nothing_but(has_template, tmp_
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "--column completion=chosen.*DPOTrainer"),
-        ({"chosen": [], "rejected": []}, "--column messages=chosen.*DPOTrainer"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "--objective dpo.*--column completion=chosen"),
+        ({"chosen": [], "rejected": []}, "--objective dpo.*--column messages=chosen"),
         ({"prompt": "a", "completion": "b", "label": True}, "label that says whether it is good.*KTOTrainer"),
     ],
 )

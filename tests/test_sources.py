@@ -151,5 +151,5 @@ def test_content_in_parts_is_joined_or_refused():
 
 
 def test_preferences_are_pointed_to_what_takes_them():
-    with pytest.raises(DataError, match="a chosen and a rejected answer.*DPOTrainer"):
+    with pytest.raises(DataError, match="a chosen and a rejected answer.*--objective dpo"):
         example(prompt="q", chosen="a", rejected="b")

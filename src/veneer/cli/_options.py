@@ -51,7 +51,7 @@ Set = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Any other key of the recipe, such as warmup=0.1, or setting of the method. Repeatable.",
+        help="Any other key of the recipe, such as warmup=0.1, or setting of the objective or the method. Repeatable.",
         rich_help_panel="Run",
     ),
 ]
@@ -90,21 +90,23 @@ def add_settings(content: dict[str, Any], set_: list[str] | None, option: list[s
     """Add the values of --set and --option to a recipe's content.
 
     --option gives settings of the method. --set gives a key of the recipe; a name that is no key, but a setting of the
-    method, is taken as that.
+    objective or the method, is taken as that.
     """
-    from veneer.train.recipe import Recipe, is_method_setting
+    from veneer.train.recipe import Recipe, is_method_setting, is_objective_setting
 
-    options = dict(content.get("options") or {})
+    settings = {name: dict(content.get(name) or {}) for name in ("options", "objective_options")}
     for name, text in pairs(set_ or []):
-        is_key = name in Recipe.model_fields
-        if not is_key and is_method_setting(content.get("method", "lora"), name):
-            options[name] = value(text)
+        if name in Recipe.model_fields:
+            content[name] = value(text)
+        elif is_objective_setting(content.get("objective", "sft"), name):
+            settings["objective_options"][name] = value(text)
+        elif is_method_setting(content.get("method", "lora"), name):
+            settings["options"][name] = value(text)
         else:
             content[name] = value(text)
     for name, text in pairs(option or []):
-        options[name] = value(text)
-    if options:
-        content["options"] = options
+        settings["options"][name] = value(text)
+    content |= {name: given for name, given in settings.items() if given}
 
 
 def value(text: str) -> Any:

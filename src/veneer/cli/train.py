@@ -24,6 +24,9 @@ hub datasets. The columns decide what is learned:
   question, answer                the answer
   text, label                     the class
   text                            the whole text
+  prompt, chosen, rejected        that the chosen answer is better than the
+                                  rejected one, with --objective dpo, orpo
+                                  or simpo
 
 A recipe is a YAML file. Its keys are the names of the flags below, with
 underscores, and some more that --set can also give, such as warmup,
@@ -39,6 +42,10 @@ Examples:
 
   # flags override the recipe
   veneer train recipe.yaml --rank 32 --epochs 2
+
+  # learn from pairs of a chosen and a rejected answer
+  veneer train --model smollm2-135m-instruct --data pairs.jsonl --output out
+      --objective dpo --set beta=0.2
 
   # continue after a crash
   veneer train --output out --resume
@@ -90,6 +97,15 @@ def train(
     rank: Rank = None,
     targets: Targets = None,
     option: Option = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="What is learned. sft: to write the answers of the data; dpo, orpo or simpo: to prefer the chosen "
+            "answer of a pair to the rejected one.",
+            show_default="sft",
+            rich_help_panel="Model and method",
+        ),
+    ] = None,
     column: Column = None,
     split: Annotated[
         str | None,

@@ -129,15 +129,27 @@ def _change_loss(state: State, output: Any) -> None:
             output.loss = replacement
     if not torch.is_grad_enabled():
         return
+    terms = loss_terms(state)
+    if terms is not None:
+        terms = terms.to(output.loss)
+        output.loss = output.loss + terms
+        state.facts[LOSS_TERMS] = state.facts.get(LOSS_TERMS, 0.0) + terms.detach()
+
+
+def loss_terms(state: State) -> Tensor | None:
+    """The sum of the terms that methods in training add to a loss, such as AdaLoRA's orthogonality; None without any.
+
+    A call with labels adds them to the model's loss; a caller that computes another loss adds them itself.
+    """
+    total = None
     for name in state.live():
         if name not in state.trainable:
             continue
         term = state.configs[name].loss(list(state.adapters(name).values()))
         if term is not None:
             term = term.full_tensor() if hasattr(term, "full_tensor") else term
-            term = term.to(output.loss)
-            output.loss = output.loss + term
-            state.facts[LOSS_TERMS] = state.facts.get(LOSS_TERMS, 0.0) + term.detach()
+            total = term if total is None else total + term
+    return total
 
 
 def called(state: State) -> list[str]:

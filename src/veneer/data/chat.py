@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ..errors import DataError
@@ -36,6 +36,10 @@ class Rendered:
     spans: list[Span]
     ended: bool
     """The assistant's last turn ends with a stop token, or the assistant has no turn."""
+
+    def learned_from(self, turn: int) -> Rendered:
+        """The same text without the spans of the assistant's first turns."""
+        return replace(self, spans=self.spans[turn:])
 
 
 class MarkedCall(NamedTuple):

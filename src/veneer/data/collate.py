@@ -81,15 +81,20 @@ class Rows(Dataset[Any]):
     def __getitem__(self, i: int) -> Encoded:
         if i < len(self.rows):
             return self.rows[i]
-        return self._blank()
+        return _blank(self.rows[0])
 
-    def _blank(self) -> Encoded:
-        """The first row cut to one token, with its labels masked."""
-        blank: Encoded = {}
-        for name, value in self.rows[0].items():
+
+def _blank(row: Encoded) -> Encoded:
+    """A row, or a pair of rows, cut to one token, with its labels masked."""
+    blank: Encoded = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            blank[name] = _blank(value)
+        else:
             blank[name] = value[:1] if isinstance(value, list) else value
+    if "labels" in blank:
         blank["labels"] = [IGNORED] if isinstance(blank["labels"], list) else IGNORED
-        return blank
+    return blank
 
 
 class Shuffled(Sampler[int]):

@@ -135,6 +135,8 @@ class Encoder:
         if self.template is None:
             return self._untemplated(example.place, messages)
         rendered = self.template.render(example.place, messages, example.tools)
+        if example.learned_from:
+            rendered = rendered.learned_from(_turns(messages[: example.learned_from]))
         for part in self.template.left_out(rendered.text, messages, example.tools):
             self.account.noticed(part, example.place)
         if rendered.ended:
@@ -255,14 +257,15 @@ class Encoder:
                 return None
             account.cut_rows += 1
             account.cut_tokens += length - self.max_length
-            encoded = self._cut(encoded)
+            encoded = self.cut(encoded)
         if not encoded["input_ids"] or not learned_tokens(encoded):
             account.touched(place)
             account.unlearned_rows += 1
             return None
         return encoded
 
-    def _cut(self, encoded: Encoded) -> Encoded:
+    def cut(self, encoded: Encoded) -> Encoded:
+        """The row with at most `max_length` tokens."""
         cut: Encoded = {}
         for name, value in encoded.items():
             cut[name] = value[: self.max_length] if isinstance(value, list) else value
@@ -272,6 +275,11 @@ class Encoder:
         self.account.kept += 1
         self.account.tokens += len(encoded["input_ids"])
         self.account.supervised_tokens += learned_tokens(encoded)
+
+
+def _turns(messages: Sequence[dict[str, Any]]) -> int:
+    """How many of the messages are the assistant's."""
+    return sum(message["role"] in LEARNED_ROLES for message in messages)
 
 
 def _remarkable(messages: Sequence[dict[str, Any]]) -> list[str]:

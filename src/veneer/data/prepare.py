@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 from ..errors import ConfigError, DataError
 from .encode import EMPTY, Account, Encoded, Encoder
 from .packing import pack
+from .preferences import PairEncoder, preferences
 from .shapes import Example, shape_of, understand
 from .sources import Source, rows
 
@@ -36,13 +37,17 @@ class Request(Protocol):
     streaming: bool
     seed: int
 
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether each row has a chosen and a rejected answer."""
+
 
 @dataclass
 class Data:
     """Encoded rows for training and evaluation, with counts of what was cut or dropped."""
 
     train: Any
-    """A list of encoded rows; an iterable dataset when streaming."""
+    """A list of encoded rows or pairs; an iterable dataset when streaming."""
     evaluation: list[Encoded] | None
     labels: list[str] | None
     """The classes, for classification."""
@@ -63,9 +68,9 @@ def prepare(recipe: Request, tokenizer: Any, facts: tuple[str, ...] = ()) -> Dat
     """
     if recipe.streaming:
         return _streamed(recipe, tokenizer, facts)
-    sources = [list(examples(source, recipe.task, facts)) for source in recipe.data]
-    eval_examples = _all_examples(recipe.eval_data, recipe, facts)
-    labels = _labels(recipe, [*chain.from_iterable(sources), *eval_examples])
+    sources = [list(_read(source, recipe, facts)) for source in recipe.data]
+    eval_examples = list(chain.from_iterable(_read(source, recipe, facts) for source in recipe.eval_data))
+    labels = None if recipe.reads_pairs else _labels(recipe, [*chain.from_iterable(sources), *eval_examples])
     encoder = _encoder(recipe, tokenizer, labels)
     encoded = [list(encoder.encode(source)) for source in sources]
     evaluation = None
@@ -95,11 +100,11 @@ def _mixed(recipe: Request, encoded: list[list[Encoded]], generator: random.Rand
     return pack(train, recipe.max_length)
 
 
-def _all_examples(sources: Sequence[Source], recipe: Request, facts: tuple[str, ...]) -> list[Example]:
-    every: list[Example] = []
-    for source in sources:
-        every += examples(source, recipe.task, facts)
-    return every
+def _read(source: Source, recipe: Request, facts: tuple[str, ...]) -> Iterator[Any]:
+    """The rows of a source as `Example`s, or as `Pair`s."""
+    if recipe.reads_pairs:
+        return preferences(source, facts)
+    return examples(source, recipe.task, facts)
 
 
 def examples(source: Source, task: str = "auto", facts: tuple[str, ...] = ()) -> Iterator[Example]:
@@ -114,6 +119,8 @@ def examples(source: Source, task: str = "auto", facts: tuple[str, ...] = ()) ->
 
 def is_classification(recipe: Request) -> bool:
     """Whether the recipe trains a classifier: by its task, or else by the first row of its data."""
+    if recipe.reads_pairs:
+        return False
     if recipe.task != "auto":
         return recipe.task == "classification"
     first = next(examples(recipe.data[0]))
@@ -144,10 +151,12 @@ def _label_order(name: str) -> tuple[bool, int, str]:
     return not is_number, value, name
 
 
-def _encoder(recipe: Request, tokenizer: Any, labels: list[str] | None) -> Encoder:
+def _encoder(recipe: Request, tokenizer: Any, labels: list[str] | None) -> Encoder | PairEncoder:
+    if recipe.reads_pairs and recipe.packing:
+        raise ConfigError("packing puts several rows into one sequence; pairs are compared with each other: set it off")
     if labels is not None and recipe.packing:
         raise ConfigError("packing puts several rows into one sequence, which has one class; set packing off")
-    return Encoder(
+    encoder = Encoder(
         tokenizer,
         recipe.max_length,
         long_rows=recipe.long_rows,
@@ -155,6 +164,7 @@ def _encoder(recipe: Request, tokenizer: Any, labels: list[str] | None) -> Encod
         template_file=recipe.chat_template,
         labels=labels,
     )
+    return PairEncoder(encoder) if recipe.reads_pairs else encoder
 
 
 def _check_learned(account: Account, what: str) -> None:
@@ -168,6 +178,8 @@ def _check_learned(account: Account, what: str) -> None:
         raise DataError(
             f"all {account.rows} rows of {what} are dropped: {account.too_long_rows} are too long for max_length"
         )
+    if account.notes and not account.unlearned_rows:
+        raise DataError(f"no row of {what} can be learned from: {'; '.join(account.remarks())}")
     raise DataError(
         f"all labels are masked: none of the {account.rows} rows of {what} has a token to learn "
         f"({account.cut_rows} were cut to max_length); check that the data has answers, and that max_length has room "
@@ -226,7 +238,7 @@ def _streamed(recipe: Request, tokenizer: Any, facts: tuple[str, ...]) -> Data:
     encoder = _encoder(recipe, tokenizer, labels)
 
     def stream(source: Source) -> Iterator[Encoded]:
-        yield from encoder.encode(examples(source, recipe.task, facts))
+        yield from encoder.encode(_read(source, recipe, facts))
 
     if next(stream(recipe.data[0]), None) is None:
         _check_learned(encoder.account, "the data")
@@ -240,7 +252,7 @@ def _streamed(recipe: Request, tokenizer: Any, facts: tuple[str, ...]) -> Data:
     eval_account = None
     if recipe.eval_data:
         eval_encoder = _encoder(recipe, tokenizer, labels)
-        eval_examples = _all_examples(recipe.eval_data, recipe, facts)
+        eval_examples = chain.from_iterable(_read(source, recipe, facts) for source in recipe.eval_data)
         evaluation = list(eval_encoder.encode(eval_examples)) or None
         eval_account = eval_encoder.account
     return Data(train, evaluation, labels, encoder.account, eval_account, None)

@@ -13,7 +13,7 @@ A row with the columns of several shapes has the first of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -59,6 +59,8 @@ class Example:
     tools: list[Any] | None = None
     text: str | None = None
     label: str | None = None
+    learned_from: int = 0
+    """The first message that may be learned; those before it are a prompt, whoever says them."""
     facts: dict[str, int] = field(default_factory=dict)
     """Integers that the method reads per row, such as `task_ids`."""
 
@@ -72,7 +74,7 @@ def shape_of(place: str, row: Mapping[str, Any], task: str = "auto") -> str:
     shapes = {"label": SHAPES["label"]} if task == "classification" else SHAPES
     if isinstance(row.get("label"), bool) and "completion" in row:
         raise DataError(
-            f"{place} has a completion and a label that says whether it is good. veneer train learns every completion: "
+            f"{place} has a completion and a label that says whether it is good, but every completion is learned here: "
             "leave out the bad ones, and the column label, or train on both with TRL's KTOTrainer and "
             "peft_config=LoraConfig()"
         )
@@ -84,26 +86,26 @@ def shape_of(place: str, row: Mapping[str, Any], task: str = "auto") -> str:
     if all(column in row for column in PREFERENCES):
         ours = "completion" if "prompt" in row else "messages"
         raise DataError(
-            f"{place} has a chosen and a rejected answer. veneer train learns from one answer: name it with columns "
-            f"(--column {ours}=chosen), or train on preferences with TRL's DPOTrainer and peft_config=LoraConfig()"
+            f"{place} has a chosen and a rejected answer. To learn from both, train with --objective dpo, orpo or simpo; "
+            f"to take one as the answer, name it with columns (--column {ours}=chosen)"
         )
     present = ", ".join(row) or "(none)"
-    slips = _likely_slips(row, shapes)
+    meant = slips(row, chain.from_iterable(shapes.values()))
     needed = ", or ".join(" and ".join(columns) for columns in shapes.values())
     raise DataError(
-        f"{place} has the columns {present}{slips}; it needs {needed}. Name them with columns (--column OURS=THEIRS)"
+        f"{place} has the columns {present}{meant}; it needs {needed}. Name them with columns (--column OURS=THEIRS)"
     )
 
 
-def _likely_slips(row: Mapping[str, Any], shapes: Mapping[str, tuple[str, ...]]) -> str:
-    """The unknown columns of a row that resemble a needed one, for an error message."""
-    known = list(chain.from_iterable(shapes.values()))
-    slips = ""
+def slips(row: Mapping[str, Any], columns: Iterable[str]) -> str:
+    """The unknown columns of a row that resemble one of those needed, for an error message."""
+    known = list(columns)
+    found = ""
     for column in row:
         hint = nearest(column, known, 1)
         if column not in known and hint:
-            slips += f" ({column}{hint})"
-    return slips
+            found += f" ({column}{hint})"
+    return found
 
 
 def understand(place: str, row: Mapping[str, Any], shape: str, facts: tuple[str, ...] = ()) -> Example:
@@ -112,25 +114,27 @@ def understand(place: str, row: Mapping[str, Any], shape: str, facts: tuple[str,
     Raises:
         DataError: a column is missing or of the wrong type.
     """
-    numbers: dict[str, int] = {}
-    for name in facts:
-        if row.get(name) is not None:
-            numbers[name] = _number(place, row, name)
+    numbers = integers(place, row, facts)
     if shape in ("text", "label"):
         text = _text(place, row, "text")
         label = _label(place, row) if shape == "label" else None
         return Example(place, text=text, label=label, facts=numbers)
     tools = row.get("tools")
     if shape in ("messages", "conversations"):
-        return Example(place, _messages(place, row, shape), tools, facts=numbers)
+        return Example(place, messages_in(place, row, shape), tools, facts=numbers)
     return Example(place, _exchange(place, row, shape), tools, facts=numbers)
+
+
+def integers(place: str, row: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, int]:
+    """The integers in the named columns, as far as the row has them."""
+    return {name: _number(place, row, name) for name in names if row.get(name) is not None}
 
 
 def _exchange(place: str, row: Mapping[str, Any], question_column: str) -> list[dict[str, Any]]:
     """A question and its answer as messages."""
     answer_column = QUESTIONS[question_column]
     if isinstance(row.get(question_column), list):
-        return _messages(place, row, question_column) + _messages(place, row, answer_column)
+        return messages_in(place, row, question_column) + messages_in(place, row, answer_column)
     question = _text(place, row, question_column)
     if question_column == "instruction" and row.get("input"):
         question += "\n\n" + _text(place, row, "input")
@@ -141,17 +145,17 @@ def _exchange(place: str, row: Mapping[str, Any], question_column: str) -> list[
     ]
 
 
-def _messages(place: str, row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
+def messages_in(place: str, row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
     """The messages in a column: without null fields, with the roles of chat templates, content parts joined."""
     messages = row.get(column)
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"{place}: {column} must be a list of messages, not {_short(messages)}")
+        raise DataError(f"{place}: {column} must be a list of messages, not {short(messages)}")
     cleaned = []
     for message in messages:
         if isinstance(message, dict) and "role" not in message and "from" in message:
             message = {"role": message["from"], "content": message.get("value")}
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(f"{place}: a message is {{role, content}}, not {_short(message)}")
+            raise DataError(f"{place}: a message is {{role, content}}, not {short(message)}")
         fields = {key: value for key, value in message.items() if value is not None}
         fields["role"] = _role(message["role"])
         if isinstance(fields.get("content"), list):
@@ -193,21 +197,21 @@ def _joined(place: str, parts: list[Any]) -> str:
         elif isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:
-            raise DataError(f"{place}: a message has a part that is not text: {_short(part)}")
+            raise DataError(f"{place}: a message has a part that is not text: {short(part)}")
     return "".join(texts)
 
 
 def _text(place: str, row: Mapping[str, Any], column: str) -> str:
     value = row.get(column)
     if not isinstance(value, str):
-        raise DataError(f"{place}: {column} must be text, not {_short(value)}")
+        raise DataError(f"{place}: {column} must be text, not {short(value)}")
     return value
 
 
 def _label(place: str, row: Mapping[str, Any]) -> str:
     value = row["label"]
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-        raise DataError(f"{place}: label must be a name or a whole number, not {_short(value)}")
+        raise DataError(f"{place}: label must be a name or a whole number, not {short(value)}")
     return str(value)
 
 
@@ -216,10 +220,10 @@ def _number(place: str, row: Mapping[str, Any], column: str) -> int:
     try:
         return int(value)
     except (TypeError, ValueError):
-        raise DataError(f"{place}: {column} must be a whole number, not {_short(value)}") from None
+        raise DataError(f"{place}: {column} must be a whole number, not {short(value)}") from None
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """The value in at most 60 characters, for an error message."""
     text = repr(value)
     if len(text) <= 60:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..data.collate import Shuffled
 from ..data.encode import Account
+from ..data.preferences import tokens_of
 from ..data.prepare import prepare
 from ..train.recipe import Recipe
 from ..train.setup import facts_of, load_tokenizer, within_positions
@@ -59,7 +60,7 @@ def epoch_of(recipe: Recipe) -> Epoch:
     data = prepare(recipe, load_tokenizer(recipe), facts_of(recipe))
     account = data.account
     counts = {name: getattr(account, name) for name in COUNTED}
-    train_lengths = [len(row["input_ids"]) for row in data.train]
+    train_lengths = [tokens_of(row) for row in data.train]
     return Epoch(
         **counts,
         longest=max(account.lengths),

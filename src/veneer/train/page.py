@@ -83,6 +83,9 @@ def render(content: dict[str, Any]) -> str:
         r=content,
         task=task(content),
         name=_last(content["model"]),
+        pairs=is_on_pairs(content),
+        accuracy=_accuracy(content),
+        measures=measures(content),
         curves=curves(content),
         heats=heats(content["layers"]),
         bars=bars(content["data"]["lengths"], recipe["max_length"]),
@@ -99,11 +102,18 @@ def task(content: dict[str, Any]) -> str:
     """What was learned from which data, as the title of the page."""
     sources = [_last(source["path"]) for source in content["recipe"]["data"]]
     learned = "Answers"
-    if content["labels"]:
+    if is_on_pairs(content):
+        learned = "Preferences"
+    elif content["labels"]:
         learned = f"Classes ({_named(content['labels'])})"
     elif is_plain_text(content):
         learned = "Text"
     return f"{learned} learned from {_named(sources)}"
+
+
+def is_on_pairs(content: dict[str, Any]) -> bool:
+    """Whether each row has a chosen and a rejected answer."""
+    return bool(content["recipe"]["objective"] != "sft")
 
 
 def is_plain_text(content: dict[str, Any]) -> bool:
@@ -168,19 +178,58 @@ def curves(content: dict[str, Any]) -> list[Curve]:
     """Charts of loss, learning rate, speed and memory over the steps."""
     history = content["history"]
     evaluations = (content["eval"] or {}).get("history", [])
-    unit = "row" if content["labels"] else "token"
     marks = _series(evaluations, "loss")
     return [
-        curve("Loss", f"nats per {unit}", _series(history, "loss"), marks, is_noisy=True, may_be_log=True),
+        curve("Loss", _unit(content), _series(history, "loss"), marks, is_noisy=True, may_be_log=True),
+        *_of_rewards(content, evaluations),
         curve("Learning rate", "rate", _series(history, "learning_rate"), floor=0.0),
         curve("Speed", "tokens per second", _series(history, "tokens_per_second"), floor=0.0, is_noisy=True),
         curve("Memory", "GB", _series(history, "rss_bytes", 1e-9), floor=0.0),
     ]
 
 
+def _unit(content: dict[str, Any]) -> str:
+    """What the loss is measured in."""
+    if is_on_pairs(content):
+        return f"{content['recipe']['objective']} loss per pair"
+    return f"nats per {'row' if content['labels'] else 'token'}"
+
+
+def _of_rewards(content: dict[str, Any], evaluations: list[dict[str, Any]]) -> list[Curve]:
+    """Charts of what the rewards say of the pairs of a step; none for other objectives."""
+    if not is_on_pairs(content):
+        return []
+    history = content["history"]
+    right = _series(history, "reward_accuracy", 100)
+    margin = _series(history, "reward_margin")
+    return [
+        curve("Chosen answer preferred", "% of pairs", right, _series(evaluations, "accuracy", 100), is_noisy=True),
+        curve("Margin of the rewards", "reward", margin, _series(evaluations, "margin"), is_noisy=True),
+    ]
+
+
 def _series(history: list[dict[str, Any]], name: str, scale: float = 1.0) -> list[Point]:
     """(step, value) of each entry that has the value."""
     return [(entry["step"], entry[name] * scale) for entry in history if entry.get(name) is not None]
+
+
+# Evaluations
+
+SPELLED = {"loss": "{:.4f}".format, "accuracy": "{:.1%}".format}
+"""How measures are written that need more than three digits, or are shares."""
+
+
+def measures(content: dict[str, Any]) -> list[tuple[str, Callable[[float], str]]]:
+    """The names of the measures of an evaluation, and how each is written."""
+    names = content["eval"]["history"][0] if content["eval"] else {}
+    return [(name, SPELLED.get(name, _short)) for name in names if name != "step"]
+
+
+def _accuracy(content: dict[str, Any]) -> str:
+    """What the accuracy of an evaluation is a share of."""
+    if is_on_pairs(content):
+        return "chosen answer preferred"
+    return "accuracy" if content["labels"] else "token accuracy"
 
 
 # Answers

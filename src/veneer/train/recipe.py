@@ -59,6 +59,12 @@ class Recipe(Strict):
     options: dict[str, Any] = {}
     """Further fields of the method's config."""
 
+    objective: Literal["sft", "dpo", "orpo", "simpo"] = "sft"
+    """What is learned. sft: to write the answers of the data; dpo, orpo, simpo: to prefer the chosen answer of a pair
+    to the rejected one."""
+    objective_options: dict[str, Any] = {}
+    """Settings of the objective, such as DPO's beta."""
+
     data: list[Source]
     """Data to train on."""
     eval_data: list[Source] = []
@@ -155,6 +161,45 @@ class Recipe(Strict):
             raise ValueError("early_stopping compares evaluations; give eval_data or eval_split, and keep best: true")
         return self
 
+    @model_validator(mode="after")
+    def _settings_of_the_objective(self) -> Recipe:
+        if self.objective == "sft":
+            if self.objective_options:
+                raise ValueError(f"objective sft has no settings; leave out {', '.join(self.objective_options)}")
+            return self
+        if self.task == "classification":
+            raise ValueError(f"a classifier writes no answers; objective {self.objective} is for task text")
+        if self.loss_on == "all":
+            raise ValueError(f"objective {self.objective} compares answers; leave out loss_on: all")
+        self.objective_options = self.preference().model_dump()
+        return self
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether each row has a chosen and a rejected answer."""
+        return self.objective != "sft"
+
+    def preference(self) -> Any:
+        """The objective over pairs, with its settings (`veneer.train.objectives`).
+
+        Raises:
+            ValueError: a setting is unknown, or has a wrong value.
+        """
+        from .objectives import ALL
+
+        kind = ALL[self.objective]
+        unknown = [name for name in self.objective_options if name not in kind.model_fields]
+        if unknown:
+            near = nearest(unknown[0], kind.model_fields)
+            known = ", ".join(kind.model_fields)
+            raise ValueError(f"objective {self.objective} has no setting {unknown[0]!r}{near}; it has {known}")
+        try:
+            return kind.model_validate(self.objective_options)
+        except ValidationError as error:
+            (problem, *_) = error.errors()
+            name = problem["loc"][0]
+            raise ValueError(f"{name} = {problem['input']!r} must be {_wanted(problem)}") from None
+
     def save(self, directory: Path) -> None:
         """Write `recipe.yaml` into a directory."""
         text = yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
@@ -189,6 +234,15 @@ def make(content: Mapping[str, Any]) -> Recipe:
         raise ConfigError(f"the recipe has {len(messages)} errors:{listing(messages)}") from None
 
 
+def is_objective_setting(objective: Any, name: str) -> bool:
+    """Whether an objective has a setting of this name; false for objective sft and unknown ones."""
+    if objective == "sft":
+        return False
+    from .objectives import ALL
+
+    return objective in ALL and name in ALL[objective].model_fields
+
+
 def is_method_setting(method: Any, name: str) -> bool:
     """Whether a method has a setting of this name; false if there is no such method."""
     from ..model.catalogue import page
@@ -209,6 +263,9 @@ def _message(error: Any, content: Mapping[str, Any]) -> str:
         method = content.get("method", "lora")
         if not is_nested and key in OTHER_KEYS:
             return f"a recipe has no key {key!r}; here it is {OTHER_KEYS[key]}"
+        objective = content.get("objective", "sft")
+        if not is_nested and is_objective_setting(objective, key):
+            return f"a recipe has no key {key!r}: it is a setting of {objective} and belongs under objective_options"
         if not is_nested and is_method_setting(method, key):
             return f"a recipe has no key {key!r}: it is a setting of {method} and belongs under options"
         return f"a recipe has no key {key!r}{nearest(path[-1], known_keys)}"

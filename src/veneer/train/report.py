@@ -18,8 +18,8 @@ from .recipe import Recipe
 REPORT_NAME = "report.json"
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "safetensors")
 CPU_NAMES = Path("/proc/cpuinfo")
-EVALUATED = ("eval_loss", "eval_perplexity", "eval_accuracy")
-"""Measures in the log entry of an evaluation."""
+EVALUATED = ("loss", "perplexity", "accuracy", "margin", "chosen_reward", "rejected_reward")
+"""Measures of an evaluation; which of them there are depends on the objective."""
 
 
 def contents(recipe: Recipe, trainer: Any, meter: Meter, data: Data) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _evaluation(state: Any) -> dict[str, Any] | None:
     history = []
     for entry in state.log_history:
         if "eval_loss" in entry:
-            measures = {name.removeprefix("eval_"): entry[name] for name in EVALUATED}
+            measures = {name: entry[f"eval_{name}"] for name in EVALUATED if f"eval_{name}" in entry}
             history.append({"step": entry["step"]} | measures)
     if not history:
         return None

@@ -18,6 +18,7 @@ from ..core.config import CONFIG_NAME, TaskType
 from ..data.collate import Collator, Rows, Shuffled
 from ..data.packing import check as check_packing
 from ..data.packing import goes_by_sequence
+from ..data.preferences import plain
 from ..data.prepare import Data, prepare
 from ..errors import CheckpointError, ConfigError, listing
 from ..files.lock import alone
@@ -28,6 +29,7 @@ from ..model.card import CARD_NAME
 from ..model.loading import pad_of
 from ..model.verify import PROBE_NAME, digests
 from ..terminal import quiet
+from . import preference
 from .display import Display
 from .finish import Run, finish
 from .meter import Meter
@@ -225,8 +227,11 @@ def _resolved(recipe: Recipe, data: Data) -> tuple[Recipe, int]:
             "checkpoint can be the best one; change one of them, or set best: false"
         )
 
+    rate = page(recipe.method).learning_rate
+    if recipe.reads_pairs:
+        rate *= recipe.preference().rate
     filled = recipe.changed(
-        learning_rate=recipe.learning_rate or page(recipe.method).learning_rate,
+        learning_rate=recipe.learning_rate or rate,
         task="text" if data.labels is None else "classification",
         labels=data.labels,
         eval_every=eval_every,
@@ -256,22 +261,38 @@ def _build_trainer(recipe: Recipe, data: Data, pad: int, steps: int, meter: Mete
     sampler = None
     if not recipe.streaming:
         sampler = Shuffled(len(data.train), recipe.seed, recipe.batch_size * _processes())
-    trainer = ExactTrainer(
-        model,
-        settings,
-        train_dataset=data.train if recipe.streaming else Rows(data.train),
-        eval_dataset=None if data.evaluation is None else Rows(data.evaluation),
-        data_collator=Collator(pad),
-        compute_metrics=metrics,
-        sampler=sampler,
-        meter=meter,
-        flat=_flat_collator(recipe, model, data, pad),
-        fast=recipe.fast,
+    parts: dict[str, Any] = {
+        "train_dataset": data.train if recipe.streaming else Rows(data.train),
+        "eval_dataset": None if data.evaluation is None else Rows(data.evaluation),
+        "data_collator": Collator(pad),
+        "compute_metrics": metrics,
+        "sampler": sampler,
+        "meter": meter,
+        "flat": _flat_collator(recipe, model, data, pad),
+        "fast": recipe.fast,
+    }
+    trainer = (
+        _on_pairs(recipe, model, settings, parts) if recipe.reads_pairs else ExactTrainer(model, settings, **parts)
     )
     trainer.remove_callback(PrinterCallback)
     if recipe.early_stopping is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping))
     return trainer
+
+
+def _on_answers(recipe: Recipe, model: Any, settings: Any, parts: dict[str, Any]) -> ExactTrainer:
+    return ExactTrainer(model, settings, **parts)
+
+
+def _on_pairs(recipe: Recipe, model: Any, settings: Any, parts: dict[str, Any]) -> ExactTrainer:
+    """The trainer for pairs of answers, from the parts of one for single answers."""
+    flat = parts["flat"]
+    parts |= {
+        "data_collator": preference.PairCollator(parts["data_collator"]),
+        "flat": None if flat is None else preference.PairCollator(flat),
+        "compute_metrics": preference.metrics,
+    }
+    return preference.PreferenceTrainer(model, settings, objective=recipe.preference(), **parts)
 
 
 def _flat_collator(recipe: Recipe, model: Any, data: Data, pad: int) -> Collator | None:
@@ -282,7 +303,7 @@ def _flat_collator(recipe: Recipe, model: Any, data: Data, pad: int) -> Collator
     """
     if recipe.packing:
         check_packing(model, data.train)
-    if recipe.fast and not recipe.streaming and goes_by_sequence(model, data.train):
+    if recipe.fast and not recipe.streaming and goes_by_sequence(model, [plain(row) for row in data.train]):
         return Collator(pad, flat=True)
     return None
 

@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..data.collate import Collator
 from ..data.encode import IGNORED, Encoded
+from ..data.preferences import plain
 from ..data.prepare import Data
 from ..inference.evaluation import same
 from ..model.peft_model import PeftModel
@@ -56,7 +57,8 @@ def samples(
     Returns:
         held_out; rows of prompt, expected, after and right, and (except for classes) before and right_before;
         exact_match and exact_match_before, the shares of rows that are right. A text that was cut ends in CUT. The
-        continuation of a plain text is neither right nor wrong: None.
+        continuation of a plain text is neither right nor wrong, nor is an answer where one of two is to be preferred:
+        None.
     """
     rows = _rows(data)
     chosen = rows[: recipe.samples]
@@ -70,6 +72,8 @@ def samples(
         if _split(tokenizer, rows[0]).asks:
             start, end = _template_lengths(prompts, tokenizer.added_tokens_decoder)
         answers = _generated(model, tokenizer, chosen, pad, longest, progress)
+        if recipe.reads_pairs:
+            answers = [answer | {"right": None, "right_before": None} for answer in answers]
         for row, answer in zip(chosen, answers, strict=True):
             prompt = _split(tokenizer, row).prompt
             answer["prompt"] = _between(tokenizer, prompt, start, len(prompt) - end)
@@ -103,10 +107,13 @@ def probe(data: Data, pad: int, most: int = 64) -> dict[str, Tensor]:
 
 
 def _rows(data: Data) -> list[Encoded]:
-    """The held-out rows, or else the first training rows; a packed sequence is represented by its first row."""
+    """The held-out rows, or else the first training rows.
+
+    A packed sequence is represented by its first row, a pair by its chosen answer.
+    """
     if data.evaluation is not None:
-        return data.evaluation
-    return [_unpacked(row) for row in islice(data.train, COMPARED)]
+        return [plain(row) for row in data.evaluation]
+    return [_unpacked(plain(row)) for row in islice(data.train, COMPARED)]
 
 
 def _unpacked(row: Encoded) -> Encoded:

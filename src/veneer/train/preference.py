@@ -1,0 +1,201 @@
+"""Training on pairs of answers: `ExactTrainer` with an objective in the place of the model's own loss.
+
+    loss of a step = mean of the objective over all pairs of the step, across its batches and processes
+
+A batch of n pairs is one batch of 2n sequences, the chosen answers first. Log-probabilities are those of the learned
+tokens, which the head alone computes. The reference is the same model with its adapter switched off: there is no second
+model. What the reference says of a pair is computed when the pair is seen first, and kept for later epochs and
+evaluations; checkpoints hold it, so that a resumed run repeats the bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ..core.hooks import loss_terms
+from ..data.collate import Collator
+from ..data.encode import IGNORED, Encoded, learned_tokens
+from ..ops.cross_entropy import deferred
+from ..targets.modules import evaluating
+from .objectives.base import Answers, Objective
+from .trainer import ExactTrainer
+
+KEPT_NAME = "reference.safetensors"
+"""The file of a checkpoint with the log-probabilities of the reference, (pairs, 2); nan for pairs not seen yet."""
+MEASURES = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward")
+"""What is measured of each pair: its loss, whether the chosen answer has the larger reward (half, if both have the
+same, as before the first step), by how much, and both rewards."""
+
+
+class PairCollator:
+    """Batches of pairs: the tensors of `Collator` for 2n sequences, and for each of the n pairs:
+
+    pair: its number; -1 in a stream, whose pairs have none.
+    real: whether it is a pair of the data, and no blank one.
+    """
+
+    def __init__(self, collator: Collator) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        chosen = [row["chosen"] for row in rows]
+        rejected = [row["rejected"] for row in rows]
+        batch = self.collator([*chosen, *rejected])
+        batch["pair"] = torch.tensor([row.get("number", -1) for row in rows])
+        batch["real"] = torch.tensor([learned_tokens(answer) > 0 for answer in chosen])
+        return batch
+
+
+class PreferenceTrainer(ExactTrainer):
+    """Trains on the mean of an objective over the pairs of an optimizer step."""
+
+    objective: Objective
+
+    def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.objective = objective
+        self.kept = torch.full((self._number_pairs(), 2), torch.nan)
+        self.measured: list[Tensor] = []
+        """Since the last log, (pairs, len(MEASURES)) of each batch."""
+
+    def _number_pairs(self) -> int:
+        """Give each pair of training and evaluation a number; returns how many there are."""
+        count = 0
+        for dataset in (self.train_dataset, self.eval_dataset):
+            for row in getattr(dataset, "rows", ()):
+                row["number"] = count
+                count += 1
+        return count
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """The batches of a step, and the number of their pairs over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        pairs = sum(batch["real"].sum() for batch in batches)
+        pairs = torch.as_tensor(pairs, device=self.args.device)
+        if self.args.world_size > 1:
+            pairs = self.accelerator.reduce(pairs, "sum")
+        return batches, pairs
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The sum over the batch's pairs, divided by the number of pairs of the step."""
+        real = inputs["real"]
+        measures = self._measures(model, inputs)
+        self.measured.append(measures[real].detach())
+        loss = measures[real, 0].sum() / num_items_in_batch * self.accelerator.num_processes
+        term = loss_terms(self._adapted()._state)
+        if term is not None:
+            term = term.to(loss) * real.sum() / num_items_in_batch * self.accelerator.num_processes
+            self.terms.total = self.terms.total + term.detach()
+            loss = loss + term
+        return loss
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean loss of a batch, the measures of its pairs in the place of logits, and numbers as their labels."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            measures = self._measures(model, inputs)[inputs["real"]]
+        return measures[:, 0].mean(), measures, inputs["pair"][inputs["real"]]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the mean measures of the pairs too."""
+        if "loss" in logs and self.measured:
+            means = torch.cat(self.measured).double().mean(0).tolist()
+            self.measured.clear()
+            logs = logs | {f"reward_{name}": means[MEASURES.index(name)] for name in ("accuracy", "margin")}
+        super().log(logs, start_time)
+
+    # Log-probabilities
+
+    def _adapted(self) -> Any:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _measures(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """The measures of each pair, (n, len(MEASURES)); the loss has a gradient."""
+        call = {name: value for name, value in inputs.items() if name not in ("labels", "pair", "real")}
+        labels = inputs["labels"]
+        reference = None
+        if self.objective.has_reference:
+            reference = self._reference(call, labels, inputs["pair"])
+        log_p = self._log_probabilities(model, call, labels)
+        tokens = _by_sequence((labels[:, 1:] != IGNORED).float(), call).clamp_min(1)
+        chosen, rejected = (
+            Answers(log_p.chunk(2)[i], None if reference is None else reference[:, i], tokens.chunk(2)[i])
+            for i in (0, 1)
+        )
+        losses = self.objective.losses(chosen, rejected)
+        with torch.no_grad():
+            rewards = [self.objective.reward(answers) for answers in (chosen, rejected)]
+            margin = rewards[0] - rewards[1]
+            preferred = (margin.sign() + 1) / 2
+        return torch.stack([losses, preferred, margin, *rewards], dim=1)
+
+    def _log_probabilities(self, model: Any, call: dict[str, Tensor], labels: Tensor) -> Tensor:
+        """The summed log-probability of each sequence's learned tokens."""
+        with deferred(self._adapted().get_base_model()):
+            logits = model(**call, use_cache=False).logits
+            logits = logits[:, -labels.shape[1] :]  # a learned prompt comes before the tokens
+            scores = logits[:, :-1].float().reshape(-1, logits.shape[-1])
+            losses = cross_entropy(scores, labels[:, 1:].reshape(-1), reduction="none", ignore_index=IGNORED)
+        return _by_sequence(-losses.view(labels[:, 1:].shape), call)
+
+    @torch.no_grad()
+    def _reference(self, call: dict[str, Tensor], labels: Tensor, pairs: Tensor) -> Tensor:
+        """The log-probabilities without the adapter, (n, 2)."""
+        numbers = pairs.cpu()
+        kept = self.kept[numbers] if self._keeps() else torch.full((len(numbers), 2), torch.nan)
+        if not kept.isnan().any():
+            return kept.to(pairs.device)
+        model = self._adapted()
+        with model.disable_adapter(), evaluating(model):
+            reference = self._log_probabilities(model, call, labels).view(2, -1).T
+        if self._keeps():
+            self.kept[numbers] = reference.cpu()
+        return reference
+
+    def _keeps(self) -> bool:
+        """Whether pairs have numbers, and every process may decide on its own to leave out a call."""
+        return len(self.kept) > 0 and not self.is_sharded
+
+    # Checkpoints
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and self._keeps():
+            save_file({"log_p": self.kept}, Path(output_dir) / KEPT_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (Path(checkpoint) / KEPT_NAME).is_file():
+            self.kept = load_file(Path(checkpoint) / KEPT_NAME)["log_p"]
+
+
+def _by_sequence(values: Tensor, call: dict[str, Tensor]) -> Tensor:
+    """The sums over the tokens after the first, (rows, length - 1), of each sequence.
+
+    Sequences are the rows or, in a batch without padding, the parts of the only row; positions restart with each.
+    """
+    positions = call.get("position_ids")
+    if positions is None:
+        return values.sum(1)
+    sequence = (positions[0] == 0).cumsum(0) - 1
+    sums = values.new_zeros(int(sequence[-1]) + 1)
+    return sums.index_add(0, sequence[1:], values[0])
+
+
+def metrics(prediction: Any) -> dict[str, float]:
+    """The mean measures over all pairs."""
+    means = np.asarray(prediction.predictions, dtype=np.float64).mean(axis=0)
+    measures = dict(zip(MEASURES, map(float, means), strict=True))
+    return {"exact_loss": measures.pop("loss"), **measures}
