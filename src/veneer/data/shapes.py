@@ -86,8 +86,8 @@ def shape_of(place: str, row: Mapping[str, Any], task: str = "auto") -> str:
     if all(column in row for column in PREFERENCES):
         ours = "completion" if "prompt" in row else "messages"
         raise DataError(
-            f"{place} has a chosen and a rejected answer. To learn from both, train with --objective dpo, orpo or simpo; "
-            f"to take one as the answer, name it with columns (--column {ours}=chosen)"
+            f"{place} has a chosen and a rejected answer. To learn from both, train with --objective dpo, orpo or "
+            f"simpo; to take one as the answer, name it with columns (--column {ours}=chosen)"
         )
     present = ", ".join(row) or "(none)"
     meant = slips(row, chain.from_iterable(shapes.values()))
