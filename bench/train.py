@@ -137,11 +137,16 @@ def adapted(base: Any, library: str, lora: dict[str, Any], moved: bool) -> Any:
     else:
         import veneer as lib  # type: ignore[no-redef]
     model = lib.get_peft_model(base, lib.LoraConfig(task_type="CAUSAL_LM", **lora))
+    start(model, moved)
+    return model.train()
+
+
+def start(model: Any, moved: bool) -> None:
+    """Give LoRA's factors values that depend only on their names; B stays zero unless `moved`."""
     for name, p in sorted((key(n), p) for n, p in model.named_parameters() if p.requires_grad):
         draw = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         if "lora_A" in name or moved:
             torch.nn.init.uniform_(p, -(bound := p.shape[1] ** -0.5), bound, generator=draw)
-    return model.train()
 
 
 def key(name: str) -> str:
