@@ -100,7 +100,7 @@ def ours(base: Any, pairs: list[dict[str, Any]], tokenizer: Any, steps: int) -> 
         objective=DPO(beta=BETA),
         train_dataset=Rows(pairs),
         data_collator=PairCollator(Collator(pad)),
-        flat=PairCollator(Collator(pad, flat=True)),
+        flat=PairCollator(Collator(pad, flat=True), shares=True),
         sampler=None,
         meter=Meter(),
     )

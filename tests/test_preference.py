@@ -17,7 +17,6 @@ import veneer
 from veneer import LoraConfig, get_peft_model, ops
 from veneer.data.collate import Collator
 from veneer.data.encode import Encoder
-from veneer.data.packing import joined
 from veneer.data.preferences import PairEncoder, preferences, understand
 from veneer.data.sources import Source
 from veneer.errors import ConfigError, DataError
@@ -27,6 +26,7 @@ from veneer.train.objectives import ALL
 from veneer.train.objectives.base import Answers
 from veneer.train.run import train
 
+from . import models
 from .forked import forked
 from .forked import veneer as verb
 from .test_train import base, recipe, same  # noqa: F401 (fixtures)
@@ -119,17 +119,19 @@ def test_loss_and_gradients_of_dpo_are_those_of_trl_with_peft(base, tmp_path, na
 
     encoder = PairEncoder(Encoder(tokenizer, 1024))
     rows = list(encoder.encode(understand("row", row) for row in ROWS[:4]))
-    batch = Collator(tokenizer.pad_token_id)([row["chosen"] for row in rows] + [row["rejected"] for row in rows])
-    labels = batch.pop("labels")
-    want = theirs._compute_loss(theirs.model.train(), batch | {"completion_mask": (labels != -100).long()}, False)
+    batch = preference.PairCollator(Collator(tokenizer.pad_token_id))(rows)
+    order = [0, 2, 4, 6, 1, 3, 5, 7]  # TRL has the chosen answers first
+    at = batch["slot"].argsort()[order]
+    labels = batch["labels"][at]
+    call = {name: batch[name][at] for name in ("input_ids", "attention_mask")}
+    want = theirs._compute_loss(theirs.model.train(), call | {"completion_mask": (labels != -100).long()}, False)
     want.backward()
 
     wanted = ALL["dpo"](beta=0.3, loss=name)
     learner = SimpleNamespace(objective=wanted, _adapted=lambda: ours, is_sharded=False, kept=torch.empty(0, 2))
-    for method in ("_measures", "_reference", "_log_probabilities", "_keeps"):
+    for method in ("_measures", "_reference", "_keeps"):
         setattr(learner, method, getattr(preference.PreferenceTrainer, method).__get__(learner))
-    call = batch | {"labels": labels, "pair": torch.full((4,), -1)}
-    losses = learner._measures(ours.train(), call)[:, 0]
+    losses = learner._measures(ours.train(), batch)[:, 0]
     losses.mean().backward()
     assert float(losses.mean()) == pytest.approx(float(want), rel=1e-5)
     assert abs(float(want) - math.log(2)) > 1e-3  # the adapter does something
@@ -143,28 +145,56 @@ def preference_key(name: str) -> str:
     return name.replace(".adapters.default.", ".").replace(".default.", ".")
 
 
-def test_a_batch_without_padding_gives_the_same(base):  # noqa: F811
+ROPES = {"llama": models.llama, "gpt2": models.gpt2, "window": lambda **sizes: windowed(**sizes)}
+
+
+def windowed(**sizes):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    shape = dict(hidden_size=30, intermediate_size=45, num_hidden_layers=2, num_attention_heads=5)
+    return MistralForCausalLM(MistralConfig(**shape, num_key_value_heads=1, head_dim=6, sliding_window=6, **sizes))
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_every_layout_of_a_batch_gives_the_same(base, kind):  # noqa: F811
+    """Padded, in a row, and in a row with each prompt computed once: log-probabilities and gradients."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     encoder = PairEncoder(Encoder(tokenizer, 1024))
-    rows = list(encoder.encode(understand("row", row) for row in ROWS[:3]))
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
-    ).train()
-    learner = SimpleNamespace(_adapted=lambda: model)
-    found = []
-    for flat in (False, True):
-        batch = preference.PairCollator(Collator(tokenizer.pad_token_id, flat=flat))(rows)
-        assert ("position_ids" in batch) == flat and batch["real"].tolist() == [True] * 3
-        labels = batch["labels"]
-        call = {name: t for name, t in batch.items() if name not in ("labels", "pair", "real")}
-        with ops.attention.by_sequence(model.get_base_model()):
-            found.append(preference.PreferenceTrainer._log_probabilities(learner, model, call, labels))
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
-    alone = joined([rows[1]["rejected"]])
+    longer = {"prompt": "7?", "chosen": "seven, which is more than five", "rejected": "5"}
+    rows = list(encoder.encode(understand("row", row) for row in [*ROWS[:2], longer]))
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(ROPES[kind](vocab_size=len(tokenizer)), config).train()
+    weights = torch.linspace(-1, 2, 6).view(3, 2)
+    found, lengths = [], []
+    for flat, shares in ((False, False), (True, False), (True, True)):
+        batch = preference.PairCollator(Collator(tokenizer.pad_token_id, flat=flat), shares)(rows)
+        lengths.append(batch["input_ids"].numel())
+        model.zero_grad()
+        with ops.attention.by_sequence(model.get_base_model(), batch["continued"].tolist()):
+            log_p = preference.log_probabilities(model, model, batch)
+            (log_p * weights).sum().backward()
+        found.append((log_p.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+    assert lengths[2] < lengths[1] < lengths[0]
+    for log_p, grads in found[1:]:
+        torch.testing.assert_close(log_p, found[0][0], rtol=1e-5, atol=1e-5)
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, found[0][1][name], rtol=1e-4, atol=1e-5, msg=name)
+
+    alone = rows[1]["rejected"]
     scores = model(input_ids=torch.tensor([alone["input_ids"]])).logits[0, :-1].log_softmax(-1)
     learned = [(i, label) for i, label in enumerate(alone["labels"][1:]) if label != -100]
-    want = sum(float(scores[i, label]) for i, label in learned)
-    assert float(found[0][4]) == pytest.approx(want, rel=1e-5)
+    assert float(found[2][0][1, 1]) == pytest.approx(sum(float(scores[i, label]) for i, label in learned), rel=1e-5)
+
+
+def test_a_model_whose_sequences_affect_each_other_shares_no_prompt(base, monkeypatch):  # noqa: F811
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    (row,) = PairEncoder(Encoder(tokenizer, 1024)).encode([understand("row", ROWS[0])])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM"))
+    flat = Collator(tokenizer.pad_token_id, flat=True)
+    assert preference.shares_prompts(model, row, flat)
+    monkeypatch.setattr(ops.attention, "_with_beginnings", lambda parts, continued: list(parts))
+    assert not preference.shares_prompts(model, row, flat)
 
 
 # Runs
@@ -211,14 +241,14 @@ def test_the_layout_of_batches_does_not_matter(base, data, tmp_path):  # noqa: F
 def test_the_reference_is_asked_once_for_a_pair(base, data, tmp_path, monkeypatch):  # noqa: F811
     """Over epochs and evaluations; never for an objective without one."""
     asked: list[int] = []
-    true = preference.PreferenceTrainer._log_probabilities
+    true = preference.log_probabilities
 
-    def spy(self, model, call, labels):
-        if not torch.is_grad_enabled() and not model.training and not model._state.enabled:
-            asked.append(len(call["position_ids"][0]) if "position_ids" in call else len(labels))
-        return true(self, model, call, labels)
+    def spy(model, adapted, inputs):
+        if not adapted._state.enabled:
+            asked.append(len(inputs["pair"]))
+        return true(model, adapted, inputs)
 
-    monkeypatch.setattr(preference.PreferenceTrainer, "_log_probabilities", spy)
+    monkeypatch.setattr(preference, "log_probabilities", spy)
     run(base, data, tmp_path / "one", epochs=1, eval_split=4)
     once = len(asked)
     assert once == 1 + 5  # one batch of evaluation, five of training
@@ -249,7 +279,13 @@ def test_killed_and_resumed_is_as_never_killed(base, data, tmp_path, monkeypatch
     assert done.returncode == -signal.SIGKILL, done.stderr
     kept = tmp_path / "killed" / "checkpoints" / "checkpoint-6" / preference.KEPT_NAME
     assert not tensors_of(kept)["log_p"].isnan().any()
-    monkeypatch.setattr(preference, "evaluating", lambda model: pytest.fail("the reference is asked"))
+    true = preference.log_probabilities
+
+    def spy(model, adapted, inputs):
+        assert adapted._state.enabled, "the reference is asked"
+        return true(model, adapted, inputs)
+
+    monkeypatch.setattr(preference, "log_probabilities", spy)
     again = train(
         recipe(base, data, tmp_path / "killed", objective="dpo", **KILLED), resume=True, console=Console(quiet=True)
     )

@@ -7,12 +7,16 @@ matrix (tokens, tokens). Under `by_sequence`, the mask is the lengths of the seq
 computed for each of them. The row is cut with `torch.split`, whose backward pass is one `cat`, whereas that of slices
 would fill a tensor of the whole row for each. Sequences of equal length are computed as one batch. The implementation
 is registered through transformers' attention and mask interfaces.
+
+A sequence may continue the beginning of the one before it, as the second answer to one prompt does: its tokens attend
+to those too, and the beginning is computed once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -28,22 +32,32 @@ REPLACED = ("sdpa", "eager")
 """Implementations it replaces; flash and flex attention handle sequences in a row themselves."""
 UNSUPPORTED = ("s_aux", "position_bias", "cache")
 """Arguments that some models pass to attention and that are not implemented here."""
+_continued: ContextVar[Sequence[int]] = ContextVar("continued", default=())
+"""`continued` of the `by_sequence` block."""
 
 
 @contextmanager
-def by_sequence(model: nn.Module) -> Iterator[None]:
+def by_sequence(model: nn.Module, continued: Sequence[int] = ()) -> Iterator[None]:
     """Compute attention by sequence inside the block, in calls with one row and no mask; other calls are unaffected.
 
     The block must contain the whole training step, because gradient checkpointing calls attention again in the
     backward pass.
+
+    Args:
+        continued: for each sequence, how many tokens of the one before it are its beginning, as if they were in front
+            of it; with those, a sequence must not be longer than the one before it. None of any by default.
     """
     configs = []
     if is_fast("attention"):
         configs = upstream.configs(model, REPLACED)
     if configs:
         upstream.register(NAME, attend, mask_of)
-    with upstream.implementation(configs, NAME):
-        yield
+    before = _continued.set(continued)
+    try:
+        with upstream.implementation(configs, NAME):
+            yield
+    finally:
+        _continued.reset(before)
 
 
 def is_replaceable(model: nn.Module) -> bool:
@@ -147,11 +161,12 @@ def attend(
     if unsupported:
         raise NotImplementedError(f"attention with {', '.join(unsupported)} is not computed by sequence")
     window, *lengths = attention_mask.tolist()
+    continued = _continued.get() or [0] * len(lengths)
     q_parts = query.split(lengths, dim=2)
-    k_parts = key.split(lengths, dim=2)
-    v_parts = value.split(lengths, dim=2)
+    k_parts = _with_beginnings(key.split(lengths, dim=2), continued)
+    v_parts = _with_beginnings(value.split(lengths, dim=2), continued)
     outputs: list[Any] = [None] * len(lengths)
-    for indices in _by_length(lengths):
+    for indices in _by_length(list(zip(lengths, continued, strict=True))):
         q = _batch(q_parts, indices)
         k = _batch(k_parts, indices)
         v = _batch(v_parts, indices)
@@ -162,9 +177,19 @@ def attend(
     return row.transpose(1, 2).contiguous(), None
 
 
-def _by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """The indices of the sequences, grouped by length."""
-    groups: dict[int, list[int]] = {}
+def _with_beginnings(parts: Sequence[Tensor], continued: Sequence[int]) -> list[Tensor]:
+    """The sequences' keys or values (1, heads, length, d), with those of the tokens that they continue."""
+    whole = list(parts)
+    for i, count in enumerate(continued):
+        if count:
+            beginning = parts[i - 1].narrow(2, 0, count)
+            whole[i] = torch.cat([beginning, parts[i]], dim=2)
+    return whole
+
+
+def _by_length(lengths: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """The indices of the sequences, grouped by their length and the number of tokens that they continue."""
+    groups: dict[tuple[int, int], list[int]] = {}
     for index, length in enumerate(lengths):
         groups.setdefault(length, []).append(index)
     return list(groups.values())
@@ -178,15 +203,20 @@ def _batch(parts: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
 
 
 def _one_length(q: Tensor, k: Tensor, v: Tensor, p: float, scale: Any, cap: float | None, window: int) -> Tensor:
-    """Causal attention of sequences of one length, (n, heads, length, d)."""
-    length = q.shape[2]
+    """Causal attention of sequences of one length.
+
+    Args:
+        q: (n, heads, length, d).
+        k, v: (n, key heads, length with the beginning that the sequences continue, d).
+    """
+    length = k.shape[2]
     is_banded = 0 < window < length
     if cap is not None:
         return _capped(q, k, v, p, scale, cap, window if is_banded else length)
     is_grouped = k.shape[1] != q.shape[1]
-    if not is_banded:
+    if not is_banded and q.shape[2] == length:
         return scaled_dot_product_attention(q, k, v, None, p, is_causal=True, scale=scale, enable_gqa=is_grouped)
-    mask = _band(length, window, q.device)
+    mask = _band(q.shape[2], length, window if is_banded else length, q.device)
     if is_grouped:  # with a mask, torch would repeat the heads itself, and sometimes in the wrong dtype
         k = _repeat_heads(k, q)
         v = _repeat_heads(v, q)
@@ -201,7 +231,7 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, p: float, scale: Any, cap: float, w
         scale = q.shape[-1] ** -0.5
     scores = q @ k.transpose(2, 3)
     scores = torch.tanh(scores * (scale / cap)) * cap
-    visible = _band(q.shape[2], window, q.device)
+    visible = _band(q.shape[2], k.shape[2], window, q.device)
     scores = scores.masked_fill(~visible, -torch.inf)
     weights = scores.softmax(-1, dtype=torch.float32)
     return drop(weights.to(q.dtype), p) @ v
@@ -213,7 +243,11 @@ def _repeat_heads(t: Tensor, q: Tensor) -> Tensor:
     return t.repeat_interleave(repeats, 1)
 
 
-def _band(length: int, window: int, device: Any) -> Tensor:
-    """(length, length): True where the row's token sees the column's, among the last `window` up to itself."""
-    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return visible.triu(1 - window)
+def _band(rows: int, columns: int, window: int, device: Any) -> Tensor:
+    """(rows, columns): True where the row's token sees the column's, among the last `window` up to itself.
+
+    The rows are the last of the columns.
+    """
+    ahead = columns - rows
+    visible = torch.ones(rows, columns, dtype=torch.bool, device=device).tril(ahead)
+    return visible.triu(ahead + 1 - window)

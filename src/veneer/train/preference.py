@@ -2,7 +2,8 @@
 
     loss of a step = mean of the objective over all pairs of the step, across its batches and processes
 
-A batch of n pairs is one batch of 2n sequences, the chosen answers first. Log-probabilities are those of the learned
+A batch of n pairs is one batch of 2n sequences. In a row without padding, the prompt of a pair is computed once: the
+shorter answer continues it from where the longer one does. Log-probabilities are those of the learned
 tokens, which the head alone computes. The reference is the same model with its adapter switched off: there is no second
 model. What the reference says of a pair is computed when the pair is seen first, and kept for later epochs and
 evaluations; checkpoints hold it, so that a resumed run repeats the bits.
@@ -11,6 +12,7 @@ evaluations; checkpoints hold it, so that a resumed run repeats the bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import Trainer
 
 from ..core.hooks import loss_terms
 from ..data.collate import Collator
 from ..data.encode import IGNORED, Encoded, learned_tokens
+from ..model.peft_model import PeftModel
+from ..ops.attention import by_sequence
 from ..ops.cross_entropy import deferred
 from ..targets.modules import evaluating
 from .objectives.base import Answers, Objective
@@ -30,28 +35,73 @@ from .trainer import ExactTrainer
 
 KEPT_NAME = "reference.safetensors"
 """The file of a checkpoint with the log-probabilities of the reference, (pairs, 2); nan for pairs not seen yet."""
+OURS = ("labels", "slot", "continued", "pair", "real")
+"""Tensors of a batch that are no arguments of the model."""
 MEASURES = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward")
 """What is measured of each pair: its loss, whether the chosen answer has the larger reward (half, if both have the
 same, as before the first step), by how much, and both rewards."""
 
 
 class PairCollator:
-    """Batches of pairs: the tensors of `Collator` for 2n sequences, and for each of the n pairs:
+    """Batches of n pairs: the tensors of `Collator` for 2n sequences, and
 
-    pair: its number; -1 in a stream, whose pairs have none.
-    real: whether it is a pair of the data, and no blank one.
+    slot, continued: (2n,) for each sequence 2i if it is the chosen answer of pair i, 2i + 1 if it is the rejected one;
+        and how many tokens of the sequence before it are its beginning.
+    pair: (n,) the number of each pair; -1 in a stream, whose pairs have none.
+    real: (n,) whether it is a pair of the data, and no blank one.
+
+    Args:
+        shares: leave the prompt out of the second sequence of a pair; needs a collator that joins rows.
     """
 
-    def __init__(self, collator: Collator) -> None:
+    def __init__(self, collator: Collator, shares: bool = False) -> None:
         self.collator = collator
+        self.shares = shares
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
-        chosen = [row["chosen"] for row in rows]
-        rejected = [row["rejected"] for row in rows]
-        batch = self.collator([*chosen, *rejected])
+        sequences: list[Encoded] = []
+        slots: list[int] = []
+        continued: list[int] = []
+        for i, row in enumerate(rows):
+            answers = [(row["chosen"], 2 * i), (row["rejected"], 2 * i + 1)]
+            (first, slot), (second, other) = sorted(answers, key=_length, reverse=True)
+            shared = shared_tokens(first, second) if self.shares else 0
+            sequences += [first, _from(second, shared)]
+            slots += [slot, other]
+            continued += [0, shared]
+        batch = self.collator(sequences)
+        if self.shares:
+            starts = zip(sequences, continued, strict=True)
+            positions = [range(start, start + len(s["input_ids"])) for s, start in starts]
+            batch["position_ids"] = torch.tensor([list(chain.from_iterable(positions))])
+        batch["slot"] = torch.tensor(slots)
+        batch["continued"] = torch.tensor(continued)
         batch["pair"] = torch.tensor([row.get("number", -1) for row in rows])
-        batch["real"] = torch.tensor([learned_tokens(answer) > 0 for answer in chosen])
+        batch["real"] = torch.tensor([learned_tokens(row["chosen"]) > 0 for row in rows])
         return batch
+
+
+def _length(answer: tuple[Encoded, int]) -> int:
+    return len(answer[0]["input_ids"])
+
+
+def shared_tokens(first: Encoded, second: Encoded) -> int:
+    """How many tokens of the first row can be computed for both.
+
+    The last of them that both have is computed for each, because it predicts the first token in which they differ.
+    """
+    count = 0
+    tokens = zip(first["input_ids"], second["input_ids"], first["labels"], second["labels"], strict=False)
+    for a, b, label, other in tokens:
+        if a != b or label != IGNORED or other != IGNORED:
+            break
+        count += 1
+    return max(0, count - 1)
+
+
+def _from(row: Encoded, start: int) -> Encoded:
+    """A row without its first tokens."""
+    return {name: value[start:] if isinstance(value, list) else value for name, value in row.items()}
 
 
 class PreferenceTrainer(ExactTrainer):
@@ -83,6 +133,12 @@ class PreferenceTrainer(ExactTrainer):
         if self.args.world_size > 1:
             pairs = self.accelerator.reduce(pairs, "sum")
         return batches, pairs
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if self.flat is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        with by_sequence(self._adapted(), inputs["continued"].tolist()):
+            return Trainer.training_step(self, model, inputs, *args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -123,16 +179,12 @@ class PreferenceTrainer(ExactTrainer):
 
     def _measures(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """The measures of each pair, (n, len(MEASURES)); the loss has a gradient."""
-        call = {name: value for name, value in inputs.items() if name not in ("labels", "pair", "real")}
-        labels = inputs["labels"]
-        reference = None
-        if self.objective.has_reference:
-            reference = self._reference(call, labels, inputs["pair"])
-        log_p = self._log_probabilities(model, call, labels)
-        tokens = _by_sequence((labels[:, 1:] != IGNORED).float(), call).clamp_min(1)
+        reference = self._reference(inputs) if self.objective.has_reference else None
+        log_p = log_probabilities(model, self._adapted(), inputs)
+        learned = (inputs["labels"][:, 1:] != IGNORED).float()
+        tokens = _by_answer(learned, inputs).clamp_min(1)
         chosen, rejected = (
-            Answers(log_p.chunk(2)[i], None if reference is None else reference[:, i], tokens.chunk(2)[i])
-            for i in (0, 1)
+            Answers(log_p[:, i], None if reference is None else reference[:, i], tokens[:, i]) for i in (0, 1)
         )
         losses = self.objective.losses(chosen, rejected)
         with torch.no_grad():
@@ -141,25 +193,16 @@ class PreferenceTrainer(ExactTrainer):
             preferred = (margin.sign() + 1) / 2
         return torch.stack([losses, preferred, margin, *rewards], dim=1)
 
-    def _log_probabilities(self, model: Any, call: dict[str, Tensor], labels: Tensor) -> Tensor:
-        """The summed log-probability of each sequence's learned tokens."""
-        with deferred(self._adapted().get_base_model()):
-            logits = model(**call, use_cache=False).logits
-            logits = logits[:, -labels.shape[1] :]  # a learned prompt comes before the tokens
-            scores = logits[:, :-1].float().reshape(-1, logits.shape[-1])
-            losses = cross_entropy(scores, labels[:, 1:].reshape(-1), reduction="none", ignore_index=IGNORED)
-        return _by_sequence(-losses.view(labels[:, 1:].shape), call)
-
     @torch.no_grad()
-    def _reference(self, call: dict[str, Tensor], labels: Tensor, pairs: Tensor) -> Tensor:
+    def _reference(self, inputs: dict[str, Tensor]) -> Tensor:
         """The log-probabilities without the adapter, (n, 2)."""
-        numbers = pairs.cpu()
+        numbers = inputs["pair"].cpu()
         kept = self.kept[numbers] if self._keeps() else torch.full((len(numbers), 2), torch.nan)
         if not kept.isnan().any():
-            return kept.to(pairs.device)
+            return kept.to(inputs["pair"].device)
         model = self._adapted()
         with model.disable_adapter(), evaluating(model):
-            reference = self._log_probabilities(model, call, labels).view(2, -1).T
+            reference = log_probabilities(model, model, inputs)
         if self._keeps():
             self.kept[numbers] = reference.cpu()
         return reference
@@ -181,17 +224,51 @@ class PreferenceTrainer(ExactTrainer):
             self.kept = load_file(Path(checkpoint) / KEPT_NAME)["log_p"]
 
 
-def _by_sequence(values: Tensor, call: dict[str, Tensor]) -> Tensor:
-    """The sums over the tokens after the first, (rows, length - 1), of each sequence.
+def log_probabilities(model: Any, adapted: PeftModel, inputs: dict[str, Tensor]) -> Tensor:
+    """The summed log-probabilities of the answers' tokens, (n, 2).
 
-    Sequences are the rows or, in a batch without padding, the parts of the only row; positions restart with each.
+    Args:
+        model: what is called: the adapted model, or what accelerate wraps around it.
+        inputs: a batch of `PairCollator`.
     """
-    positions = call.get("position_ids")
+    labels = inputs["labels"]
+    call = {name: value for name, value in inputs.items() if name not in OURS}
+    with deferred(adapted.get_base_model()):
+        logits = model(**call, use_cache=False).logits
+        logits = logits[:, -labels.shape[1] :]  # a learned prompt comes before the tokens
+        scores = logits[:, :-1].float().reshape(-1, logits.shape[-1])
+        losses = cross_entropy(scores, labels[:, 1:].reshape(-1), reduction="none", ignore_index=IGNORED)
+    return _by_answer(-losses.view(labels[:, 1:].shape), inputs)
+
+
+@torch.no_grad()
+def shares_prompts(model: PeftModel, pair: Encoded, flat: Collator) -> bool:
+    """Whether a pair gives the same with its prompt computed once as with two whole sequences, by a trial."""
+    device = next(model.parameters()).device
+    found = []
+    with evaluating(model):
+        for shares in (False, True):
+            batch = {name: t.to(device) for name, t in PairCollator(flat, shares)([pair]).items()}
+            with by_sequence(model, batch["continued"].tolist()):
+                found.append(log_probabilities(model, model, batch))
+    whole, shared = found
+    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 1e-2
+    return torch.allclose(whole, shared, rtol=tolerance, atol=tolerance)
+
+
+def _by_answer(values: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """The sums over the tokens after the first, (rows, length - 1), of the answers of each pair: (n, 2).
+
+    Sequences are the rows or, in a batch without padding, the parts of the only row.
+    """
+    positions = inputs.get("position_ids")
     if positions is None:
-        return values.sum(1)
-    sequence = (positions[0] == 0).cumsum(0) - 1
-    sums = values.new_zeros(int(sequence[-1]) + 1)
-    return sums.index_add(0, sequence[1:], values[0])
+        sums = values.sum(1)
+    else:
+        starts = positions[0, 1:] != positions[0, :-1] + 1
+        sequence = starts.cumsum(0)
+        sums = values.new_zeros(len(inputs["slot"])).index_add(0, sequence, values[0])
+    return torch.zeros_like(sums).index_copy(0, inputs["slot"], sums).view(-1, 2)
 
 
 def metrics(prediction: Any) -> dict[str, float]:

@@ -287,9 +287,11 @@ def _on_answers(recipe: Recipe, model: Any, settings: Any, parts: dict[str, Any]
 def _on_pairs(recipe: Recipe, model: Any, settings: Any, parts: dict[str, Any]) -> ExactTrainer:
     """The trainer for pairs of answers, from the parts of one for single answers."""
     flat = parts["flat"]
+    if flat is not None:
+        flat = preference.PairCollator(flat, preference.shares_prompts(model, parts["train_dataset"][0], flat))
     parts |= {
         "data_collator": preference.PairCollator(parts["data_collator"]),
-        "flat": None if flat is None else preference.PairCollator(flat),
+        "flat": flat,
         "compute_metrics": preference.metrics,
     }
     return preference.PreferenceTrainer(model, settings, objective=recipe.preference(), **parts)
