@@ -16,6 +16,15 @@ Column = Annotated[
         rich_help_panel="Data",
     ),
 ]
+Objective = Annotated[
+    str | None,
+    typer.Option(
+        help="What is learned. sft: to write the answers of the data; dpo, orpo or simpo: to prefer the chosen answer "
+        "of a pair to the rejected one.",
+        show_default="sft",
+        rich_help_panel="Model and method",
+    ),
+]
 Base = Annotated[
     str | None,
     typer.Option(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.cli._options import Column, Option, Rank, Set, Targets, add_settings, pairs, source
+from veneer.cli._options import Column, Objective, Option, Rank, Set, Targets, add_settings, pairs, source
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def plan(
     rank: Rank = None,
     targets: Targets = None,
     option: Option = None,
+    objective: Objective = None,
     set_: Set = None,
     data: Annotated[
         list[str] | None,
@@ -137,6 +138,8 @@ def plan(
     }
     if model is not None:
         content["model"] = model
+    if objective is not None:
+        content["objective"] = objective
     add_settings(content, set_, option)
     recipe = _recipe(content)
     base = skeleton(content.get("model"), model_type)
@@ -144,14 +147,15 @@ def plan(
     if positions is not None:
         recipe = recipe.changed(max_length=min(recipe.max_length, positions))
     epoch = None
+    sequences = recipe.batch_size * (2 if recipe.reads_pairs else 1)
     length = recipe.max_length
     steps = recipe.max_steps or STEPS
     if content["data"]:
         epoch = _epoch(recipe)
-        length = math.ceil(epoch.largest_batch / recipe.batch_size)
+        length = math.ceil(epoch.largest_batch / sequences)
         steps = epoch.steps
     config = all_methods()[page(recipe.method).name](**method_settings(recipe, steps))
-    result = forecast(base, config, recipe.batch_size, length, recipe.gradient_checkpointing)
+    result = forecast(base, config, sequences, length, recipe.gradient_checkpointing)
     if as_json:
         content = result.as_dict()
         if epoch:

@@ -12,7 +12,7 @@ import typer
 
 from veneer.errors import ConfigError
 
-from ._options import Column, Option, Rank, Set, Targets, add_settings, pairs, source
+from ._options import Column, Objective, Option, Rank, Set, Targets, add_settings, pairs, source
 
 EXAMPLES = """
 Data can be JSONL, JSON, CSV, TSV or Parquet files, directories of them, or
@@ -97,15 +97,7 @@ def train(
     rank: Rank = None,
     targets: Targets = None,
     option: Option = None,
-    objective: Annotated[
-        str | None,
-        typer.Option(
-            help="What is learned. sft: to write the answers of the data; dpo, orpo or simpo: to prefer the chosen "
-            "answer of a pair to the rejected one.",
-            show_default="sft",
-            rich_help_panel="Model and method",
-        ),
-    ] = None,
+    objective: Objective = None,
     column: Column = None,
     split: Annotated[
         str | None,

@@ -93,7 +93,7 @@ class Recipe(Strict):
     max_steps: int | None = Field(None, ge=1)
     """Number of optimizer steps; overrides epochs."""
     batch_size: int = Field(8, ge=1)
-    """Sequences per forward pass, on each process."""
+    """Sequences per forward pass, on each process; pairs, with an objective on pairs."""
     accumulate: int = Field(1, ge=1)
     """Forward passes per optimizer step."""
     eval_batch_size: int | None = Field(None, ge=1)
