@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from veneer import LoraConfig, PrefixTuningConfig, PromptTuningConfig, VeneerError, get_peft_model
+from veneer import LoraConfig, OFTConfig, PrefixTuningConfig, PromptTuningConfig, VeneerError, get_peft_model
 from veneer.core.state import state_of
 
 from . import models
@@ -97,6 +97,25 @@ def test_an_encoder_decoder_generates_with_a_prompt(case: Case):
         logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=steps, **facts).logits[:, -1]
         steps = torch.cat([steps, logits.argmax(-1, keepdim=True)], dim=1)
     assert torch.equal(found, steps)
+
+
+@pytest.mark.parametrize("outer", [LoraConfig(r=3), OFTConfig(oft_block_size=5, target_modules=["q_proj"])])
+def test_a_row_may_use_several_adapters(outer):
+    """Innermost first, as with `set_adapter`; beside rows with one of them and with none."""
+    model = get_peft_model(models.build("llama"), LoraConfig(r=4), "one").eval()
+    model.add_adapter("two", outer)
+    perturb(perturb(model, "one", 3, 0.5), "two", 4, 0.5)
+    ids = models.inputs("llama", rows=5)["input_ids"]
+    names = [("one", "two"), "two", "__base__", ("two", "one"), "one"]
+    with torch.no_grad():
+        mixed = model(input_ids=ids, adapter_names=names).logits
+        for row, name in enumerate(names):
+            model.set_adapter("one" if name == "__base__" else name)
+            with model.disable_adapter() if name == "__base__" else torch.no_grad():
+                alone = model(input_ids=ids[row : row + 1]).logits
+            torch.testing.assert_close(mixed[row : row + 1], alone, rtol=1e-4, atol=1e-4)
+    with pytest.raises(VeneerError, match="no adapter is called 'three'"):
+        model(input_ids=ids, adapter_names=[("one", "three"), *names[1:]])
 
 
 @pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig], ids=lambda c: c.peft_type)

@@ -22,7 +22,7 @@ from ..upstream import checkpointing
 from ..upstream.calls import OF_PAIRS, encoder_of, parameters
 from .calls import batch_size, by_row
 from .prompt import Prompt
-from .state import BASE, LOSS_TERMS, State, state_of
+from .state import BASE, LOSS_TERMS, Row, State, adapters_of, state_of
 
 CHILDREN = {"veneer_shared": "shared", "veneer_prompts": "prompts"}
 """Names of the Hugging Face model's children that hold shared modules and prompts, if there are any."""
@@ -154,8 +154,18 @@ def loss_terms(state: State) -> Tensor | None:
 
 def called(state: State) -> list[str]:
     """The adapters that take part in the current call."""
-    names = state.facts.get("adapter_names", state.live())
+    names = state.live()
+    if "adapter_names" in state.facts:
+        names = _of_rows(state.facts["adapter_names"])
     return [name for name in dict.fromkeys(names) if name in state.configs]
+
+
+def _of_rows(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The names of all adapters that the rows of a mixed batch use, each once."""
+    names: dict[str, None] = {}
+    for row in dict.fromkeys(rows):
+        names |= dict.fromkeys(adapters_of(row))
+    return tuple(names)
 
 
 def check_names(state: State) -> None:
@@ -164,9 +174,7 @@ def check_names(state: State) -> None:
         raise VeneerError(
             f"adapter_names must be a list with a name for each row, not {state.facts['adapter_names']!r}"
         )
-    for name in dict.fromkeys(state.facts.get("adapter_names", ())):
-        if name == BASE:
-            continue
+    for name in _of_rows(state.facts.get("adapter_names", ())):
         if name not in state.configs:
             known = ", ".join(state.configs)
             raise VeneerError(f"adapter_names: no adapter is called {name!r}; the model has {known} and {BASE!r}")

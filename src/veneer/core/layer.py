@@ -24,7 +24,7 @@ from ..ops.low_rank_linear import Run
 from ..targets.modules import Modules, WrapperModule, evaluating
 from ..targets.target import kind_of
 from .adapter import Adapter, LowRank, Parts, Replace
-from .state import BASE, State
+from .state import Row, State, adapters_of
 from .views import View
 
 Stack = Sequence[Adapter]
@@ -188,15 +188,15 @@ class AdapterLayer(WrapperModule):
         updates = [adapter.as_update() for adapter in products]
         return low_rank.low_rank_linear(x, *base, updates, runs)
 
-    def _mixed_products(self, names: Sequence[str], x: Tensor) -> Tensor | None:
+    def _mixed_products(self, names: Sequence[Row], x: Tensor) -> Tensor | None:
         """The output for a mixed batch in which each row has at most one low-rank update; None for other batches."""
-        products: dict[str, Adapter] = {}
-        for name in dict.fromkeys(names):
-            stack = [] if name == BASE else self.stack((name,))
+        products: dict[Row, Adapter] = {}
+        for row in dict.fromkeys(names):
+            stack = self.stack(adapters_of(row))
             if len(stack) > 1 or not all(map(_is_sum, stack)):
                 return None
             if stack:
-                products[name] = stack[0]
+                products[row] = stack[0]
         rows = x.numel() // x.shape[-1]
         has_rows = x.shape[0] == len(names) or (x.dim() == 2 and rows % len(names) == 0)
         base = self._direct(x) if products and has_rows else None
@@ -205,7 +205,7 @@ class AdapterLayer(WrapperModule):
         runs = _runs(names, list(products), rows)
         return self._updated(x, base, list(products.values()), runs)
 
-    def _mixed(self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _mixed(self, names: Sequence[Row], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a batch whose rows use different adapters. The base module runs once, for all rows."""
         x = _first(args, kwargs)
         y = self._mixed_products(names, x)
@@ -231,14 +231,14 @@ class AdapterLayer(WrapperModule):
                 out = _with_output(out, y.index_copy(0, group.rows, changed))
         return out
 
-    def _groups(self, names: Sequence[str], x: Tensor) -> list[tuple[Tensor, Stack]]:
-        """(rows, adapters) for each adapter name of a mixed batch that has adapters here."""
+    def _groups(self, names: Sequence[Row], x: Tensor) -> list[tuple[Tensor, Stack]]:
+        """(rows, adapters) for each entry of a mixed batch that has adapters here."""
         is_flat = x.dim() == 2 and x.shape[0] % len(names) == 0  # experts receive (rows x tokens, width)
         tokens = x.shape[0] // len(names) if is_flat else 1
-        rows: dict[str, list[int]] = {}
+        rows: dict[Row, list[int]] = {}
         for place, name in enumerate(names):
             rows.setdefault(name, []).extend(range(place * tokens, (place + 1) * tokens))
-        stacks = {name: self.stack((name,)) for name in rows if name != BASE}
+        stacks = {name: self.stack(adapters_of(name)) for name in rows}
         if any(stacks.values()) and x.shape[0] != len(names) * tokens:
             raise VeneerError(
                 f"adapter_names has {len(names)} entries, but {self.path!r} received {x.shape[0]} rows; in a mixed "
@@ -445,7 +445,7 @@ def _is_sum(adapter: Adapter) -> bool:
     return adapter.is_product and not adapter.has_finish
 
 
-def _runs(names: Sequence[str], adapted: Sequence[str], rows: int) -> list[Run]:
+def _runs(names: Sequence[Row], adapted: Sequence[Row], rows: int) -> list[Run]:
     """The runs of consecutive rows with the same name in a mixed batch, for the names in `adapted`.
 
     A run is (first row, end, index of the name in `adapted`), in rows of a matrix that has `rows` in total.

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 BASE = "__base__"
 """The adapter name that stands for no adapter in a mixed batch."""
+Row = str | tuple[str, ...]
+"""What one row of a mixed batch uses: an adapter, `BASE`, or several adapters, innermost first."""
 
 
 LOSS_TERMS = "loss_terms"
@@ -179,21 +181,34 @@ class State:
         return self.active if self.enabled else ()
 
     @contextmanager
-    def remembering(self, facts: dict[str, Any]) -> Iterator[None]:
+    def remembering(self, facts: dict[str, Any], memo: dict[Any, Any] | None = None) -> Iterator[None]:
         """Pass `facts` to every model call inside the block, such as those of `generate`.
 
         No adapter may change inside the block, so `memo` is available there.
+
+        Args:
+            memo: that of an earlier block with the same facts, since which no adapter has changed; None: an empty one.
         """
-        sticky, current, memo = self.sticky, self.facts, self.memo
+        sticky, current, earlier = self.sticky, self.facts, self.memo
         self.sticky = {**sticky, **facts}
         self.facts = {**current, **self.sticky}
-        self.memo = {}
+        self.memo = {} if memo is None else memo
         try:
             yield
         finally:
             self.sticky = sticky
             self.facts = current
-            self.memo = memo
+            self.memo = earlier
+
+    @contextmanager
+    def running(self, names: tuple[str, ...]) -> Iterator[None]:
+        """Run the block with `names` active, innermost first. What requires gradients does not change."""
+        before = self.active, self.enabled
+        self.active, self.enabled = names, True
+        try:
+            yield
+        finally:
+            self.active, self.enabled = before
 
     @contextmanager
     def switched(self, *, enabled: bool) -> Iterator[None]:
@@ -204,6 +219,13 @@ class State:
             yield
         finally:
             self.enabled = before
+
+
+def adapters_of(row: Row) -> tuple[str, ...]:
+    """The names of the adapters that a row of a mixed batch uses, innermost first."""
+    if isinstance(row, str):
+        return () if row == BASE else (row,)
+    return tuple(row)
 
 
 def state_of(model: nn.Module) -> State | None:
