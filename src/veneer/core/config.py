@@ -138,6 +138,14 @@ class Config(Checked):
         """The configs of the methods that this config combines; only the config itself for a single method."""
         return (self,)
 
+    def depends_on_call(self) -> bool:
+        """Whether the output for a token depends on the call that computes it, and not only on its activations.
+
+        Then a sequence must be computed in the calls that `generate` makes: not in parts, not beside others.
+        """
+        overrides = type(self).before is not Config.before or type(self).after is not Config.after
+        return overrides or bool(self.generate_with)
+
     def reshape(self, model: nn.Module) -> Any:
         """Change the model's layers before adapters are attached. Returns an object with `undo()`, or None."""
         return None

@@ -114,6 +114,9 @@ class LilyConfig(LayerConfig):
         check_range(self, 1, math.inf, "r", "stride_A")
         check_range(self, 2, math.inf, "num_B")
 
+    def depends_on_call(self) -> bool:
+        return True  # p is a mean over the tokens of a call
+
     def role(self, path: str) -> str:
         """The entry of `target_modules` that matches a path; if there are several, the longest."""
         names = self.target_modules

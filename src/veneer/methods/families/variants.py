@@ -41,6 +41,12 @@ class Aspect:
         """As `Config.after`."""
 
     @classmethod
+    def depends_on_call(cls) -> bool:
+        """As `Config.depends_on_call`."""
+        hooks = (cls.before.__func__, cls.after.__func__)  # type: ignore[attr-defined]
+        return hooks != (Aspect.before.__func__, Aspect.after.__func__)  # type: ignore[attr-defined]
+
+    @classmethod
     def loss(cls, config: Any, adapters: Sequence[Any]) -> Tensor | None:
         """As `Config.loss`, for the adapters of the layers that are instances of this class."""
         return None
@@ -157,6 +163,9 @@ class Variants(Config):
                     f"{type(self).__name__} needs {field} to request its variant; "
                     f"with {field}={getattr(self, field)!r} use {type(self).__mro__[1].__name__}"
                 )
+
+    def depends_on_call(self) -> bool:
+        return any(variant.depends_on_call() for variant in self.classes())
 
     def before(self, shared: nn.Module | None, facts: dict[Any, Any], model: nn.Module, kwargs: dict[str, Any]) -> None:
         for variant in self.classes():
