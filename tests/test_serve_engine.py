@@ -163,8 +163,9 @@ def test_answers_do_not_depend_on_what_runs_beside_them(served, pool):
         leaving = draw.randrange(len(clients))
         coming = list(clients)
         for _ in range(1000):
-            if coming and draw.random() < 0.8:
-                engine.submit([coming.pop(0).answer])
+            for _ in range(draw.choice((0, 1, 1, 3))):
+                if coming:
+                    engine.submit([coming.pop(0).answer])
             if draw.random() < 0.05:
                 engine.cancel(clients[leaving].answer)
             step(engine)
@@ -269,8 +270,8 @@ def test_answers_run_as_far_as_the_cache_holds_them(served):
         assert engine.positions() <= 100
         step(engine)
     assert all(len(client.ids) == 10 for client in clients)
-    long, short = Client([5] * 40, ("a",), 10), Client([5], ("a",), 2)
-    engine.submit([long.answer, short.answer, Client([5], ("a",), 2).answer])
+    long, *short = Client([5] * 40, ("a",), 10), Client([5], ("a",), 5), Client([5], ("a",), 5)
+    engine.submit([long.answer, *(client.answer for client in short)])
     step(engine)
     assert len(engine.running()) == 2
 
@@ -303,6 +304,45 @@ def test_prompts_are_computed_in_parts_between_tokens(served):
         assert not long.tokens and len(short.tokens) == 2 + number
         step(engine)
     assert len(long.tokens) == 2
+
+
+def test_short_prompts_are_computed_in_one_call(served, monkeypatch):
+    """Also for different adapters; a learned prompt has a call of its own."""
+    engine = engine_of(served, chunk=20)
+    names = ((), ("b",), ("a",), ("a", "b"), ("prompt",), ("a",))
+    clients = [Client([5 + number] * (number + 1), stack, 5) for number, stack in enumerate(names)]
+    engine.submit([client.answer for client in clients])
+    calls = []
+    forward = engine._forward
+
+    def counted(rows, *more, **kwargs):
+        calls.append(len(rows))
+        return forward(rows, *more, **kwargs)
+
+    monkeypatch.setattr(engine, "_forward", counted)
+    step(engine)
+    assert calls == [4, 4]
+    while engine.running():
+        step(engine)
+    for client, stack in zip(clients, names, strict=True):
+        lone = Client(client.answer.prompt, stack, 5)
+        run(engine_of(served), lone)
+        assert lone.ids == client.ids
+
+
+def test_memory_does_not_grow_with_requests(served):
+    """After 300 answers nothing of them is left."""
+    import gc
+
+    engine = engine_of(served)
+    for number in range(300):
+        engine.submit([Client([5 + number % 50] * (number % 9 + 1), ((), ("a",), ("reft",))[number % 3], 3).answer])
+        step(engine)
+    while engine.running():
+        step(engine)
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, Answer)]
+    assert engine.cache is None and not engine.sources
 
 
 def test_what_ends_early_leaves_nothing(served):

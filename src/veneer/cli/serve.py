@@ -17,8 +17,9 @@ Clients name an adapter as their model, or the base model by the last part of
 its name; one+two stacks two adapters. Requests for different adapters, of
 any method, run in one batch.
 
-The server needs the extra serve: pip install 'veneer[serve]'. It listens on
-this machine only; for another --host it needs an API key.
+The server listens on this machine only; for another --host it needs an API
+key. It needs fastapi, uvicorn and prometheus-client, which the extra "serve"
+of veneer installs.
 
 Examples:
 
