@@ -381,6 +381,24 @@ def test_without_adapters_the_base_answers(bases):  # noqa: F811
     assert adapters.state is None and len(before.ids) == NEW
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_an_adapter_that_changes_the_layers_is_refused(bases, places, tmp_path, is_first):  # noqa: F811
+    """And leaves the base model as it was."""
+    deeper = LoraConfig(r=2, layer_replication=[[0, 2], [0, 2]], target_modules=["q_proj"], **TASK)
+    adapter(bases, tmp_path / "deeper", deeper)
+    here = {"deeper": str(tmp_path / "deeper")}
+    adapters = Adapters(load((), str(bases / "one")).model, "one", here, places, 3)
+    engine = engine_of(adapters)
+    before, refused, after = Client([5, 6, 7]), Client([5], ("deeper",)), Client([5, 6, 7])
+    if not is_first:
+        run(engine, Client([5], ("a",)))
+    run(engine, before)
+    run(engine, refused)
+    run(engine, after)
+    assert refused.end.error.code == "adapter_not_loaded" and "deeper" not in adapters.loaded
+    assert after.ids == before.ids and len(after.ids) == NEW
+
+
 def test_an_error_in_a_step_ends_its_answers_only(served, monkeypatch):
     engine = engine_of(served)
     alone, *rows = Client([5], ("reft",)), Client([5], ("a",)), Client([6], ("b",))

@@ -133,7 +133,7 @@ class Adapters:
         self.loaded[name] = None
         try:
             self._check(name)
-        except VeneerError:
+        except Exception:
             self.drop(name)
             raise
         LOG.info("adapter %s is in memory", name)

@@ -46,7 +46,7 @@ class Format:
             for choice in self.openings():
                 yield event({**head, "choices": [choice], **nothing})
             async for piece in self.choices.pieces():
-                if piece.text or piece.calls or piece.reason or piece.token:
+                if self.is_shown(piece):
                     yield event({**head, "choices": [self.part(piece)], **nothing})
         except Refused as error:
             yield event(error.body())
@@ -54,6 +54,11 @@ class Format:
         if with_usage:
             yield event({**head, "choices": [], "usage": self.usage()})
         yield "data: [DONE]\n\n"
+
+    def is_shown(self, piece: Piece) -> bool:
+        """Whether a piece has something for the client: a token that only begins a character has not."""
+        has_logprobs = piece.token is not None and self.choices.job.sampling.logprobs is not None
+        return bool(piece.text or piece.calls or piece.reason or has_logprobs)
 
     def usage(self) -> dict[str, int]:
         prompt = self.choices.prompt_tokens

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -208,7 +209,8 @@ class Engine:
                 is_idle = not (self.waiting or self.running() or self.jobs)
                 if self.is_closing and is_idle:
                     return
-            self._guarded(self.running(), self.step)
+                answers = [*self.waiting, *self.running()]
+            self._guarded(answers, self.step)
 
     def step(self) -> None:
         """Admit answers, compute parts of prompts, and add one token to every running answer."""
@@ -217,7 +219,7 @@ class Engine:
         self._admit()
         self._start_prompts()
         for answer in list(self.alone):
-            self._guarded([answer], lambda answer=answer: self._advance_alone(answer))  # type: ignore[misc]
+            self._guarded([answer], partial(self._advance_alone, answer))
         if self.rows:
             self._guarded(list(self.rows), self._advance_rows)
 
@@ -311,7 +313,7 @@ class Engine:
         room = self.limits.chunk
         whole = self._startable_together(room)
         if len(whole) > 1:
-            self._guarded(whole, lambda: self._start_whole(whole))
+            self._guarded(whole, partial(self._start_whole, whole))
             return
         for answer in list(self.starting):
             if room <= 0:
@@ -319,7 +321,7 @@ class Engine:
             rest = len(answer.prompt) - answer.done
             count = rest if answer.is_alone else min(room, rest)
             room -= count
-            self._guarded([answer], lambda answer=answer, count=count: self._start_prompt(answer, count))  # type: ignore[misc]
+            self._guarded([answer], partial(self._start_prompt, answer, count))
 
     def _startable_together(self, room: int) -> list[Answer]:
         """The first answers whose whole prompts, padded to the longest, have at most `room` tokens.

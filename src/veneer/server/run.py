@@ -61,7 +61,14 @@ def serve(options: Options, started: Callable[[str, Service], None]) -> None:
     with _bound(options.host, options.port) as listener:
         service = build(options)
         url = _url(options.host, listener.getsockname()[1])
-        config = uvicorn.Config(create_app(service), log_config=None, access_log=False, lifespan="on", ws="none")
+        config = uvicorn.Config(
+            create_app(service),
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            ws="none",
+            timeout_graceful_shutdown=int(options.seconds) + 1,  # a client that does not read must not prevent the end
+        )
         server = uvicorn.Server(config)
         listener.listen(config.backlog)
         started(url, service)
