@@ -21,7 +21,6 @@ from veneer import (
 from veneer.core.state import state_of
 from veneer.errors import ConfigError, VeneerError
 from veneer.model.loading import load
-from veneer.server import batch
 from veneer.server.adapters import Adapters
 from veneer.server.engine import Answer, End, Engine, Limits
 from veneer.server.errors import Refused
@@ -429,20 +428,47 @@ def test_names_that_no_adapter_can_have(served, name):
         Adapters(served.base_model, "one", {name: "somewhere"}, None, 2)
 
 
-def test_a_model_whose_layers_forget_is_not_batched():
-    """A sliding window drops keys, and a state has no positions."""
-    assert batch.can_share(models.llama()) and batch.can_share(models.gpt2())
-    assert not batch.can_share(models.mistral(sliding_window=4))
+def recurrent():
+    """A hybrid, whose layers are recurrent or attend."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    sizes = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=4, num_attention_heads=4, head_dim=8)
+    sizes |= dict(num_key_value_heads=2, vocab_size=67, linear_num_value_heads=4, linear_num_key_heads=2)
+    sizes |= dict(linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2, num_experts_per_tok=1)
+    sizes |= dict(moe_intermediate_size=20, shared_expert_intermediate_size=20, pad_token_id=0)
+    torch.manual_seed(0)
+    return Qwen3NextForCausalLM(Qwen3NextConfig(**sizes)).eval()
 
 
-def test_a_sliding_window_answers_as_alone():
-    model = models.build("mistral")
-    model.config.sliding_window = 4
+def sliding():
+    """Layers that keep the last three positions, and layers that keep all."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = dict(hidden_size=30, intermediate_size=45, num_hidden_layers=3, num_attention_heads=5, head_dim=14)
+    sizes |= dict(num_key_value_heads=1, vocab_size=67, sliding_window=4, pad_token_id=0, query_pre_attn_scalar=14)
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.25)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("build", "shares"), [(sliding, True), (recurrent, False)])
+def test_models_whose_layers_forget_answer_as_alone(build, shares):
+    """A window drops keys; a state has no positions, so its answers are not batched."""
+    model = build()
     adapters = Adapters(model, "one", {}, None, 2)
-    prompts = [[5] * 11, [6, 7]]
-    clients = [Client(prompt) for prompt in prompts]
-    run(engine_of(adapters, chunk=3), *clients)
+    assert adapters.shares == shares
+    prompts = [[5, 9, 7, 8, 5, 4, 3, 9, 9, 11, 12], [6, 7], [8] * 5, [3], [10, 11, 12, 13], [14] * 9]
+    clients = [Client(prompt, most=NEW + number) for number, prompt in enumerate(prompts)]
+    engine = engine_of(adapters, chunk=7)
+    waiting = list(clients)
+    while waiting or engine.running():
+        if waiting:
+            engine.submit([waiting.pop().answer])
+        step(engine)
     for prompt, client in zip(prompts, clients, strict=True):
         ids = torch.tensor([prompt])
-        settings = dict(do_sample=False, max_new_tokens=NEW, eos_token_id=NEVER, pad_token_id=0)
+        settings = dict(do_sample=False, max_new_tokens=client.answer.most, eos_token_id=NEVER, pad_token_id=0)
         assert client.ids == model.generate(input_ids=ids, **settings)[0, len(prompt) :].tolist()

@@ -23,15 +23,16 @@ class Piece(NamedTuple):
 
 
 def can_share(model: Any) -> bool:
-    """Whether the sequences of a model can be batched: all layers keep all keys and values, and nothing else."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
+    """Whether the sequences of a model can be batched: its layers keep keys and values and no other state."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     if caches.argument(model) is None:
         return False
     config = model.config.get_text_config(decoder=True)
     layers = DynamicCache(config=config).layers
     has_state = any(kind in caches.WITHOUT_KEYS for kind in getattr(config, "layer_types", None) or ())
-    return not has_state and all(type(layer) is DynamicLayer for layer in layers)
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    return not has_state and all(type(layer) in kinds for layer in layers)
 
 
 def joined(model: Any, pieces: Sequence[Piece]) -> Any:
@@ -43,18 +44,23 @@ def joined(model: Any, pieces: Sequence[Piece]) -> Any:
         pairs = [layers[number] for layers in by_layer]
         if pairs[0][0] is None:  # a layer that reads the keys of another one
             continue
-        keys = _aligned([keys for keys, _ in pairs], pieces, width)
-        values = _aligned([values for _, values in pairs], pieces, width)
+        keys = _aligned([keys for keys, _ in pairs], pieces)
+        values = _aligned([values for _, values in pairs], pieces)
         cache.update(keys, values, number)
+        layer = cache.layers[number]
+        if layer.is_sliding:
+            layer.cumulative_length = width  # also the positions that have left the window
     return cache
 
 
-def _aligned(tensors: Sequence[Tensor], pieces: Sequence[Piece], width: int) -> Tensor:
-    """Each piece's last positions of its tensor (rows, heads, positions, head_dim), in one tensor of `width`."""
+def _aligned(tensors: Sequence[Tensor], pieces: Sequence[Piece]) -> Tensor:
+    """Each piece's own positions of its tensor (rows, heads, positions, head_dim), as long as the longest of them."""
+    counts = [min(piece.length, tensor.shape[2]) for piece, tensor in zip(pieces, tensors, strict=True)]
+    width = max(counts)
     first = tensors[0]
     batch = first.new_zeros(len(pieces), first.shape[1], width, first.shape[3])
-    for place, (tensor, piece) in enumerate(zip(tensors, pieces, strict=True)):
-        batch[place, :, width - piece.length :] = tensor[piece.row, :, tensor.shape[2] - piece.length :]
+    for place, (tensor, piece, count) in enumerate(zip(tensors, pieces, counts, strict=True)):
+        batch[place, :, width - count :] = tensor[piece.row, :, tensor.shape[2] - count :]
     return batch
 
 
