@@ -23,8 +23,8 @@ from veneer import LoraConfig, PromptTuningConfig, get_peft_model
 from veneer.data.chat import Template
 from veneer.inference.generation import Sampling, Writer
 from veneer.model.loading import BASE, load
-from veneer.server.text import Text
-from veneer.server.tools import Call, as_dicts, form_of
+from veneer.serve.text import Text
+from veneer.serve.tools import Call, as_dicts, form_of
 
 from . import room
 from .chat_templates import TEMPLATES

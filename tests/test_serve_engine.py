@@ -21,10 +21,10 @@ from veneer import (
 from veneer.core.state import state_of
 from veneer.errors import ConfigError, VeneerError
 from veneer.model.loading import load
-from veneer.server.adapters import Adapters
-from veneer.server.engine import Answer, End, Engine, Limits
-from veneer.server.errors import Refused
-from veneer.server.sampling import Sampling, Token
+from veneer.serve.adapters import Adapters
+from veneer.serve.engine import Answer, End, Engine, Limits
+from veneer.serve.errors import Refused
+from veneer.serve.sampling import Sampling, Token
 
 from . import models
 from .cases import CASES

@@ -10,7 +10,7 @@ import typer
 from .generate import Dtype, TemplateFile
 
 if TYPE_CHECKING:
-    from veneer.server.app import Service
+    from veneer.serve.app import Service
 
 EXAMPLES = """
 Clients name an adapter as their model, or the base model by the last part of
@@ -82,8 +82,8 @@ def serve(
     from veneer.errors import ConfigError
 
     _check_extra()
-    from veneer.server.run import Options, quiet_logs
-    from veneer.server.run import serve as run
+    from veneer.serve.run import Options, quiet_logs
+    from veneer.serve.run import serve as run
     from veneer.terminal import quiet
 
     if api_key and api_key_file:
