@@ -23,8 +23,8 @@ from veneer import (
     get_peft_model,
 )
 from veneer.errors import BaseMismatch, CheckpointError
-from veneer.formats.gguf import vocabulary as words
-from veneer.formats.gguf.modelfile import Turns, modelfile
+from veneer.files.gguf import vocabulary as words
+from veneer.files.gguf.modelfile import Turns, modelfile
 from veneer.merging.export import export
 from veneer.report.deployment import diagnose
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from ..core.config import CONFIG_NAME
 from ..errors import ConfigError
+from ..files.gguf.file import FLOATS, Progress, check_dtype
+from ..files.gguf.modelfile import MODELFILE
 from ..files.lock import alone
 from ..files.pull import resolve
 from ..files.write import check_new
-from ..formats.gguf.file import FLOATS, Progress, check_dtype
-from ..formats.gguf.modelfile import MODELFILE
 from ..model.to_lora import check_rank
 from .exported import Export
 from .gguf_adapter import export_adapter

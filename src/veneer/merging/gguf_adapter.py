@@ -19,13 +19,13 @@ from ..core import embeddings
 from ..core.config import Config
 from ..errors import CheckpointError, ConfigError, NotMergeable, listing
 from ..files.find import find_weights
+from ..files.gguf import metadata as headers
+from ..files.gguf.file import Planned, Progress, type_of, write
+from ..files.gguf.tensors import Naming
 from ..files.pull import resolve
 from ..files.read import PREFIX, tensor_shapes
 from ..files.skeleton import skeleton
 from ..formats import peft
-from ..formats.gguf import metadata as headers
-from ..formats.gguf.file import Planned, Progress, type_of, write
-from ..formats.gguf.tensors import Naming
 from ..formats.lora import Hints, Pair
 from ..model.catalogue import page_of
 from ..model.to_lora import adapter_state, update_of
