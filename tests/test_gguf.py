@@ -694,7 +694,7 @@ def test_the_command(bases, tmp_path):
         (["--ollama"], "--ollama needs --merged"),
         (["--merged", "--rank", "3"], "--rank is the rank of an adapter's LoRA"),
         (["--rank", "0"], "rank must be at least 1"),
-        (["--to", "onnx"], "--to 'onnx' is not a format"),
+        (["--to", "onnx"], "--to 'onnx' is not one of gguf, vllm, sglang"),
         (["--dtype", "f32", "--out", "adapter"], "is a directory; give the name of a new file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
