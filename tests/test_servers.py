@@ -26,6 +26,7 @@ from veneer import (
     PromptTuningConfig,
     get_peft_model,
 )
+from veneer.core import checkpoint
 from veneer.merging.export import export
 from veneer.report.deployment import diagnose
 
@@ -245,6 +246,7 @@ def test_a_plain_lora_keeps_its_bits(base):
     old, new = (files(directory) for directory in (path, base.parent / "served"))
     assert (new[0]["r"], new[0]["lora_alpha"]) == (3, 5) and old[1].keys() == new[1].keys()
     assert all(torch.equal(old[1][key], new[1][key]) for key in old[1])
+    assert checkpoint.read(base.parent / "served")[1]["base"] == checkpoint.read(path)[1]["base"] != {}
 
 
 @pytest.mark.parametrize("program", READERS)

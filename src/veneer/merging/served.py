@@ -65,12 +65,18 @@ def export_served(
     if program == "sglang":
         lora.complete()
     with claimed(out), appearing(out) as folder:
-        written = lora.write(folder, config, base, is_uniform=program == "sglang")
+        written = lora.write(folder, config, base, _origin(source), is_uniform=program == "sglang")
         size = (folder / WEIGHTS_NAME).stat().st_size
         highest = Config.from_pretrained(folder).r  # type: ignore[attr-defined]
     result = Export(str(out), "adapter", base, program, lora.dtypes(), written, size, highest, lora.nearest.lost)
     result.notes.extend(lora.notes)
     return result
+
+
+def _origin(source: str) -> dict[str, Any]:
+    """What an adapter's file records about its base model."""
+    _, notes = checkpoint.read(source)
+    return {name: notes[name] for name in ("base", "rounded", "file") if name in notes}
 
 
 def _lowered(pairs: Mapping[str, Pair]) -> Nearest:
@@ -220,10 +226,12 @@ class _Served:
         tensors = [*self.fused.values(), *(pair.A for pair in self.nearest.pairs.values())]
         return ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
 
-    def write(self, folder: Path, original: Config, base: str, is_uniform: bool) -> int:
+    def write(self, folder: Path, original: Config, base: str, origin: dict[str, Any], is_uniform: bool) -> int:
         """Write the adapter; returns the number of its tensors.
 
         Args:
+            original: the config of the adapter that it is made from.
+            origin: what its file records about the base model.
             is_uniform: give all modules one rank.
         """
         pairs = self.nearest.pairs
@@ -254,7 +262,7 @@ class _Served:
             revision=original.revision,
             inference_mode=True,
         )
-        checkpoint.write(folder, tensors, {}, config)
+        checkpoint.write(folder, tensors, origin, config)
         return len(tensors)
 
 
