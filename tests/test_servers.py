@@ -205,6 +205,7 @@ KINDS = [
     dict(use_rslora=True),
     dict(alpha_pattern={"0.self_attn.q_proj": 9}),
     dict(rank_pattern={"1.mlp.*": 2}),
+    dict(lora_alpha=6, rank_pattern={"1.mlp.*": 2}, alpha_pattern={"1.mlp.*": 4}),
     dict(init_lora_weights="pissa"),
     dict(target_modules=["q_proj"]),
     dict(target_modules=["v_proj"]),
@@ -231,7 +232,7 @@ def test_the_doctor_agrees_with_the_reader(settings, program, base):
 
 
 @pytest.mark.parametrize("program", READERS)
-@pytest.mark.parametrize("settings", KINDS[:9], ids=str)
+@pytest.mark.parametrize("settings", KINDS[:10], ids=str)
 def test_what_is_exported_runs(settings, program, base):
     path = adapter(base, LoraConfig(**dict(r=3, lora_alpha=5, target_modules=ALL) | settings))
     expected = logits(PeftModel.from_pretrained(fresh(base), path))
