@@ -57,8 +57,8 @@ def test_a_plain_lora_runs_everywhere(tmp_path):
         (dict(trainable_token_indices=[3]), "trained tokens", "trained tokens"),
         (dict(init_lora_weights="pissa"), "starts from the base's weights", None),
         (dict(use_rslora=True), None, None),
-        (dict(alpha_pattern={"0.self_attn.q_proj": 3}), "one scaling", None),
-        (dict(rank_pattern={"0.self_attn.q_proj": 2}), "one scaling", None),
+        (dict(alpha_pattern={"0.self_attn.q_proj": 3}), None, None),
+        (dict(rank_pattern={"0.self_attn.q_proj": 2}), None, None),
         (dict(rank_pattern={"0.*q_proj": 2}, alpha_pattern={"0.*q_proj": 4}), None, None),
     ],
     ids=str,
@@ -94,7 +94,7 @@ def test_other_methods(tmp_path):
 def test_the_way_out_leads_out(settings, tmp_path):
     """`veneer combine ... --weights 1` gives the same model, and then the doctor is content."""
     path = adapter(tmp_path, lora_alpha=6, alpha_pattern={"0.self_attn.q_proj": 5}, **settings)
-    assert not diagnose(path, "vllm").runs
+    assert not diagnose(path, "sglang").runs
     combine([str(path)], [1.0], tmp_path / "plain", model=str(tmp_path / "base"))
     assert diagnose(tmp_path / "plain", "llama.cpp").runs and diagnose(tmp_path / "plain", "vllm").runs
     batch = models.inputs("llama")

@@ -23,8 +23,8 @@ from veneer import (
     get_peft_model,
 )
 from veneer.errors import BaseMismatch, CheckpointError
-from veneer.formats.gguf import vocabulary as words
-from veneer.formats.gguf.modelfile import Turns, modelfile
+from veneer.files.gguf import vocabulary as words
+from veneer.files.gguf.modelfile import Turns, modelfile
 from veneer.merging.export import export
 from veneer.report.deployment import diagnose
 
@@ -694,7 +694,7 @@ def test_the_command(bases, tmp_path):
         (["--ollama"], "--ollama needs --merged"),
         (["--merged", "--rank", "3"], "--rank is the rank of an adapter's LoRA"),
         (["--rank", "0"], "rank must be at least 1"),
-        (["--to", "onnx"], "--to 'onnx' is not a format"),
+        (["--to", "onnx"], "--to 'onnx' is not one of gguf, vllm, sglang"),
         (["--dtype", "f32", "--out", "adapter"], "is a directory; give the name of a new file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

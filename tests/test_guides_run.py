@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 
 from veneer.files import pull as hub
 
@@ -21,7 +22,7 @@ from .forked import forked, veneer
 from .test_train_chat import tokenizer
 
 ROOT = Path(__file__).parent.parent
-GUIDES = ["fine-tune", "preferences", "evaluate", "use-an-adapter"]
+GUIDES = ["fine-tune", "preferences", "evaluate", "use-an-adapter", "gguf"]
 
 
 def commands(guide: str, language: str = "sh") -> str:
@@ -31,10 +32,11 @@ def commands(guide: str, language: str = "sh") -> str:
 
 @pytest.fixture(scope="session")
 def tiny_cache(tmp_path_factory) -> Path:
-    """A cache whose SmolLM2 is a tiny Llama."""
+    """A cache whose SmolLM2 is a tiny Llama, with a tokenizer that GGUF has a name for."""
     cache = tmp_path_factory.mktemp("cache")
     home = cache / hub.DEFAULT
-    words = tokenizer(TEMPLATES[0])
+    words = tokenizer(TEMPLATES[0], ("the",))
+    words.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words.pad_token = "<|im_end|>"
     words.save_pretrained(home)
     torch.manual_seed(0)

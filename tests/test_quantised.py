@@ -64,10 +64,22 @@ def hqq(layer: nn.Linear) -> nn.Module:
     return quantize.HQQLinear(layer, how, compute_dtype=torch.float32, device="cpu")
 
 
-LIBRARIES = {"nf4": nf4, "int8": int8, "torchao": torchao, "hqq": hqq}
-CLOSE = {"nf4": 0.08, "int8": 0.08, "torchao": 1e-4, "hqq": 1e-4}
+def gguf(layer: nn.Linear) -> nn.Module:
+    utils = pytest.importorskip("transformers.integrations.gguf.utils")  # of transformers 5.24
+    from gguf import GGMLQuantizationType, quantize
+
+    new = utils.GgufLinear(
+        layer.in_features, layer.out_features, int(GGMLQuantizationType.Q8_0), layer.bias is not None
+    )
+    new.weight.data = torch.from_numpy(quantize(layer.weight.data.numpy(), GGMLQuantizationType.Q8_0))
+    new.bias = layer.bias
+    return new
+
+
+LIBRARIES = {"nf4": nf4, "int8": int8, "torchao": torchao, "hqq": hqq, "gguf": gguf}
+CLOSE = {"nf4": 0.08, "int8": 0.08, "torchao": 1e-4, "hqq": 1e-4, "gguf": 1e-4}
 """How far the library's own product may be from that of the numbers it holds: some round activations too."""
-STEP = {"nf4": 0.12, "int8": 0.012, "torchao": 0.012, "hqq": 0.012}
+STEP = {"nf4": 0.12, "int8": 0.012, "torchao": 0.012, "hqq": 0.012, "gguf": 0.012}
 """How far quantised numbers are from those that were quantised, relative."""
 
 

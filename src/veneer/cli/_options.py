@@ -28,7 +28,7 @@ Objective = Annotated[
 Base = Annotated[
     str | None,
     typer.Option(
-        help="The base model: a directory, a name that `veneer pull` knows, or a hub id.",
+        help="The base model: a directory, a GGUF file, a name that `veneer pull` knows, or a hub id.",
         show_default="the model that the adapter names",
     ),
 ]

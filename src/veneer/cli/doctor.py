@@ -36,7 +36,9 @@ Examples:
 
 def doctor(
     adapter: Annotated[Path | None, typer.Argument(help="Directory of an adapter; needs --for.")] = None,
-    target: Annotated[str | None, typer.Option("--for", metavar="PROGRAM", help="vllm, llama.cpp or peft.")] = None,
+    target: Annotated[
+        str | None, typer.Option("--for", metavar="PROGRAM", help="vllm, sglang, llama.cpp or peft.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Check the environment, or whether a program can run an adapter."""

@@ -1,4 +1,4 @@
-"""`veneer export`: write an adapter, or the merged model, as a GGUF file for llama.cpp and Ollama."""
+"""`veneer export`: write an adapter, or the merged model, for llama.cpp and Ollama, or an adapter for a server."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ the whole model is written, one tensor at a time and rounded once.
 Architectures: Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3 (text), Phi-3,
 SmolLM2, SmolLM3, GPT-2. Nothing is overwritten, and an error leaves no file.
 
+With --to vllm or --to sglang, the adapter becomes a LoRA that the server
+loads: of any method that updates weights, with one scaling, within its
+ranks, with experts one by one. `veneer doctor --for vllm` says whether
+that is necessary.
+
 Types of a model: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0. K-quants are
 made by llama.cpp from the f16 file: llama-quantize f16.gguf q4.gguf Q4_K_M
 
@@ -31,6 +36,9 @@ Examples:
 
   # its base, or any model without an adapter
   veneer export DIR --to gguf --out base.gguf
+
+  # a LoRA that vLLM loads: vllm serve ... --lora-modules mine=served
+  veneer export my-adapter --to vllm --out served
 
   # the whole model with 8 bits for each weight
   veneer export my-adapter --to gguf --out model.gguf --merged --dtype q8_0
@@ -44,8 +52,10 @@ def export(
     source: Annotated[
         str, typer.Argument(help="Directory or hub id of an adapter, or the directory of a model without one.")
     ],
-    out: Annotated[str, typer.Option(metavar="FILE", help="The file to write; it must not exist.")],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="The format: gguf.")] = "gguf",
+    out: Annotated[
+        str, typer.Option(metavar="PATH", help="The file to write, for a server the directory; it must not exist.")
+    ],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="What it is for: gguf, vllm or sglang.")] = "gguf",
     model: Base = None,
     merged: Annotated[
         bool, typer.Option("--merged", help="Write the whole model with the adapter merged into it.")
@@ -68,15 +78,12 @@ def export(
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Write an adapter or a merged model as GGUF, for llama.cpp and Ollama."""
+    """Write an adapter or a merged model as GGUF, for llama.cpp and Ollama, or an adapter for vLLM or SGLang."""
     from rich.console import Console
     from rich.progress import Progress
 
-    from veneer.errors import ConfigError
     from veneer.merging.export import export as run
 
-    if to != "gguf":
-        raise ConfigError(f"--to {to!r} is not a format that is exported to; use gguf, or `veneer convert` for others")
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=as_json or not console.is_terminal) as bar:
         task = bar.add_task("exporting", total=None)
@@ -84,6 +91,7 @@ def export(
             source,
             out,
             model,
+            to=to,
             merged=merged,
             dtype=dtype.lower() if dtype else None,
             rank=rank,
@@ -123,4 +131,4 @@ def _show(report: Export) -> None:
 def _loss(report: Export) -> str:
     if not report.lost:
         return "none: the file holds the whole update"
-    return f"{report.lost:.2%} of the update; a higher --rank keeps more, --merged all of it"
+    return f"{report.lost:.2%} of the update; a higher --rank keeps more, a merged model all of it"

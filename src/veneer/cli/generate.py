@@ -51,7 +51,7 @@ Adapter = Annotated[
 Model = Annotated[
     str | None,
     typer.Option(
-        help="The base model: a directory, a name that `veneer pull` knows, or a hub id.",
+        help="The base model: a directory, a GGUF file, a name that `veneer pull` knows, or a hub id.",
         show_default="the model that the adapters name",
     ),
 ]

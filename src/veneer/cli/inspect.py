@@ -66,6 +66,8 @@ def _show(inspection: Inspection, tensors: bool) -> None:
         if value not in (None, {}, False):
             settings.append(f"{name}={printable(value)}")
     lines = {"method": inspection.method, "base": inspection.base or "not named"}
+    if inspection.base_file:
+        lines["base file"] = inspection.base_file
     lines["settings"] = ", ".join(settings)
     file_size = size(inspection.file_bytes)
     lines["tensors"] = f"{len(inspection.tensors)}, {inspection.count:,} parameters, file {file_size}"

@@ -53,7 +53,8 @@ def plan(
     model: Annotated[
         str | None,
         typer.Option(
-            help="The base model: a directory, a name that `veneer pull` knows, or a hub id. Only its config is read.",
+            help="The base model: a directory, a GGUF file, a name that `veneer pull` knows, or a hub id. Only its "
+            "config is read.",
             rich_help_panel="Model and method",
         ),
     ] = None,

@@ -69,7 +69,7 @@ def train(
     model: Annotated[
         str | None,
         typer.Option(
-            help="The base model: a directory, a name that `veneer pull` knows, or a hub id.",
+            help="The base model: a directory, a GGUF file, a name that `veneer pull` knows, or a hub id.",
             rich_help_panel="Model and method",
         ),
     ] = None,

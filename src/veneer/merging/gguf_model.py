@@ -14,15 +14,15 @@ from torch import Tensor
 from ..core.config import Config
 from ..core.layer import AdapterLayer
 from ..errors import CheckpointError, ConfigError, NotMergeable, VeneerError, first_line, listing
+from ..files.gguf import metadata as headers
+from ..files.gguf.architectures import check_computed
+from ..files.gguf.file import Metadata, Planned, Progress, type_of, write
+from ..files.gguf.modelfile import MODELFILE, Turns, modelfile
+from ..files.gguf.tensors import Naming, rope_factors
+from ..files.gguf.vocabulary import load_tokenizer, vocabulary
 from ..files.read import read_json
 from ..files.skeleton import skeleton
 from ..files.write import write_atomically
-from ..formats.gguf import metadata as headers
-from ..formats.gguf.architectures import check_computed
-from ..formats.gguf.file import Metadata, Planned, Progress, type_of, write
-from ..formats.gguf.modelfile import MODELFILE, Turns, modelfile
-from ..formats.gguf.tensors import Naming, rope_factors
-from ..formats.gguf.vocabulary import load_tokenizer, vocabulary
 from ..model.catalogue import page_of
 from .base import find_base
 from .exported import Export

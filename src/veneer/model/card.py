@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.config import CONFIG_NAME, Config
+from ..files.gguf.cache import origin_of
 from ..files.pull import MODELS, hub_id, name_anywhere
 from ..files.write import write_atomically
 from ..upstream.auto import AUTO_CLASSES
@@ -111,6 +112,9 @@ def _usage(directory: Path, config: Config, place: str, example: Example | None)
     if not base or auto is None:
         return USE_ON_OWN_BASE.format(quoted=quoted)
     where = f"`{place}` is the path of this directory, or its repository on the hub."
+    origin = origin_of(base)
+    if origin is not None:
+        where += f" The base model is the GGUF file `{origin.name}` with the SHA-256 `{origin.sha256}`."
     if base in MODELS:
         where += f" The base model {base} comes from the Python package index (`veneer pull`): the weights of"
         where += f" {MODELS[base].original}, rounded to 4 bits."

@@ -247,7 +247,7 @@ def load_model(
     hub_names = ("revision", "token", "cache_dir", "local_files_only")
     hub = {name: value for name, value in kwargs.items() if name in hub_names}
     is_plain = hub.keys() <= {"revision"}
-    place = locate(model, hub.get("revision")) if is_plain else Place(resolve(model))
+    place = locate(model, hub.get("revision")) if is_plain else Place(resolve(model, hub.get("revision")))
     kwargs = {**kwargs, **place.arguments}
     try:
         config = transformers.AutoConfig.from_pretrained(place.name, **{**hub, **place.arguments})

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core import provenance
 from ..core.config import CONFIG_NAME, Config, LayerConfig, at
 from ..errors import CheckpointError
 from ..errors import printable as escape
@@ -65,6 +66,8 @@ class Inspection:
     directory: str
     method: str = "unknown"
     base: str | None = None
+    base_file: str | None = None
+    """The name and the SHA-256 of the file that the base model came from, if it was a GGUF file."""
     settings: dict[str, Any] = field(default_factory=dict)
     file_bytes: int = 0
     tensors: list[TensorFacts] = field(default_factory=list)
@@ -132,8 +135,18 @@ def _read_tensors(home: Path, config: Config | None, inspection: Inspection) -> 
     check_header(path)
     for tensor in tensor_facts(path):  # one by one: an error keeps the tensors before it
         inspection.tensors.append(tensor)
+    inspection.base_file = _base_file(path)
     inspection.problems += _value_problems(inspection.tensors)
     inspection.layers = _layers(path, config, inspection.tensors)
+
+
+def _base_file(path: Path) -> str | None:
+    """The name and the SHA-256 of the base model's file in the notes of a weight file."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        noted = provenance.read(file.metadata() or {}, {}).get("file")
+    return printable(f"{noted.get('name')}, SHA-256 {noted.get('sha256')}") if noted else None
 
 
 def _value_problems(tensors: list[TensorFacts]) -> list[str]:

@@ -292,7 +292,46 @@ class GPTQ(QuantisedTarget):
         return weight.dequantize_weight().T
 
 
-BACKENDS = (BitsAndBytes4, BitsAndBytes8, TorchAO, HQQ, GPTQ, QuantisedTarget)
+class Gguf(QuantisedTarget):
+    """transformers' linear layer over the blocks of a GGUF file."""
+
+    is_readable = True
+
+    @staticmethod
+    def fits(module: Any) -> bool:
+        return type(module).__name__ == "GgufLinear"
+
+    def as_matrix(self, weight: Any) -> Tensor:
+        from gguf import dequantize
+
+        blocks = weight.detach().cpu().numpy()
+        stored = torch.from_numpy(dequantize(blocks, self._type())).to(weight.device)
+        places = self.base.input_permutation
+        if places is None:
+            return stored
+        W = torch.empty_like(stored)
+        W[:, places] = stored
+        return W
+
+    def quantised(self, W: Tensor) -> Any:
+        from gguf import quantize
+
+        places = self.base.input_permutation
+        stored = W if places is None else W[:, places]
+        try:
+            blocks = quantize(stored.detach().float().cpu().contiguous().numpy(), self._type())
+        except NotImplementedError:  # K-quants
+            return super().quantised(W)
+        old = self.bound(self.base)
+        return nn.Parameter(torch.from_numpy(blocks).to(old.device), requires_grad=False)
+
+    def _type(self) -> Any:
+        from gguf import GGMLQuantizationType
+
+        return GGMLQuantizationType(self.base.ggml_type)
+
+
+BACKENDS = (BitsAndBytes4, BitsAndBytes8, TorchAO, HQQ, GPTQ, Gguf, QuantisedTarget)
 
 
 def warn_of_rounding(layers: Iterable[Any]) -> None:

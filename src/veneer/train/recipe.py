@@ -44,7 +44,7 @@ class Recipe(Strict):
     """One training run."""
 
     model: str
-    """The base model: a directory, a name that `veneer pull` knows, or a hub id."""
+    """The base model: a directory, a GGUF file, a name that `veneer pull` knows, or a hub id."""
     revision: str | None = None
     """Revision of the base model on the hub."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import CheckpointError, ConfigError, nearest
-from ...files.write import appearing_file
+from ..write import appearing_file
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter

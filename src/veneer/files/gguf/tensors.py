@@ -12,6 +12,11 @@ from .architectures import Architecture, architecture_of, rope_of
 
 QUERIES = (".q_proj.weight", ".q_proj.bias")
 KEYS = (".k_proj.weight", ".k_proj.bias")
+ROPE_FREQUENCIES = "rope_freqs.weight"
+"""The divisors of Llama 3's frequencies."""
+ROPE_LONG = "rope_factors_long.weight"
+ROPE_SHORT = "rope_factors_short.weight"
+"""The divisors of LongRoPE's frequencies, for long contexts and for short ones."""
 
 
 class Naming:
@@ -49,21 +54,38 @@ class Naming:
             return value + self.architecture.norm_offset
         return self.interleaved(name, value)
 
+    def restored(self, name: str, stored: Tensor) -> Tensor:
+        """The value of a parameter from what llama.cpp stores: the inverse of `arranged`."""
+        if name.endswith(self.architecture.transposed):
+            return stored.T
+        if name.endswith("norm.weight") and self.architecture.norm_offset:
+            return stored - self.architecture.norm_offset
+        heads = self._interleaved_heads(name)
+        if heads is None:
+            return stored
+        pairs = stored.reshape(heads, -1, 2, *stored.shape[1:])  # (heads, d / 2, 2, ...)
+        return pairs.transpose(1, 2).reshape(stored.shape)
+
     def interleaved(self, name: str, value: Tensor) -> Tensor:
         """The rows of q or k with the two halves of each head interleaved; other tensors unchanged.
 
         transformers rotates entry i of a head with entry i + d / 2, llama.cpp entry 2 i with entry 2 i + 1.
         """
-        if not self.architecture.interleaved:
-            return value
-        if name.endswith(QUERIES):
-            heads = self.config.num_attention_heads
-        elif name.endswith(KEYS):
-            heads = self.config.num_key_value_heads
-        else:
+        heads = self._interleaved_heads(name)
+        if heads is None:
             return value
         halves = value.reshape(heads, 2, -1, *value.shape[1:])  # (heads, 2, d / 2, ...)
         return halves.transpose(1, 2).reshape(value.shape)
+
+    def _interleaved_heads(self, name: str) -> int | None:
+        """The number of heads of a parameter whose rows llama.cpp interleaves; None for others."""
+        if not self.architecture.interleaved:
+            return None
+        if name.endswith(QUERIES):
+            return int(self.config.num_attention_heads)
+        if name.endswith(KEYS):
+            return int(self.config.num_key_value_heads)
+        return None
 
 
 def rope_factors(config: Any) -> dict[str, Tensor]:
@@ -73,11 +95,11 @@ def rope_factors(config: Any) -> dict[str, Tensor]:
     rope = rope_of(config)
     kind = rope.get("rope_type", "default")
     if kind == "llama3":
-        return {"rope_freqs.weight": _llama3_factors(config, rope["rope_theta"])}
+        return {ROPE_FREQUENCIES: _llama3_factors(config, rope["rope_theta"])}
     if kind == "longrope":
         return {
-            "rope_factors_long.weight": torch.tensor(rope["long_factor"], dtype=torch.float32),
-            "rope_factors_short.weight": torch.tensor(rope["short_factor"], dtype=torch.float32),
+            ROPE_LONG: torch.tensor(rope["long_factor"], dtype=torch.float32),
+            ROPE_SHORT: torch.tensor(rope["short_factor"], dtype=torch.float32),
         }
     return {}
 
