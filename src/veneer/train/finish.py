@@ -67,7 +67,7 @@ def finish(run: Run, console: Console) -> dict[str, Any]:
         TrainingError: the adapter does not work. Its files are then removed from the output directory.
     """
     is_main = run.trainer.is_world_process_zero()
-    content = contents(run.recipe, run.trainer, run.meter, run.data)
+    content = contents(run.recipe, run.trainer, run.meter, run.data, run.tokenizer)
     content["chat_template"] = bool(run.recipe.chat_template or run.tokenizer.chat_template)
     with _staging(run.output, is_main) as folder:
         with writing("the adapter", run.output):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 from markupsafe import Markup
 
-from ..terminal import duration, size
+from ..terminal import duration, size, visible
 from .charts import Curve, Point, curve
 from .samples import CUT
 
@@ -64,8 +64,8 @@ class Piece(NamedTuple):
     text: str
 
 
-def render(content: dict[str, Any]) -> str:
-    """The page as HTML, from the content of report.json. Every value is escaped."""
+def templates() -> Any:
+    """The jinja2 environment of veneer's pages. Every value is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -77,8 +77,14 @@ def render(content: dict[str, Any]) -> str:
     )
     environment.filters |= {"count": _count, "size": size, "clock": duration, "share": _share, "short": _short}
     environment.filters |= {"pieces": pieces, "breakable": _breakable, "finished": _minute}
+    environment.filters["visible"] = visible
+    return environment
+
+
+def render(content: dict[str, Any]) -> str:
+    """The page as HTML, from the content of report.json."""
     recipe = content["recipe"]
-    template = environment.get_template(f"{PAGE_NAME}.j2")
+    template = templates().get_template(f"{PAGE_NAME}.j2")
     return template.render(
         r=content,
         task=task(content),

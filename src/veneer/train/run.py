@@ -20,7 +20,7 @@ from ..data.packing import check as check_packing
 from ..data.packing import goes_by_sequence
 from ..data.preferences import plain
 from ..data.prepare import Data, prepare
-from ..errors import CheckpointError, ConfigError, listing
+from ..errors import CheckpointError, ConfigError, counted, listing
 from ..files.lock import alone
 from ..files.read import WEIGHTS_NAME
 from ..files.recipe import RECIPE_NAME, read
@@ -337,32 +337,9 @@ def _announce(console: Console, recipe: Recipe, model: Any, data: Data, steps: i
         account = data.account
         share = account.supervised_tokens / account.tokens
         tokens = f"{account.tokens:,} tokens, {share:.0%} of them learned"
-        console.print(f"{_counted(account.kept, 'row')}, {tokens}; {_counted(steps, 'step')}")
-    for line in _lost_rows(recipe, data):
+        console.print(f"{counted(account.kept, 'row')}, {tokens}; {counted(steps, 'step')}")
+    for line in data.account.warnings(recipe.max_length):
         console.print(line, style="yellow")
-
-
-def _lost_rows(recipe: Recipe, data: Data) -> list[str]:
-    """A line for each way in which rows were cut or dropped."""
-    account = data.account
-    first = f" (the first: {account.examples[0]})" if account.examples else ""
-    lines = []
-    if account.cut_rows:
-        cut = _counted(account.cut_rows, "row")
-        lines.append(f"{cut} cut to {recipe.max_length} tokens, {account.cut_tokens} tokens lost{first}")
-    if account.too_long_rows:
-        too_long = _counted(account.too_long_rows, "row")
-        lines.append(f"{too_long} dropped, longer than {recipe.max_length} tokens{first}")
-    if account.unlearned_rows:
-        unlearned = _counted(account.unlearned_rows, "row")
-        lines.append(f"{unlearned} dropped, with no token to learn{first}")
-    return lines + account.remarks()
-
-
-def _counted(count: int, noun: str) -> str:
-    """A number and its noun: 1 row, 1,200 rows."""
-    plural = "" if count == 1 else "s"
-    return f"{count:,} {noun}{plural}"
 
 
 def _train_or_resume(trainer: ExactTrainer, meter: Meter, output: Path, resume: bool) -> None:
