@@ -29,10 +29,11 @@ from ..model.card import CARD_NAME
 from ..model.loading import pad_of
 from ..model.verify import PROBE_NAME, digests
 from ..terminal import quiet
-from . import preference
+from . import loggers, preference, schedules
 from .display import Display
 from .finish import Run, finish
 from .meter import Meter
+from .optimizers import by_name
 from .page import PAGE_NAME
 from .recipe import Recipe, make
 from .report import REPORT_NAME
@@ -53,7 +54,7 @@ MAY_CHANGE = {
     "log_every",
     "save_every",
     "samples",
-    "wandb",
+    "report_to",
 }
 """Recipe keys that may change when a run is resumed. The number of sequences per optimizer step must stay the same."""
 
@@ -74,24 +75,27 @@ def train(
     output = Path(recipe.output)
     with _locked(output):
         try:
-            return _train(recipe, resume, overwrite, console)
+            report = _train(recipe, resume, overwrite, console)
         except BaseException:
             with suppress(OSError):  # it is not there, or holds checkpoints
                 (output / CHECKPOINTS).rmdir()
             raise
+    return report
 
 
 def _locked(output: Path) -> AbstractContextManager[None]:
     """The lock on the output directory, which the main process holds for all processes of the run."""
-    is_main = os.environ.get("RANK", "0") == "0"
-    return alone(output) if is_main else nullcontext()
+    return alone(output) if _is_main() else nullcontext()
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _train(recipe: Recipe, resume: bool, overwrite: bool, console: Console) -> dict[str, Any]:
     output = Path(recipe.output)
     _silence_libraries()
-    if recipe.wandb:
-        _check_wandb()
+    _check_choices(recipe)
     _check_output(output, resume, overwrite)
 
     tokenizer = load_tokenizer(recipe)
@@ -161,14 +165,14 @@ def _silence_libraries() -> None:
     datasets.disable_progress_bars()
 
 
-def _check_wandb() -> None:
-    """Fail before anything is loaded if wandb is missing; Trainer would only fail once it starts."""
-    from transformers.integrations import integration_utils
+def _check_choices(recipe: Recipe) -> None:
+    """Refuse what cannot be used, before anything is loaded: loggers, the schedule, the optimizer."""
+    from transformers import Trainer, TrainingArguments
 
-    try:
-        integration_utils.INTEGRATION_TO_CALLBACK["wandb"]()
-    except RuntimeError as error:
-        raise ConfigError(f"wandb: {error}") from None
+    loggers.check(recipe.report_to)
+    schedules.check(recipe)
+    settings = TrainingArguments(output_dir=recipe.output, optim=by_name.argument_of(recipe), report_to=[])
+    by_name.choose(recipe, lambda: Trainer.get_optimizer_cls_and_kwargs(settings))
 
 
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
@@ -181,7 +185,7 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
             f"output {str(output)!r} already holds {', '.join(present)}; continue it with --resume, replace it with "
             "--overwrite, or give another directory"
         )
-    if os.environ.get("RANK", "0") == "0":
+    if _is_main():
         output.mkdir(parents=True, exist_ok=True)
 
 
@@ -258,6 +262,7 @@ def _build_trainer(recipe: Recipe, data: Data, pad: int, steps: int, meter: Mete
     base = load_base(recipe, data.labels, pad)
     task = TaskType.CAUSAL_LM if data.labels is None else TaskType.SEQ_CLS
     model = adapt(base, recipe, task, steps)
+    by_name.freeze_(model, recipe)
     sampler = None
     if not recipe.streaming:
         sampler = Shuffled(len(data.train), recipe.seed, recipe.batch_size * _processes())
@@ -269,7 +274,7 @@ def _build_trainer(recipe: Recipe, data: Data, pad: int, steps: int, meter: Mete
         "sampler": sampler,
         "meter": meter,
         "flat": _flat_collator(recipe, model, data, pad),
-        "fast": recipe.fast,
+        "recipe": recipe,
     }
     trainer = (
         _on_pairs(recipe, model, settings, parts) if recipe.reads_pairs else ExactTrainer(model, settings, **parts)
@@ -305,6 +310,8 @@ def _flat_collator(recipe: Recipe, model: Any, data: Data, pad: int) -> Collator
     """
     if recipe.packing:
         check_packing(model, data.train)
+    if recipe.neftune_alpha is not None:  # its noise is scaled by the length of a padded row
+        return None
     if recipe.fast and not recipe.streaming and goes_by_sequence(model, [plain(row) for row in data.train]):
         return Collator(pad, flat=True)
     return None
