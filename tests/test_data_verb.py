@@ -60,6 +60,15 @@ def test_what_is_shown_is_what_is_trained(base, tmp_path):  # noqa: F811
     assert {kind for _, kind in shown["pieces"]} == {"given", "learned", "cut"}
 
 
+def test_the_first_token_of_a_text_is_not_learned(base, tmp_path):  # noqa: F811
+    """No token predicts it."""
+    made = recipe(base, rows_in(tmp_path, {"text": "a veneer"}), tmp_path / "o")
+    words = AutoTokenizer.from_pretrained(base)
+    (shown,) = look.look(made, words).rows
+    assert [kind for _, kind in shown["pieces"]] == ["given"] + ["learned"] * (shown["tokens"] - 1)
+    assert shown["learned"] == prepare.prepare(made, words).account.supervised_tokens
+
+
 def test_a_long_run_is_shown_by_its_ends(base):  # noqa: F811
     words = AutoTokenizer.from_pretrained(base)
     ids = words("x" * 5000, add_special_tokens=False).input_ids

@@ -414,6 +414,7 @@ def test_damaged_rows_are_named(base, tmp_path, content: str, words: str):
         ({"schedule": "cosin"}, "^schedule = 'cosin' must be linear, cosine, constant, .* or reduce_lr_on_plateau$"),
         ({"schedule": "reduce_lr_on_plateau"}, "follows the evaluation loss; give eval_data or eval_split"),
         ({"neftune_alpha": 5, "packing": True}, "set packing off"),
+        ({"push_to_hub": "name"}, "^push_to_hub = 'name': must be owner/name$"),
         ({"wandb": True}, "no key 'wandb'; here it is report_to"),
         ({"report_to": "wandbb"}, "^report_to.0 = 'wandbb' must be wandb, trackio, mlflow or swanlab$"),
     ],

@@ -249,6 +249,16 @@ def train(
             rich_help_panel="Run",
         ),
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="After training, upload the adapter, its card and its report to the Hugging Face hub; private unless "
+            "--set hub_private=false.",
+            show_default="off",
+            rich_help_panel="Run",
+        ),
+    ] = None,
     set_: Set = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the last checkpoint in --output.", rich_help_panel="Run")

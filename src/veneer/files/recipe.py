@@ -45,6 +45,8 @@ OTHER_KEYS = {
     "optim_args": "optimizer_options",
     "loraplus_lr_ratio": "lora_plus_ratio",
     "neftune_noise_alpha": "neftune_alpha",
+    "hub_model_id": "push_to_hub",
+    "hub_private_repo": "hub_private",
     "wandb": "report_to",
     "eval_steps": "eval_every",
     "save_steps": "save_every",

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 from markupsafe import Markup
 
+from ..model.card import Example
 from ..terminal import duration, size, visible
 from .charts import Curve, Point, curve
 from .samples import CUT
@@ -175,6 +176,20 @@ def typed_prompt(rows: list[dict[str, Any]]) -> str:
         if is_short and prompt.isprintable() and not prompt.startswith("-"):  # a dash would begin an option
             return str(prompt)
     return "a prompt"
+
+
+def example_of(content: dict[str, Any]) -> Example | None:
+    """What the card's code asks the model; None if the base model's tokenizer lacks the chat template of the run."""
+    prompt = typed_prompt(content["samples"]["rows"])
+    if content["labels"] is not None:
+        return Example(prompt, tuple(content["labels"]))
+    if is_plain_text(content):
+        return Example(prompt)
+    if content["recipe"]["chat_template"] is not None:
+        return None
+    if content["chat_template"]:
+        return Example(prompt, is_chat=True)
+    return Example(f"{prompt}\n")
 
 
 # Curves

@@ -18,6 +18,7 @@ from ..errors import ConfigError, listing, nearest
 from ..files.recipe import OTHER_KEYS, RECIPE_NAME
 from ..files.write import write_atomically
 
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 PLAIN_NAME = re.compile(r"[\w.]+(\s*,\s*[\w.]+)*")
 
 
@@ -154,6 +155,10 @@ class Recipe(Strict):
     """Number of held-out rows whose answers before and after training are shown in the report."""
     report_to: list[Literal["wandb", "trackio", "mlflow", "swanlab"]] = []
     """Also log to these; logs for TensorBoard are always written."""
+    push_to_hub: str | None = None
+    """After training, upload the adapter, its card and its report to this repository of the Hugging Face hub."""
+    hub_private: bool = True
+    """Whether a repository that push_to_hub creates is private."""
     output: str
     """The output directory: adapter, recipe.yaml, report.html, report.json, checkpoints, logs."""
 
@@ -172,6 +177,13 @@ class Recipe(Strict):
             return value
         text = value if isinstance(value, str) else ",".join(map(str, value))
         return [name.strip() for name in text.split(",") if name.strip()]
+
+    @field_validator("push_to_hub")
+    @classmethod
+    def _repository(cls, value: str | None) -> str | None:
+        if value is not None and not REPOSITORY.fullmatch(value):
+            raise ValueError("must be owner/name")
+        return value
 
     @field_validator("targets")
     @classmethod

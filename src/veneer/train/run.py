@@ -35,6 +35,7 @@ from .finish import Run, finish
 from .meter import Meter
 from .optimizers import by_name
 from .page import PAGE_NAME
+from .push import check_token, push
 from .recipe import Recipe, make
 from .report import REPORT_NAME
 from .setup import adapt, facts_of, load_base, load_tokenizer, within_positions
@@ -55,6 +56,8 @@ MAY_CHANGE = {
     "save_every",
     "samples",
     "report_to",
+    "push_to_hub",
+    "hub_private",
 }
 """Recipe keys that may change when a run is resumed. The number of sequences per optimizer step must stay the same."""
 
@@ -80,6 +83,8 @@ def train(
             with suppress(OSError):  # it is not there, or holds checkpoints
                 (output / CHECKPOINTS).rmdir()
             raise
+        if recipe.push_to_hub and _is_main():
+            console.print(f"uploaded to {push(output, recipe.push_to_hub, recipe.hub_private)}")
     return report
 
 
@@ -166,13 +171,15 @@ def _silence_libraries() -> None:
 
 
 def _check_choices(recipe: Recipe) -> None:
-    """Refuse what cannot be used, before anything is loaded: loggers, the schedule, the optimizer."""
+    """Refuse what cannot be used, before anything is loaded: loggers, the schedule, the optimizer, the hub's token."""
     from transformers import Trainer, TrainingArguments
 
     loggers.check(recipe.report_to)
     schedules.check(recipe)
     settings = TrainingArguments(output_dir=recipe.output, optim=by_name.argument_of(recipe), report_to=[])
     by_name.choose(recipe, lambda: Trainer.get_optimizer_cls_and_kwargs(settings))
+    if recipe.push_to_hub and _is_main():
+        check_token(recipe.push_to_hub)
 
 
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
