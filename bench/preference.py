@@ -91,6 +91,7 @@ def ours(base: Any, pairs: list[dict[str, Any]], tokenizer: Any, steps: int) -> 
     from veneer.train.meter import Meter
     from veneer.train.objectives import DPO
     from veneer.train.preference import PairCollator, PreferenceTrainer
+    from veneer.train.recipe import make
 
     keep_blocks()
     pad = tokenizer.pad_token_id or 0
@@ -98,6 +99,7 @@ def ours(base: Any, pairs: list[dict[str, Any]], tokenizer: Any, steps: int) -> 
         adapted(base, "veneer", LORA, moved=True),
         TrainingArguments(**settings(steps)),
         objective=DPO(beta=BETA),
+        recipe=make({"model": "-", "data": "-", "output": "-"}),
         train_dataset=Rows(pairs),
         data_collator=PairCollator(Collator(pad)),
         flat=PairCollator(Collator(pad, flat=True), shares=True),

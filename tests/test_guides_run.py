@@ -81,6 +81,22 @@ def shell(command: str) -> str:
     return done.stdout
 
 
+@pytest.fixture(autouse=True)
+def stand_in_hub(monkeypatch):
+    """A hub that takes what it is given; `test_push.py` sends real requests to one."""
+    import huggingface_hub
+
+    def upload_folder(*, repo_id: str, folder_path: str, **settings):
+        assert repo_id == "me/my-adapter" and (Path(folder_path) / "adapter_model.safetensors").is_file()
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_token")
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", lambda self: {"name": "me"})
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, **settings: huggingface_hub.RepoUrl(name))
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
+
+
 @pytest.mark.parametrize("guide", GUIDES)
 def test_the_commands_of_a_guide_run(guide: str, tiny_cache: Path, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)

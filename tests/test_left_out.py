@@ -11,7 +11,6 @@ from veneer.data.prepare import prepare
 from veneer.data.shapes import Example, shape_of
 from veneer.errors import DataError
 from veneer.train.recipe import make
-from veneer.train.run import _lost_rows
 
 from .chat_templates import TEMPLATES
 from .test_train_chat import FIRST, LOOKED, SYSTEM, TOOLS, tokenizer
@@ -104,7 +103,7 @@ def test_a_run_tells_of_empty_answers_and_refuses_nothing_but(has_template, tmp_
         made.chat_template = None
     recipe = make(dict(model="x", output="y", data=str(file)))
     file.write_text("".join(json.dumps({"question": "a", "answer": "b" * (i % 2)}) + "\n" for i in range(6)))
-    (line,) = _lost_rows(recipe, prepare(recipe, made, ()))
+    (line,) = prepare(recipe, made, ()).account.warnings(recipe.max_length)
     assert line.startswith("3 rows have an empty answer") and f"{file}:1" in line
     file.write_text('{"question": "a", "answer": ""}\n' * 3)
     with pytest.raises(DataError, match="all 3 rows of the data have an empty answer .*rows.jsonl:1"):

@@ -227,7 +227,7 @@ def test_a_mistyped_dataset_is_asked_once(online, tmp_path, monkeypatch):
         (["train", "--target-modules", "x"], "--targets"),
         (["train", "--lora_alpha", "3"], "here it is --option lora_alpha=VALUE"),
         (["train", "--per-device-train-batch-size", "3"], "here it is --batch-size"),
-        (["train", "--lr-scheduler-type", "cosine"], "here it is --set schedule=VALUE"),
+        (["train", "--lr-scheduler-type", "cosine"], "here it is --schedule"),
         (["train", "--weight-decay", "0.1"], "here it is --set weight_decay=VALUE"),
         (["eval", "--base_model", "x"], "here it is --model"),
         (["merge", "a", "--out-dir", "b"], "here it is --out"),

@@ -128,3 +128,17 @@ def test_an_error_in_a_call_takes_the_loan_back(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         gradients(model, padded(rows()))
     assert "forward" not in body.__dict__
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_of_the_embedding_see_the_shape_of_the_batch(kind: str, seen):
+    """NEFTune scales its noise by the length of a row; the rows end to end are longer."""
+    model, batch = adapted("llama"), padded(rows())
+    shapes = []
+    embedding = model.get_base_model().get_input_embeddings()
+    handle = getattr(embedding, kind)(lambda module, given, *output: shapes.append(given[0].shape))
+    gradients(model, batch)
+    assert shapes == [batch["input_ids"].shape] and not seen
+    handle.remove()
+    gradients(model, batch)
+    assert seen == [sum(LENGTHS)]

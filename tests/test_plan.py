@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import os
 import subprocess
@@ -338,3 +339,18 @@ def test_plan_and_train_begin_with_the_same_settings():
 @pytest.mark.parametrize("spelling", ["all-linear", "all_linear", "All-Linear"])
 def test_all_linear_is_understood(spelling):
     assert make({"model": "x", "output": "y", "data": "z", "targets": spelling}).targets == "all-linear"
+
+
+def test_the_plan_prints_the_remarks_of_training(base, tmp_path):  # noqa: F811
+    """Those on rows that are cut or dropped, and those on what is unusual, as a run prints them."""
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"question": "q" * n, "answer": "a" * (n % 7)}) + "\n" for n in range(14))
+    )
+    settings = dict(model=base, data=str(tmp_path / "rows.jsonl"), max_length=30, max_steps=1)
+    printed = io.StringIO()
+    train(make(settings | {"output": str(tmp_path / "out")}), console=Console(file=printed, width=300))
+    wanted = [line for line in printed.getvalue().splitlines() if "(the first:" in line]
+    assert len(wanted) == 3 and "an empty answer" in wanted[-1]
+    flags = ["--model", base, "--data", settings["data"], "--max-length", "30"]
+    shown = veneer("plan", *flags, COLUMNS="300").stdout
+    assert [line.strip() for line in shown.splitlines() if "(the first:" in line] == wanted

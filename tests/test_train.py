@@ -260,9 +260,37 @@ def test_early_stopping_and_the_best_checkpoint(base, data, tmp_path):
 KILLED = dict(epochs=4, save_every=5, options={"lora_dropout": 0.1}, eval_split=4, eval_every=5)
 
 
+RESUMED: list[dict] = [
+    {"lora_plus_ratio": 16},
+    {"neftune_alpha": 5},
+    {"layer_decay": 0.5, "rates": {"lora_A": 0.3}},
+    {"optimizer": "lora_fa"},
+    {"optimizer": "riemannian", "optimizer_options": {"reg": 0.1}},
+    {"optimizer": "nadam", "optimizer_options": {"betas": [0.8, 0.9]}},
+    {"optimizer": "adafactor"},
+    {"optimizer": "adam32bit"},
+    {"optimizer": "lion_8bit"},
+    {"schedule": "cosine_with_restarts", "schedule_options": {"num_cycles": 3}},
+    {"schedule": "reduce_lr_on_plateau", "schedule_options": {"patience": 0, "threshold": 0.9}},
+]
+"""Settings that have a state of their own, or draw numbers at random."""
+
+
+@pytest.mark.parametrize("settings", RESUMED, ids=lambda settings: " ".join(map(str, settings.values())))
+def test_every_setting_resumes_exactly(base, data, tmp_path, settings: dict):
+    if "bit" in settings.get("optimizer", ""):
+        pytest.importorskip("bitsandbytes")
+    check_resume(base, data, tmp_path, 7, KILLED | settings)
+
+
 @pytest.mark.parametrize("step", [3, 7, 11])
 def test_killed_and_resumed_is_as_never_killed(base, data, tmp_path, step: int):
-    whole = run(base, data, tmp_path / "whole", **KILLED)
+    check_resume(base, data, tmp_path, step, KILLED)
+
+
+def check_resume(base, data, tmp_path, step: int, settings: dict) -> None:
+    """A run that is killed at a step and resumed gives the bits of a run that is not."""
+    whole = run(base, data, tmp_path / "whole", **settings)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == step:
@@ -270,14 +298,14 @@ def test_killed_and_resumed_is_as_never_killed(base, data, tmp_path, step: int):
 
     def doomed() -> None:
         trainer._Epochs.on_step_end = on_step_end
-        run(base, data, tmp_path / "killed", **KILLED)
+        run(base, data, tmp_path / "killed", **settings)
 
     done = forked(doomed)
     assert done.returncode == -signal.SIGKILL, done.stderr
     half = tmp_path / "killed" / "checkpoints" / "checkpoint-19"  # a checkpoint the kill left half-written
     half.mkdir(parents=True)
     (half / "trainer_state.json").write_text("{")
-    again = train(recipe(base, data, tmp_path / "killed", **KILLED), resume=True, console=Console(quiet=True))
+    again = train(recipe(base, data, tmp_path / "killed", **settings), resume=True, console=Console(quiet=True))
     assert same(tmp_path / "whole", tmp_path / "killed")
     for key in ("losses", "steps", "real_tokens", "supervised_tokens"):
         assert again[key] == whole[key], key
@@ -383,7 +411,12 @@ def test_damaged_rows_are_named(base, tmp_path, content: str, words: str):
         ),
         ({"streaming": True}, "set max_steps"),
         ({"early_stopping": 2}, "give eval_data or eval_split"),
-        ({"schedule": "cosin"}, "^schedule = 'cosin' must be linear, cosine, constant, polynomial or inverse_sqrt$"),
+        ({"schedule": "cosin"}, "^schedule = 'cosin' must be linear, cosine, constant, .* or reduce_lr_on_plateau$"),
+        ({"schedule": "reduce_lr_on_plateau"}, "follows the evaluation loss; give eval_data or eval_split"),
+        ({"neftune_alpha": 5, "packing": True}, "set packing off"),
+        ({"push_to_hub": "name"}, "^push_to_hub = 'name': must be owner/name$"),
+        ({"wandb": True}, "no key 'wandb'; here it is report_to"),
+        ({"report_to": "wandbb"}, "^report_to.0 = 'wandbb' must be wandb, trackio, mlflow or swanlab$"),
     ],
 )
 def test_a_typo_in_a_recipe_names_the_nearest(settings: dict, words: str):

@@ -1,4 +1,4 @@
-"""`veneer train` as a command: flags over a recipe, columns by flag, JSON, half precision, W&B, hub ids."""
+"""`veneer train` as a command: flags over a recipe, columns by flag, JSON, half precision, loggers, hub ids."""
 
 from __future__ import annotations
 
@@ -46,8 +46,9 @@ def test_flags_win_over_the_recipe_and_json_is_the_report(recipe, tmp_path):
     assert (config["r"], config["lora_alpha"]) == (3, 5) and found["steps"] == 2
 
 
-def test_weights_and_biases_by_flag(recipe, monkeypatch):
-    """A callback in the place of transformers' own, which needs an account."""
+@pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow", "swanlab"])
+def test_loggers_by_flag(recipe, monkeypatch, name: str):
+    """A callback in the place of transformers' own, most of which need an account or a server."""
     from transformers import TrainerCallback
     from transformers.integrations import integration_utils
 
@@ -55,21 +56,23 @@ def test_weights_and_biases_by_flag(recipe, monkeypatch):
 
     class Stub(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
+            assert args.run_name == "out" and getattr(args, "trackio_static_space_id", False) is False
             logged.append(logs)
 
-    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Stub)
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, name, Stub)
     call(recipe)
     assert not logged
-    call(recipe, "--overwrite", "--wandb")
+    call(recipe, "--overwrite", "--report-to", name)
     assert any("loss" in entry for entry in logged)
 
 
-def test_weights_and_biases_that_is_not_installed_is_told_at_once(recipe, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow", "swanlab"])
+def test_a_logger_that_is_not_installed_is_told_at_once(recipe, monkeypatch, tmp_path, name: str):
     from transformers.integrations import integration_utils
 
-    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
-    done = CliRunner().invoke(app, ["train", recipe, "--wandb"])
-    assert isinstance(done.exception, ConfigError) and "pip install wandb" in str(done.exception)
+    monkeypatch.setattr(integration_utils, f"is_{name}_available", lambda: False)
+    done = CliRunner().invoke(app, ["train", recipe, "--report-to", name])
+    assert isinstance(done.exception, ConfigError) and f"pip install {name}" in str(done.exception)
     assert not (tmp_path / "out").exists()
 
 

@@ -94,6 +94,12 @@ def listing(items: Iterable[str], most: int = 8) -> str:
     return "".join(lines) + (f"\n  ... and {len(items) - most} more" if len(items) > most else "")
 
 
+def counted(count: int, noun: str) -> str:
+    """A number and its noun: 1 row, 1,200 rows."""
+    plural = "" if count == 1 else "s"
+    return f"{count:,} {noun}{plural}"
+
+
 def printable(text: str, most: int = 300) -> str:
     """Text from a file made safe for a terminal: control characters are escaped, and it is cut after `most`."""
     escaped = "".join(

@@ -18,6 +18,8 @@ LINES = 5
 """If stderr is not a terminal, a progress line appears each time that a task has taken a fifth longer."""
 PATIENCE = 10.0
 """The least time between two of these lines, in seconds."""
+JOINERS = "\u200c\u200d"
+"""Invisible characters that are shown as they are: emoji and some scripts need them."""
 UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 Step = Callable[[str, int, int], None]
 """Called with the name of a task, the number of finished items, and their total."""
@@ -85,6 +87,21 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def visible(text: str) -> str:
+    """A text with signs for line breaks and tabs, and escapes for what a terminal would obey or not show."""
+    shown = []
+    for character in text:
+        if character == "\n":
+            shown.append("⏎\n")
+        elif character == "\t":
+            shown.append("⇥")
+        elif character.isprintable() or character in JOINERS:
+            shown.append(character)
+        else:
+            shown.append(character.encode("unicode_escape", "backslashreplace").decode())
+    return "".join(shown)
 
 
 def quiet() -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from veneer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from veneer.train.recipe import Recipe
+
+ABSENT = "-"
+"""In the recipe of a command that does not train, what is not given."""
 
 Column = Annotated[
     list[str] | None,
@@ -126,3 +132,13 @@ def value(text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+
+
+def partial_recipe(content: dict[str, Any]) -> Recipe:
+    """The recipe for a command that does not train; what it lacks, the command does not read."""
+    from veneer.train.recipe import make
+
+    content = {"model": ABSENT, "output": ABSENT} | content
+    if not content.get("data"):
+        content["data"] = ABSENT
+    return make(content)

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.cli._options import Column, Objective, Option, Rank, Set, Targets, add_settings, pairs, source
+from veneer.cli._options import (
+    ABSENT,
+    Column,
+    Objective,
+    Option,
+    Rank,
+    Set,
+    Targets,
+    add_settings,
+    pairs,
+    partial_recipe,
+    source,
+)
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -142,7 +154,7 @@ def plan(
     if objective is not None:
         content["objective"] = objective
     add_settings(content, set_, option)
-    recipe = _recipe(content)
+    recipe = partial_recipe(content)
     base = skeleton(content.get("model"), model_type)
     positions = positions_of(base.config)
     if positions is not None:
@@ -168,22 +180,9 @@ def plan(
         _show_epoch(epoch, recipe.max_length)
 
 
-ABSENT = "-"
-"""In the recipe of a plan, what is not given."""
 STEPS = 1000
 """The steps of a run whose data is not given, for methods with a schedule; no size depends on it."""
 plan.__doc__ = (plan.__doc__ or "") + "\n" + EXAMPLES
-
-
-def _recipe(content: dict[str, Any]) -> Recipe:
-    """The recipe that a plan is for. What it lacks, a plan does not read."""
-    from veneer.train.recipe import make
-
-    absent = {"model": ABSENT, "output": ABSENT}
-    content = absent | content
-    if not content["data"]:
-        content["data"] = ABSENT
-    return make(content)
 
 
 def _epoch(recipe: Recipe) -> Epoch:
@@ -196,18 +195,15 @@ def _epoch(recipe: Recipe) -> Epoch:
 
 def _show_epoch(epoch: Epoch, max_length: int) -> None:
     from rich.console import Console
+    from rich.text import Text
 
     console = Console(highlight=False)
     share = epoch.supervised_tokens / epoch.tokens
     console.print(f"\n{'rows':<20}{epoch.kept:,} of {epoch.rows:,}")
     console.print(f"{'tokens':<20}{epoch.tokens:,}, {epoch.supervised_tokens:,} of them learned ({share:.0%})")
     console.print(f"{'longest row':<20}{epoch.longest:,} tokens (the limit is {max_length:,})")
-    if epoch.cut_rows:
-        cut = f"{epoch.cut_rows:,} rows cut, {epoch.cut_tokens:,} tokens lost"
-        console.print(f"{'':<20}{cut}", style="yellow")
-    if epoch.unlearned_rows:
-        dropped = f"{epoch.unlearned_rows:,} rows dropped because they have no token to learn"
-        console.print(f"{'':<20}{dropped}", style="yellow")
+    for line in epoch.warnings:
+        console.print(Text(f"{'':<20}{line}", style="yellow"))
     console.print(f"{'an epoch':<20}{epoch.sequences:,} sequences, {epoch.steps:,} steps")
     console.print(_bars(epoch))
 

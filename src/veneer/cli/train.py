@@ -30,7 +30,7 @@ hub datasets. The columns decide what is learned:
 
 A recipe is a YAML file. Its keys are the names of the flags below, with
 underscores, and some more that --set can also give, such as warmup,
-schedule and loss_on. Every run saves its full recipe in --output.
+schedule_options and loss_on. Every run saves its full recipe in --output.
 
 Examples:
 
@@ -167,6 +167,38 @@ def train(
         float | None,
         typer.Option(help="Peak learning rate.", show_default="set by the method", rich_help_panel="Training"),
     ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="How the learning rate changes: linear, cosine, constant, warmup_stable_decay ...",
+            show_default="cosine",
+            rich_help_panel="Training",
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            help="lora_fa, riemannian, or an optimizer of torch, transformers or bitsandbytes.",
+            show_default="adamw_torch",
+            rich_help_panel="Training",
+        ),
+    ] = None,
+    lora_plus_ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="LoRA+: the matrices B learn at this multiple of the learning rate; 16 is usual.",
+            show_default="off",
+            rich_help_panel="Training",
+        ),
+    ] = None,
+    neftune_alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="NEFTune: add noise to the embeddings in training; 5 is usual.",
+            show_default="off",
+            rich_help_panel="Training",
+        ),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool | None,
         typer.Option(
@@ -208,8 +240,24 @@ def train(
         int | None,
         typer.Option(help="Seed for everything that is random.", show_default="0", rich_help_panel="Training"),
     ] = None,
-    wandb: Annotated[
-        bool | None, typer.Option(help="Also log to Weights & Biases.", show_default="off", rich_help_panel="Switches")
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Also log to wandb, trackio, mlflow or swanlab. Repeatable.",
+            show_default="TensorBoard only",
+            rich_help_panel="Run",
+        ),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="After training, upload the adapter, its card and its report to the Hugging Face hub; private unless "
+            "--set hub_private=false.",
+            show_default="off",
+            rich_help_panel="Run",
+        ),
     ] = None,
     set_: Set = None,
     resume: Annotated[

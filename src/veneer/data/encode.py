@@ -9,7 +9,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, counted
 from .chat import Rendered, Span, Template
 from .shapes import KNOWN_ROLES, LEARNED_ROLES, Example
 
@@ -21,13 +21,38 @@ Encoded = dict[str, Any]
 """`input_ids`, a list of token ids, and `labels`, a list of the same length or the number of a class."""
 
 
+MOST_PLACES = 5
+"""Rows of a kind whose places are kept."""
+FIRST = 3
+"""Rows that are kept as they are, to show what the model sees."""
+
+
 @dataclass
 class Note:
     """Rows that have something in common."""
 
-    rows: int
-    first: str
-    """The place of the first of them."""
+    rows: int = 0
+    places: list[str] = field(default_factory=list)
+    """The places of the first of them."""
+
+    def add(self, place: str) -> None:
+        """Count a row."""
+        self.rows += 1
+        if len(self.places) < MOST_PLACES:
+            self.places.append(place)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A row before and after the length limit."""
+
+    example: Example
+    whole: Encoded
+    """The row at its whole length."""
+    kept: Encoded | None
+    """What is trained on; None if the row is dropped."""
+    answer: str | None = None
+    """Which answer of a pair this is: chosen or rejected."""
 
 
 @dataclass
@@ -57,20 +82,34 @@ class Account:
 
     def noticed(self, what: str, place: str) -> None:
         """Count a row that has something remarkable."""
-        note = self.notes.setdefault(what, Note(0, place))
-        note.rows += 1
+        self.notes.setdefault(what, Note()).add(place)
 
     def remarks(self) -> list[str]:
         """The notes, a line for each."""
         lines = []
         for what, note in self.notes.items():
             rows = "1 row has" if note.rows == 1 else f"{note.rows:,} rows have"
-            lines.append(f"{rows} {what} (the first: {note.first})")
+            lines.append(f"{rows} {what} (the first: {note.places[0]})")
         return lines
+
+    def warnings(self, max_length: int) -> list[str]:
+        """A line for each way in which rows were cut or dropped, and the notes."""
+        first = f" (the first: {self.examples[0]})" if self.examples else ""
+        lines = []
+        if self.cut_rows:
+            cut = counted(self.cut_rows, "row")
+            lines.append(f"{cut} cut to {max_length} tokens, {self.cut_tokens} tokens lost{first}")
+        if self.too_long_rows:
+            too_long = counted(self.too_long_rows, "row")
+            lines.append(f"{too_long} dropped, longer than {max_length} tokens{first}")
+        if self.unlearned_rows:
+            unlearned = counted(self.unlearned_rows, "row")
+            lines.append(f"{unlearned} dropped, with no token to learn{first}")
+        return lines + self.remarks()
 
     def touched(self, place: str) -> None:
         """Keep the place of a row that was cut or dropped, if it is one of the first."""
-        if len(self.examples) < 5 and place not in self.examples:
+        if len(self.examples) < MOST_PLACES and place not in self.examples:
             self.examples.append(place)
 
     def as_dict(self) -> dict[str, Any]:
@@ -113,15 +152,27 @@ class Encoder:
         self.template = Template(tokenizer, template) if template else None
         self.numbers = None if labels is None else {name: number for number, name in enumerate(labels)}
         self.account = Account()
+        self.first: list[Seen] = []
+        """The first rows, before and after the length limit."""
 
     def encode(self, examples: Iterable[Example]) -> Iterator[Encoded]:
         """Yield the rows that have a token to learn, and count all of them."""
         for example in examples:
-            self.account.rows += 1
-            encoded = self._limited(example.place, self.tokens(example))
-            if encoded is not None:
-                self._count(encoded)
-                yield encoded | example.facts
+            (row,) = self.seen(example)
+            if row.kept is not None:
+                yield row.kept | example.facts
+
+    def seen(self, example: Example) -> list[Seen]:
+        """Encode a row, apply the length limit, and count it. A list of one: a pair has two."""
+        self.account.rows += 1
+        whole = self.tokens(example)
+        kept = self._limited(example.place, whole)
+        if kept is not None:
+            self._count(kept)
+        row = Seen(example, whole, kept)
+        if len(self.first) < FIRST:
+            self.first.append(row)
+        return [row]
 
     def tokens(self, example: Example) -> Encoded:
         """The encoded row of one example, whatever its length."""

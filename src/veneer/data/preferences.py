@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import DataError
-from .encode import Account, Encoded, Encoder, learned_tokens
+from .encode import FIRST, Account, Encoded, Encoder, Seen, learned_tokens
 from .shapes import LEARNED_ROLES, Example, integers, messages_in, short, slips
 from .sources import Source, rows
 
@@ -140,27 +140,35 @@ class PairEncoder:
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
         self.account = Account()
+        self.first: list[Seen] = []
+        """Both answers of the first pairs, before and after the length limit."""
 
     def encode(self, pairs: Iterable[Pair]) -> Iterator[Encoded]:
         """Yield the pairs that say something, and count all of them."""
         for pair in pairs:
-            self.account.rows += 1
-            row = self._encoded(pair)
-            if row is None:
-                continue
-            self.account.kept += 1
-            for answer in (row["chosen"], row["rejected"]):
-                self.account.tokens += len(answer["input_ids"])
-                self.account.supervised_tokens += learned_tokens(answer)
-            yield row
+            chosen, rejected = (answer.kept for answer in self.seen(pair))
+            if chosen is not None and rejected is not None:
+                yield {"chosen": chosen | pair.facts, "rejected": rejected | pair.facts, "margin": pair.margin}
 
-    def _encoded(self, pair: Pair) -> Encoded | None:
-        """The encoded row of a pair; None if it is left out."""
+    def seen(self, pair: Pair) -> list[Seen]:
+        """Encode both answers of a pair, apply the length limit, and count the pair."""
+        self.account.rows += 1
+        examples = [pair.example(pair.chosen), pair.example(pair.rejected)]
+        whole = [self.encoder.tokens(example) for example in examples]
+        kept = self._kept(pair, whole)
+        rows = []
+        for number, name in enumerate(COLUMNS[1:]):
+            rows.append(Seen(examples[number], whole[number], kept[number] if kept else None, name))
+        if len(self.first) < FIRST:
+            self.first += rows
+        return rows
+
+    def _kept(self, pair: Pair, answers: list[Encoded]) -> list[Encoded] | None:
+        """Both answers within the limit; None if the pair is left out."""
         reason = _says_nothing(pair)
         if reason is not None:
             self.account.noticed(reason, pair.place)
             return None
-        answers = [self.encoder.tokens(pair.example(answer)) for answer in (pair.chosen, pair.rejected)]
         if not self._fits(pair.place, answers):
             return None
         chosen, rejected = (self.encoder.cut(answer) for answer in answers)
@@ -171,7 +179,11 @@ class PairEncoder:
             self.account.touched(pair.place)
             self.account.unlearned_rows += 1
             return None
-        return {"chosen": chosen | pair.facts, "rejected": rejected | pair.facts, "margin": pair.margin}
+        self.account.kept += 1
+        for answer in (chosen, rejected):
+            self.account.tokens += len(answer["input_ids"])
+            self.account.supervised_tokens += learned_tokens(answer)
+        return [chosen, rejected]
 
     def _fits(self, place: str, answers: list[Encoded]) -> bool:
         """Count the answers' lengths; False if the pair is dropped because one of them is too long."""

@@ -8,15 +8,16 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from ..errors import ConfigError, DataError
-from .encode import EMPTY, Account, Encoded, Encoder
+from .encode import EMPTY, Account, Encoded, Encoder, Seen
 from .packing import pack
 from .preferences import PairEncoder, preferences
 from .shapes import Example, shape_of, understand
 from .sources import Source, rows
 
+Row = TypeVar("Row")
 SHUFFLED = 1000
 """Size of the buffer in which streamed rows are shuffled."""
 
@@ -55,6 +56,8 @@ class Data:
     eval_account: Account | None
     fingerprint: str | None
     """A hash of the rows; None when streaming."""
+    first: list[Seen]
+    """The first rows read, before and after the length limit."""
 
 
 def prepare(recipe: Request, tokenizer: Any, facts: tuple[str, ...] = ()) -> Data:
@@ -70,23 +73,23 @@ def prepare(recipe: Request, tokenizer: Any, facts: tuple[str, ...] = ()) -> Dat
         return _streamed(recipe, tokenizer, facts)
     sources = [list(_read(source, recipe, facts)) for source in recipe.data]
     eval_examples = list(chain.from_iterable(_read(source, recipe, facts) for source in recipe.eval_data))
-    labels = None if recipe.reads_pairs else _labels(recipe, [*chain.from_iterable(sources), *eval_examples])
-    encoder = _encoder(recipe, tokenizer, labels)
+    labels = None if recipe.reads_pairs else labels_among(recipe, [*chain.from_iterable(sources), *eval_examples])
+    encoder = encoder_of(recipe, tokenizer, labels)
     encoded = [list(encoder.encode(source)) for source in sources]
     evaluation = None
     eval_account = None
     if eval_examples:
-        eval_encoder = _encoder(recipe, tokenizer, labels)
+        eval_encoder = encoder_of(recipe, tokenizer, labels)
         evaluation = list(eval_encoder.encode(eval_examples))
         eval_account = eval_encoder.account
-    _check_learned(encoder.account, "the data")
+    check_learned(encoder.account, "the data")
     if eval_account is not None:
-        _check_learned(eval_account, "the evaluation data")
+        check_learned(eval_account, "the evaluation data")
     generator = random.Random(recipe.seed)
     if recipe.eval_split is not None:
-        encoded, evaluation = _split(encoded, recipe.eval_split, generator)
+        encoded, evaluation = split(encoded, recipe.eval_split, generator)
     train = _mixed(recipe, encoded, generator)
-    return Data(train, evaluation, labels, encoder.account, eval_account, _fingerprint(train))
+    return Data(train, evaluation, labels, encoder.account, eval_account, _fingerprint(train), encoder.first)
 
 
 def _mixed(recipe: Request, encoded: list[list[Encoded]], generator: random.Random) -> list[Encoded]:
@@ -127,7 +130,7 @@ def is_classification(recipe: Request) -> bool:
     return first.label is not None
 
 
-def _labels(recipe: Request, every: Sequence[Example]) -> list[str] | None:
+def labels_among(recipe: Request, every: Sequence[Example]) -> list[str] | None:
     """The classes in order: the recipe's, or those in the data, sorted with numbers first. None without classes."""
     kinds = {example.label is not None for example in every}
     if kinds == {False}:
@@ -151,7 +154,8 @@ def _label_order(name: str) -> tuple[bool, int, str]:
     return not is_number, value, name
 
 
-def _encoder(recipe: Request, tokenizer: Any, labels: list[str] | None) -> Encoder | PairEncoder:
+def encoder_of(recipe: Request, tokenizer: Any, labels: list[str] | None) -> Encoder | PairEncoder:
+    """The encoder for the rows of a recipe."""
     if recipe.reads_pairs and recipe.packing:
         raise ConfigError("packing puts several rows into one sequence; pairs are compared with each other: set it off")
     if labels is not None and recipe.packing:
@@ -167,11 +171,11 @@ def _encoder(recipe: Request, tokenizer: Any, labels: list[str] | None) -> Encod
     return PairEncoder(encoder) if recipe.reads_pairs else encoder
 
 
-def _check_learned(account: Account, what: str) -> None:
+def check_learned(account: Account, what: str) -> None:
     """Raise unless a row was kept."""
     empty = account.notes.get(EMPTY)
     if empty is not None and empty.rows == account.rows:
-        raise DataError(f"all {account.rows} rows of {what} have an empty answer (the first: {empty.first})")
+        raise DataError(f"all {account.rows} rows of {what} have an empty answer (the first: {empty.places[0]})")
     if account.kept:
         return
     if account.too_long_rows:
@@ -187,9 +191,7 @@ def _check_learned(account: Account, what: str) -> None:
     )
 
 
-def _split(
-    encoded: list[list[Encoded]], wanted: float, generator: random.Random
-) -> tuple[list[list[Encoded]], list[Encoded]]:
+def split(encoded: list[list[Row]], wanted: float, generator: random.Random) -> tuple[list[list[Row]], list[Row]]:
     """(training rows by source, evaluation rows), the latter drawn at random from all sources."""
     places: list[tuple[int, int]] = []
     for source, source_rows in enumerate(encoded):
@@ -198,8 +200,8 @@ def _split(
     if not 0 < count < len(places):
         raise DataError(f"eval_split = {wanted:g} takes {count} of {len(places)} rows; both parts need at least one")
     taken = set(generator.sample(places, count))
-    train: list[list[Encoded]] = [[] for _ in encoded]
-    evaluation: list[Encoded] = []
+    train: list[list[Row]] = [[] for _ in encoded]
+    evaluation: list[Row] = []
     for source, i in places:
         rows_of_part = evaluation if (source, i) in taken else train[source]
         rows_of_part.append(encoded[source][i])
@@ -235,14 +237,15 @@ def _streamed(recipe: Request, tokenizer: Any, facts: tuple[str, ...]) -> Data:
         labels = recipe.labels
         if labels is None:
             raise ConfigError("the classes of streaming data are not known in advance; give labels")
-    encoder = _encoder(recipe, tokenizer, labels)
+    encoder = encoder_of(recipe, tokenizer, labels)
 
     def stream(source: Source) -> Iterator[Encoded]:
         yield from encoder.encode(_read(source, recipe, facts))
 
     if next(stream(recipe.data[0]), None) is None:
-        _check_learned(encoder.account, "the data")
+        check_learned(encoder.account, "the data")
     encoder.account = Account()
+    encoder.first.clear()
     parts = [IterableDataset.from_generator(stream, gen_kwargs={"source": source}) for source in recipe.data]
     total_weight = sum(source.weight for source in recipe.data)
     shares = [source.weight / total_weight for source in recipe.data]
@@ -251,8 +254,8 @@ def _streamed(recipe: Request, tokenizer: Any, facts: tuple[str, ...]) -> Data:
     evaluation = None
     eval_account = None
     if recipe.eval_data:
-        eval_encoder = _encoder(recipe, tokenizer, labels)
+        eval_encoder = encoder_of(recipe, tokenizer, labels)
         eval_examples = chain.from_iterable(_read(source, recipe, facts) for source in recipe.eval_data)
         evaluation = list(eval_encoder.encode(eval_examples)) or None
         eval_account = eval_encoder.account
-    return Data(train, evaluation, labels, encoder.account, eval_account, None)
+    return Data(train, evaluation, labels, encoder.account, eval_account, None, encoder.first)

@@ -146,7 +146,7 @@ def push(saves: Any, repo_id: str, **settings: Any) -> Any:
             save_settings["safe_serialization"] = settings["safe_serialization"]
         saves.save_pretrained(folder, **save_settings)
         for file in Path(folder).rglob(CONFIG_NAME):
-            _forget_paths(file)
+            forget_paths(file)
         configs = getattr(saves, "peft_config", None)
         if configs and not (Path(folder) / CARD_NAME).exists():
             first_config = next(iter(configs.values()))
@@ -154,7 +154,7 @@ def push(saves: Any, repo_id: str, **settings: Any) -> Any:
         return push_folder(folder, repo_id=repo_id, **settings)
 
 
-def _forget_paths(file: Path) -> None:
+def forget_paths(file: Path) -> None:
     """Take the base model out of an adapter_config.json if it is a directory of this machine."""
     content = json.loads(file.read_text(encoding="utf-8"))
     base = content.get("base_model_name_or_path")

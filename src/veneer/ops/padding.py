@@ -5,7 +5,8 @@
 During a training call, the `forward` of a causal language model's body removes padding from its inputs and puts it back
 into the hidden states, so that the head, the loss and readers of `outputs.logits` see the usual shapes. Logits at
 padding, which no loss is computed from, differ from those of the plain path. This is done only if rows are padded on
-the right, and if a trial has shown that sequences in one row do not affect each other in this model.
+the right, if no hook sees the shape of their embeddings, and if a trial has shown that sequences in one row do not
+affect each other in this model.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def _is_suitable(model: Any, adapters: Adapters) -> bool:
         return False
     if getattr(model.config, "output_router_logits", False) or not adapters.are_by_token():
         return False
-    if any(_is_special(module) for module in model.modules()):
+    if any(_is_special(module) for module in model.modules()) or _is_watched(model.get_input_embeddings()):
         return False
     if SEEN not in model.__dict__:
         model.__dict__[SEEN] = _keeps_apart(model)
@@ -155,6 +156,11 @@ def _is_special(module: nn.Module) -> bool:
         if not is_plain:
             return True
     return False
+
+
+def _is_watched(embeddings: nn.Module) -> bool:
+    """Whether a hook sees the shape of the embedded batch, as NEFTune's does: it scales noise by the length of rows."""
+    return bool(embeddings._forward_hooks or embeddings._forward_pre_hooks)
 
 
 def _keeps_apart(model: Any) -> bool:

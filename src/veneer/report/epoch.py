@@ -45,6 +45,8 @@ class Epoch:
     evaluation_rows: int
     largest_batch: int
     """Tokens of the largest batch in the first epoch, without padding."""
+    warnings: tuple[str, ...]
+    """What training says about rows that are cut, dropped or unusual."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,6 +71,7 @@ def epoch_of(recipe: Recipe) -> Epoch:
         steps=math.ceil(len(train_lengths) / (recipe.batch_size * recipe.accumulate)),
         evaluation_rows=len(data.evaluation or ()),
         largest_batch=_largest_batch(train_lengths, recipe),
+        warnings=tuple(account.warnings(recipe.max_length)),
     )
 
 

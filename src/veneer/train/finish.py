@@ -22,12 +22,12 @@ from ..core.config import Config
 from ..data.prepare import Data
 from ..errors import TrainingError
 from ..files.write import writing
-from ..model.card import Example, write_card
+from ..model.card import write_card
 from ..model.verify import PARTS, Verification, record, unmoved, verify
 from ..ops.allocator import return_blocks
 from ..terminal import Step, showing
 from .meter import Meter, peak_rss
-from .page import PAGE_NAME, is_plain_text, render, typed_prompt
+from .page import PAGE_NAME, example_of, render
 from .recipe import Recipe
 from .report import REPORT_NAME, contents, in_words, write_report
 from .samples import probe, samples
@@ -67,7 +67,7 @@ def finish(run: Run, console: Console) -> dict[str, Any]:
         TrainingError: the adapter does not work. Its files are then removed from the output directory.
     """
     is_main = run.trainer.is_world_process_zero()
-    content = contents(run.recipe, run.trainer, run.meter, run.data)
+    content = contents(run.recipe, run.trainer, run.meter, run.data, run.tokenizer)
     content["chat_template"] = bool(run.recipe.chat_template or run.tokenizer.chat_template)
     with _staging(run.output, is_main) as folder:
         with writing("the adapter", run.output):
@@ -82,7 +82,7 @@ def finish(run: Run, console: Console) -> dict[str, Any]:
             with writing("the report", run.output):
                 write_report(folder, content)
                 config = Config.from_pretrained(folder)
-                write_card(folder, config, in_words(content), name=run.recipe.output, example=_example(run, content))
+                write_card(folder, config, in_words(content), name=run.recipe.output, example=example_of(content))
                 (folder / PAGE_NAME).write_text(render(content), encoding="utf-8")
                 _publish(folder, run.output)
     return content
@@ -136,20 +136,6 @@ def _verified_facts(run: Run, folder: Path, progress: Step) -> dict[str, Any]:
         "outside": outside(model),
         "adapter_bytes": sum(file.stat().st_size for file in folder.glob("adapter_*")),
     }
-
-
-def _example(run: Run, content: dict[str, Any]) -> Example | None:
-    """What the card's code asks the model; None if the base model's tokenizer lacks the chat template of the run."""
-    prompt = typed_prompt(content["samples"]["rows"])
-    if run.data.labels is not None:
-        return Example(prompt, tuple(run.data.labels))
-    if is_plain_text(content):
-        return Example(prompt)
-    if run.recipe.chat_template is not None:
-        return None
-    if run.tokenizer.chat_template:
-        return Example(prompt, is_chat=True)
-    return Example(f"{prompt}\n")
 
 
 def _release(trainer: Any) -> None:

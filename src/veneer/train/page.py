@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import yaml
 from markupsafe import Markup
 
-from ..terminal import duration, size
+from ..model.card import Example
+from ..terminal import duration, size, visible
 from .charts import Curve, Point, curve
 from .samples import CUT
 
@@ -64,8 +65,8 @@ class Piece(NamedTuple):
     text: str
 
 
-def render(content: dict[str, Any]) -> str:
-    """The page as HTML, from the content of report.json. Every value is escaped."""
+def templates() -> Any:
+    """The jinja2 environment of veneer's pages. Every value is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -77,8 +78,14 @@ def render(content: dict[str, Any]) -> str:
     )
     environment.filters |= {"count": _count, "size": size, "clock": duration, "share": _share, "short": _short}
     environment.filters |= {"pieces": pieces, "breakable": _breakable, "finished": _minute}
+    environment.filters["visible"] = visible
+    return environment
+
+
+def render(content: dict[str, Any]) -> str:
+    """The page as HTML, from the content of report.json."""
     recipe = content["recipe"]
-    template = environment.get_template(f"{PAGE_NAME}.j2")
+    template = templates().get_template(f"{PAGE_NAME}.j2")
     return template.render(
         r=content,
         task=task(content),
@@ -169,6 +176,20 @@ def typed_prompt(rows: list[dict[str, Any]]) -> str:
         if is_short and prompt.isprintable() and not prompt.startswith("-"):  # a dash would begin an option
             return str(prompt)
     return "a prompt"
+
+
+def example_of(content: dict[str, Any]) -> Example | None:
+    """What the card's code asks the model; None if the base model's tokenizer lacks the chat template of the run."""
+    prompt = typed_prompt(content["samples"]["rows"])
+    if content["labels"] is not None:
+        return Example(prompt, tuple(content["labels"]))
+    if is_plain_text(content):
+        return Example(prompt)
+    if content["recipe"]["chat_template"] is not None:
+        return None
+    if content["chat_template"]:
+        return Example(prompt, is_chat=True)
+    return Example(f"{prompt}\n")
 
 
 # Curves

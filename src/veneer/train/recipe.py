@@ -18,6 +18,7 @@ from ..errors import ConfigError, listing, nearest
 from ..files.recipe import OTHER_KEYS, RECIPE_NAME
 from ..files.write import write_atomically
 
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 PLAIN_NAME = re.compile(r"[\w.]+(\s*,\s*[\w.]+)*")
 
 
@@ -100,12 +101,35 @@ class Recipe(Strict):
     """Sequences per forward pass in evaluation; None: batch_size."""
     learning_rate: float | None = Field(None, gt=0)
     """Peak learning rate; None: the one recommended for the method."""
-    schedule: Literal["linear", "cosine", "constant", "polynomial", "inverse_sqrt"] = "cosine"
-    """How the learning rate changes after the warm-up."""
+    schedule: Literal[
+        "linear",
+        "cosine",
+        "constant",
+        "polynomial",
+        "inverse_sqrt",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "warmup_stable_decay",
+        "reduce_lr_on_plateau",
+    ] = "cosine"
+    """How the learning rate changes after the warm-up; reduce_lr_on_plateau has none, and follows the evaluations."""
+    schedule_options: dict[str, Any] = {}
+    """Arguments of the schedule, such as min_lr_rate for cosine_with_min_lr; named as in transformers."""
     warmup: float = Field(0.03, ge=0)
     """Length of the warm-up: a share of all steps if below 1, else a number of steps."""
     optimizer: str = "adamw_torch"
-    """An optimizer name of transformers' TrainingArguments."""
+    """lora_fa or riemannian, a name of transformers' TrainingArguments, or a class of torch or bitsandbytes in lower
+    case, such as nadam or adamw8bit."""
+    optimizer_options: dict[str, Any] = {}
+    """Arguments of the optimizer, such as betas or momentum."""
+    lora_plus_ratio: float | None = Field(None, gt=0)
+    """LoRA+: B learns at this multiple of the learning rate; 16 is usual. None: no LoRA+."""
+    layer_decay: float | None = Field(None, gt=0)
+    """The learning rate of a layer, divided by that of the layer above it. None: all layers learn at the same rate."""
+    rates: dict[str, float] = {}
+    """Factors of the learning rate, by regular expressions for names of parameters, such as {mlp: 0.5}."""
+    neftune_alpha: float | None = Field(None, gt=0)
+    """NEFTune: noise on the embeddings in training; 5 is usual. Rows are then padded. None: no noise."""
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are clipped to this norm; 0: no clipping."""
@@ -129,8 +153,12 @@ class Recipe(Strict):
     """Steps between logged losses."""
     samples: int = Field(4, ge=0)
     """Number of held-out rows whose answers before and after training are shown in the report."""
-    wandb: bool = False
-    """Also log to Weights & Biases."""
+    report_to: list[Literal["wandb", "trackio", "mlflow", "swanlab"]] = []
+    """Also log to these; logs for TensorBoard are always written."""
+    push_to_hub: str | None = None
+    """After training, upload the adapter, its card and its report to this repository of the Hugging Face hub."""
+    hub_private: bool = True
+    """Whether a repository that push_to_hub creates is private."""
     output: str
     """The output directory: adapter, recipe.yaml, report.html, report.json, checkpoints, logs."""
 
@@ -140,6 +168,22 @@ class Recipe(Strict):
         """Accept a path, a mapping, or a list of either."""
         items = value if isinstance(value, list) else [value]
         return [{"path": item} if isinstance(item, str) else item for item in items]
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        """Accept one name, or several that are separated by commas."""
+        if not isinstance(value, (str, list)):
+            return value
+        text = value if isinstance(value, str) else ",".join(map(str, value))
+        return [name.strip() for name in text.split(",") if name.strip()]
+
+    @field_validator("push_to_hub")
+    @classmethod
+    def _repository(cls, value: str | None) -> str | None:
+        if value is not None and not REPOSITORY.fullmatch(value):
+            raise ValueError("must be owner/name")
+        return value
 
     @field_validator("targets")
     @classmethod
@@ -157,6 +201,10 @@ class Recipe(Strict):
             raise ValueError("the length of streaming data is unknown; set max_steps")
         if self.streaming and self.eval_split is not None:
             raise ValueError("streaming data cannot be split; give eval_data")
+        if self.packing and self.neftune_alpha is not None:
+            raise ValueError("neftune_alpha scales the noise by the length of a row; set packing off")
+        if self.schedule == "reduce_lr_on_plateau" and not evaluates:
+            raise ValueError("reduce_lr_on_plateau follows the evaluation loss; give eval_data or eval_split")
         if self.early_stopping is not None and not (evaluates and self.best):
             raise ValueError("early_stopping compares evaluations; give eval_data or eval_split, and keep best: true")
         return self

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..data.pieces import row_facts
 from ..data.prepare import Data
 from ..files.write import write_atomically
 from .meter import Meter
@@ -22,7 +23,7 @@ EVALUATED = ("loss", "perplexity", "accuracy", "margin", "chosen_reward", "rejec
 """Measures of an evaluation; which of them there are depends on the objective."""
 
 
-def contents(recipe: Recipe, trainer: Any, meter: Meter, data: Data) -> dict[str, Any]:
+def contents(recipe: Recipe, trainer: Any, meter: Meter, data: Data, tokenizer: Any) -> dict[str, Any]:
     """The facts known after training; `veneer.train.finish` adds those of the adapter on disk."""
     trainable, total = trainer.model.get_nb_trainable_parameters()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -46,6 +47,7 @@ def contents(recipe: Recipe, trainer: Any, meter: Meter, data: Data) -> dict[str
         "history": history,
         "data": data.account.as_dict(),
         "eval_data": data.eval_account and data.eval_account.as_dict(),
+        "first_rows": [row_facts(row, tokenizer, data.labels) for row in data.first],
         "rows_held_out": None if data.evaluation is None else len(data.evaluation),
         "labels": data.labels,
         "recipe": recipe.model_dump(),

@@ -20,7 +20,7 @@ from ..data.packing import check as check_packing
 from ..data.packing import goes_by_sequence
 from ..data.preferences import plain
 from ..data.prepare import Data, prepare
-from ..errors import CheckpointError, ConfigError, listing
+from ..errors import CheckpointError, ConfigError, counted, listing
 from ..files.lock import alone
 from ..files.read import WEIGHTS_NAME
 from ..files.recipe import RECIPE_NAME, read
@@ -29,11 +29,13 @@ from ..model.card import CARD_NAME
 from ..model.loading import pad_of
 from ..model.verify import PROBE_NAME, digests
 from ..terminal import quiet
-from . import preference
+from . import loggers, preference, schedules
 from .display import Display
 from .finish import Run, finish
 from .meter import Meter
+from .optimizers import by_name
 from .page import PAGE_NAME
+from .push import check_token, push
 from .recipe import Recipe, make
 from .report import REPORT_NAME
 from .setup import adapt, facts_of, load_base, load_tokenizer, within_positions
@@ -53,7 +55,9 @@ MAY_CHANGE = {
     "log_every",
     "save_every",
     "samples",
-    "wandb",
+    "report_to",
+    "push_to_hub",
+    "hub_private",
 }
 """Recipe keys that may change when a run is resumed. The number of sequences per optimizer step must stay the same."""
 
@@ -74,24 +78,29 @@ def train(
     output = Path(recipe.output)
     with _locked(output):
         try:
-            return _train(recipe, resume, overwrite, console)
+            report = _train(recipe, resume, overwrite, console)
         except BaseException:
             with suppress(OSError):  # it is not there, or holds checkpoints
                 (output / CHECKPOINTS).rmdir()
             raise
+        if recipe.push_to_hub and _is_main():
+            console.print(f"uploaded to {push(output, recipe.push_to_hub, recipe.hub_private)}")
+    return report
 
 
 def _locked(output: Path) -> AbstractContextManager[None]:
     """The lock on the output directory, which the main process holds for all processes of the run."""
-    is_main = os.environ.get("RANK", "0") == "0"
-    return alone(output) if is_main else nullcontext()
+    return alone(output) if _is_main() else nullcontext()
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _train(recipe: Recipe, resume: bool, overwrite: bool, console: Console) -> dict[str, Any]:
     output = Path(recipe.output)
     _silence_libraries()
-    if recipe.wandb:
-        _check_wandb()
+    _check_choices(recipe)
     _check_output(output, resume, overwrite)
 
     tokenizer = load_tokenizer(recipe)
@@ -161,14 +170,16 @@ def _silence_libraries() -> None:
     datasets.disable_progress_bars()
 
 
-def _check_wandb() -> None:
-    """Fail before anything is loaded if wandb is missing; Trainer would only fail once it starts."""
-    from transformers.integrations import integration_utils
+def _check_choices(recipe: Recipe) -> None:
+    """Refuse what cannot be used, before anything is loaded: loggers, the schedule, the optimizer, the hub's token."""
+    from transformers import Trainer, TrainingArguments
 
-    try:
-        integration_utils.INTEGRATION_TO_CALLBACK["wandb"]()
-    except RuntimeError as error:
-        raise ConfigError(f"wandb: {error}") from None
+    loggers.check(recipe.report_to)
+    schedules.check(recipe)
+    settings = TrainingArguments(output_dir=recipe.output, optim=by_name.argument_of(recipe), report_to=[])
+    by_name.choose(recipe, lambda: Trainer.get_optimizer_cls_and_kwargs(settings))
+    if recipe.push_to_hub and _is_main():
+        check_token(recipe.push_to_hub)
 
 
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
@@ -181,7 +192,7 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
             f"output {str(output)!r} already holds {', '.join(present)}; continue it with --resume, replace it with "
             "--overwrite, or give another directory"
         )
-    if os.environ.get("RANK", "0") == "0":
+    if _is_main():
         output.mkdir(parents=True, exist_ok=True)
 
 
@@ -258,6 +269,7 @@ def _build_trainer(recipe: Recipe, data: Data, pad: int, steps: int, meter: Mete
     base = load_base(recipe, data.labels, pad)
     task = TaskType.CAUSAL_LM if data.labels is None else TaskType.SEQ_CLS
     model = adapt(base, recipe, task, steps)
+    by_name.freeze_(model, recipe)
     sampler = None
     if not recipe.streaming:
         sampler = Shuffled(len(data.train), recipe.seed, recipe.batch_size * _processes())
@@ -269,7 +281,7 @@ def _build_trainer(recipe: Recipe, data: Data, pad: int, steps: int, meter: Mete
         "sampler": sampler,
         "meter": meter,
         "flat": _flat_collator(recipe, model, data, pad),
-        "fast": recipe.fast,
+        "recipe": recipe,
     }
     trainer = (
         _on_pairs(recipe, model, settings, parts) if recipe.reads_pairs else ExactTrainer(model, settings, **parts)
@@ -305,6 +317,8 @@ def _flat_collator(recipe: Recipe, model: Any, data: Data, pad: int) -> Collator
     """
     if recipe.packing:
         check_packing(model, data.train)
+    if recipe.neftune_alpha is not None:  # its noise is scaled by the length of a padded row
+        return None
     if recipe.fast and not recipe.streaming and goes_by_sequence(model, [plain(row) for row in data.train]):
         return Collator(pad, flat=True)
     return None
@@ -337,32 +351,9 @@ def _announce(console: Console, recipe: Recipe, model: Any, data: Data, steps: i
         account = data.account
         share = account.supervised_tokens / account.tokens
         tokens = f"{account.tokens:,} tokens, {share:.0%} of them learned"
-        console.print(f"{_counted(account.kept, 'row')}, {tokens}; {_counted(steps, 'step')}")
-    for line in _lost_rows(recipe, data):
+        console.print(f"{counted(account.kept, 'row')}, {tokens}; {counted(steps, 'step')}")
+    for line in data.account.warnings(recipe.max_length):
         console.print(line, style="yellow")
-
-
-def _lost_rows(recipe: Recipe, data: Data) -> list[str]:
-    """A line for each way in which rows were cut or dropped."""
-    account = data.account
-    first = f" (the first: {account.examples[0]})" if account.examples else ""
-    lines = []
-    if account.cut_rows:
-        cut = _counted(account.cut_rows, "row")
-        lines.append(f"{cut} cut to {recipe.max_length} tokens, {account.cut_tokens} tokens lost{first}")
-    if account.too_long_rows:
-        too_long = _counted(account.too_long_rows, "row")
-        lines.append(f"{too_long} dropped, longer than {recipe.max_length} tokens{first}")
-    if account.unlearned_rows:
-        unlearned = _counted(account.unlearned_rows, "row")
-        lines.append(f"{unlearned} dropped, with no token to learn{first}")
-    return lines + account.remarks()
-
-
-def _counted(count: int, noun: str) -> str:
-    """A number and its noun: 1 row, 1,200 rows."""
-    plural = "" if count == 1 else "s"
-    return f"{count:,} {noun}{plural}"
 
 
 def _train_or_resume(trainer: ExactTrainer, meter: Meter, output: Path, resume: bool) -> None:

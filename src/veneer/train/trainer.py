@@ -20,13 +20,14 @@ from .. import ops
 from ..core.state import LOSS_TERMS
 from ..data.collate import MOST_LOGITS, Shuffled, token_sums
 from ..data.encode import IGNORED
-from ..errors import TrainingError
+from ..errors import ConfigError, TrainingError
 from ..files.write import writing
 from ..ops.allocator import keep_blocks
 from ..ops.attention import by_sequence
 from ..ops.optimizer import FlatAdamW
-from . import sharded
+from . import loggers, schedules, sharded
 from .meter import Meter, rss
+from .optimizers import by_name
 from .recipe import Recipe
 
 CHECKPOINTS = "checkpoints"
@@ -55,19 +56,20 @@ class ExactTrainer(Trainer):
     """The PeftModel, or what accelerate wraps around it."""
 
     def __init__(
-        self, *args: Any, sampler: Shuffled | None, meter: Meter, flat: Any = None, fast: bool = True, **kwargs: Any
+        self, *args: Any, recipe: Recipe, sampler: Shuffled | None, meter: Meter, flat: Any = None, **kwargs: Any
     ) -> None:
         """Take Trainer's arguments and our own.
 
         Args:
+            recipe: names the optimizer and its rates, and whether the fast implementations are used.
             sampler: the order of the training rows; None: the order of the dataset.
             meter: counts tokens, seconds and memory.
             flat: collator that joins training rows without padding; None: rows are padded, as in evaluation.
-            fast: use the fast implementations of operations.
         """
+        self.recipe = recipe
         super().__init__(*args, **kwargs)
         self.flat = flat
-        self.fast = fast
+        self.fast = recipe.fast
         self.model_accepts_loss_kwargs = True  # makes Trainer count learned tokens; `compute_loss` does the rest
         self.sampler = sampler
         self.meter = meter
@@ -99,11 +101,29 @@ class ExactTrainer(Trainer):
             return super().train(*args, **kwargs)
 
     def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> Any:  # type: ignore[override]
-        """Replace AdamW by our AdamW over one flat buffer, except for sharded parameters."""
-        optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        """The recipe's optimizer. AdamW is replaced by ours over one flat buffer, except for sharded parameters."""
+        choice = by_name.choose(self.recipe, lambda: Trainer.get_optimizer_cls_and_kwargs(args, model))
+        settings = dict(choice.settings)
+        optimizer_class = choice.kind
         if optimizer_class is torch.optim.AdamW and ops.is_fast("optimizer") and not self.is_sharded:
             optimizer_class = FlatAdamW
+        adapted = self.accelerator.unwrap_model(self.model)
+        decayed = self.get_decay_parameter_names(adapted)
+        groups = by_name.groups(adapted, self.recipe, args.learning_rate, args.weight_decay, decayed)
+        if groups is not None:
+            settings["params"] = groups
         return optimizer_class, settings
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        is_new = self.optimizer is None
+        if self.is_sharded and self.recipe.optimizer in by_name.OURS:
+            raise ConfigError(
+                f"optimizer {self.recipe.optimizer!r} does not support sharded models; choose another one"
+            )
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new:
+            by_name.correct_gradients(optimizer, self.accelerator.unwrap_model(self.model), self.recipe)
+        return optimizer
 
     def get_train_dataloader(self) -> Any:
         padded = self.data_collator
@@ -299,9 +319,11 @@ def arguments(recipe: Recipe, steps: int) -> Any:
         per_device_eval_batch_size=recipe.eval_batch_size or recipe.batch_size,
         gradient_accumulation_steps=recipe.accumulate,
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type="constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
+        lr_scheduler_type=schedules.name_of(recipe),
         warmup_steps=warmup,
-        optim=recipe.optimizer,
+        lr_scheduler_kwargs=recipe.schedule_options,
+        optim=by_name.argument_of(recipe),
+        neftune_noise_alpha=recipe.neftune_alpha,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         gradient_checkpointing=recipe.gradient_checkpointing,
@@ -324,8 +346,10 @@ def arguments(recipe: Recipe, steps: int) -> Any:
         ddp_backend="gloo" if on_cpu and several_processes else None,
         use_cpu=on_cpu,
         restore_callback_states_from_checkpoint=True,
-        report_to=["wandb"] if recipe.wandb else [],
+        report_to=list(recipe.report_to),
+        run_name=Path(recipe.output).name,
         disable_tqdm=True,
+        **loggers.LOCAL,
     )
 
 

@@ -20,6 +20,9 @@ from ...errors import ConfigError, TargetError
 from .pairs import Pair, learning, pairs, replace_
 from .riemannian import inverse, wide
 
+EPSILON = 1e-6
+"""AdamW's epsilon, as in PEFT."""
+
 
 def create_lorafa_optimizer(
     model: nn.Module,
@@ -42,28 +45,38 @@ def create_lorafa_optimizer(
     """
     layers = pairs(model)
     _check(layers, {"r": r, "lora_alpha": lora_alpha, "use_rslora": use_rslora})
-    for A, _, lora in layers:
-        lora.holds_A = True
-        A.requires_grad_(False)
-        A.grad = None
-    optimizer = AdamW(learning(model), lr=lr, eps=1e-6, weight_decay=weight_decay)
+    freeze_A_(layers)
+    optimizer = AdamW(learning(model), lr=lr, eps=EPSILON, weight_decay=weight_decay)
     trained = [layer for layer in layers if layer.B.requires_grad]
     optimizer.register_step_pre_hook(Projection(trained))
     return optimizer
 
 
 def _check(layers: Sequence[Pair], settings: dict[str, Any]) -> None:
-    for A, _, lora in layers:
+    for _, _, lora in layers:
         for name, value in settings.items():
             actual = getattr(lora.config, name)
             if value is not None and value != actual:
                 raise ConfigError(
                     f"create_lorafa_optimizer got {name} = {value}, but the adapter has {actual}; leave it out"
                 )
+
+
+def freeze_A_(layers: Sequence[Pair]) -> None:
+    """Freeze A of each layer.
+
+    Raises:
+        TargetError: some A is zero, so its layer would never learn, or the formula does not apply.
+    """
+    for A, _, lora in layers:
         if not A.any():
             raise TargetError(f"A is zero on {lora.target.path!r}; LoRA-FA freezes A, so this layer would never learn")
         if lora.target.groups > 1:
             raise TargetError(f"{lora.target.path!r} is a grouped convolution, which LoRA-FA does not support")
+    for A, _, lora in layers:
+        lora.holds_A = True
+        A.requires_grad_(False)
+        A.grad = None
 
 
 class Projection:

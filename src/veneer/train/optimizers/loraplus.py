@@ -16,6 +16,9 @@ from torch.optim import Optimizer
 from ...errors import ConfigError
 from .pairs import pairs
 
+EMBEDDING_RATE = 1e-6
+"""The learning rate of A and B on embeddings, as in PEFT."""
+
 
 def create_loraplus_optimizer(
     model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
@@ -34,7 +37,7 @@ def create_loraplus_optimizer(
     if not loraplus_lr_ratio > 0:
         raise ConfigError(f"loraplus_lr_ratio must be above 0, not {loraplus_lr_ratio}")
     decay = kwargs.pop("loraplus_weight_decay", 0.0)
-    embedding_lr = kwargs.pop("loraplus_lr_embedding", 1e-6)
+    embedding_lr = kwargs.pop("loraplus_lr_embedding", EMBEDDING_RATE)
     fast_lr = lr * loraplus_lr_ratio
     groups: dict[str, dict[str, Any]] = {
         "A": {"params": [], "lr": lr, "weight_decay": decay},
@@ -42,12 +45,12 @@ def create_loraplus_optimizer(
         "B": {"params": [], "lr": fast_lr, "weight_decay": decay},
         "undecayed": {"params": [], "lr": fast_lr, "weight_decay": 0.0},
     }
-    for group, parameter in _grouped(model):
+    for group, parameter in grouped(model):
         groups[group]["params"].append(parameter)
     return optimizer_cls(list(groups.values()), lr=lr, **kwargs)  # type: ignore[call-arg]
 
 
-def _grouped(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def grouped(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(group, parameter) for each trained parameter."""
     B_ids = set()
     embedding_ids = set()

@@ -19,9 +19,12 @@ from torch.optim import Optimizer
 from ...errors import VeneerError
 from .pairs import Pair, learning, pairs, replace_
 
+REGULARISER = 1e-2
+"""The default of d."""
+
 
 def create_riemannian_optimizer(
-    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 1e-2, **kwargs: Any
+    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, reg: float = REGULARISER, **kwargs: Any
 ) -> Optimizer:
     """An optimizer of the given class that preconditions the gradients of A and B before each step.
 
@@ -37,12 +40,22 @@ def create_riemannian_optimizer(
         raise VeneerError(
             f"{optimizer_cls.__name__} recomputes the gradients inside its step; use AdamW, SGD or a similar optimizer"
         )
-    layers = [pair for pair in pairs(model) if _learns_both(pair)]
-    if not layers:
-        raise VeneerError("no LoRA layer trains both A and B, so there are no gradients to precondition")
+    layers = trained_pairs(model)
     optimizer = optimizer_cls(learning(model), lr=lr, **kwargs)  # type: ignore[call-arg]
     optimizer.register_step_pre_hook(Preconditioner(layers, reg))
     return optimizer
+
+
+def trained_pairs(model: nn.Module) -> list[Pair]:
+    """A and B of the layers that can be preconditioned.
+
+    Raises:
+        VeneerError: there are none.
+    """
+    layers = [pair for pair in pairs(model) if _learns_both(pair)]
+    if not layers:
+        raise VeneerError("no LoRA layer trains both A and B, so there are no gradients to precondition")
+    return layers
 
 
 def _learns_both(pair: Pair) -> bool:
