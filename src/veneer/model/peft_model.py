@@ -19,7 +19,7 @@ from ..core.layer import AdapterLayer
 from ..core.state import CheckpointContext, State, state_of
 from ..errors import CheckpointError, ConfigError, NotMergeable, VeneerError, nearest
 from ..files.find import check_hub_arguments
-from ..targets.quantised import warn_of_rounding
+from ..targets.quantised import keep_gradients_, warn_of_rounding
 from ..terminal import tracked
 from ..upstream import checkpointing
 from ..upstream.models import note_untied, task_of
@@ -208,6 +208,7 @@ class PeftModel(nn.Module):
             self._known(name)
             if requires_grad:
                 self._state.trainable.add(name)
+                keep_gradients_(self.get_base_model())
             else:
                 self._state.trainable.discard(name)
             self._state.mark(name)
