@@ -26,7 +26,7 @@ from ..files.write import identity, replacing, write_tensors
 from ..targets.quantised import quantised
 from ..targets.target import kind_of
 from ..targets.walk import walk
-from . import embeddings, provenance, trial
+from . import embeddings, provenance, remainder, trial
 from .adapter import Adapter, Replace, Tensors
 from .config import CONFIG_NAME, METHODS, Config, PromptConfig
 from .placement import settle
@@ -45,6 +45,8 @@ class Saved(NamedTuple):
     """By key."""
     notes: dict[str, Any]
     """What veneer recorded about the adapter's origin; see `provenance`."""
+    training: Tensors = {}
+    """What only training reads, by key; see `remainder`."""
 
 
 def with_other_keys(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None) -> Tensors:
@@ -212,7 +214,7 @@ def load(
     """
     if config is not None:
         tensors, notes = read(source, allow_pickle=allow_pickle, **hub)
-        return Saved(copy.copy(config), tensors, notes)
+        return Saved(copy.copy(config), tensors, notes, remainder.read(source, notes, **hub))
     path = find_file(source, CONFIG_NAME, **hub)
     before = identity(path)
     config = Config.from_dict(read_json(path))
@@ -230,7 +232,7 @@ def load(
             "Undo the change or, if it is intended, pass config=Config.from_pretrained(...)"
         )
     confine(config, path.parent, follow_paths)
-    return Saved(config, tensors, notes)
+    return Saved(config, tensors, notes, remainder.read(source, notes, **hub))
 
 
 def read(source: str | Path, *, allow_pickle: bool = False, **hub: Any) -> tuple[Tensors, dict[str, Any]]:
@@ -314,9 +316,10 @@ def fill(model: Any, state: State, name: str, saved: Saved, *, lift: bool = True
     others = [other for other in state.configs if other != name]
     brought = embeddings.among(saved.tensors, model, slots(state, name), others)
     check_fit(model, state, name, saved.tensors, saved.notes, check_base, brought)
+    remainder.check(state, name, saved.training)
     if brought:
         state.reshaped.append(embeddings.Brought(brought))
-    absorb(state, name, saved.tensors)
+    absorb(state, name, saved.tensors, saved.training)
     settle(model, state, name, lift=lift)
     state.mark(name)
     if is_new:
@@ -414,18 +417,24 @@ def _is_repeated(tensor: Tensor, first: Tensor) -> bool:
     return torch.equal(tensor, first) or (first.dim() == 2 and torch.equal(tensor, first.T))
 
 
-def absorb(state: State, name: str, tensors: Tensors) -> None:
-    """Load checked tensors into the adapter: in place, except for placeholder tensors."""
+def absorb(state: State, name: str, tensors: Tensors, training: Mapping[str, Tensor] | None = None) -> None:
+    """Load checked tensors into the adapter: in place, except for placeholder tensors.
+
+    Args:
+        training: the tensors of `remainder`, without which some methods cannot be trained on.
+    """
+    given = {**(training or {}), **tensors}
     for prefix, part in parts(state, name):
         values = {}
-        for key in export(part):
-            if prefix + key in tensors:
-                values[key] = tensors[prefix + key]
+        for key in (*export(part), *remainder.of_part(part)):
+            if prefix + key in given:
+                values[key] = given[prefix + key]
         if hasattr(part, "absorb"):
             part.absorb(values)
         else:
             is_placeholder = any(tensor.is_meta for tensor in part.state_dict().values())
             part.load_state_dict(values, strict=False, assign=is_placeholder)
+    remainder.absorb_schedule(state, name, given)
 
 
 # The base model

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .config import Config
 
 KEY = "veneer"
-KINDS: dict[str, type] = {"base": dict, "checksums": list, "settings": dict}
+KINDS: dict[str, type] = {"base": dict, "checksums": list, "settings": dict, "training": list}
 """The entries and their types."""
 SAMPLED = 16
 """The maximum number of layers that are sampled."""

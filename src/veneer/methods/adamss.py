@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, Adding
+from ..core.adapter import Adapter, Adding, Tensors
 from ..core.config import LayerConfig, Name, check_range
 from ..errors import ConfigError
 from ..maths.kmeans import kmeans
@@ -108,6 +108,9 @@ class AdaMSS(Adding):
         return f"r={self.adamss_newB.shape[0]}, {len(self.adamss_A)} subspaces"
 
 
+STATISTICS = ("sensitivity", "uncertainty")
+
+
 class Averages:
     """Moving averages for one parameter of a subspace since the last choice."""
 
@@ -193,6 +196,34 @@ class Allocation:
         for key in ascending[:surplus]:
             A, B = subspaces[key]
             self.frozen[key] = A.clone(), B.clone()
+
+    def export(self) -> Tensors:
+        """The averages and the frozen subspaces, for the training that continues from a file."""
+        tensors: Tensors = {}
+        for (path, k), averages in self.averages.items():
+            for factor, average in zip("AB", averages, strict=True):
+                for statistic in STATISTICS:
+                    tensors[f"{path}.{k}.{factor}.{statistic}"] = getattr(average, statistic)
+        for (path, k), values in self.frozen.items():
+            for factor, value in zip("AB", values, strict=True):
+                tensors[f"{path}.{k}.{factor}.frozen"] = value
+        return tensors
+
+    def absorb(self, tensors: Tensors) -> None:
+        """Continue from what `export` returned."""
+        for (path, k), pair in self.subspaces().items():
+            values = {}
+            for key in tensors:
+                if key.startswith(f"{path}.{k}."):
+                    values[key.removeprefix(f"{path}.{k}.")] = tensors[key].to(pair[0].device)
+            if "A.frozen" in values:
+                self.frozen[path, k] = values["A.frozen"], values["B.frozen"]
+            if "A.sensitivity" in values:
+                averages = Averages(pair[0]), Averages(pair[1])
+                for factor, average in zip("AB", averages, strict=True):
+                    for statistic in STATISTICS:
+                        setattr(average, statistic, values[f"{factor}.{statistic}"])
+                self.averages[path, k] = averages
 
 
 @dataclass(kw_only=True)

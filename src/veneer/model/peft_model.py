@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import absent, checkpoint, given
+from ..core import absent, checkpoint, given, remainder
 from ..core.attach import attach, detach
 from ..core.config import Config, PromptConfig
 from ..core.layer import AdapterLayer
@@ -402,7 +402,10 @@ class PeftModel(nn.Module):
                     continue
                 values = given.values(self, self._state, name, state_dict) if state_dict else None
                 tensors, notes = checkpoint.collect(self.get_base_model(), self._state, name, whole, values)
+                training = {} if values else remainder.collect(self._state, name)
                 if is_main_process:
+                    remainder.write(into, training)
+                    notes |= remainder.note(training)
                     checkpoint.write(into, tensors, notes, config)
             elif is_main_process:
                 save_as_lora(into, self, adapter_name=name)

@@ -13,8 +13,9 @@ from typing import Any
 
 from rich.console import Console
 
-from ..core import checkpoint
+from ..core import checkpoint, remainder
 from ..core.config import CONFIG_NAME, TaskType
+from ..core.remainder import TRAINING_NAME
 from ..data.collate import Collator, Rows, Shuffled
 from ..data.packing import check as check_packing
 from ..data.packing import goes_by_sequence
@@ -42,7 +43,18 @@ from .trainer import CHECKPOINTS, ExactTrainer, arguments, last_checkpoint, metr
 from .watch import Watch
 
 LOGS = "logs"
-OURS = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, PROBE_NAME, RECIPE_NAME, REPORT_NAME, PAGE_NAME, CHECKPOINTS, LOGS)
+OURS = (
+    WEIGHTS_NAME,
+    CONFIG_NAME,
+    TRAINING_NAME,
+    CARD_NAME,
+    PROBE_NAME,
+    RECIPE_NAME,
+    REPORT_NAME,
+    PAGE_NAME,
+    CHECKPOINTS,
+    LOGS,
+)
 """Names of everything that a run writes into its output directory."""
 MAY_CHANGE = {
     "output",
@@ -314,7 +326,7 @@ def _check_reloadable(recipe: Recipe, model: Any) -> None:
     """Refuse a method whose adapter cannot be reloaded into the model: the best checkpoint is reloaded at the end."""
     try:
         tensors = checkpoint.slots(model._state, "default")
-        checkpoint.absorb(model._state, "default", tensors)
+        checkpoint.absorb(model._state, "default", tensors, remainder.slots(model._state, "default"))
     except CheckpointError:
         raise ConfigError(
             f"{recipe.method} cannot be reloaded into a model in training, so the best checkpoint cannot be restored; "
