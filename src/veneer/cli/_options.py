@@ -64,6 +64,13 @@ Set = Annotated[
         rich_help_panel="Run",
     ),
 ]
+Quantise = Annotated[
+    str | None,
+    typer.Option(
+        help="Quantise the base model: nf4, int8 or int4. none leaves it as it is.",
+        show_default="as it was for training the adapters",
+    ),
+]
 AllowAbsent = Annotated[
     bool,
     typer.Option(

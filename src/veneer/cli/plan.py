@@ -71,6 +71,14 @@ def plan(
     targets: Targets = None,
     option: Option = None,
     objective: Objective = None,
+    quantise: Annotated[
+        str | None,
+        typer.Option(
+            help="Plan for a quantised base model: nf4, int8 or int4.",
+            show_default="none",
+            rich_help_panel="Model and method",
+        ),
+    ] = None,
     set_: Set = None,
     data: Annotated[
         list[str] | None,
@@ -122,6 +130,7 @@ def plan(
     from veneer.terminal import quiet
     from veneer.train.setup import method_settings
     from veneer.upstream.models import positions_of
+    from veneer.upstream.quantisation import quantisation
 
     quiet()
     columns = dict(pairs(column or []))
@@ -129,6 +138,7 @@ def plan(
         "method": method,
         "rank": rank,
         "targets": targets,
+        "quantise": quantise,
         "data": [source(text) | {"columns": columns} for text in data or []],
         "batch_size": batch_size,
         "accumulate": accumulate,
@@ -155,7 +165,8 @@ def plan(
         length = math.ceil(epoch.largest_batch / sequences)
         steps = epoch.steps
     config = all_methods()[page(recipe.method).name](**method_settings(recipe, steps))
-    result = forecast(base, config, sequences, length, recipe.gradient_checkpointing)
+    how = quantisation(recipe.quantise, recipe.quantise_options)
+    result = forecast(base, config, sequences, length, recipe.gradient_checkpointing, how)
     if as_json:
         content = result.as_dict()
         if epoch:

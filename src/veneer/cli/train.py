@@ -47,6 +47,9 @@ Examples:
   veneer train --model smollm2-135m-instruct --data pairs.jsonl --output out
       --objective dpo --set beta=0.2
 
+  # QLoRA: the base model in 4 bits
+  veneer train --model DIR --quantise nf4 --targets all-linear --data rows.jsonl --output out
+
   # continue after a crash
   veneer train --output out --resume
 
@@ -201,6 +204,14 @@ def train(
             help="Dtype of the base model: auto, float32 or bfloat16. auto is bfloat16 on a GPU that supports it, else "
             "float32.",
             show_default="auto",
+            rich_help_panel="Model and method",
+        ),
+    ] = None,
+    quantise: Annotated[
+        str | None,
+        typer.Option(
+            help="Quantise the base model while it is loaded: nf4 (QLoRA) or int8 with bitsandbytes, int4 with HQQ.",
+            show_default="none",
             rich_help_panel="Model and method",
         ),
     ] = None,

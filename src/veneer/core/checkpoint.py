@@ -149,6 +149,9 @@ def collect(
     notes: dict[str, Any] = {"base": provenance.fingerprint(base_weights(model, state, name))}
     if is_rounded(state, name):
         notes["rounded"] = True
+    prepared = provenance.preparation(model)
+    if prepared:
+        notes["preparation"] = prepared
     memory: set[int] = set()
     on_cpu = {key: gathered(tensor, memory) for key, tensor in tensors.items()}
     _check_finite(on_cpu, f"adapter {name!r} is not saved because it")
@@ -250,6 +253,17 @@ def read(source: str | Path, *, allow_pickle: bool = False, **hub: Any) -> tuple
     _check_finite(stored, repr(str(path)))
     tensors = _under_current_names(stored, path)
     return computable(tensors), provenance.read(metadata, stored)
+
+
+def read_notes(source: str | Path, **hub: Any) -> dict[str, Any]:
+    """veneer's notes in an adapter's weight file, without its tensors; empty if it has none or cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(find_weights(source, **hub), framework="pt") as file:
+            return provenance.read(file.metadata() or {})
+    except (CheckpointError, SafetensorError, OSError):
+        return {}
 
 
 def renamed() -> dict[str, str]:

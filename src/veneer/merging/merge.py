@@ -23,6 +23,7 @@ from ..files.find import find_weights
 from ..files.pull import name_anywhere
 from ..files.read import tensor_shapes
 from ..files.write import appearing, claimed
+from ..model.loading import quantised_in_training
 from ..model.peft_model import PeftModel
 from .base import copy_settings, find_base, model_class
 from .mapped import MappedModel
@@ -41,6 +42,8 @@ class MergeReport:
     base: str
     adapters: list[str]
     tensors: list[Rounded] = field(default_factory=list)
+    quantised: str | None = None
+    """What the base was quantised to for the training of an adapter; the merged weights are not."""
     untied: bool = False
     """The base's tied weights have separate values now."""
     files: list[str] = field(default_factory=list)
@@ -88,12 +91,23 @@ def merge(
         opened = on_files(adapters, model, check_base, allow_absent)
         merger = Merger(opened.mapped, opened.model, saved_embeddings(adapters))
         report = MergeReport(str(out), opened.base, [str(adapter) for adapter in adapters], untied=bool(merger.apart))
+        report.quantised = _quantised_in_training(adapters)
         with appearing(Path(out), merger.size) as folder:
             report.tensors = merger.write(folder, progress)
             _write_config(opened.mapped.model, opened.directory, folder)
             copy_settings(opened.directory, [Path(adapter) for adapter in adapters], folder)
             report.files = sorted(p.name for p in folder.iterdir())
     return report
+
+
+def _quantised_in_training(adapters: Sequence[str | Path]) -> str | None:
+    """The schemes to which the base model was quantised for the training of adapters; None if it never was."""
+    schemes: dict[str, None] = {}
+    for adapter in adapters:
+        how = quantised_in_training(adapter)
+        if how is not None:
+            schemes[how.scheme] = None
+    return ", ".join(schemes) or None
 
 
 class Opened(NamedTuple):

@@ -49,6 +49,11 @@ class Recipe(Strict):
     """Revision of the base model on the hub."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the base model; auto: bfloat16 where the accelerator computes in it, else float32."""
+    quantise: Literal["nf4", "int8", "int4"] | None = None
+    """Quantise the base model while it is loaded: nf4 or int8 with bitsandbytes, int4 with HQQ; None: it stays as it
+    is."""
+    quantise_options: dict[str, Any] = {}
+    """Options of the library that quantises, under its own names."""
 
     method: str = "lora"
     """The method; `veneer methods` lists all of them."""
@@ -149,6 +154,8 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _no_contradictions(self) -> Recipe:
         evaluates = bool(self.eval_data) or self.eval_split is not None
+        if self.quantise_options and self.quantise is None:
+            raise ValueError("quantise_options has no effect without quantise; give both or neither")
         if not self.data:
             raise ValueError("data is empty; give at least one source")
         if self.eval_data and self.eval_split is not None:

@@ -30,6 +30,7 @@ from ..model.card import CARD_NAME
 from ..model.loading import pad_of
 from ..model.verify import PROBE_NAME, digests
 from ..terminal import quiet
+from ..upstream.quantisation import quantisation
 from . import preference
 from .display import Display
 from .finish import Run, finish
@@ -104,6 +105,7 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, console: Console) -> d
     _silence_libraries()
     if recipe.wandb:
         _check_wandb()
+    quantisation(recipe.quantise, recipe.quantise_options)  # fails before anything is loaded
     _check_output(output, resume, overwrite)
 
     tokenizer = load_tokenizer(recipe)
@@ -344,7 +346,8 @@ def _tensorboard(output: Path) -> Any:
 def _announce(console: Console, recipe: Recipe, model: Any, data: Data, steps: int) -> None:
     """Print what will be trained, on how much data, and which rows were cut or dropped."""
     trainable, total = model.get_nb_trainable_parameters()
-    console.print(f"{recipe.method} on {recipe.model}: {trainable:,} of {total:,} parameters are trained")
+    base = recipe.model if recipe.quantise is None else f"{recipe.model} in {recipe.quantise}"
+    console.print(f"{recipe.method} on {base}: {trainable:,} of {total:,} parameters are trained")
     if not recipe.streaming:
         account = data.account
         share = account.supervised_tokens / account.tokens

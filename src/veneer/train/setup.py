@@ -11,6 +11,7 @@ from ..errors import ConfigError
 from ..model import loading
 from ..model.catalogue import page
 from ..model.peft_model import PeftModel, get_peft_model
+from ..upstream.quantisation import quantisation
 from .recipe import Recipe
 
 ASSUMED = ("num_virtual_tokens",)
@@ -56,6 +57,7 @@ def load_base(recipe: Recipe, labels: list[str] | None, pad: int) -> Any:
         classes=labels,
         pad=pad,
         dtype=loading.dtype_of(recipe.dtype),
+        quantise=quantisation(recipe.quantise, recipe.quantise_options),
     )
     if base.config.is_encoder_decoder and labels is None:
         raise ConfigError(
