@@ -21,7 +21,7 @@ from .forked import forked, veneer
 from .test_train_chat import tokenizer
 
 ROOT = Path(__file__).parent.parent
-GUIDES = ["fine-tune", "quantised", "preferences", "evaluate", "use-an-adapter"]
+GUIDES = ["fine-tune", "quantised", "second-stage", "preferences", "evaluate", "use-an-adapter"]
 
 
 def commands(guide: str, language: str = "sh") -> str:

@@ -123,12 +123,11 @@ def plan(
     ] = False,
 ) -> None:
     """Estimate what a run trains and how much memory it needs."""
-    from veneer.core.config import all_methods
     from veneer.files.skeleton import skeleton
-    from veneer.model.catalogue import page
     from veneer.report.forecast import forecast
     from veneer.terminal import quiet
-    from veneer.train.setup import method_settings
+    from veneer.train.setup import method_config
+    from veneer.train.stage import begun
     from veneer.upstream.models import positions_of
     from veneer.upstream.quantisation import quantisation
 
@@ -151,8 +150,9 @@ def plan(
     if objective is not None:
         content["objective"] = objective
     add_settings(content, set_, option)
-    recipe = _recipe(content)
-    base = skeleton(content.get("model"), model_type)
+    recipe = begun(_recipe(content))
+    is_named = model_type is None and recipe.model != ABSENT
+    base = skeleton(recipe.model if is_named else content.get("model"), model_type)
     positions = positions_of(base.config)
     if positions is not None:
         recipe = recipe.changed(max_length=min(recipe.max_length, positions))
@@ -164,7 +164,7 @@ def plan(
         epoch = _epoch(recipe)
         length = math.ceil(epoch.largest_batch / sequences)
         steps = epoch.steps
-    config = all_methods()[page(recipe.method).name](**method_settings(recipe, steps))
+    config = method_config(recipe, None, steps)
     how = quantisation(recipe.quantise, recipe.quantise_options)
     result = forecast(base, config, sequences, length, recipe.gradient_checkpointing, how)
     if as_json:
@@ -189,7 +189,9 @@ def _recipe(content: dict[str, Any]) -> Recipe:
     """The recipe that a plan is for. What it lacks, a plan does not read."""
     from veneer.train.recipe import make
 
-    absent = {"model": ABSENT, "output": ABSENT}
+    absent = {"output": ABSENT}
+    if not content.get("start_from"):
+        absent["model"] = ABSENT
     content = absent | content
     if not content["data"]:
         content["data"] = ABSENT

@@ -389,6 +389,7 @@ def check_fit(
     check(state, name, tensors)
     provenance.check_undamaged(notes)
     if check_base:
+        provenance.check_prepared(model, notes)
         weights = base_weights(model, state, name) | _brought_weights(state, name, brought)
         provenance.check_base(weights, notes, is_rounded(state, name))
 

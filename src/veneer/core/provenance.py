@@ -24,6 +24,8 @@ KINDS: dict[str, type] = {"base": dict, "checksums": list, "settings": dict, "pr
 """The entries and their types."""
 PREPARATION = "_veneer_preparation"
 """The attribute of a base model that says what was done to its weights after they were read (see `prepare`)."""
+MERGED = "merged"
+"""The entry of the preparation that lists digests of the adapters merged in, innermost first."""
 SAMPLED = 16
 """The maximum number of layers that are sampled."""
 NEAR, NEAR_QUANTISED = 0.05, 0.3
@@ -129,6 +131,23 @@ def prepare(model: Any, **steps: Any) -> None:
 def preparation(model: Any) -> dict[str, Any]:
     """What was done to a base model's weights, by name; empty for one that is as it was read."""
     return dict(model.__dict__.get(PREPARATION, {}))
+
+
+def check_prepared(model: Any, notes: Mapping[str, Any]) -> None:
+    """Raise BaseMismatch unless the same adapters were merged into this model as for the adapter's training."""
+    if not notes.get("base"):
+        return
+    wanted = notes.get("preparation", {}).get(MERGED, [])
+    here = preparation(model).get(MERGED, [])
+    if wanted and not here:
+        raise BaseMismatch(
+            "the adapter was trained on its base model with an earlier adapter merged in, which is in its folder "
+            "'start'. Load both with AutoPeftModelForCausalLM.from_pretrained(...), or merge both with `veneer merge`"
+        )
+    if wanted != here:
+        raise BaseMismatch(
+            "the adapter was trained on its base model without the adapters that are merged into this one"
+        )
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, list[float]]:

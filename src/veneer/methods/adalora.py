@@ -204,6 +204,7 @@ class AdaLoraConfig(LoraConfig):
     peft_type = Name("ADALORA")
     adapter = AdaLoRA  # type: ignore[assignment]
     patterns = ("alpha_pattern",)  # type: ignore[assignment]
+    for_training = ("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
     example = {"total_step": 1000}
     learning_rate = 1e-2
 

@@ -260,6 +260,16 @@ class AdamssConfig(LayerConfig):
     """Seed of the decomposition."""
 
     peft_type = Name("ADAMSS")
+    for_training = (
+        "use_asa",
+        "asa_target_subspaces",
+        "init_warmup",
+        "final_warmup",
+        "mask_interval",
+        "asa_importance_beta",
+        "asa_uncertainty_beta",
+        "asa_schedule_exponent",
+    )
     adapter = AdaMSS
     learning_rate = 5e-3
 

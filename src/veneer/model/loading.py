@@ -19,6 +19,7 @@ from ..ops.allocator import return_blocks
 from ..upstream import models as upstream_models
 from ..upstream.auto import AUTO_CLASSES, fitting
 from ..upstream.quantisation import HEADS, Quantisation, quantisation
+from . import stages
 from .peft_model import PeftModel
 
 BASE = "base"
@@ -136,6 +137,9 @@ def load(
     if base_model.config.is_encoder_decoder:
         raise ConfigError(f"{base!r} is an encoder-decoder; only causal language models and classifiers are supported")
     class_names = _labels(places, base_model.config, labels) if is_classifier else None
+    earlier = _one_start(places)
+    if earlier is not None:
+        base_model = stages.with_earlier(base_model, earlier)
     return Loaded(
         model=_adapted(base_model, places, allow_absent),
         tokenizer=tokenizer,
@@ -144,7 +148,7 @@ def load(
         task=task,
         labels=class_names,
         base_is_whole=not missing,
-        remarks=_remarks(places, how),
+        remarks=_remarks(places, how, earlier),
     )
 
 
@@ -337,7 +341,7 @@ def load_base(
     hub: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Load the base model of an adapter, without the adapter.
+    """Load the base model of an adapter, without the adapter, but with those merged in that it was trained on.
 
     Args:
         adapter: a directory or a hub id.
@@ -370,7 +374,7 @@ def load_base(
     revision = "main" if model else config.revision or "main"
     keys = _keys([str(adapter)], **hub)
     base_model, _ = load_model(name, auto_class, keys=keys, revision=revision, **shared, **kwargs)
-    return base_model
+    return stages.with_earlier(base_model, adapter, **hub)
 
 
 def count_classes(adapter: str | Path, **hub: Any) -> int | None:
@@ -442,9 +446,26 @@ def _one_quantisation(places: dict[str, str], given: str | None) -> Quantisation
     return next(iter(found.values()), None)
 
 
-def _remarks(places: dict[str, str], used: Quantisation | None) -> tuple[str, ...]:
-    """What the user should know about the base model: how it is quantised, and if that differs from training."""
+def _one_start(places: dict[str, str]) -> str | None:
+    """An adapter whose earlier adapters are merged into the base model for all; None if there are none.
+
+    Raises:
+        ConfigError: the adapters were trained on different base models in this sense.
+    """
+    merged = {name: tuple(stages.merged_below(place)) for name, place in places.items()}
+    if len(set(merged.values())) > 1:
+        raise ConfigError(
+            f"the adapters {', '.join(places)} were trained on different base models, because earlier adapters were "
+            "merged into those of some; load them one at a time"
+        )
+    return next((places[name] for name, digests in merged.items() if digests), None)
+
+
+def _remarks(places: dict[str, str], used: Quantisation | None, earlier: str | None) -> tuple[str, ...]:
+    """What the user should know about the base model: what is merged into it, and how it is quantised."""
     lines = []
+    if earlier is not None:
+        lines.append(f"the base model has the earlier adapter {str(Path(earlier) / stages.START)!r} merged in")
     if used is not None:
         lines.append(f"the base model is quantised to {used.scheme}")
     for name, place in places.items():

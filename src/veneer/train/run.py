@@ -28,6 +28,7 @@ from ..files.recipe import RECIPE_NAME, read
 from ..files.write import writing
 from ..model.card import CARD_NAME
 from ..model.loading import pad_of
+from ..model.stages import START, keep_earlier
 from ..model.verify import PROBE_NAME, digests
 from ..terminal import quiet
 from ..upstream.quantisation import quantisation
@@ -38,7 +39,8 @@ from .meter import Meter
 from .page import PAGE_NAME
 from .recipe import Recipe, make
 from .report import REPORT_NAME
-from .setup import adapt, facts_of, load_base, load_tokenizer, within_positions
+from .setup import adapt, facts_of, is_continued, load_base, load_tokenizer, within_positions
+from .stage import begun
 from .stop import Stop
 from .trainer import CHECKPOINTS, ExactTrainer, arguments, last_checkpoint, metrics
 from .watch import Watch
@@ -48,6 +50,7 @@ OURS = (
     WEIGHTS_NAME,
     CONFIG_NAME,
     TRAINING_NAME,
+    START,
     CARD_NAME,
     PROBE_NAME,
     RECIPE_NAME,
@@ -106,6 +109,7 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, console: Console) -> d
     if recipe.wandb:
         _check_wandb()
     quantisation(recipe.quantise, recipe.quantise_options)  # fails before anything is loaded
+    recipe = begun(recipe)
     _check_output(output, resume, overwrite)
 
     tokenizer = load_tokenizer(recipe)
@@ -151,6 +155,9 @@ def _begin(recipe: Recipe, trainer: ExactTrainer, output: Path, overwrite: bool)
     if overwrite:
         _remove_earlier_run(output)
     trainer.add_callback(_tensorboard(output))
+    if recipe.start_from is not None:
+        with writing("the earlier adapter", output):
+            keep_earlier(recipe.start_from, output, merged=not is_continued(recipe))
     with writing("the recipe", output):
         recipe.save(output)
 
@@ -345,6 +352,9 @@ def _tensorboard(output: Path) -> Any:
 
 def _announce(console: Console, recipe: Recipe, model: Any, data: Data, steps: int) -> None:
     """Print what will be trained, on how much data, and which rows were cut or dropped."""
+    if recipe.start_from is not None:
+        how = "is trained on" if is_continued(recipe) else "is merged into the base model"
+        console.print(f"{recipe.start_from} {how}", markup=False)
     trainable, total = model.get_nb_trainable_parameters()
     base = recipe.model if recipe.quantise is None else f"{recipe.model} in {recipe.quantise}"
     console.print(f"{recipe.method} on {base}: {trainable:,} of {total:,} parameters are trained")
