@@ -22,7 +22,7 @@ from .forked import forked, veneer
 from .test_train_chat import tokenizer
 
 ROOT = Path(__file__).parent.parent
-GUIDES = ["fine-tune", "preferences", "evaluate", "use-an-adapter", "gguf"]
+GUIDES = ["fine-tune", "quantised", "second-stage", "preferences", "evaluate", "use-an-adapter", "gguf"]
 
 
 def commands(guide: str, language: str = "sh") -> str:

@@ -147,10 +147,6 @@ def test_save_load_save_is_the_identity(case: Case, tmp_path):
 @every(CASES)
 def test_loading_into_a_present_adapter_keeps_its_parameters(case: Case, tmp_path):
     """An optimizer holds the Parameter objects: a resume must fill them, not replace them."""
-    if case.settings.get("prefix_projection") or case.method == "p_tuning":
-        pytest.skip("a projection cannot be recovered from its result in the file; loading it to train is refused")
-    if case.settings.get("save_only_topk_weights"):
-        pytest.skip("logits cannot be recovered from the choices in the file; loading it to train is refused")
     model = case.build()
     model.save_pretrained(tmp_path)
     values = {n: p.clone() for n, p in model.named_parameters()}
@@ -220,6 +216,25 @@ def test_only_the_adapter_trains_and_all_of_it(case: Case):
     assert learned
     for p in model.parameters():
         assert not p.requires_grad or p.grad.abs().sum() > 0 or p.numel() == 0
+
+
+@every(CASES)
+def test_a_saved_adapter_is_trained_on(case: Case, tmp_path):
+    """It starts where it was saved, a step moves it, and nothing else."""
+    model = case.build()
+    model.save_pretrained(tmp_path)
+    loaded = case.load(tmp_path, is_trainable=True).eval()
+    with torch.no_grad():
+        saved_loss = loss_of(model, case)
+        assert loss_of(loaded, case) == saved_loss
+    learned = {name: p for name, p in loaded.named_parameters() if p.requires_grad}
+    assert learned.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: p.clone() for name, p in loaded.named_parameters()}
+    optimizer = torch.optim.Adam(loaded.parameters(), lr=1e-3)
+    loss_of(loaded.train(), case).backward()
+    optimizer.step()
+    moved = {name for name, p in loaded.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and moved <= learned.keys()
 
 
 @every(CASES)

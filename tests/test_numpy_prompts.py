@@ -83,8 +83,9 @@ def test_p_tuning(kind: str, layers: int, tmp_path):
     np.testing.assert_allclose(tensors["prompt_embeddings"], x, **TOLERANCE)
 
 
-def test_p_tuning_cannot_be_trained_on_from_a_file(tmp_path):
+def test_p_tuning_cannot_be_trained_on_from_its_file_alone(tmp_path):
     attach("llama", veneer.PromptEncoderConfig(num_virtual_tokens=3)).save_pretrained(tmp_path)
+    (tmp_path / "adapter_training.safetensors").unlink()
     with pytest.raises(veneer.CheckpointError, match="is_trainable=False"):
         veneer.PeftModel.from_pretrained(models.build("llama"), tmp_path, is_trainable=True)
 

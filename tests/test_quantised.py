@@ -147,6 +147,21 @@ def test_it_trains(library: str, method: str):
     assert any(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
 
 
+def test_an_evaluation_before_training_changes_no_gradient(library: str):
+    """On CPUs with AVX-512 BF16, bitsandbytes packs a weight in evaluation, and packed products have no gradient."""
+    batch = models.inputs("llama")
+    gradients = []
+    for evaluates in (False, True):
+        model = adapted(base(library), "lora")
+        if evaluates:
+            output(model, batch)
+        model.train()
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradients[1][name], gradient), name
+
+
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "bottleneck"])
 def test_merging_quantises_again_and_unmerging_is_exact(library: str, method: str):
     model, batch = adapted(base(library), method), models.inputs("llama")

@@ -921,9 +921,10 @@ def test_xlora_with_experts_of_another_base_model_is_refused(tmp_path):
             get_peft_model(model, veneer.XLoraConfig(adapters={"0": str(tmp_path / "0")}))
 
 
-def test_a_projected_prefix_cannot_be_trained_from_its_file(tmp_path):
+def test_a_projected_prefix_cannot_be_trained_from_its_file_alone(tmp_path):
     settings = dict(num_virtual_tokens=2, prefix_projection=True, encoder_hidden_size=7)
     get_peft_model(models.build("llama"), veneer.PrefixTuningConfig(**settings)).save_pretrained(tmp_path)
+    (tmp_path / "adapter_training.safetensors").unlink()
     model = base()
     with refused(model, "is_trainable=False", error=CheckpointError):
         PeftModel.from_pretrained(model, tmp_path, is_trainable=True)

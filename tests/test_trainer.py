@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from veneer import AdaLoraConfig, CheckpointError, LoraConfig, PeftModel, TaskType, get_peft_model
+from veneer import AdaLoraConfig, LoraConfig, PeftModel, TaskType, get_peft_model
 from veneer.core.state import state_of
 
 from . import models, room
@@ -182,13 +182,8 @@ def test_every_method_trains_and_resumes(case: Case, tmp_path):
         settings |= dict(rows=Rows(**case.facts_of(24)), remove_unused_columns=False)
     trainer(whole, tmp_path / "whole", **settings).train()
     resumed, checkpoint = trainer(again, tmp_path / "again", **settings), str(tmp_path / "whole" / "checkpoint-2")
-    if case.method == "p_tuning":  # its file holds what the encoder made of it, from which nothing goes on
-        with pytest.raises(CheckpointError, match="is_trainable=False"):
-            resumed.train(resume_from_checkpoint=checkpoint)
-        return
     resumed.train(resume_from_checkpoint=checkpoint)
-    if case.method != "adalora":  # the averages behind its choice of ranks start afresh
-        assert all(torch.equal(a, b) for a, b in zip(values(whole), values(again), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(values(whole), values(again), strict=True))
 
 
 @pytest.mark.parametrize("order", ["trainer first", "veneer first"])

@@ -6,7 +6,7 @@ rich is imported when something is shown: it takes as long to import as all of v
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, TypeVar
@@ -111,6 +111,15 @@ def quiet() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"torch\.|transformers\.|accelerate\.")
+
+
+def remark(sentences: Iterable[str]) -> None:
+    """Print sentences that are no part of the result to stderr, one a line."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    for sentence in sentences:
+        console.print(sentence, style="dim", markup=False, soft_wrap=True)
 
 
 def progress_lines(console: Console) -> Step:

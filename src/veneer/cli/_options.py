@@ -70,6 +70,13 @@ Set = Annotated[
         rich_help_panel="Run",
     ),
 ]
+Quantise = Annotated[
+    str | None,
+    typer.Option(
+        help="Quantise the base model: nf4, int8 or int4. none leaves it as it is.",
+        show_default="as it was for training the adapters",
+    ),
+]
 AllowAbsent = Annotated[
     bool,
     typer.Option(
@@ -138,7 +145,10 @@ def partial_recipe(content: dict[str, Any]) -> Recipe:
     """The recipe for a command that does not train; what it lacks, the command does not read."""
     from veneer.train.recipe import make
 
-    content = {"model": ABSENT, "output": ABSENT} | content
+    absent = {"output": ABSENT}
+    if not content.get("start_from"):
+        absent["model"] = ABSENT
+    content = absent | content
     if not content.get("data"):
         content["data"] = ABSENT
     return make(content)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ._options import AllowAbsent
+from ._options import AllowAbsent, Quantise
 from .generate import (
     Adapter,
     Compare,
@@ -67,6 +67,7 @@ def chat(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    quantise: Quantise = None,
     allow_absent: AllowAbsent = False,
 ) -> None:
     """Chat with a model and its adapters, one at a time or side by side."""
@@ -75,14 +76,15 @@ def chat(
     from veneer.errors import ConfigError
     from veneer.inference.generation import Conversation, Sampling, Writer
     from veneer.model.loading import load
-    from veneer.terminal import quiet
+    from veneer.terminal import quiet, remark
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     quiet()
     console = Console(highlight=False)
     with Console(stderr=True).status("loading the model"):
-        loaded = load(adapter or [], model, dtype=dtype, allow_absent=allow_absent)
+        loaded = load(adapter or [], model, dtype=dtype, quantise=quantise, allow_absent=allow_absent)
         writer = Writer(loaded, sampling, template_file=chat_template)
+    remark(loaded.remarks)
     if writer.template is None:
         raise ConfigError("the model has no chat template; give one with --chat-template, or use `veneer generate`")
     talk = _Talk(Conversation(writer, system), console, compare)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._options import AllowAbsent
+from ._options import AllowAbsent, Quantise
 from .generate import Adapter, Dtype, MaxNewTokens, Model, Penalty, TemplateFile
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ def eval(
         Path | None, typer.Option(help="Write the rows with the models' answers to this file, as JSON lines.")
     ] = None,
     dtype: Dtype = "auto",
+    quantise: Quantise = None,
     allow_absent: AllowAbsent = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
@@ -121,15 +122,22 @@ def eval(
     from veneer.inference.evaluation import evaluate, read, task_of
     from veneer.inference.generation import Sampling
     from veneer.model.loading import load
-    from veneer.terminal import quiet, showing
+    from veneer.terminal import quiet, remark, showing
 
     sampling = Sampling(max_new_tokens, repetition_penalty=repetition_penalty)
     sources = _sources(data, column or [], split)
     quiet()
     names = None if labels is None else [name.strip() for name in labels.split(",")]
     loaded = load(
-        adapter or [], model, task=task_of(sources, task), labels=names, dtype=dtype, allow_absent=allow_absent
+        adapter or [],
+        model,
+        task=task_of(sources, task),
+        labels=names,
+        dtype=dtype,
+        quantise=quantise,
+        allow_absent=allow_absent,
     )
+    remark(loaded.remarks)
     rows = read(loaded, sources, task=task, limit=limit)
     with showing() as progress:
         evaluation = evaluate(

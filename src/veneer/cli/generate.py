@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ._options import AllowAbsent
+from ._options import AllowAbsent, Quantise
 
 if TYPE_CHECKING:
     from veneer.inference.generation import Answer, Writer
@@ -107,6 +107,7 @@ def generate(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    quantise: Quantise = None,
     allow_absent: AllowAbsent = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answers as JSON.")] = False,
 ) -> None:
@@ -114,11 +115,12 @@ def generate(
     text = _prompt(prompt, file)
     from veneer.inference.generation import Sampling, Writer
     from veneer.model.loading import load
-    from veneer.terminal import quiet
+    from veneer.terminal import quiet, remark
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     quiet()
-    loaded = load(adapter or [], model, dtype=dtype, allow_absent=allow_absent)
+    loaded = load(adapter or [], model, dtype=dtype, quantise=quantise, allow_absent=allow_absent)
+    remark(loaded.remarks)
     writer = Writer(loaded, sampling, template_file=chat_template, raw=raw)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})

@@ -91,6 +91,14 @@ def _show(report: MergeReport, layers: bool) -> None:
     console.print(
         f"rounding  {report.lost:.2%} of the change lost; {report.unmoved:.1%} of the changed weights kept their value"
     )
+    if report.earlier:
+        console.print(f"earlier   {report.earlier} was merged first, with all below it", markup=False, soft_wrap=True)
+    if report.quantised:
+        console.print(
+            f"base      it was quantised to {report.quantised} in training; merged are the unquantised weights, so the "
+            "answers may differ (`veneer eval --quantise none` measures by how much)",
+            soft_wrap=True,
+        )
     if report.untied:
         console.print("untied    the base's tied weights now differ; the config records it")
 

@@ -83,7 +83,15 @@ def plan(
     rank: Rank = None,
     targets: Targets = None,
     option: Option = None,
-    objective: Objective = None,
+    objective: Objective = "sft",
+    quantise: Annotated[
+        str | None,
+        typer.Option(
+            help="Plan for a quantised base model: nf4, int8 or int4.",
+            show_default="none",
+            rich_help_panel="Model and method",
+        ),
+    ] = None,
     set_: Set = None,
     data: Annotated[
         list[str] | None,
@@ -128,20 +136,22 @@ def plan(
     ] = False,
 ) -> None:
     """Estimate what a run trains and how much memory it needs."""
-    from veneer.core.config import all_methods
     from veneer.files.skeleton import skeleton
-    from veneer.model.catalogue import page
     from veneer.report.forecast import forecast
     from veneer.terminal import quiet
-    from veneer.train.setup import method_settings
+    from veneer.train.setup import method_config
+    from veneer.train.stage import begun
     from veneer.upstream.models import positions_of
+    from veneer.upstream.quantisation import quantisation
 
     quiet()
     columns = dict(pairs(column or []))
     content: dict[str, Any] = {
         "method": method,
+        "objective": objective,
         "rank": rank,
         "targets": targets,
+        "quantise": quantise,
         "data": [source(text) | {"columns": columns} for text in data or []],
         "batch_size": batch_size,
         "accumulate": accumulate,
@@ -151,11 +161,10 @@ def plan(
     }
     if model is not None:
         content["model"] = model
-    if objective is not None:
-        content["objective"] = objective
     add_settings(content, set_, option)
-    recipe = partial_recipe(content)
-    base = skeleton(content.get("model"), model_type)
+    recipe = begun(partial_recipe(content))
+    is_named = model_type is None and recipe.model != ABSENT
+    base = skeleton(recipe.model if is_named else content.get("model"), model_type)
     positions = positions_of(base.config)
     if positions is not None:
         recipe = recipe.changed(max_length=min(recipe.max_length, positions))
@@ -167,8 +176,9 @@ def plan(
         epoch = _epoch(recipe)
         length = math.ceil(epoch.largest_batch / sequences)
         steps = epoch.steps
-    config = all_methods()[page(recipe.method).name](**method_settings(recipe, steps))
-    result = forecast(base, config, sequences, length, recipe.gradient_checkpointing)
+    config = method_config(recipe, None, steps)
+    how = quantisation(recipe.quantise, recipe.quantise_options)
+    result = forecast(base, config, sequences, length, recipe.gradient_checkpointing, how)
     if as_json:
         content = result.as_dict()
         if epoch:

@@ -47,6 +47,12 @@ Examples:
   veneer train --model smollm2-135m-instruct --data pairs.jsonl --output out
       --objective dpo --set beta=0.2
 
+  # QLoRA: the base model in 4 bits
+  veneer train --model DIR --quantise nf4 --targets all-linear --data rows.jsonl --output out
+
+  # train an adapter on with other data
+  veneer train --start-from out --data more.jsonl --output second
+
   # continue after a crash
   veneer train --output out --resume
 
@@ -86,6 +92,16 @@ def train(
         str | None,
         typer.Option(
             metavar="DIR", help="Directory for the adapter, the report and the checkpoints.", rich_help_panel="Run"
+        ),
+    ] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADAPTER",
+            help="Train this saved adapter on, with new data or another schedule. With a --method other than its own: "
+            "merge it into the base model, and train a new adapter.",
+            show_default="a new adapter",
+            rich_help_panel="Model and method",
         ),
     ] = None,
     method: Annotated[
@@ -236,6 +252,14 @@ def train(
             rich_help_panel="Model and method",
         ),
     ] = None,
+    quantise: Annotated[
+        str | None,
+        typer.Option(
+            help="Quantise the base model while it is loaded: nf4 (QLoRA) or int8 with bitsandbytes, int4 with HQQ.",
+            show_default="none",
+            rich_help_panel="Model and method",
+        ),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(help="Seed for everything that is random.", show_default="0", rich_help_panel="Training"),
@@ -314,7 +338,7 @@ def _content(path: str | None, flags: dict[str, Any], resume: bool) -> dict[str,
         content = read(saved)
     else:
         content = {}
-    if not resume and saved.is_file() and not {"model", "data"} & {*content, *flags}:
+    if not resume and saved.is_file() and not {"model", "data", "start_from"} & {*content, *flags}:
         output = shlex.quote(str(flags["output"]))
         raise ConfigError(
             f"neither a model nor data is given; --output {output} holds a run, which `veneer train --output {output} "

@@ -45,12 +45,12 @@ def verify(
 ) -> None:
     """Check a saved adapter by loading it onto a fresh base model."""
     from veneer.core.config import TaskType
-    from veneer.model.loading import load_base
+    from veneer.model.loading import load_base, quantised_in_training
     from veneer.model.verify import verify as check
     from veneer.terminal import quiet
 
     quiet()
-    base = load_base(adapter, model, task=TaskType.CAUSAL_LM)
+    base = load_base(adapter, model, task=TaskType.CAUSAL_LM, quantise=quantised_in_training(adapter))
     verification = check(adapter, base, follow_paths=follow_paths, allow_absent=allow_absent)
     if as_json:
         typer.echo(json.dumps(verification.as_dict(), indent=2))

@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import TargetError, VeneerError, listing
 from ..files.limits import Bounded
 from ..files.read import WEIGHTS_NAME
+from ..targets.quantised import keep_gradients_
 from ..targets.target import ParamTarget, Target
 from ..targets.walk import walk
 from . import checkpoint, trial
@@ -83,7 +84,9 @@ def _put_on(
     settle(model, state, name, lift=lift)
     for module in state.modules(name):
         module.train(model.training)
-    state.trainable |= {name} if trainable else set()
+    if trainable:
+        state.trainable.add(name)
+        keep_gradients_(model)
     state.mark(name)
 
 

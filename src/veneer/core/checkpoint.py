@@ -27,7 +27,7 @@ from ..files.write import identity, replacing, write_tensors
 from ..targets.quantised import quantised
 from ..targets.target import kind_of
 from ..targets.walk import walk
-from . import embeddings, provenance, trial
+from . import embeddings, provenance, remainder, trial
 from .adapter import Adapter, Replace, Tensors
 from .config import CONFIG_NAME, METHODS, Config, PromptConfig
 from .placement import settle
@@ -46,6 +46,8 @@ class Saved(NamedTuple):
     """By key."""
     notes: dict[str, Any]
     """What veneer recorded about the adapter's origin; see `provenance`."""
+    training: Tensors = {}
+    """What only training reads, by key; see `remainder`."""
 
 
 def with_other_keys(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None) -> Tensors:
@@ -151,6 +153,9 @@ def collect(
     origin = origin_of(getattr(getattr(model, "config", None), "name_or_path", None) or "")
     if origin is not None:
         notes["file"] = {"name": origin.name, "sha256": origin.sha256}
+    prepared = provenance.preparation(model)
+    if prepared:
+        notes["preparation"] = prepared
     memory: set[int] = set()
     on_cpu = {key: gathered(tensor, memory) for key, tensor in tensors.items()}
     _check_finite(on_cpu, f"adapter {name!r} is not saved because it")
@@ -216,7 +221,7 @@ def load(
     """
     if config is not None:
         tensors, notes = read(source, allow_pickle=allow_pickle, **hub)
-        return Saved(copy.copy(config), tensors, notes)
+        return Saved(copy.copy(config), tensors, notes, remainder.read(source, notes, **hub))
     path = find_file(source, CONFIG_NAME, **hub)
     before = identity(path)
     config = Config.from_dict(read_json(path))
@@ -234,7 +239,7 @@ def load(
             "Undo the change or, if it is intended, pass config=Config.from_pretrained(...)"
         )
     confine(config, path.parent, follow_paths)
-    return Saved(config, tensors, notes)
+    return Saved(config, tensors, notes, remainder.read(source, notes, **hub))
 
 
 def read(source: str | Path, *, allow_pickle: bool = False, **hub: Any) -> tuple[Tensors, dict[str, Any]]:
@@ -252,6 +257,17 @@ def read(source: str | Path, *, allow_pickle: bool = False, **hub: Any) -> tuple
     _check_finite(stored, repr(str(path)))
     tensors = _under_current_names(stored, path)
     return computable(tensors), provenance.read(metadata, stored)
+
+
+def read_notes(source: str | Path, **hub: Any) -> dict[str, Any]:
+    """veneer's notes in an adapter's weight file, without its tensors; empty if it has none or cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(find_weights(source, **hub), framework="pt") as file:
+            return provenance.read(file.metadata() or {})
+    except (CheckpointError, SafetensorError, OSError):
+        return {}
 
 
 def renamed() -> dict[str, str]:
@@ -318,9 +334,10 @@ def fill(model: Any, state: State, name: str, saved: Saved, *, lift: bool = True
     others = [other for other in state.configs if other != name]
     brought = embeddings.among(saved.tensors, model, slots(state, name), others)
     check_fit(model, state, name, saved.tensors, saved.notes, check_base, brought)
+    remainder.check(state, name, saved.training)
     if brought:
         state.reshaped.append(embeddings.Brought(brought))
-    absorb(state, name, saved.tensors)
+    absorb(state, name, saved.tensors, saved.training)
     settle(model, state, name, lift=lift)
     state.mark(name)
     if is_new:
@@ -376,6 +393,7 @@ def check_fit(
     check(state, name, tensors)
     provenance.check_undamaged(notes)
     if check_base:
+        provenance.check_prepared(model, notes)
         weights = base_weights(model, state, name) | _brought_weights(state, name, brought)
         provenance.check_base(weights, notes, is_rounded(state, name))
 
@@ -418,18 +436,24 @@ def _is_repeated(tensor: Tensor, first: Tensor) -> bool:
     return torch.equal(tensor, first) or (first.dim() == 2 and torch.equal(tensor, first.T))
 
 
-def absorb(state: State, name: str, tensors: Tensors) -> None:
-    """Load checked tensors into the adapter: in place, except for placeholder tensors."""
+def absorb(state: State, name: str, tensors: Tensors, training: Mapping[str, Tensor] | None = None) -> None:
+    """Load checked tensors into the adapter: in place, except for placeholder tensors.
+
+    Args:
+        training: the tensors of `remainder`, without which some methods cannot be trained on.
+    """
+    given = {**(training or {}), **tensors}
     for prefix, part in parts(state, name):
         values = {}
-        for key in export(part):
-            if prefix + key in tensors:
-                values[key] = tensors[prefix + key]
+        for key in (*export(part), *remainder.of_part(part)):
+            if prefix + key in given:
+                values[key] = given[prefix + key]
         if hasattr(part, "absorb"):
             part.absorb(values)
         else:
             is_placeholder = any(tensor.is_meta for tensor in part.state_dict().values())
             part.load_state_dict(values, strict=False, assign=is_placeholder)
+    remainder.absorb_schedule(state, name, given)
 
 
 # The base model

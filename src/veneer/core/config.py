@@ -111,6 +111,8 @@ class Config(Checked):
     """The learning rate if the user gives none."""
     recommended: ClassVar[Mapping[str, Any]] = {}
     """Settings to train with if the user gives none, for methods that learn little with PEFT's defaults."""
+    for_training: ClassVar[tuple[str, ...]] = ()
+    """Names of fields that only training reads, besides dropout. They may change when a saved adapter is trained on."""
     example: ClassVar[Mapping[str, Any]] = {}
     """Example values for the settings that must be given."""
 

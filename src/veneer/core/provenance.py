@@ -20,8 +20,19 @@ if TYPE_CHECKING:
     from .config import Config
 
 KEY = "veneer"
-KINDS: dict[str, type] = {"base": dict, "checksums": list, "settings": dict, "file": dict}
+KINDS: dict[str, type] = {
+    "base": dict,
+    "checksums": list,
+    "settings": dict,
+    "file": dict,
+    "preparation": dict,
+    "training": list,
+}
 """The entries and their types."""
+PREPARATION = "_veneer_preparation"
+"""The attribute of a base model that says what was done to its weights after they were read (see `prepare`)."""
+MERGED = "merged"
+"""The entry of the preparation that lists digests of the adapters merged in, innermost first."""
 SAMPLED = 16
 """The maximum number of layers that are sampled."""
 NEAR, NEAR_QUANTISED = 0.05, 0.3
@@ -36,10 +47,10 @@ def metadata(notes: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Co
     return {"format": "pt", KEY: json.dumps(content)}
 
 
-def read(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def read(metadata: Mapping[str, str], tensors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
     """The notes in a file's metadata; empty if they are missing or malformed.
 
-    The entry "damaged" lists the keys of tensors that have changed since they were written.
+    With the file's tensors, the entry "damaged" lists the keys of those that have changed since they were written.
     """
     try:
         notes = json.loads(metadata.get(KEY, "{}"))
@@ -50,6 +61,8 @@ def read(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str
     for name, kind in KINDS.items():
         if not isinstance(notes.get(name, kind()), kind):
             return {}
+    if tensors is None:
+        return notes
     return notes | {"damaged": _damaged(tensors, notes.get("checksums"))}
 
 
@@ -115,6 +128,33 @@ def differences(config: Config, notes: Mapping[str, Any]) -> list[str]:
 
 
 # The base model
+
+
+def prepare(model: Any, **steps: Any) -> None:
+    """Note what was done to a base model's weights since they were read, for the files of adapters trained on it."""
+    model.__dict__[PREPARATION] = preparation(model) | steps
+
+
+def preparation(model: Any) -> dict[str, Any]:
+    """What was done to a base model's weights, by name; empty for one that is as it was read."""
+    return dict(model.__dict__.get(PREPARATION, {}))
+
+
+def check_prepared(model: Any, notes: Mapping[str, Any]) -> None:
+    """Raise BaseMismatch unless the same adapters were merged into this model as for the adapter's training."""
+    if not notes.get("base"):
+        return
+    wanted = notes.get("preparation", {}).get(MERGED, [])
+    here = preparation(model).get(MERGED, [])
+    if wanted and not here:
+        raise BaseMismatch(
+            "the adapter was trained on its base model with an earlier adapter merged in, which is in its folder "
+            "'start'. Load both with AutoPeftModelForCausalLM.from_pretrained(...), or merge both with `veneer merge`"
+        )
+    if wanted != here:
+        raise BaseMismatch(
+            "the adapter was trained on its base model without the adapters that are merged into this one"
+        )
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, list[float]]:

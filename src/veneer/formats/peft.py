@@ -43,7 +43,7 @@ def read(directory: Path, hints: Hints, variants: Collection[str] = ()) -> Lora:
     """Read an adapter; `variants` are those of LoRA that the caller can represent besides A, B and alpha."""
     if (directory / WEIGHTS_NAME).is_file():
         file = directory / WEIGHTS_NAME
-        config, tensors, notes = checkpoint.load(directory)
+        config, tensors, notes, _ = checkpoint.load(directory)
         check_undamaged(notes)
     else:
         file = directory / PICKLE_NAME

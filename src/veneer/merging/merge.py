@@ -8,9 +8,11 @@ result is written to its place in the new files.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +20,15 @@ import torch
 from ..core import embeddings
 from ..core.adapter import Tensors
 from ..core.config import TASK_HEADS, Config
-from ..errors import ConfigError, NotMergeable
+from ..core.provenance import MERGED, prepare
+from ..errors import CheckpointError, ConfigError, NotMergeable
 from ..files.find import find_weights
 from ..files.pull import name_anywhere
 from ..files.read import tensor_shapes
 from ..files.write import appearing, claimed
+from ..model.loading import quantised_in_training
 from ..model.peft_model import PeftModel
+from ..model.stages import START, digest, merged_below
 from .base import copy_settings, find_base, model_class
 from .mapped import MappedModel
 from .merger import Merger, Rounded, share_lost, share_unmoved
@@ -41,6 +46,10 @@ class MergeReport:
     base: str
     adapters: list[str]
     tensors: list[Rounded] = field(default_factory=list)
+    quantised: str | None = None
+    """What the base was quantised to for the training of an adapter; the merged weights are not."""
+    earlier: str | None = None
+    """The adapter of an earlier stage that was merged into the base before these."""
     untied: bool = False
     """The base's tied weights have separate values now."""
     files: list[str] = field(default_factory=list)
@@ -84,16 +93,61 @@ def merge(
         CheckpointError: the base's files or an adapter's are damaged, or do not fit each other.
         VeneerError: something would be overwritten, or the disk is too small. Errors leave nothing in `out`.
     """
-    with claimed(Path(out)):
-        opened = on_files(adapters, model, check_base, allow_absent)
+    with claimed(Path(out)), _with_earlier(adapters, model, out, check_base) as (base, merged):
+        opened = on_files(adapters, base, check_base, allow_absent, merged)
         merger = Merger(opened.mapped, opened.model, saved_embeddings(adapters))
-        report = MergeReport(str(out), opened.base, [str(adapter) for adapter in adapters], untied=bool(merger.apart))
+        name = opened.base if base == model else base_of([Config.from_pretrained(adapters[0])], model)
+        report = MergeReport(str(out), name, [str(adapter) for adapter in adapters], untied=bool(merger.apart))
+        report.quantised = _quantised_in_training(adapters)
+        report.earlier = str(Path(adapters[0]) / START) if merged else None
         with appearing(Path(out), merger.size) as folder:
             report.tensors = merger.write(folder, progress)
             _write_config(opened.mapped.model, opened.directory, folder)
             copy_settings(opened.directory, [Path(adapter) for adapter in adapters], folder)
             report.files = sorted(p.name for p in folder.iterdir())
     return report
+
+
+@contextmanager
+def _with_earlier(
+    adapters: Sequence[str | Path], model: str | None, out: str | Path, check_base: bool
+) -> Iterator[tuple[str | None, list[str]]]:
+    """Yield the base model of adapters, and the digests of the earlier adapters that are merged into it.
+
+    An adapter of a second stage is merged into a temporary model, which has the earlier adapter merged in.
+
+    Raises:
+        ConfigError: the adapters were trained on different base models in this sense.
+    """
+    merged = [merged_below(adapter) for adapter in adapters]
+    if any(digests != merged[0] for digests in merged):
+        raise ConfigError(
+            "the adapters were trained on different base models, because earlier adapters were merged into those of "
+            "some; merge them one at a time"
+        )
+    if not merged[0]:
+        yield model, []
+        return
+    start = Path(adapters[0]) / START
+    with TemporaryDirectory(prefix=".earlier-", dir=Path(out).absolute().parent) as folder:
+        base = Path(folder) / "base"
+        merge([start], base, model, check_base=check_base)
+        if [*merged_below(start), digest(start)] != merged[0]:
+            raise CheckpointError(
+                f"{str(start)!r} is another adapter than the one that was merged into the base model for the training "
+                "of the later one; restore it"
+            )
+        yield str(base), merged[0]
+
+
+def _quantised_in_training(adapters: Sequence[str | Path]) -> str | None:
+    """The schemes to which the base model was quantised for the training of adapters; None if it never was."""
+    schemes: dict[str, None] = {}
+    for adapter in adapters:
+        how = quantised_in_training(adapter)
+        if how is not None:
+            schemes[how.scheme] = None
+    return ", ".join(schemes) or None
 
 
 class Opened(NamedTuple):
@@ -107,15 +161,25 @@ class Opened(NamedTuple):
 
 
 def on_files(
-    adapters: Sequence[str | Path], model: str | None, check_base: bool = True, allow_absent: bool = False
+    adapters: Sequence[str | Path],
+    model: str | None,
+    check_base: bool = True,
+    allow_absent: bool = False,
+    merged: Sequence[str] = (),
 ) -> Opened:
-    """Load adapters on the files of their base, all active and named "1", "2" and so on."""
+    """Load adapters on the files of their base, all active and named "1", "2" and so on.
+
+    Args:
+        merged: digests of the earlier adapters that are merged into these files.
+    """
     configs = [Config.from_pretrained(adapter) for adapter in adapters]
     base = base_of(configs, model)
     revision = configs[0].revision if model is None else None
     directory = find_base(base, revision)
     skeleton = _skeleton(directory, configs, adapters)
     mapped = MappedModel(skeleton, Shards(directory))
+    if merged:
+        prepare(mapped.model, **{MERGED: list(merged)})
     return Opened(base, directory, mapped, _adapted(mapped, configs, adapters, check_base, allow_absent))
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, LowRank
+from ..core.adapter import Adapter, LowRank, Tensors
 from ..core.config import Name, at, check_range
 from ..errors import ConfigError, TargetError, listing
 from ..files.read import PREFIX
@@ -57,6 +57,9 @@ class AdaLoRA(LowRank):
             return f"r={self.r}"
         remaining = int((self.lora_E != 0).sum())
         return f"r={remaining} of {self.r}"
+
+
+FACTORS = ("lora_A", "lora_B", "lora_E")
 
 
 @dataclass
@@ -111,7 +114,7 @@ class Allocation:
         """Update the averages of every target that received gradients."""
         config = self.config
         for path, adapter in self.adapters.items():
-            factors = (adapter.lora_A, adapter.lora_B, adapter.lora_E)
+            factors = tuple(getattr(adapter, factor) for factor in FACTORS)
             if any(factor.grad is None for factor in factors):
                 continue
             if path not in self.averages:
@@ -136,6 +139,33 @@ class Allocation:
         threshold = all_scores.kthvalue(surplus).values
         self.pruned = {path: score <= threshold for path, score in scores.items()}
         self.apply()
+
+    def export(self) -> Tensors:
+        """The averages and the pruned triplets, for the training that continues from a file."""
+        tensors: Tensors = {}
+        for path, of_factors in self.averages.items():
+            for factor, averages in zip(FACTORS, of_factors, strict=True):
+                tensors[f"{path}.{factor}.sensitivity"] = averages.sensitivity
+                tensors[f"{path}.{factor}.uncertainty"] = averages.uncertainty
+        for path, is_pruned in self.pruned.items():
+            tensors[f"{path}.pruned"] = is_pruned
+        return tensors
+
+    def absorb(self, tensors: Tensors) -> None:
+        """Continue from what `export` returned."""
+        for path, adapter in self.adapters.items():
+            device = adapter.lora_E.device
+            if f"{path}.pruned" in tensors:
+                self.pruned[path] = tensors[f"{path}.pruned"].to(device)
+            if f"{path}.lora_E.sensitivity" not in tensors:
+                continue
+            of_factors = []
+            for factor in FACTORS:
+                sensitivity = tensors[f"{path}.{factor}.sensitivity"].to(device)
+                uncertainty = tensors[f"{path}.{factor}.uncertainty"].to(device)
+                of_factors.append(Averages(sensitivity, uncertainty))
+            A, B, E = of_factors
+            self.averages[path] = A, B, E
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -174,6 +204,7 @@ class AdaLoraConfig(LoraConfig):
     peft_type = Name("ADALORA")
     adapter = AdaLoRA  # type: ignore[assignment]
     patterns = ("alpha_pattern",)  # type: ignore[assignment]
+    for_training = ("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
     example = {"total_step": 1000}
     learning_rate = 1e-2
 

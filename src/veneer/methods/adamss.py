@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, Adding
+from ..core.adapter import Adapter, Adding, Tensors
 from ..core.config import LayerConfig, Name, check_range
 from ..errors import ConfigError
 from ..maths.kmeans import kmeans
@@ -106,6 +106,9 @@ class AdaMSS(Adding):
 
     def describe(self) -> str:
         return f"r={self.adamss_newB.shape[0]}, {len(self.adamss_A)} subspaces"
+
+
+STATISTICS = ("sensitivity", "uncertainty")
 
 
 class Averages:
@@ -194,6 +197,34 @@ class Allocation:
             A, B = subspaces[key]
             self.frozen[key] = A.clone(), B.clone()
 
+    def export(self) -> Tensors:
+        """The averages and the frozen subspaces, for the training that continues from a file."""
+        tensors: Tensors = {}
+        for (path, k), averages in self.averages.items():
+            for factor, average in zip("AB", averages, strict=True):
+                for statistic in STATISTICS:
+                    tensors[f"{path}.{k}.{factor}.{statistic}"] = getattr(average, statistic)
+        for (path, k), values in self.frozen.items():
+            for factor, value in zip("AB", values, strict=True):
+                tensors[f"{path}.{k}.{factor}.frozen"] = value
+        return tensors
+
+    def absorb(self, tensors: Tensors) -> None:
+        """Continue from what `export` returned."""
+        for (path, k), pair in self.subspaces().items():
+            values = {}
+            for key in tensors:
+                if key.startswith(f"{path}.{k}."):
+                    values[key.removeprefix(f"{path}.{k}.")] = tensors[key].to(pair[0].device)
+            if "A.frozen" in values:
+                self.frozen[path, k] = values["A.frozen"], values["B.frozen"]
+            if "A.sensitivity" in values:
+                averages = Averages(pair[0]), Averages(pair[1])
+                for factor, average in zip("AB", averages, strict=True):
+                    for statistic in STATISTICS:
+                        setattr(average, statistic, values[f"{factor}.{statistic}"])
+                self.averages[path, k] = averages
+
 
 @dataclass(kw_only=True)
 class AdamssConfig(LayerConfig):
@@ -229,6 +260,16 @@ class AdamssConfig(LayerConfig):
     """Seed of the decomposition."""
 
     peft_type = Name("ADAMSS")
+    for_training = (
+        "use_asa",
+        "asa_target_subspaces",
+        "init_warmup",
+        "final_warmup",
+        "mask_interval",
+        "asa_importance_beta",
+        "asa_uncertainty_beta",
+        "asa_schedule_exponent",
+    )
     adapter = AdaMSS
     learning_rate = 5e-3
 

@@ -3,9 +3,9 @@
     [h_1 ... h_n, E(x_1) ... E(x_T)],  h = MLP(e)  or  MLP(BiLSTM(e)),  e learned
 
 Liu et al., 2021, arXiv:2103.10385. Trainable: n x width and the encoder. Not mergeable: it has no weight form. The
-prompt is placed before the input, not between its words as in the paper. The file holds only the encoded prompt, so a
-loaded prompt can be used but its training cannot be resumed. The prompt is encoded for the file with dropout off; PEFT
-leaves dropout on. torch.compile breaks the graph at the LSTM; the MLP is compiled without a graph break.
+prompt is placed before the input, not between its words as in the paper. The file holds the encoded prompt, and the
+file beside it (`core/remainder.py`) the encoder, for training on. The prompt is encoded for the file with dropout off;
+PEFT leaves dropout on. torch.compile breaks the graph at the LSTM; the MLP is compiled without a graph break.
 """
 
 from __future__ import annotations
@@ -78,8 +78,11 @@ class PTuning(Prompt):
         with evaluating(self):
             return {"prompt_embeddings": self.encoded().detach()}
 
+    def remainder(self) -> Tensors:
+        return self.state_dict() if self.is_encoded else {}
+
     def absorb(self, tensors: Tensors) -> None:
-        if self.is_encoded:
+        if self.is_encoded and "embedding.weight" not in tensors:
             raise NotResumable.because("the encoded prompt", "the encoder", "PromptTuningConfig")
         super().absorb(tensors)
 

@@ -3,9 +3,9 @@
     softmax(q [P_K, K]^T) [P_V, V],  P learned directly or as MLP(p), which trains more stably (`prefix_projection`)
 
 Li and Liang, 2021, arXiv:2101.00190. Trainable: n x layers x 2 x width, or the embedding and the MLP. Not mergeable:
-the prefix is in the key-value cache. The file holds the projected prefix, so a loaded projection can be used but its
-training cannot be resumed. The random start disturbs the model, and training with a small learning rate does not undo
-that.
+the prefix is in the key-value cache. The file holds the projected prefix, and the file beside it (`core/remainder.py`)
+the projection, for training on. The random start disturbs the model, and training with a small learning rate does not
+undo that.
 """
 
 from __future__ import annotations
@@ -73,8 +73,11 @@ class PrefixTuning(Prefix):
             return self.transform(self.embedding.weight)
         return self.prompt_embeddings
 
+    def remainder(self) -> Tensors:
+        return self.state_dict() if self.is_projected else {}
+
     def absorb(self, tensors: Tensors) -> None:
-        if self.is_projected:
+        if self.is_projected and "embedding.weight" not in tensors:
             raise NotResumable.because("the projected prefix", "the projection", "prefix_projection=False")
         super().absorb(tensors)
 

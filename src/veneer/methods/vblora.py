@@ -91,8 +91,13 @@ class VBLoRA(LowRank):
             tensors[f"{name}_topk_weights"] = weights
         return tensors
 
+    def remainder(self) -> Tensors:
+        """The logits, if the file holds only what they choose."""
+        return self.state_dict() if self.has_logits and self.config.save_only_topk_weights else {}
+
     def absorb(self, tensors: Tensors) -> None:
-        if self.config.save_only_topk_weights and self.has_logits:
+        has_lost = self.config.save_only_topk_weights and self.has_logits and "vblora_logits_A" not in tensors
+        if has_lost:
             raise NotResumable.because("the chosen vectors", "the logits", "save_only_topk_weights=False")
         for key, tensor in tensors.items():
             if "indices" in key and not 0 <= tensor.min() <= tensor.max() < self.config.num_vectors:
@@ -121,7 +126,8 @@ class VBLoRAConfig(LayerConfig):
     topk: int = 2
     """k: number of vectors that are mixed for each segment."""
     save_only_topk_weights: bool = False
-    """Write the chosen vectors' indices and weights instead of all logits: smaller, but training cannot be resumed."""
+    """Write the chosen vectors' indices and weights instead of all logits: smaller. The logits are in the
+    file beside it, which only training reads."""
     vblora_dropout: float = 0.0
     """Dropout on the input of the update during training."""
     init_vector_bank_bound: float = 0.02

@@ -60,7 +60,7 @@ def hotswap_adapter(
     """
     inner = _uncompiled(model)
     state = _swappable(inner, adapter_name)
-    config, tensors, provenance = checkpoint.load(model_name_or_path, **hub)
+    config, tensors, provenance, _ = checkpoint.load(model_name_or_path, **hub)
     fitted = _fitted(state, adapter_name, config, tensors)
     checkpoint.check_fit(inner.get_base_model(), state, adapter_name, fitted, provenance, check_base)
     checkpoint.absorb(state, adapter_name, fitted)

@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core import checkpoint, provenance
 from ..core.config import Config, TaskType
 from ..errors import CheckpointError, ConfigError, first_line, nearest
 from ..files.find import find_weights
 from ..files.locate import Place, locate
 from ..files.pull import resolve
 from ..files.read import tensor_shapes
+from ..ops.allocator import return_blocks
 from ..upstream import models as upstream_models
 from ..upstream.auto import AUTO_CLASSES, fitting
+from ..upstream.quantisation import HEADS, Quantisation, quantisation
+from . import stages
 from .peft_model import PeftModel
 
 BASE = "base"
@@ -31,8 +35,8 @@ TOKENIZER_FILES = (
     "tekken.json",
 )
 """A directory without any of these has no tokenizer."""
-HEADS = ("score", "classifier")
-"""The names that transformers uses for a classifier's head."""
+PLAIN = "none"
+"""The value of `quantise` for a base model that stays as it is."""
 
 
 @dataclass
@@ -50,6 +54,8 @@ class Loaded:
     """The class names in order; None if the classes have no names, or the model is not a classifier."""
     base_is_whole: bool
     """False if the base model has no trained head for the task, so only its adapters can be evaluated."""
+    remarks: tuple[str, ...] = ()
+    """Sentences about the base model that the user should see, such as how it is quantised."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -94,6 +100,7 @@ def load(
     task: TaskType = TaskType.CAUSAL_LM,
     labels: list[str] | None = None,
     dtype: str = "auto",
+    quantise: str | None = None,
     allow_absent: bool = False,
 ) -> Loaded:
     """Load a base model and put adapters on it.
@@ -104,6 +111,7 @@ def load(
         task: the task to load the base model for if no adapter states one.
         labels: the class names in order; None: read from the training recipe next to an adapter.
         dtype: the base model's dtype, as in a recipe.
+        quantise: how to quantise the base model, as in a recipe, or "none"; None: as it was for training the adapters.
         allow_absent: pass over tensors for modules that the base model lacks, with a warning.
 
     Raises:
@@ -112,6 +120,7 @@ def load(
     places = named(adapters)
     configs = {name: Config.from_pretrained(place) for name, place in places.items()}
     base = _one_base(configs, model)
+    how = _one_quantisation(places, quantise)
     task = _one_task(configs, task)
     is_classifier = task is TaskType.SEQ_CLS
     tokenizer = load_tokenizer(base)
@@ -123,10 +132,14 @@ def load(
         pad=pad_of(tokenizer),
         keys=_keys(places.values()),
         dtype=dtype_of(dtype),
+        quantise=how,
     )
     if base_model.config.is_encoder_decoder:
         raise ConfigError(f"{base!r} is an encoder-decoder; only causal language models and classifiers are supported")
     class_names = _labels(places, base_model.config, labels) if is_classifier else None
+    earlier = _one_start(places)
+    if earlier is not None:
+        base_model = stages.with_earlier(base_model, earlier)
     return Loaded(
         model=_adapted(base_model, places, allow_absent),
         tokenizer=tokenizer,
@@ -135,6 +148,7 @@ def load(
         task=task,
         labels=class_names,
         base_is_whole=not missing,
+        remarks=_remarks(places, how, earlier),
     )
 
 
@@ -226,6 +240,7 @@ def load_model(
     classes: int | list[str] | None = None,
     pad: int | None = None,
     keys: Collection[str] = (),
+    quantise: Quantisation | None = None,
     **kwargs: Any,
 ) -> tuple[Any, set[str]]:
     """Load a base model; returns it with the names of its parameters that the checkpoint lacks.
@@ -236,10 +251,11 @@ def load_model(
         classes: the number of classes or their names, for a classifier.
         pad: the padding token if the config has none.
         keys: the keys of the adapters' files; of a composite model they say whether it is loaded whole.
+        quantise: how to quantise it.
         kwargs: `dtype`, `revision` and other arguments of `from_pretrained`.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: there is no such model, or it cannot be quantised so.
     """
     import transformers
     from safetensors import SafetensorError
@@ -253,6 +269,9 @@ def load_model(
         config = transformers.AutoConfig.from_pretrained(place.name, **{**hub, **place.arguments})
         if classes is not None or pad is not None:
             kwargs = {**kwargs, "config": _described(config, classes, pad)}
+        if quantise is not None:
+            _check_unquantised(model, config)
+            kwargs = kwargs | quantise.arguments(kwargs.get("dtype", config.dtype), classes is not None)
         auto = fitting(auto_class, config, keys)
         if auto is None:
             raise ConfigError(f"{model!r} is a {config.model_type}, for which transformers has no {auto_class}")
@@ -267,7 +286,36 @@ def load_model(
         raise ConfigError(
             f"the base model {model!r} cannot be loaded: {reason}; give another directory or hub id with model"
         ) from None
+    if quantise is not None:
+        quantise.convert_(loaded, kwargs.get("dtype", config.dtype))
+        _leave_files_(loaded)
+        provenance.prepare(loaded, quantised=quantise.as_dict())
     return loaded, set(info["missing_keys"])
+
+
+def _leave_files_(model: Any) -> None:
+    """Copy the weights that are not quantised out of the files, in place.
+
+    transformers maps the files into memory. A single tensor that is still in a file keeps all of it mapped, with the
+    pages from which the others were quantised: 400 MB for SmolLM2-135M.
+    """
+    from torch import nn
+
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+    return_blocks()
+
+
+def _check_unquantised(model: str, config: Any) -> None:
+    """Raise ConfigError if the files of a base model are quantised already."""
+    present = getattr(config, "quantization_config", None)
+    if present:
+        method = present.get("quant_method") if isinstance(present, dict) else present.quant_method
+        raise ConfigError(
+            f"{model!r} is already quantised ({getattr(method, 'value', method)}); leave quantise out, or give the "
+            "original model with model"
+        )
 
 
 def _damaged(directory: Path, reason: str) -> str:
@@ -293,7 +341,7 @@ def load_base(
     hub: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Load the base model of an adapter, without the adapter.
+    """Load the base model of an adapter, without the adapter, but with those merged in that it was trained on.
 
     Args:
         adapter: a directory or a hub id.
@@ -326,7 +374,7 @@ def load_base(
     revision = "main" if model else config.revision or "main"
     keys = _keys([str(adapter)], **hub)
     base_model, _ = load_model(name, auto_class, keys=keys, revision=revision, **shared, **kwargs)
-    return base_model
+    return stages.with_earlier(base_model, adapter, **hub)
 
 
 def count_classes(adapter: str | Path, **hub: Any) -> int | None:
@@ -375,6 +423,57 @@ def _one_base(configs: dict[str, Config], model: str | None) -> str:
         spelled = _spelled(bases, "on")
         raise ConfigError(f"adapters can only be loaded together if they have the same base model: {spelled}")
     return resolved.pop()
+
+
+def quantised_in_training(place: str | Path, **hub: Any) -> Quantisation | None:
+    """How an adapter's base model was quantised for its training by `veneer train`; None if it was not."""
+    noted = checkpoint.read_notes(place, **hub).get("preparation", {}).get("quantised")
+    return quantisation(noted["scheme"], noted["options"]) if noted else None
+
+
+def _one_quantisation(places: dict[str, str], given: str | None) -> Quantisation | None:
+    """How to quantise the base model: as given, else as it was for training all adapters."""
+    if given is not None:
+        return None if given == PLAIN else quantisation(given)
+    found = {name: quantised_in_training(place) for name, place in places.items()}
+    distinct = set(map(str, found.values()))
+    if len(distinct) > 1:
+        spelled = "; ".join(f"{name} {how.scheme if how else PLAIN}" for name, how in found.items())
+        raise ConfigError(
+            f"the adapters were trained on a base model quantised in different ways ({spelled}); say with quantise "
+            "(--quantise) how to load it for all of them"
+        )
+    return next(iter(found.values()), None)
+
+
+def _one_start(places: dict[str, str]) -> str | None:
+    """An adapter whose earlier adapters are merged into the base model for all; None if there are none.
+
+    Raises:
+        ConfigError: the adapters were trained on different base models in this sense.
+    """
+    merged = {name: tuple(stages.merged_below(place)) for name, place in places.items()}
+    if len(set(merged.values())) > 1:
+        raise ConfigError(
+            f"the adapters {', '.join(places)} were trained on different base models, because earlier adapters were "
+            "merged into those of some; load them one at a time"
+        )
+    return next((places[name] for name, digests in merged.items() if digests), None)
+
+
+def _remarks(places: dict[str, str], used: Quantisation | None, earlier: str | None) -> tuple[str, ...]:
+    """What the user should know about the base model: what is merged into it, and how it is quantised."""
+    lines = []
+    if earlier is not None:
+        lines.append(f"the base model has the earlier adapter {str(Path(earlier) / stages.START)!r} merged in")
+    if used is not None:
+        lines.append(f"the base model is quantised to {used.scheme}")
+    for name, place in places.items():
+        trained = quantised_in_training(place)
+        if trained is not None and trained != used:
+            here = "this one is not quantised" if used is None else "this one otherwise"
+            lines.append(f"{name} was trained on a base model quantised to {trained.scheme}; {here}")
+    return tuple(lines)
 
 
 def _one_task(configs: dict[str, Config], otherwise: TaskType) -> TaskType:

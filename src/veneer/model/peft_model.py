@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import absent, checkpoint, given
+from ..core import absent, checkpoint, given, remainder
 from ..core.attach import attach, detach
 from ..core.config import Config, PromptConfig
 from ..core.layer import AdapterLayer
 from ..core.state import CheckpointContext, State, state_of
 from ..errors import CheckpointError, ConfigError, NotMergeable, VeneerError, nearest
 from ..files.find import check_hub_arguments
-from ..targets.quantised import warn_of_rounding
+from ..targets.quantised import keep_gradients_, warn_of_rounding
 from ..terminal import tracked
 from ..upstream import checkpointing
 from ..upstream.models import note_untied, task_of
@@ -208,6 +208,7 @@ class PeftModel(nn.Module):
             self._known(name)
             if requires_grad:
                 self._state.trainable.add(name)
+                keep_gradients_(self.get_base_model())
             else:
                 self._state.trainable.discard(name)
             self._state.mark(name)
@@ -401,7 +402,10 @@ class PeftModel(nn.Module):
                     continue
                 values = given.values(self, self._state, name, state_dict) if state_dict else None
                 tensors, notes = checkpoint.collect(self.get_base_model(), self._state, name, whole, values)
+                training = {} if values else remainder.collect(self._state, name)
                 if is_main_process:
+                    remainder.write(into, training)
+                    notes |= remainder.note(training)
                     checkpoint.write(into, tensors, notes, config)
             elif is_main_process:
                 save_as_lora(into, self, adapter_name=name)

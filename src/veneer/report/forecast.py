@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -14,7 +15,9 @@ from ..data.collate import MOST_LOGITS
 from ..errors import VeneerError
 from ..model.counting import Row
 from ..model.peft_model import PeftModel, get_peft_model
+from ..ops import plain
 from ..targets.walk import matches
+from ..upstream.quantisation import Quantisation
 from .memory import step_peak
 
 ADAM_BYTES = 8
@@ -89,26 +92,35 @@ class Forecast:
         return content
 
 
-def forecast(base: Any, config: Config, batch_size: int, length: int, checkpointing: bool = False) -> Forecast:
+def forecast(
+    base: Any,
+    config: Config,
+    batch_size: int,
+    length: int,
+    checkpointing: bool = False,
+    quantise: Quantisation | None = None,
+) -> Forecast:
     """Forecast the training of `config` on `base`, a model on the meta device. `base` is changed.
 
     Args:
         batch_size: rows per step.
         length: tokens per row.
         checkpointing: whether gradient checkpointing is on.
+        quantise: how the base model is quantised.
 
     Raises:
         TargetError: an entry of the config matches nothing.
         VeneerError: the method's sizes depend on the values of the weights.
     """
-    base_bytes = sum(p.numel() * p.element_size() for p in base.parameters())
+    stored = _Stored(base, quantise)
+    base_bytes = sum(p.numel() * p.element_size() for p in base.parameters()) - stored.saved
     model = _adapted(base, config)
     trainable, total = model.get_nb_trainable_parameters()
     plan = model.parameter_plan()
     sizes = _file_sizes(model)
     adapter_bytes = sum(sizes.values())
-    end = _merged_bytes(model) + _logits_bytes(base, batch_size, length)
-    beyond_weights = _beyond_weights(model, batch_size, length, checkpointing)
+    end = stored.merged(model) + _logits_bytes(base, batch_size, length)
+    beyond_weights = _beyond_weights(model, batch_size, length, checkpointing, stored.largest)
     model_config = model.active_peft_config
     return Forecast(
         model=type(base).__name__,
@@ -150,13 +162,48 @@ def _settings(config: Config) -> dict[str, Any]:
     return settings
 
 
-def _beyond_weights(model: PeftModel, batch_size: int, length: int, checkpointing: bool) -> dict[str, Any]:
-    """The `step`, `process` and `heap` of `Memory`."""
-    plain_step = _step(model, batch_size, length)
-    step = plain_step
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-        step = _step(model, batch_size, length)
+class _Stored:
+    """The sizes of a base model's quantised weights, before adapters are attached."""
+
+    def __init__(self, base: Any, quantise: Quantisation | None) -> None:
+        self.bytes: dict[str, int] = {}
+        """Of each quantised weight, by the path of its layer."""
+        self.saved = 0
+        """Bytes that quantising saves."""
+        self.largest = 0
+        """Bytes of the largest of these weights as it is computed with: a layer reads its weight for each product."""
+        for path, layer in quantise.layers(base) if quantise is not None else ():
+            weight = layer.weight
+            size = quantise.stored_bytes(layer.in_features, layer.out_features, weight.dtype)
+            self.bytes[path] = size
+            self.saved += weight.nbytes - size
+            self.largest = max(self.largest, weight.nbytes)
+
+    def merged(self, model: PeftModel) -> int:
+        """Bytes of the adapted modules' weights, of which merging makes new ones."""
+        total = 0
+        for path, layer in model._state.layers.items():
+            plain = sum(p.numel() * p.element_size() for p in layer.base_layer.parameters(recurse=False))
+            total += self.bytes.get(path, plain)
+        return total
+
+
+def _beyond_weights(
+    model: PeftModel, batch_size: int, length: int, checkpointing: bool, dequantised: int
+) -> dict[str, Any]:
+    """The `step`, `process` and `heap` of `Memory`.
+
+    Args:
+        dequantised: bytes of a quantised weight while a product is computed with it.
+    """
+    with plain("low_rank_linear", "folded_linear") if dequantised else nullcontext():  # these read plain weights
+        plain_step = _step(model, batch_size, length)
+        step = plain_step
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            step = _step(model, batch_size, length)
+    if step is not None:
+        step += dequantised
     if torch.accelerator.is_available():
         return {"step": step, "process": 0, "heap": 0}
     heap = None if plain_step is None else round(HOLES * plain_step)
@@ -174,14 +221,6 @@ def _step(model: PeftModel, batch_size: int, length: int) -> int | None:
         AttributeError,
     ):  # the method reads values, or arguments that this call does not pass
         return None
-
-
-def _merged_bytes(model: PeftModel) -> int:
-    """Bytes of the adapted modules' weights, of which merging makes new ones."""
-    total = 0
-    for layer in model._state.layers.values():
-        total += sum(p.numel() * p.element_size() for p in layer.base_layer.parameters(recurse=False))
-    return total
 
 
 def _logits_bytes(base: Any, batch_size: int, length: int) -> int:

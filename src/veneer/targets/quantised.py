@@ -41,6 +41,10 @@ class QuantisedTarget(LinearTarget):
         out_features = getattr(module, "out_features", None)
         return isinstance(in_features, int) and isinstance(out_features, int)
 
+    @staticmethod
+    def keep_gradients_(module: Any) -> None:
+        """Keep a module from switching to products that pass no gradients on."""
+
     def as_matrix(self, weight: Any) -> Tensor:
         """The (out, in) matrix of a quantised weight that `bound` returned."""
         kind = type(self.base).__name__
@@ -134,6 +138,17 @@ class BitsAndBytes4(QuantisedTarget):
     @staticmethod
     def fits(module: Any) -> bool:
         return type(module).__name__ == "Linear4bit" and getattr(module.weight, "quant_state", None) is not None
+
+    @staticmethod
+    def keep_gradients_(module: Any) -> None:
+        """In evaluation, bitsandbytes packs the weight for good on CPUs with AVX-512 BF16."""
+        from bitsandbytes import functional
+
+        module.support_avx512bf16_for_cpu = False
+        weight = module.weight
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            weight.data, state = functional._convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+            weight.quant_state = module.quant_state = state
 
     def as_matrix(self, weight: Any) -> Tensor:
         from bitsandbytes import functional
@@ -334,22 +349,34 @@ class Gguf(QuantisedTarget):
 BACKENDS = (BitsAndBytes4, BitsAndBytes8, TorchAO, HQQ, GPTQ, Gguf, QuantisedTarget)
 
 
-def warn_of_rounding(layers: Iterable[Any]) -> None:
-    """Warn if merging into quantised weights lost much of the update to rounding."""
+def lost_to_rounding(layers: Iterable[Any]) -> float | None:
+    """The rounding error of the last merge as a share of the update; None if no weight that was merged is quantised."""
     rounded = [layer.target.rounded for layer in layers if layer.target.is_quantised and layer.merged_adapters]
     if not rounded:
-        return
+        return None
     changes, errors = zip(*rounded, strict=True)
-    change = math.hypot(*changes)
-    error = math.hypot(*errors)
-    if error > LARGE * change:
+    return math.hypot(*errors) / max(math.hypot(*changes), 1e-30)
+
+
+def warn_of_rounding(layers: Iterable[Any]) -> None:
+    """Warn if merging into quantised weights lost much of the update to rounding."""
+    lost = lost_to_rounding(layers)
+    if lost is not None and lost > LARGE:
         warnings.warn(
-            f"quantising the merged weights again causes an error of {error / change:.0%} of the update: changes "
+            f"quantising the merged weights again causes an error of {lost:.0%} of the update: changes "
             "smaller than a quantisation step vanish. Keep the adapter unmerged, or merge it into the unquantised base "
             "model, for which the same adapter file can be used",
             RoundingWarning,
             stacklevel=4,
         )
+
+
+def keep_gradients_(model: nn.Module) -> None:
+    """Make every quantised layer pass gradients on, also after an evaluation, for the layers before it."""
+    for module in model.modules():
+        backend = quantised(module)
+        if backend is not None:
+            backend.keep_gradients_(module)
 
 
 def quantised(module: nn.Module) -> type[QuantisedTarget] | None:

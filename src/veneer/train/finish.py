@@ -18,9 +18,10 @@ from typing import Any
 
 from rich.console import Console
 
-from ..core.config import Config
+from ..core.config import CONFIG_NAME, Config
 from ..data.prepare import Data
 from ..errors import TrainingError
+from ..files.read import WEIGHTS_NAME
 from ..files.write import writing
 from ..model.card import write_card
 from ..model.verify import PARTS, Verification, record, unmoved, verify
@@ -134,7 +135,7 @@ def _verified_facts(run: Run, folder: Path, progress: Step) -> dict[str, Any]:
         "samples": samples(model, run.tokenizer, run.data, run.recipe, run.pad, progress),
         "layers": layers(model, progress=progress),
         "outside": outside(model),
-        "adapter_bytes": sum(file.stat().st_size for file in folder.glob("adapter_*")),
+        "adapter_bytes": sum((folder / name).stat().st_size for name in (CONFIG_NAME, WEIGHTS_NAME)),
     }
 
 

@@ -15,6 +15,9 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ..data.sources import Source, Strict
 from ..errors import ConfigError, listing, nearest
+from ..files.find import find_file
+from ..files.locate import ADAPTER as ADAPTER_CONFIG
+from ..files.read import read_json
 from ..files.recipe import OTHER_KEYS, RECIPE_NAME
 from ..files.write import write_atomically
 
@@ -50,6 +53,17 @@ class Recipe(Strict):
     """Revision of the base model on the hub."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the base model; auto: bfloat16 where the accelerator computes in it, else float32."""
+    quantise: Literal["nf4", "int8", "int4"] | None = None
+    """Quantise the base model while it is loaded: nf4 or int8 with bitsandbytes, int4 with HQQ; None: it stays as it
+    is."""
+    quantise_options: dict[str, Any] = {}
+    """Options of the library that quantises, under its own names."""
+
+    start_from: str | None = None
+    """A saved adapter, a directory or a hub id, that the run starts from. It stays as it is."""
+    start_mode: Literal["continue", "merge"] | None = None
+    """continue: train that adapter on. merge: merge it into the base model and train a new adapter. None: merge if a
+    method other than the adapter's is given, else continue."""
 
     method: str = "lora"
     """The method; `veneer methods` lists all of them."""
@@ -190,9 +204,23 @@ class Recipe(Strict):
     def _name_endings(cls, value: Any) -> Any:
         return target_names(value)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _model_of_start(cls, content: Any) -> Any:
+        """Take the base model from the adapter that the run starts from, if none is given."""
+        if not isinstance(content, dict) or content.get("model") or not content.get("start_from"):
+            return content
+        config = read_json(find_file(str(content["start_from"]), ADAPTER_CONFIG))
+        model = config.get("base_model_name_or_path")
+        return content | {"model": model} if model else content
+
     @model_validator(mode="after")
     def _no_contradictions(self) -> Recipe:
         evaluates = bool(self.eval_data) or self.eval_split is not None
+        if self.start_mode is not None and self.start_from is None:
+            raise ValueError("start_mode has no effect without start_from; give both or neither")
+        if self.quantise_options and self.quantise is None:
+            raise ValueError("quantise_options has no effect without quantise; give both or neither")
         if not self.data:
             raise ValueError("data is empty; give at least one source")
         if self.eval_data and self.eval_split is not None:

@@ -13,8 +13,9 @@ from typing import Any
 
 from rich.console import Console
 
-from ..core import checkpoint
+from ..core import checkpoint, remainder
 from ..core.config import CONFIG_NAME, TaskType
+from ..core.remainder import TRAINING_NAME
 from ..data.collate import Collator, Rows, Shuffled
 from ..data.packing import check as check_packing
 from ..data.packing import goes_by_sequence
@@ -27,8 +28,10 @@ from ..files.recipe import RECIPE_NAME, read
 from ..files.write import writing
 from ..model.card import CARD_NAME
 from ..model.loading import pad_of
+from ..model.stages import START, keep_earlier
 from ..model.verify import PROBE_NAME, digests
 from ..terminal import quiet
+from ..upstream.quantisation import quantisation
 from . import loggers, preference, schedules
 from .display import Display
 from .finish import Run, finish
@@ -38,13 +41,26 @@ from .page import PAGE_NAME
 from .push import check_token, push
 from .recipe import Recipe, make
 from .report import REPORT_NAME
-from .setup import adapt, facts_of, load_base, load_tokenizer, within_positions
+from .setup import adapt, facts_of, is_continued, load_base, load_tokenizer, within_positions
+from .stage import begun
 from .stop import Stop
 from .trainer import CHECKPOINTS, ExactTrainer, arguments, last_checkpoint, metrics
 from .watch import Watch
 
 LOGS = "logs"
-OURS = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, PROBE_NAME, RECIPE_NAME, REPORT_NAME, PAGE_NAME, CHECKPOINTS, LOGS)
+OURS = (
+    WEIGHTS_NAME,
+    CONFIG_NAME,
+    TRAINING_NAME,
+    START,
+    CARD_NAME,
+    PROBE_NAME,
+    RECIPE_NAME,
+    REPORT_NAME,
+    PAGE_NAME,
+    CHECKPOINTS,
+    LOGS,
+)
 """Names of everything that a run writes into its output directory."""
 MAY_CHANGE = {
     "output",
@@ -101,6 +117,8 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, console: Console) -> d
     output = Path(recipe.output)
     _silence_libraries()
     _check_choices(recipe)
+    quantisation(recipe.quantise, recipe.quantise_options)  # fails before anything is loaded
+    recipe = begun(recipe)
     _check_output(output, resume, overwrite)
 
     tokenizer = load_tokenizer(recipe)
@@ -146,6 +164,9 @@ def _begin(recipe: Recipe, trainer: ExactTrainer, output: Path, overwrite: bool)
     if overwrite:
         _remove_earlier_run(output)
     trainer.add_callback(_tensorboard(output))
+    if recipe.start_from is not None:
+        with writing("the earlier adapter", output):
+            keep_earlier(recipe.start_from, output, merged=not is_continued(recipe))
     with writing("the recipe", output):
         recipe.save(output)
 
@@ -328,7 +349,7 @@ def _check_reloadable(recipe: Recipe, model: Any) -> None:
     """Refuse a method whose adapter cannot be reloaded into the model: the best checkpoint is reloaded at the end."""
     try:
         tensors = checkpoint.slots(model._state, "default")
-        checkpoint.absorb(model._state, "default", tensors)
+        checkpoint.absorb(model._state, "default", tensors, remainder.slots(model._state, "default"))
     except CheckpointError:
         raise ConfigError(
             f"{recipe.method} cannot be reloaded into a model in training, so the best checkpoint cannot be restored; "
@@ -345,8 +366,12 @@ def _tensorboard(output: Path) -> Any:
 
 def _announce(console: Console, recipe: Recipe, model: Any, data: Data, steps: int) -> None:
     """Print what will be trained, on how much data, and which rows were cut or dropped."""
+    if recipe.start_from is not None:
+        how = "is trained on" if is_continued(recipe) else "is merged into the base model"
+        console.print(f"{recipe.start_from} {how}", markup=False)
     trainable, total = model.get_nb_trainable_parameters()
-    console.print(f"{recipe.method} on {recipe.model}: {trainable:,} of {total:,} parameters are trained")
+    base = recipe.model if recipe.quantise is None else f"{recipe.model} in {recipe.quantise}"
+    console.print(f"{recipe.method} on {base}: {trainable:,} of {total:,} parameters are trained")
     if not recipe.streaming:
         account = data.account
         share = account.supervised_tokens / account.tokens

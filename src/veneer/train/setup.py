@@ -8,10 +8,12 @@ from typing import Any
 
 from ..core.config import Config, PromptConfig, TaskType, all_methods
 from ..errors import ConfigError
-from ..model import loading
+from ..model import loading, stages
 from ..model.catalogue import page
 from ..model.peft_model import PeftModel, get_peft_model
+from ..upstream.quantisation import quantisation
 from .recipe import Recipe
+from .stage import continued
 
 ASSUMED = ("num_virtual_tokens",)
 """Required settings without a default; they take the value of the method's example."""
@@ -38,15 +40,18 @@ def _prompt_length(recipe: Recipe) -> int:
     if not issubclass(config_class, PromptConfig):
         return 0
     settings = {**config_class.example, **config_class.recommended, **recipe.options}
+    if is_continued(recipe):
+        settings = vars(continued(recipe, {}, 1))
     length = settings.get("num_virtual_tokens") or 0
     return length if isinstance(length, int) else 0
 
 
 def load_base(recipe: Recipe, labels: list[str] | None, pad: int) -> Any:
-    """Load the base model, with a classification head if there are labels.
+    """Load the base model, with a classification head if there are labels, and with earlier adapters merged in.
 
     Raises:
         ConfigError: the model is an encoder-decoder and the task is text.
+        VeneerError: the adapter that the run starts from does not fit it, or cannot be merged.
     """
     task = TaskType.CAUSAL_LM if labels is None else TaskType.SEQ_CLS
     base, _ = loading.load_model(
@@ -56,20 +61,35 @@ def load_base(recipe: Recipe, labels: list[str] | None, pad: int) -> Any:
         classes=labels,
         pad=pad,
         dtype=loading.dtype_of(recipe.dtype),
+        quantise=quantisation(recipe.quantise, recipe.quantise_options),
     )
     if base.config.is_encoder_decoder and labels is None:
         raise ConfigError(
             f"{recipe.model!r} is an encoder-decoder; `veneer train` supports causal language models and classifiers"
         )
-    return base
+    if recipe.start_from is None:
+        return base
+    below = stages.with_earlier if is_continued(recipe) else stages.with_adapter
+    return below(base, recipe.start_from)
 
 
 def adapt(model: Any, recipe: Recipe, task: TaskType, steps: int) -> PeftModel:
-    """Attach the recipe's adapter to a base model."""
-    return get_peft_model(model, method_config(recipe, task, steps))
+    """Attach the recipe's adapter to a base model: a new one, or the one that is trained on."""
+    config = method_config(recipe, task, steps)
+    if not is_continued(recipe):
+        return get_peft_model(model, config)
+    assert recipe.start_from is not None
+    adapted = PeftModel.from_pretrained(model, recipe.start_from, is_trainable=True, config=config, follow_paths=True)
+    stages.start_again_(adapted)
+    return adapted
 
 
-def method_config(recipe: Recipe, task: TaskType, steps: int) -> Config:
+def is_continued(recipe: Recipe) -> bool:
+    """Whether the run trains a saved adapter on. The recipe is one that `begun` returned."""
+    return recipe.start_from is not None and recipe.start_mode == "continue"
+
+
+def method_config(recipe: Recipe, task: TaskType | None, steps: int) -> Config:
     """The config of the recipe's method.
 
     Args:
@@ -78,7 +98,11 @@ def method_config(recipe: Recipe, task: TaskType, steps: int) -> Config:
     Raises:
         ConfigError: the method has no such setting.
     """
-    config_class = all_methods()[page(recipe.method).name]
+    method = page(recipe.method).name
+    config_class = all_methods()[method]
+    if is_continued(recipe):
+        given = given_settings(recipe, method, {field.name for field in fields(config_class)})
+        return continued(recipe, given, steps)
     return config_class(task_type=task, **method_settings(recipe, steps))
 
 
@@ -100,11 +124,20 @@ def method_settings(recipe: Recipe, steps: int) -> dict[str, Any]:
     if "total_step" in field_names:
         settings["total_step"] = steps
 
+    return settings | given_settings(recipe, method, field_names)
+
+
+def given_settings(recipe: Recipe, method: str, field_names: set[str]) -> dict[str, Any]:
+    """The fields of the method's config that the recipe sets.
+
+    Raises:
+        ConfigError: a field is set twice, or the method has no rank or targets.
+    """
     from_keys = _rank(recipe, method, field_names) | _targets(recipe, method, field_names)
     twice = from_keys.keys() & recipe.options.keys()
     if twice:
         raise ConfigError(f"both options and rank or targets set {', '.join(sorted(twice))}; give only one of them")
-    return settings | from_keys | recipe.options
+    return from_keys | recipe.options
 
 
 def facts_of(recipe: Recipe) -> tuple[str, ...]:

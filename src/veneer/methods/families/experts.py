@@ -26,7 +26,7 @@ def read_expert(name: str, source: str, mixer: str) -> Expert:
     Raises:
         ConfigError: the adapter is not LoRA, or is LoRA with variants, modules_to_save or biases.
     """
-    config, tensors, provenance = checkpoint.load(source)
+    config, tensors, provenance, _ = checkpoint.load(source)
     if not isinstance(config, LoraConfig) or type(config).adapter is not LoRA:
         raise ConfigError(f"{mixer} mixes LoRA adapters; {name!r} at {source!r} is {config.peft_type}")
     if config.variants() or config.modules_to_save or config.bias != "none":
