@@ -128,8 +128,10 @@ def test_loss_and_gradients_of_dpo_are_those_of_trl_with_peft(base, tmp_path, na
     want.backward()
 
     wanted = ALL["dpo"](beta=0.3, loss=name)
-    learner = SimpleNamespace(objective=wanted, _adapted=lambda: ours, is_sharded=False, kept=torch.empty(0, 2))
-    for method in ("_measures", "_reference", "_keeps"):
+    learner = SimpleNamespace(
+        objective=wanted, _adapted=lambda: ours, is_sharded=False, kept=torch.empty(0, 2), start=[]
+    )
+    for method in ("_measures", "_reference", "_as_reference", "_keeps"):
         setattr(learner, method, getattr(preference.PreferenceTrainer, method).__get__(learner))
     losses = learner._measures(ours.train(), batch)[:, 0]
     losses.mean().backward()
@@ -258,6 +260,20 @@ def test_the_reference_is_asked_once_for_a_pair(base, data, tmp_path, monkeypatc
     asked.clear()
     run(base, data, tmp_path / "none", objective="simpo", max_steps=2)
     assert asked == []
+
+
+def test_the_reference_of_a_second_stage_is_the_adapter_that_it_starts_from(base, data, tmp_path):  # noqa: F811
+    """So the first loss is that of no difference, and the stage before stays where it is."""
+    first = run(base, data, tmp_path / "first", epochs=2, learning_rate=3e-2)
+    assert first["losses"][-1] < math.log(2) - 1e-3
+    before = same_files(tmp_path / "first")
+    second = run(base, data, tmp_path / "second", start_from=str(tmp_path / "first"), epochs=2, learning_rate=3e-2)
+    assert second["losses"][0] == pytest.approx(math.log(2)) and second["losses"][-1] < math.log(2) - 1e-3
+    assert same_files(tmp_path / "first") == before and not same(tmp_path / "first", tmp_path / "second")
+
+
+def same_files(directory) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
 KILLED = dict(epochs=3, eval_split=4, save_every=3, eval_every=3, options={"lora_dropout": 0.1})

@@ -3,15 +3,18 @@
     loss of a step = mean of the objective over all pairs of the step, across its batches and processes
 
 A batch of n pairs is one batch of 2n sequences. In a row without padding, the prompt of a pair is computed once: the
-shorter answer continues it from where the longer one does. Log-probabilities are those of the learned
-tokens, which the head alone computes. The reference is the same model with its adapter switched off: there is no second
-model. What the reference says of a pair is computed when the pair is seen first, and kept for later epochs and
-evaluations; checkpoints hold it, so that a resumed run repeats the bits.
+shorter answer continues it from where the longer one does. Log-probabilities are those of the learned tokens, which the
+head alone computes.
+
+The reference is the same model with its adapter switched off, or with the adapter that the run started from: there is
+no second model. What it says of a pair is computed when the pair is seen first, and kept for later epochs and
+evaluations. Checkpoints hold it, so that a resumed run repeats the bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -109,9 +112,19 @@ class PreferenceTrainer(ExactTrainer):
 
     objective: Objective
 
-    def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, objective: Objective, continues: bool = False, **kwargs: Any) -> None:
+        """Take `ExactTrainer`'s arguments and our own.
+
+        Args:
+            continues: whether the adapter has been trained before. The reference is then the model with the adapter as
+                it is now, and not without it.
+        """
         super().__init__(*args, **kwargs)
         self.objective = objective
+        self.start: list[tuple[Tensor, Tensor]] = []
+        """Each parameter of the adapter that is trained on, and a copy of its first value."""
+        if continues:
+            self.start = [(p, p.detach().clone()) for p in self._adapted().parameters() if p.requires_grad]
         self.kept = torch.full((self._number_pairs(), 2), torch.nan)
         self.measured: list[Tensor] = []
         """Since the last log, (pairs, len(MEASURES)) of each batch."""
@@ -195,17 +208,33 @@ class PreferenceTrainer(ExactTrainer):
 
     @torch.no_grad()
     def _reference(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The log-probabilities without the adapter, (n, 2)."""
+        """The log-probabilities of the reference, (n, 2)."""
         numbers = inputs["pair"].cpu()
         kept = self.kept[numbers] if self._keeps() else torch.full((len(numbers), 2), torch.nan)
         if not kept.isnan().any():
             return kept.to(inputs["pair"].device)
         model = self._adapted()
-        with model.disable_adapter(), evaluating(model):
+        with self._as_reference(model), evaluating(model):
             reference = log_probabilities(model, model, inputs)
         if self._keeps():
             self.kept[numbers] = reference.cpu()
         return reference
+
+    @contextmanager
+    def _as_reference(self, model: PeftModel) -> Iterator[None]:
+        """The model without its adapter, or with the adapter that the run started from."""
+        if not self.start:
+            with model.disable_adapter():
+                yield
+            return
+        now = [p.data for p, _ in self.start]
+        try:
+            for p, first in self.start:
+                p.data = first
+            yield
+        finally:
+            for (p, _), value in zip(self.start, now, strict=True):
+                p.data = value
 
     def _keeps(self) -> bool:
         """Whether pairs have numbers, and every process may decide on its own to leave out a call."""

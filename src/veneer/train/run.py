@@ -294,6 +294,7 @@ def _build_trainer(recipe: Recipe, data: Data, pad: int, steps: int, meter: Mete
     sampler = None
     if not recipe.streaming:
         sampler = Shuffled(len(data.train), recipe.seed, recipe.batch_size * _processes())
+    build = _on_pairs if recipe.reads_pairs else _on_answers
     parts: dict[str, Any] = {
         "train_dataset": data.train if recipe.streaming else Rows(data.train),
         "eval_dataset": None if data.evaluation is None else Rows(data.evaluation),
@@ -304,9 +305,7 @@ def _build_trainer(recipe: Recipe, data: Data, pad: int, steps: int, meter: Mete
         "flat": _flat_collator(recipe, model, data, pad),
         "recipe": recipe,
     }
-    trainer = (
-        _on_pairs(recipe, model, settings, parts) if recipe.reads_pairs else ExactTrainer(model, settings, **parts)
-    )
+    trainer = build(recipe, model, settings, parts)
     trainer.remove_callback(PrinterCallback)
     if recipe.early_stopping is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping))
@@ -327,7 +326,9 @@ def _on_pairs(recipe: Recipe, model: Any, settings: Any, parts: dict[str, Any]) 
         "flat": flat,
         "compute_metrics": preference.metrics,
     }
-    return preference.PreferenceTrainer(model, settings, objective=recipe.preference(), **parts)
+    return preference.PreferenceTrainer(
+        model, settings, objective=recipe.preference(), continues=is_continued(recipe), **parts
+    )
 
 
 def _flat_collator(recipe: Recipe, model: Any, data: Data, pad: int) -> Collator | None:
