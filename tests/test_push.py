@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
 from veneer.core.config import CONFIG_NAME
@@ -194,6 +195,31 @@ def test_an_organisation_of_the_user_and_an_adapter_of_other_origin(hub, trained
     assert empty.returncode == 2 and "it has no adapter_model.safetensors" in empty.stderr
     wrong = veneer(hub, tmp_path, "push", str(other), "adapter")
     assert wrong.returncode == 2 and "must be OWNER/NAME" in wrong.stderr
+
+
+def test_the_stages_before_an_adapter_are_uploaded_with_it(hub, base, trained, tmp_path):  # noqa: F811
+    """What the hub has of it loads and gives the same, and names no path of this machine."""
+    from veneer import AutoPeftModelForCausalLM
+
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"question": "1?", "answer": "one"}\n')
+    run(base, str(data), tmp_path / "second", start_from=str(trained), start_mode="merge", max_steps=1)
+    done = veneer(hub, tmp_path, "push", str(tmp_path / "second"), "me/second")
+    assert done.returncode == 0, done.stderr
+    assert {f"start/{name}" for name in (CONFIG_NAME, "adapter_model.safetensors")} <= Hub.files.keys()
+    for name, content in Hub.files.items():
+        path = tmp_path / "downloaded" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        assert str(tmp_path).encode() not in content and str(trained.parent).encode() not in content, name
+    settings = json.loads((tmp_path / "downloaded" / CONFIG_NAME).read_text())
+    (tmp_path / "downloaded" / CONFIG_NAME).write_text(json.dumps(settings | {"base_model_name_or_path": base}))
+    ids = torch.tensor([[3, 4, 5, 6]])
+    there, here = (
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / name)(input_ids=ids).logits
+        for name in ("downloaded", "second")
+    )
+    torch.testing.assert_close(there, here)
 
 
 def test_a_hub_that_cannot_be_reached_does_not_stop_the_run(monkeypatch):

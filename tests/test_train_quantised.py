@@ -19,7 +19,7 @@ from veneer.upstream.quantisation import quantisation
 from . import models
 from .chat_templates import TEMPLATES
 from .test_quantised import SIZES
-from .test_train import data, run, same  # noqa: F401 (fixtures)
+from .test_train import data, recipe, run, same  # noqa: F401 (fixtures)
 from .test_train_chat import tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -213,3 +213,8 @@ def stored(model) -> int:
                 seen.add(tensor.data_ptr())
                 total += tensor.nbytes
     return total
+
+
+def test_a_file_format_is_no_way_to_quantise():
+    with pytest.raises(ConfigError, match="quantise = 'gguf': a GGUF file is given as the model"):
+        recipe("base.gguf", "rows.jsonl", "out", quantise="gguf")

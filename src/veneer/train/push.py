@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from ..core.config import CONFIG_NAME, Config
+from ..core.remainder import TRAINING_NAME
 from ..errors import CheckpointError, ConfigError, VeneerError
 from ..files.read import WEIGHTS_NAME
 from ..model.card import CARD_NAME, forget_paths, push_folder, write_card
+from ..model.stages import START
 from ..model.verify import PROBE_NAME
 from .page import PAGE_NAME, example_of, render
 from .report import REPORT_NAME, in_words, write_report
 
-UPLOADED = (WEIGHTS_NAME, CONFIG_NAME, PROBE_NAME, CARD_NAME)
+UPLOADED = (WEIGHTS_NAME, CONFIG_NAME, TRAINING_NAME, PROBE_NAME, CARD_NAME)
 """Files that are uploaded as they are; the report is written anew."""
 LOG_IN = "`hf auth login` stores one; or set HF_TOKEN"
 
@@ -81,11 +83,17 @@ def push(directory: Path, repository: str, private: bool = True) -> str:
 
 
 def _collect(directory: Path, folder: Path, repository: str) -> None:
-    """Copy what is uploaded into a folder, with the card and the report as others should read them."""
+    """Copy what is uploaded into a folder, with the card and the report as others should read them.
+
+    The adapters that were merged into the base model for the training belong to it: without them, it cannot be loaded.
+    """
     for name in UPLOADED:
         if (directory / name).is_file():
             shutil.copyfile(directory / name, folder / name)
-    forget_paths(folder / CONFIG_NAME)
+    if (directory / START).is_dir():
+        shutil.copytree(directory / START, folder / START)
+    for settings in folder.rglob(CONFIG_NAME):
+        forget_paths(settings)
     config = Config.from_pretrained(folder)
     report = directory / REPORT_NAME
     if report.is_file():
@@ -102,7 +110,8 @@ def without_paths(content: dict[str, Any], repository: str) -> dict[str, Any]:
     recipe = content["recipe"]
     sources = [source["path"] for source in recipe["data"] + recipe["eval_data"]]
     parents = set()
-    for name in (recipe["model"], recipe["output"], recipe["chat_template"] or "", *sources):
+    single = [recipe.get(name) or "" for name in ("model", "output", "chat_template", "start_from")]
+    for name in (*single, *sources):
         path = Path(name)
         if path.is_absolute() or ".." in path.parts or name.startswith("~"):
             parents.add(name[: len(name) - len(path.name)])

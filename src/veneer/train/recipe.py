@@ -199,6 +199,16 @@ class Recipe(Strict):
             raise ValueError("must be owner/name")
         return value
 
+    @field_validator("quantise", mode="before")
+    @classmethod
+    def _not_a_format(cls, value: Any) -> Any:
+        if value == "gguf":
+            raise ValueError(
+                "a GGUF file is given as the model, and its weights are dequantised when it is read; leave quantise "
+                "out, or quantise them again with nf4, int8 or int4"
+            )
+        return value
+
     @field_validator("targets")
     @classmethod
     def _name_endings(cls, value: Any) -> Any:
