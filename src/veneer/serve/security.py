@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.types import Message, Receive, Scope, Send
 
 from .errors import Refused
 
-Send = Callable[[dict[str, Any]], Awaitable[None]]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OPEN = ("/health",)
 """Routes that need no key."""
@@ -36,7 +35,7 @@ class Door:
         self.hosts = hosts
         self.most = most
 
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -47,7 +46,7 @@ class Door:
             return
         count = 0
 
-        async def counted() -> dict[str, Any]:
+        async def counted() -> Message:
             nonlocal count
             message = await receive()
             count += len(message.get("body", b""))
@@ -57,7 +56,7 @@ class Door:
 
         await self.app(scope, counted, send)
 
-    def _refusal(self, scope: dict[str, Any], headers: dict[bytes, bytes]) -> Refused | None:
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> Refused | None:
         if self.hosts is not None and host_of(headers.get(b"host", b"")) not in self.hosts:
             return Refused(403, "this server answers under the name of this machine only", code="wrong_host")
         if self.key is not None and scope["path"] not in OPEN and scope["method"] != "OPTIONS":
