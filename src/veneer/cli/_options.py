@@ -142,13 +142,17 @@ def value(text: str) -> Any:
 
 
 def partial_recipe(content: dict[str, Any]) -> Recipe:
-    """The recipe for a command that does not train; what it lacks, the command does not read."""
-    from veneer.train.recipe import make
+    """The recipe for a command that does not train; what it lacks, the command does not read.
 
-    absent = {"output": ABSENT}
+    A value that is the recipe's own default counts as not given: the adapter that a run starts from may have another.
+    """
+    from veneer.train.recipe import Recipe, make
+
+    absent = {"output": ABSENT, "data": ABSENT}
     if not content.get("start_from"):
         absent["model"] = ABSENT
-    content = absent | content
-    if not content.get("data"):
-        content["data"] = ABSENT
-    return make(content)
+    fields = Recipe.model_fields
+    given = {name: value for name, value in content.items() if name not in fields or value != fields[name].default}
+    if not given.get("data"):
+        given.pop("data", None)
+    return make(absent | given)
