@@ -39,14 +39,12 @@ def joined(model: Any, pieces: Sequence[Piece]) -> Any:
     """One cache whose rows are the pieces, padded with zeros on the left to the longest of them."""
     width = max(piece.length for piece in pieces)
     cache = caches.new(model, is_encoder_decoder=False)
-    by_layer = [caches.pairs(piece.cache) for piece in pieces]
-    for number in range(len(by_layer[0])):
-        pairs = [layers[number] for layers in by_layer]
-        if pairs[0][0] is None:  # a layer that reads the keys of another one
+    by_piece = [caches.pairs(piece.cache) for piece in pieces]
+    for number, pairs in enumerate(zip(*by_piece, strict=True)):
+        keys, values = zip(*pairs, strict=True)
+        if keys[0] is None:  # a layer that reads the keys of another one
             continue
-        keys = _aligned([keys for keys, _ in pairs], pieces)
-        values = _aligned([values for _, values in pairs], pieces)
-        cache.update(keys, values, number)
+        cache.update(_aligned(keys, pieces), _aligned(values, pieces), number)
         layer = cache.layers[number]
         if layer.is_sliding:
             layer.cumulative_length = width  # also the positions that have left the window

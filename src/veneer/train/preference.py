@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +73,10 @@ class PairCollator:
             continued += [0, shared]
         batch = self.collator(sequences)
         if self.shares:
-            starts = zip(sequences, continued, strict=True)
-            positions = [range(start, start + len(s["input_ids"])) for s, start in starts]
-            batch["position_ids"] = torch.tensor([list(chain.from_iterable(positions))])
+            positions: list[int] = []
+            for sequence, start in zip(sequences, continued, strict=True):
+                positions += range(start, start + len(sequence["input_ids"]))
+            batch["position_ids"] = torch.tensor([positions])
         batch["slot"] = torch.tensor(slots)
         batch["continued"] = torch.tensor(continued)
         batch["pair"] = torch.tensor([row.get("number", -1) for row in rows])
@@ -196,9 +196,8 @@ class PreferenceTrainer(ExactTrainer):
         log_p = log_probabilities(model, self._adapted(), inputs)
         learned = (inputs["labels"][:, 1:] != IGNORED).float()
         tokens = _by_answer(learned, inputs).clamp_min(1)
-        chosen, rejected = (
-            Answers(log_p[:, i], None if reference is None else reference[:, i], tokens[:, i]) for i in (0, 1)
-        )
+        references = (None, None) if reference is None else reference.unbind(1)
+        chosen, rejected = map(Answers, log_p.unbind(1), references, tokens.unbind(1))
         losses = self.objective.losses(chosen, rejected)
         with torch.no_grad():
             rewards = [self.objective.reward(answers) for answers in (chosen, rejected)]

@@ -13,7 +13,6 @@ from typing import Any
 
 from rich.console import Console
 
-from ..core import checkpoint, remainder
 from ..core.config import CONFIG_NAME, TaskType
 from ..core.remainder import TRAINING_NAME
 from ..data.collate import Collator, Rows, Shuffled
@@ -21,7 +20,7 @@ from ..data.packing import check as check_packing
 from ..data.packing import goes_by_sequence
 from ..data.preferences import plain
 from ..data.prepare import Data, prepare
-from ..errors import CheckpointError, ConfigError, counted, listing
+from ..errors import ConfigError, counted, listing
 from ..files.lock import alone
 from ..files.read import WEIGHTS_NAME
 from ..files.recipe import RECIPE_NAME, read
@@ -133,8 +132,6 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, console: Console) -> d
     trainer = _build_trainer(recipe, data, pad, steps, meter)
     initial_digests = digests(trainer.model)
     watch = Watch(trainer.model)
-    if recipe.best and data.evaluation is not None:
-        _check_reloadable(recipe, trainer.model)
 
     is_main = trainer.is_world_process_zero()
     if is_main:
@@ -344,18 +341,6 @@ def _flat_collator(recipe: Recipe, model: Any, data: Data, pad: int) -> Collator
     if recipe.fast and not recipe.streaming and goes_by_sequence(model, [plain(row) for row in data.train]):
         return Collator(pad, flat=True)
     return None
-
-
-def _check_reloadable(recipe: Recipe, model: Any) -> None:
-    """Refuse a method whose adapter cannot be reloaded into the model: the best checkpoint is reloaded at the end."""
-    try:
-        tensors = checkpoint.slots(model._state, "default")
-        checkpoint.absorb(model._state, "default", tensors, remainder.slots(model._state, "default"))
-    except CheckpointError:
-        raise ConfigError(
-            f"{recipe.method} cannot be reloaded into a model in training, so the best checkpoint cannot be restored; "
-            "set best: false"
-        ) from None
 
 
 def _tensorboard(output: Path) -> Any:
