@@ -106,13 +106,20 @@ def fields(path: Path) -> dict:
     return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
 
 
+def base_of(adapter: Path) -> str:
+    """The directory of an adapter's base model, which it may name by a name that `veneer pull` knows."""
+    from veneer import pull
+
+    name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    return name if Path(name).is_dir() else pull(name)
+
+
 def merged_by_transformers(adapter: Path):
     from transformers import AutoModelForCausalLM
 
     from veneer import PeftModel
 
-    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(base_of(adapter), attn_implementation="eager")
     return PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
 
 

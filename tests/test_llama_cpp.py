@@ -16,7 +16,7 @@ from veneer.merging.export import export
 
 from .gguf_models import CONFIGS, saved
 from .room import ROOT
-from .test_gguf import adapted, merged_by_transformers
+from .test_gguf import adapted, base_of, merged_by_transformers
 
 PYTHON = os.environ.get("VENEER_GGUF")
 """The Python of the environment that has llama-cpp-python."""
@@ -193,10 +193,6 @@ def expected(trained) -> list[Expected]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         results.append(Expected(text, ids, logits_of(model, ids), greedy_of(model, ids)))
     return results
-
-
-def base_of(adapter: Path) -> str:
-    return json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
 
 
 def greedy_of(model, ids: list[int], new: int = 32) -> list[int]:
