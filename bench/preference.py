@@ -23,14 +23,13 @@ import torch
 import typer
 
 from .common import Rows, load_base, peak_bytes, read_rows
-from .train import ALL_LINEAR, DOCS, Clock, adapted, machine, start, summary, three
+from .train import ALL_LINEAR, DOCS, SAME_LOSS, Clock, adapted, machine, start, summary, three
 
 LORA = ALL_LINEAR | {"lora_dropout": 0.0}
 BATCH = 4
 BETA = 0.1
 GOAL = (2.5, 0.5)
 """Times TRL's speed, and share of its memory."""
-SAME_LOSS = 1e-4
 
 
 def pairs_of(rows: Rows) -> list[dict[str, Any]]:
