@@ -40,7 +40,7 @@ def pairs_of(rows: Rows) -> list[dict[str, Any]]:
         question = list(ids[:prompt])
         answers = list(ids[prompt:]), list(rows.ids[other][rows.prompts[other] :])
         chosen, rejected = ({"input_ids": question + a, "labels": [-100] * prompt + a} for a in answers)
-        pairs.append({"chosen": chosen, "rejected": rejected, "margin": 0.0})
+        pairs.append({"chosen": chosen, "rejected": rejected})
     return pairs
 
 

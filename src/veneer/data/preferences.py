@@ -2,7 +2,6 @@
 
     prompt, chosen, rejected      each a text or a list of messages; optional column `tools`
     chosen, rejected              two conversations that begin with the same messages
-    margin                        optional: by how much the chosen answer is better, a number
 
 Only the answers are learned from: of a conversation, the messages after the prompt. A pair says nothing if an answer is
 empty, or if both are equal, also after they are cut; such pairs are left out and counted.
@@ -10,12 +9,12 @@ empty, or if both are equal, also after they are cut; such pairs are left out an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import DataError
+from .encode import EMPTY as EMPTY_ANSWER
 from .encode import FIRST, Account, Encoded, Encoder, Seen, learned_tokens
 from .shapes import LEARNED_ROLES, Example, integers, messages_in, short, slips
 from .sources import Source, rows
@@ -35,7 +34,6 @@ class Pair:
     chosen: list[dict[str, Any]]
     rejected: list[dict[str, Any]]
     tools: list[Any] | None = None
-    margin: float = 0.0
     facts: dict[str, int] = field(default_factory=dict)
     """Integers that the method reads per row."""
 
@@ -86,7 +84,7 @@ def understand(place: str, row: Mapping[str, Any], facts: tuple[str, ...] = ()) 
         if not answer or answer[-1]["role"] not in LEARNED_ROLES:
             raise DataError(f"{place}: {column} must end with a message of the assistant after the prompt")
     tools = row.get("tools")
-    return Pair(place, prompt, chosen, rejected, tools, _margin(place, row), integers(place, row, facts))
+    return Pair(place, prompt, chosen, rejected, tools, integers(place, row, facts))
 
 
 def _said(place: str, row: Mapping[str, Any], column: str, role: str) -> list[dict[str, Any]]:
@@ -122,17 +120,8 @@ def _common(
     return chosen[:shared]
 
 
-def _margin(place: str, row: Mapping[str, Any]) -> float:
-    value = row.get("margin")
-    if value is None:
-        return 0.0
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise DataError(f"{place}: margin must be a number, not {short(value)}")
-    return float(value)
-
-
 class PairEncoder:
-    """Turns pairs into rows {chosen, rejected, margin}, whose answers are encoded by an `Encoder`.
+    """Turns pairs into rows {chosen, rejected}, whose answers are encoded by an `Encoder`.
 
     The account counts pairs; its tokens and lengths are those of both answers.
     """
@@ -148,13 +137,15 @@ class PairEncoder:
         for pair in pairs:
             chosen, rejected = (answer.kept for answer in self.seen(pair))
             if chosen is not None and rejected is not None:
-                yield {"chosen": chosen | pair.facts, "rejected": rejected | pair.facts, "margin": pair.margin}
+                yield {"chosen": chosen | pair.facts, "rejected": rejected | pair.facts}
 
     def seen(self, pair: Pair) -> list[Seen]:
         """Encode both answers of a pair, apply the length limit, and count the pair."""
         self.account.rows += 1
         examples = [pair.example(pair.chosen), pair.example(pair.rejected)]
+        self.encoder.account = Account()  # of this pair: what is noticed in both answers counts once
         whole = [self.encoder.tokens(example) for example in examples]
+        self._take_notes(pair.place, self.encoder.account)
         kept = self._kept(pair, whole)
         rows = []
         for number, name in enumerate(COLUMNS[1:]):
@@ -162,6 +153,12 @@ class PairEncoder:
         if len(self.first) < FIRST:
             self.first += rows
         return rows
+
+    def _take_notes(self, place: str, noticed: Account) -> None:
+        """Count what was noticed in a pair's answers; an empty answer has a note of its own."""
+        for what in noticed.notes.keys() - {EMPTY_ANSWER}:
+            self.account.noticed(what, place)
+        self.account.open_rows += min(1, noticed.open_rows)
 
     def _kept(self, pair: Pair, answers: list[Encoded]) -> list[Encoded] | None:
         """Both answers within the limit; None if the pair is left out."""

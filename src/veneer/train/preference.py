@@ -23,7 +23,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import Trainer
 
 from ..core.hooks import loss_terms
 from ..data.collate import Collator
@@ -147,11 +146,8 @@ class PreferenceTrainer(ExactTrainer):
             pairs = self.accelerator.reduce(pairs, "sum")
         return batches, pairs
 
-    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if self.flat is None:
-            return super().training_step(model, inputs, *args, **kwargs)
-        with by_sequence(self._adapted(), inputs["continued"].tolist()):
-            return Trainer.training_step(self, model, inputs, *args, **kwargs)
+    def continued(self, inputs: Any) -> Sequence[int]:
+        return inputs["continued"].tolist()  # type: ignore[no-any-return]
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

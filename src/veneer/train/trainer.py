@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,9 +134,15 @@ class ExactTrainer(Trainer):
         finally:
             self.data_collator = padded
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with nullcontext() if self.flat is None else by_sequence(self.accelerator.unwrap_model(self.model)):
-            return super().training_step(*args, **kwargs)
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if self.flat is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        with by_sequence(self.accelerator.unwrap_model(self.model), self.continued(inputs)):
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def continued(self, inputs: Any) -> Sequence[int]:
+        """How many tokens of the one before it each sequence of a batch continues (see `by_sequence`)."""
+        return ()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         self.meter.start()
