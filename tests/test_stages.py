@@ -119,7 +119,7 @@ def test_another_method_is_trained_on_the_merged_base(base, data, tmp_path):  # 
 
 def test_a_plan_is_for_the_method_that_is_trained_on(base, data, tmp_path):  # noqa: F811
     first(base, data, tmp_path / "one", "ia3")
-    done = CliRunner().invoke(app, ["plan", "--set", f"start_from={tmp_path / 'one'}", "--json"])
+    done = CliRunner().invoke(app, ["plan", "--start-from", str(tmp_path / "one"), "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["method"] == "ia3"
 

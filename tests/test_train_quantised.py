@@ -13,6 +13,7 @@ from veneer.cli import app
 from veneer.core.checkpoint import read_notes
 from veneer.errors import ConfigError, NotMergeable
 from veneer.model.loading import load
+from veneer.model.verify import verify
 from veneer.upstream import quantisation as schemes
 from veneer.upstream.quantisation import quantisation
 
@@ -99,6 +100,29 @@ def test_evaluations_between_steps_change_no_gradient(base, data, tmp_path):  # 
     evaluated = run(base, data, tmp_path / "two", **settings, eval_data=data, eval_every=1)
     assert evaluated["losses"] == quiet["losses"]
     assert same(tmp_path / "one", tmp_path / "two")
+
+
+def test_verification_computes_as_training_did(base, data, tmp_path):  # noqa: F811
+    """In evaluation, bitsandbytes' products round on some CPUs, also in the layers that have no adapter."""
+    pytest.importorskip("bitsandbytes")
+    run(base, data, tmp_path / "out", quantise="nf4", targets=["q_proj"], max_steps=2)
+    found = verify(tmp_path / "out", load(model=base, quantise="nf4").model)
+    (same_outputs,) = (check for check in found.checks if check.name == "same outputs")
+    assert float(same_outputs.detail.split()[-1]) < 1e-6
+
+
+def test_a_second_stage_is_quantised_as_the_first(base, data, tmp_path):  # noqa: F811
+    pytest.importorskip("bitsandbytes")
+    options = {"bnb_4bit_use_double_quant": True}
+    run(base, data, tmp_path / "one", quantise="nf4", quantise_options=options, max_steps=2)
+    arguments = ["--start-from", str(tmp_path / "one"), "--data", str(data), "--max-steps", "1"]
+    assert " in nf4" in call("train", *arguments, "--output", str(tmp_path / "two"))
+    assert read_notes(tmp_path / "two")["preparation"]["quantised"] == {"scheme": "nf4", "options": options}
+    call("train", *arguments, "--output", str(tmp_path / "three"), "--quantise", "none")
+    assert "quantised" not in read_notes(tmp_path / "three").get("preparation", {})
+    plan = ["plan", "--start-from", str(tmp_path / "one"), "--json"]
+    quantised, whole = (json.loads(call(*plan, *more))["memory"]["base"] for more in ((), ("--quantise", "none")))
+    assert quantised < whole
 
 
 def test_every_verb_loads_it_as_it_was_in_training(base, data, tmp_path):  # noqa: F811

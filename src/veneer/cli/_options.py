@@ -31,6 +31,16 @@ Objective = Annotated[
         rich_help_panel="Model and method",
     ),
 ]
+StartFrom = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADAPTER",
+        help="Train this saved adapter on, with new data or another schedule. With a --method other than its own: "
+        "merge it into the base model, and train a new adapter.",
+        show_default="a new adapter",
+        rich_help_panel="Model and method",
+    ),
+]
 Base = Annotated[
     str | None,
     typer.Option(

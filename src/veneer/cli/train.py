@@ -12,7 +12,7 @@ import typer
 
 from veneer.errors import ConfigError
 
-from ._options import Column, Objective, Option, Rank, Set, Targets, add_settings, pairs, source
+from ._options import Column, Objective, Option, Rank, Set, StartFrom, Targets, add_settings, pairs, source
 
 EXAMPLES = """
 Data can be JSONL, JSON, CSV, TSV or Parquet files, directories of them, or
@@ -94,16 +94,7 @@ def train(
             metavar="DIR", help="Directory for the adapter, the report and the checkpoints.", rich_help_panel="Run"
         ),
     ] = None,
-    start_from: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADAPTER",
-            help="Train this saved adapter on, with new data or another schedule. With a --method other than its own: "
-            "merge it into the base model, and train a new adapter.",
-            show_default="a new adapter",
-            rich_help_panel="Model and method",
-        ),
-    ] = None,
+    start_from: StartFrom = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -255,8 +246,9 @@ def train(
     quantise: Annotated[
         str | None,
         typer.Option(
-            help="Quantise the base model while it is loaded: nf4 (QLoRA) or int8 with bitsandbytes, int4 with HQQ.",
-            show_default="none",
+            help="Quantise the base model while it is loaded: nf4 (QLoRA) or int8 with bitsandbytes, int4 with HQQ; or "
+            "none.",
+            show_default="none; with --start-from, as for that adapter",
             rich_help_panel="Model and method",
         ),
     ] = None,

@@ -25,7 +25,7 @@ from ..files.find import find_file
 from ..files.read import WEIGHTS_NAME
 from ..files.write import write_atomically
 from ..targets.modules import evaluating
-from ..targets.quantised import lost_to_rounding
+from ..targets.quantised import keep_gradients_, lost_to_rounding
 from ..targets.walk import by_number
 from .peft_model import PeftModel
 
@@ -168,6 +168,7 @@ def verify(
         message = " ".join(str(error).split())
         checks.append(Check("loads", False, message))
         return verification
+    keep_gradients_(model.get_base_model())  # which computes as in training; evaluation has products of its own
     verification.model = model
     progress(1, PARTS)
     checks.append(Check("loads", True, f"{len(tensors)} tensors, all finite"))

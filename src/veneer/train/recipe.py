@@ -54,8 +54,8 @@ class Recipe(Strict):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the base model; auto: bfloat16 where the accelerator computes in it, else float32."""
     quantise: Literal["nf4", "int8", "int4"] | None = None
-    """Quantise the base model while it is loaded: nf4 or int8 with bitsandbytes, int4 with HQQ; None: it stays as it
-    is."""
+    """Quantise the base model while it is loaded: nf4 or int8 with bitsandbytes, int4 with HQQ. None, or "none": it
+    stays as it is. Not given: the same, or as it was for the adapter that is trained on."""
     quantise_options: dict[str, Any] = {}
     """Options of the library that quantises, under its own names."""
 
@@ -201,7 +201,9 @@ class Recipe(Strict):
 
     @field_validator("quantise", mode="before")
     @classmethod
-    def _not_a_format(cls, value: Any) -> Any:
+    def _scheme(cls, value: Any) -> Any:
+        if value == "none":
+            return None
         if value == "gguf":
             raise ValueError(
                 "a GGUF file is given as the model, and its weights are dequantised when it is read; leave quantise "

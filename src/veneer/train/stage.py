@@ -9,11 +9,14 @@ from ..core.config import Config
 from ..errors import ConfigError
 from ..files.checked import Checked
 from ..model.catalogue import page, page_of
+from ..model.loading import quantised_in_training
 from .recipe import Recipe
 
 
 def begun(recipe: Recipe) -> Recipe:
     """The recipe with `start_mode` filled in, and with the method of the adapter that is trained on.
+
+    Its base model is quantised again as it was for its training, unless the recipe says how to quantise it.
 
     Raises:
         CheckpointError: `start_from` is no adapter.
@@ -32,7 +35,11 @@ def begun(recipe: Recipe) -> Recipe:
             f"method = {recipe.method!r} contradicts the adapter in {recipe.start_from!r}, which is {method}; leave it "
             "out to train the adapter on, or set start_mode: merge to train a new one"
         )
-    return recipe.changed(start_mode=mode, method=method)
+    changes: dict[str, Any] = {"start_mode": mode, "method": method}
+    how = quantised_in_training(recipe.start_from)
+    if how is not None and "quantise" not in recipe.model_fields_set:
+        changes |= {"quantise": how.scheme, "quantise_options": dict(how.options)}
+    return recipe.changed(**changes)
 
 
 def method_of(config: Config) -> str:
