@@ -1,7 +1,7 @@
 """vLLM and SGLang: what is exported for them gives the same logits when it is read as they read it.
 
-`make test-vllm` asks vLLM itself. `in_vllm` and `in_sglang` are written from what their sources do with an adapter's files (vLLM
-0.33.0, SGLang 0.5.23), and share no code with veneer's rules: both must agree on which files are read.
+`make test-vllm` asks vLLM itself. `in_vllm` and `in_sglang` are written from what their sources do with an adapter's
+files (vLLM 0.33.0, SGLang 0.5.23), and share no code with veneer's rules: both must agree on which files are read.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python vllm_runner.py JOB.json RESULT.json
 
-The job names a model, a prompt as token ids, and adapters by name. For each adapter, and for the name "base", the result
-has the log-probabilities of the prompt's tokens after the first and the ids that greedy generation adds, or the error
-with which vLLM refuses the adapter.
+The job names a model, a prompt as token ids, and adapters by name. For each adapter, and for the name "base", the
+result has the log-probabilities of the prompt's tokens after the first and the ids that greedy generation adds, or the
+error with which vLLM refuses the adapter.
 """
 
 from __future__ import annotations
